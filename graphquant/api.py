@@ -1,0 +1,47 @@
+"""The entries beside torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from graphquant.capture import from_dynamo
+from graphquant.config import Config
+from graphquant.errors import GraphquantError, UnsupportedInputError
+from graphquant.passes.pipeline import rewrite
+from graphquant.report import Report
+
+
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    options: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Report:
+    """What `torch.compile(model, backend="graphquant", options=options)` would do on this call.
+
+    Captures `model(*args, **kwargs)`, applies the rules and returns the Report. Nothing is packed
+    or compiled; the model runs once, in float, as it is. Call it under the same
+    `torch.inference_mode()` or `torch.no_grad()` as the model: what needs a gradient stays float.
+    """
+    if not callable(model):
+        raise UnsupportedInputError(f"explain needs a torch.nn.Module, got {type(model).__name__}")
+    config = Config.of(options or {})
+    reports: list[Report] = []
+
+    def observe(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        captured = from_dynamo(gm, example_inputs)
+        if captured is not None:
+            reports.append(rewrite(captured, config))
+        run: Callable[..., Any] = gm.forward
+        return run
+
+    # each explain is one more entry in Dynamo's cache of this code
+    with torch._dynamo.config.patch(recompile_limit=2**16, accumulated_recompile_limit=2**16):
+        torch.compile(model, backend=observe)(*args, **kwargs)
+    if not reports:
+        raise GraphquantError(f"torch.compile found no tensor code in {type(model).__name__}")
+    return Report.merge(reports)

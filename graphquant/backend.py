@@ -1,0 +1,114 @@
+"""The torch.compile backend: `torch.compile(model, backend="graphquant")`.
+
+capture -> rewrite (normalise, recognise, rules) -> prepack -> hand over
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from graphquant.capture import from_dynamo, mark_static
+from graphquant.config import Config
+from graphquant.errors import ReleasedWeightError
+from graphquant.handover.inductor import compile_graph
+from graphquant.packed import Supply, is_released
+from graphquant.passes.graph import readers
+from graphquant.passes.ir import Captured
+from graphquant.passes.pipeline import rewrite
+from graphquant.passes.prepack import prepack
+from graphquant.report import Report
+
+log = logging.getLogger(__name__)
+
+
+def graphquant(
+    gm: GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile one of Dynamo's graphs. Found by name through the entry point; not called directly.
+
+    mode     as for Inductor: "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
+    options  the fields of graphquant.Config
+    """
+    config = Config.of({**({"mode": mode} if mode is not None else {}), **(options or {})})
+    captured = from_dynamo(gm, example_inputs)
+    if captured is None:  # a graph of numbers only
+        _tell(config, Report(()))
+        return compile_graph(gm, example_inputs, config)
+    report = rewrite(captured, config)
+    run = _hand_over(captured, example_inputs, config)
+    _tell(config, report)
+    return run
+
+
+def _tell(config: Config, report: Report) -> None:
+    for note in report.notes:
+        log.warning("%s", note)
+    if config.on_report is not None:
+        config.on_report(report)
+
+
+def _hand_over(
+    captured: Captured, example_inputs: Sequence[Any], config: Config
+) -> Callable[..., Any]:
+    graph = captured.gm.graph
+    given = graph.find_nodes(op="placeholder")
+    names = [captured.names.get(n, n.name) for n in given]
+    index = {node: i for i, node in enumerate(given)}
+    last = given[-1]
+
+    def new_input(name: str) -> Node:
+        nonlocal last
+        with graph.inserting_after(last):
+            last = graph.placeholder(name)
+        mark_static(last)
+        return last
+
+    packings = prepack(captured, new_input)
+    jobs = [(p.recipe, tuple(index[r] for r in p.roots)) for p in packings]
+    supply = Supply(jobs, names.__getitem__)
+    tensors = supply(example_inputs)
+    kept = [i for i, n in enumerate(given) if n.users]
+    _refuse_released(captured, given, kept, example_inputs)
+    for node in given:
+        if not node.users:
+            graph.erase_node(node)
+    captured.gm.recompile()
+    # static shapes: a packed weight never changes its size
+    fakes = _fake(captured, example_inputs, tensors)
+    inputs = [*(example_inputs[i] for i in kept), *fakes]
+    inner = compile_graph(captured.gm, inputs, config)
+    if config.free_weights:
+        freed = supply.release(example_inputs, keep=set(kept))
+        log.info("free_weights released %.1f MiB of float weights", freed / 2**20)
+
+    def run(*args: Any) -> Any:
+        return inner(*[args[i] for i in kept], *supply(args))
+
+    return run
+
+
+def _fake(captured: Captured, example_inputs: Sequence[Any], tensors: list[Any]) -> list[Any]:
+    mode = torch._guards.detect_fake_mode(example_inputs)
+    if mode is None:
+        return tensors
+    return [mode.from_tensor(t, static_shapes=True) for t in tensors]
+
+
+def _refuse_released(
+    captured: Captured, given: Sequence[Node], kept: Sequence[int], example_inputs: Sequence[Any]
+) -> None:
+    for i in kept:
+        if given[i] in captured.parameters and is_released(example_inputs[i]):
+            raise ReleasedWeightError(
+                f"{captured.names[given[i]]} was released by free_weights=True, but is read in "
+                f"float by {readers(given[i])}"
+            )

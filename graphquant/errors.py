@@ -1,0 +1,21 @@
+"""Every exception this library raises on purpose."""
+
+
+class GraphquantError(Exception):
+    """Base class: catch this to catch us."""
+
+
+class OptionError(GraphquantError, ValueError):
+    """An option is unknown or has a value it cannot have. The message lists what is valid."""
+
+
+class RuleError(GraphquantError):
+    """A rule broke its contract. A bug in graphquant, never in the user's model."""
+
+
+class UnsupportedInputError(GraphquantError, TypeError):
+    """Arguments for which an op has no meaning or no kernel. The message says what was seen."""
+
+
+class ReleasedWeightError(GraphquantError, RuntimeError):
+    """A float weight is needed that `free_weights=True` released."""

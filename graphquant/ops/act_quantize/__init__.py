@@ -1,0 +1,1 @@
+from graphquant.ops.act_quantize.op import act_quantize as act_quantize

@@ -1,0 +1,94 @@
+"""The sentences with which ops refuse arguments that have no meaning.
+
+Every function returns None or raises UnsupportedInputError. They also run on fake tensors, where a
+size can be a symbol: a size that cannot be told is let through and no guard is added, because the
+run itself checks again with numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from graphquant.errors import UnsupportedInputError
+from graphquant.ops.numerics import ACTIVATIONS
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_FLOAT_NAMES = "float16, bfloat16 or float32"
+
+
+def rows(op: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
+    """x [..., K] of one of `dtypes`, K >= 1."""
+    if x.dtype not in dtypes:
+        need = _FLOAT_NAMES if dtypes == FLOATS else " or ".join(map(_short, dtypes))
+        raise UnsupportedInputError(f"{op}: {name} is {_short(x.dtype)}, needs {need}")
+    if x.dim() == 0:
+        raise UnsupportedInputError(f"{op}: {name} is a scalar, needs at least one dim")
+    if _known(x.shape[-1] == 0):
+        raise UnsupportedInputError(f"{op}: {name} has shape {_show(x.shape)}, needs K >= 1")
+
+
+def shape(op: str, name: str, x: Tensor, want: tuple[int, ...], why: str) -> None:
+    """x has shape `want`, described by `why`, such as "[N] like wq [N, K]"."""
+    if len(x.shape) != len(want) or any(_known(a != b) for a, b in zip(x.shape, want, strict=True)):
+        raise UnsupportedInputError(
+            f"{op}: {name} has shape {_show(x.shape)}, needs {_show(want)}: {why}"
+        )
+
+
+def floating(op: str, name: str, x: Tensor) -> None:
+    if x.dtype not in FLOATS:
+        raise UnsupportedInputError(f"{op}: {name} is {_short(x.dtype)}, needs {_FLOAT_NAMES}")
+
+
+def float32(op: str, name: str, x: Tensor) -> None:
+    if x.dtype != torch.float32:
+        raise UnsupportedInputError(f"{op}: {name} is {_short(x.dtype)}, needs float32")
+
+
+def result_dtype(op: str, dtype: torch.dtype) -> None:
+    if dtype not in FLOATS:
+        raise UnsupportedInputError(f"{op}: dtype is {_short(dtype)}, needs {_FLOAT_NAMES}")
+
+
+def vector(op: str, name: str, x: Tensor | None, length: int, why: str) -> None:
+    """None, or a float vector [length]."""
+    if x is not None:
+        floating(op, name, x)
+        shape(op, name, x, (length,), why)
+
+
+def activation(op: str, act: str) -> None:
+    if act not in ACTIVATIONS:
+        raise UnsupportedInputError(f"{op}: act is {act!r}, needs one of {', '.join(ACTIVATIONS)}")
+
+
+def one_device(op: str, **tensors: Tensor | None) -> None:
+    """All on one device. Without this a CPU tensor among CUDA ones is a segfault in a kernel."""
+    first: tuple[str, torch.device] | None = None
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if first is None:
+            first = name, x.device
+        elif x.device != first[1]:
+            raise UnsupportedInputError(
+                f"{op}: {name} is on {x.device}, {first[0]} is on {first[1]}, need one device"
+            )
+
+
+def _known(condition: bool | torch.SymBool) -> bool:
+    """True where the condition is certain; a symbol that could go either way gives False."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
+def _show(sizes: tuple[int, ...] | torch.Size) -> str:
+    return f"[{', '.join(map(str, sizes))}]"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,39 @@
+"""A gated activation (SwiGLU, GeGLU, ReGLU) that writes int8 instead of floats.
+
+    xq, x_scale = quantize_rows(act(gate) * up)     in float32
+
+    gate        [..., K]  float16 | bfloat16 | float32, any strides
+    up          [..., K]  float16 | bfloat16 | float32, any strides
+    act         a name in numerics.ACTIVATIONS
+    -> xq       [..., K]  int8 in [-127, 127], row stride padded to 16 bytes, pads zero
+    -> x_scale  [..., 1]  float32
+
+gate and up are usually the two halves of one stacked linear's result: slices cost no copy.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from graphquant.ops import checks
+from graphquant.ops.define import define
+from graphquant.ops.numerics import ACTIVATIONS, empty_pair, quantize_rows
+
+
+def _check(gate: Tensor, up: Tensor, act: str) -> None:
+    checks.rows("glu_quantize", "gate", gate)
+    checks.rows("glu_quantize", "up", up)
+    checks.shape("glu_quantize", "up", up, gate.shape, "the shape of gate")
+    checks.activation("glu_quantize", act)
+    checks.one_device("glu_quantize", gate=gate, up=up)
+
+
+def _fake(gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    return empty_pair(gate, gate.shape)
+
+
+@define(
+    "(Tensor gate, Tensor up, str act) -> (Tensor xq, Tensor x_scale)", fake=_fake, check=_check
+)
+def glu_quantize(gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    return quantize_rows(ACTIVATIONS[act](gate.float()) * up.float())

@@ -1,0 +1,16 @@
+"""Rows held in registers, or read and activated twice where they are too long."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from graphquant.ops.glu_quantize.op import glu_quantize
+from graphquant.ops.numerics import empty_pair
+from graphquant.ops.triton_util import launch_quantize_rows
+
+
+@glu_quantize.kernel("triton")
+def glu_quantize_triton(gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    xq, x_scale = empty_pair(gate, gate.shape)
+    launch_quantize_rows(gate, up, act, xq, x_scale)
+    return xq, x_scale

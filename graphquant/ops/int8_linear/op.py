@@ -1,0 +1,109 @@
+"""int8 x int8 linear with dequantisation, bias and residual in its epilogue.
+
+    acc[..., n] = sum_k xq[..., k] * wq[n, k]                                       exact int32
+    y[..., n]   = acc * x_scale * w_scale[n] + bias[n] + residual[..., n]           float32,
+                                                                        rounded once to `dtype`
+
+    xq        [..., K]  int8 in [-127, 127]     K <= MAX_K
+    x_scale   [..., 1]  float32
+    wq        [N, K]    int8 in [-127, 127]
+    w_scale   [N]       float32
+    bias      [N]       float16 | bfloat16 | float32, or None
+    residual  [..., N]  float16 | bfloat16 | float32, or None
+    -> y      [..., N]  `dtype` (float16 | bfloat16 | float32), contiguous
+
+The layouts that `quantize` writes are the fast ones; any strides are right.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from graphquant.errors import UnsupportedInputError
+from graphquant.ops import checks
+from graphquant.ops.define import define
+
+MAX_K = (2**31 - 1) // 127**2  # 133_144: beyond this an int32 sum can overflow
+EXACT_K = 1024  # 127^2 * 1024 < 2^24: a float32 sum of that many int8 products is exact
+
+
+def _check(
+    xq: Tensor,
+    x_scale: Tensor,
+    wq: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> None:
+    op, int8 = "int8_linear", (torch.int8,)
+    checks.rows(op, "xq", xq, int8)
+    checks.rows(op, "wq", wq, int8)
+    N, K = wq.shape[0], xq.shape[-1]
+    checks.shape(op, "wq", wq, (N, K), "[N, K] like xq [..., K]")
+    if isinstance(K, int) and K > MAX_K:
+        raise UnsupportedInputError(f"{op}: K={K} is over {MAX_K}, where int32 sums can overflow")
+    checks.float32(op, "x_scale", x_scale)
+    checks.shape(op, "x_scale", x_scale, (*xq.shape[:-1], 1), "[..., 1] like xq [..., K]")
+    checks.float32(op, "w_scale", w_scale)
+    checks.shape(op, "w_scale", w_scale, (N,), "[N] like wq [N, K]")
+    checks.vector(op, "bias", bias, N, "[N] like wq [N, K]")
+    if residual is not None:
+        checks.floating(op, "residual", residual)
+        checks.shape(op, "residual", residual, (*xq.shape[:-1], N), "[..., N], the result's shape")
+    checks.result_dtype(op, dtype)
+    checks.one_device(
+        op, xq=xq, x_scale=x_scale, wq=wq, w_scale=w_scale, bias=bias, residual=residual
+    )
+
+
+def _fake(
+    xq: Tensor,
+    x_scale: Tensor,
+    wq: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return xq.new_empty((*xq.shape[:-1], wq.shape[0]), dtype=dtype)
+
+
+def _exact_matmul(xq: Tensor, wq: Tensor) -> Tensor:
+    """xq [M, K] @ wq [N, K].T as int32 [M, N], by float32 GEMMs over chunks of K.
+
+    torch._int_mm is 25 to 50 times slower on the CPU, and oneDNN's int8 saturates without VNNI.
+    """
+    acc = xq.new_zeros((xq.shape[0], wq.shape[0]), dtype=torch.int32)
+    part = torch.empty_like(acc, dtype=torch.float32)
+    for k in range(0, xq.shape[1], EXACT_K):
+        x, w = (t[:, k : k + EXACT_K].float() for t in (xq, wq))
+        torch.mm(x, w.T, out=part)  # with out=: autocast leaves it in float32
+        acc += part.to(torch.int32)
+    return acc
+
+
+@define(
+    "(Tensor xq, Tensor x_scale, Tensor wq, Tensor w_scale, Tensor? bias, Tensor? residual,"
+    " ScalarType dtype) -> Tensor",
+    fake=_fake,
+    check=_check,
+    kernels=("triton_tma", "triton"),
+)
+def int8_linear(
+    xq: Tensor,
+    x_scale: Tensor,
+    wq: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    acc = _exact_matmul(xq.reshape(-1, xq.shape[-1]), wq)
+    y = acc.view(*xq.shape[:-1], wq.shape[0]).float().mul_(x_scale).mul_(w_scale)
+    if bias is not None:
+        y += bias.float()
+    if residual is not None:
+        y += residual.float()
+    return y.to(dtype)

@@ -1,0 +1,77 @@
+"""Which tile of the result one program computes, by M, N, K and the chip."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Chip(Protocol):
+    @property
+    def sm(self) -> int: ...
+    @property
+    def processors(self) -> int: ...
+    @property
+    def shared(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Tile:
+    """[m, n] of the result, k of the sum at a time."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int  # of k in flight
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory that the int8 tiles in flight take."""
+        return (self.m + self.n) * self.k * self.stages
+
+    def count(self, M: int, N: int) -> int:
+        return -(-M // self.m) * -(-N // self.n)
+
+
+GROUP = 8  # tiles down before one right
+DEEP_K = 2048  # from here a tile's epilogue is short beside its main loop, and larger tiles win
+
+# Largest first. On one H200 (2026-11-22): 128x128x128 with 4 warps and 3 stages is best at K near
+# 1100, where two or three programs share a processor and one's epilogue hides behind another's
+# main loop; 256x128x128 is best at K = 4304. The rows for small M are not measured yet.
+TMA = (
+    Tile(256, 128, 128, 8, 4),
+    Tile(128, 128, 128, 4, 3),
+    Tile(64, 128, 128, 4, 4),
+    Tile(64, 64, 128, 4, 4),
+)
+# Heavier epilogues need more registers, and the tiles above would spill. Not measured yet.
+TMA_FLOAT32 = (
+    Tile(128, 128, 128, 8, 3),
+    Tile(64, 128, 128, 8, 4),
+    Tile(64, 64, 128, 4, 4),
+)
+TMA_ODD_N = TMA_FLOAT32[1:]  # rows of y are no multiple of 16 bytes: stored through pointers
+# Not measured yet. 64 KiB and less: fits two programs on sm_80, one on sm_86, sm_89 and sm_120.
+POINTER = (
+    Tile(128, 128, 64, 8, 4),
+    Tile(64, 128, 64, 4, 4),
+    Tile(64, 64, 128, 4, 3),
+)
+SPARE = 2048  # bytes of shared memory left for barriers and reductions
+
+
+def choose(table: tuple[Tile, ...], M: int, N: int, K: int, chip: Chip) -> Tile:
+    """The largest tile that fits the chip and still gives every processor work, else the last.
+
+    A tile of more than 128 rows also wants DEEP_K and two programs for every processor.
+    """
+    for tile in table:
+        large = tile.m > 128
+        waves = 2 if large else 1
+        if tile.shared + SPARE > chip.shared or (large and K < DEEP_K):
+            continue
+        if tile.count(M, N) >= waves * chip.processors:
+            return tile
+    return table[-1]

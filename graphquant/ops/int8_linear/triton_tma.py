@@ -1,0 +1,107 @@
+"""Tiles read by the tensor memory accelerator: sm_90 and up, rows aligned to 16 bytes.
+
+TMA fills with zeros what lies outside [M, K] and [N, K], so any M, N and K are right; a K that is
+no multiple of 16 needs the padded rows that `quantize` writes. What the pads hold does not matter.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from graphquant.ops.int8_linear import tiles
+from graphquant.ops.int8_linear.op import int8_linear
+from graphquant.ops.numerics import ALIGN
+from graphquant.ops.triton_util import as_rows, chip, dequantize, row_stride, tile_of, unit_of
+
+OLDEST = 90  # Hopper: the first with TMA
+
+
+@triton.jit(do_not_specialize=["M"])
+def int8_linear_tma_kernel(
+    x_desc, x_scale_ptr, w_desc, w_scale_ptr, bias_ptr, residual_ptr, y_ptr, y_desc,
+    M, N, K, residual_row,
+    RESIDUAL_UNIT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One [BM, BN] tile of y, stored through y_desc, or through y_ptr where y_desc is None."""
+    m0, n0 = tile_of(tl.program_id(0), M, N, BM, BN, GROUP)
+    acc = tl.zeros((BM, BN), tl.int32)
+    for step in range(tl.cdiv(K, BK)):
+        x = x_desc.load([m0, step * BK])
+        w = w_desc.load([n0, step * BK])
+        acc = tl.dot(x, w.T, acc, out_dtype=tl.int32)
+    m, n = m0 + tl.arange(0, BM), n0 + tl.arange(0, BN)
+    y = dequantize(
+        acc, m, n, x_scale_ptr, w_scale_ptr, bias_ptr, residual_ptr, M, N, residual_row,
+        RESIDUAL_UNIT,
+    )  # fmt: skip
+    y = y.to(y_ptr.dtype.element_ty)
+    if y_desc is not None:
+        y_desc.store([m0, n0], y)
+    else:
+        y_at = y_ptr + (m.to(tl.int64) * N)[:, None] + n[None, :]
+        tl.store(y_at, y, mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+def _refuses(
+    xq: Tensor,
+    x_scale: Tensor,
+    wq: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> str | None:
+    sm = chip(xq.device).sm
+    if sm < OLDEST:
+        return f"the device is sm_{sm}, TMA needs sm_{OLDEST} or later"
+    for name, q in (("xq", xq), ("wq", wq)):
+        row = row_stride(q)
+        if row is None:
+            return f"{name} with strides {tuple(q.stride())} is not rows of consecutive bytes"
+        if row % ALIGN or row < q.shape[-1]:
+            return f"{name} has rows {row} bytes apart, TMA needs a multiple of {ALIGN}"
+        if q.data_ptr() % ALIGN:
+            return f"{name} starts {q.data_ptr() % ALIGN} bytes after a multiple of {ALIGN}"
+    return None
+
+
+@int8_linear.kernel("triton_tma", refuses=_refuses)
+def int8_linear_triton_tma(
+    xq: Tensor,
+    x_scale: Tensor,
+    wq: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    N, K = wq.shape
+    M = xq.numel() // K
+    y = xq.new_empty((*xq.shape[:-1], N), dtype=dtype)
+    if y.numel() == 0:
+        return y
+    residual_row = 0
+    if residual is not None:
+        residual, residual_row = as_rows(residual)
+    unit = unit_of(residual_row)
+    by_tma = N * y.element_size() % ALIGN == 0
+    table = tiles.TMA_FLOAT32 if dtype == torch.float32 else tiles.TMA
+    table = table if by_tma else tiles.TMA_ODD_N
+    tile = tiles.choose(table, M, N, K, chip(xq.device))
+    xq, x_row = as_rows(xq)
+    wq, w_row = as_rows(wq)
+    y_desc = TensorDescriptor(y, [M, N], [N, 1], [tile.m, tile.n]) if by_tma else None
+    int8_linear_tma_kernel[(tile.count(M, N),)](
+        TensorDescriptor(xq, [M, K], [x_row, 1], [tile.m, tile.k]), x_scale.contiguous(),
+        TensorDescriptor(wq, [N, K], [w_row, 1], [tile.n, tile.k]), w_scale.contiguous(),
+        None if bias is None else bias.contiguous(), residual, y, y_desc,
+        M, N, K, residual_row // unit,
+        RESIDUAL_UNIT=unit, BM=tile.m, BN=tile.n, BK=tile.k, GROUP=tiles.GROUP,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return y

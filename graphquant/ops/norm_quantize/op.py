@@ -1,0 +1,106 @@
+"""LayerNorm or RMSNorm over the last dim that writes int8 instead of floats.
+
+    d = x - mean(x)                                 (rms: d = x)
+    y = d / sqrt(mean(d^2) + eps) * gamma + beta    in float32, two passes: no E[x^2] - E[x]^2
+    xq, x_scale = quantize_rows(y)
+
+    x           [..., K]  float16 | bfloat16 | float32, any strides
+    gamma       [K]       float16 | bfloat16 | float32, or None for ones
+    beta        [K]       float16 | bfloat16 | float32, or None for zeros
+    eps         float     in units of x squared
+    -> xq       [..., K]  int8 in [-127, 127], row stride padded to 16 bytes, pads zero
+    -> x_scale  [..., 1]  float32
+
+`norm_quantize_keep` also returns y [..., K] rounded to `dtype`, contiguous, for post-norm models
+whose residual is the norm's result. xq comes from the float32 y, not from the rounded one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from graphquant.ops import checks
+from graphquant.ops.define import define
+from graphquant.ops.numerics import empty_pair, quantize_rows
+
+
+def _check(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, rms: bool) -> None:
+    _check_named("norm_quantize", x, gamma, beta)
+
+
+def _check_keep(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    rms: bool,
+    dtype: torch.dtype,
+) -> None:
+    _check_named("norm_quantize_keep", x, gamma, beta)
+    checks.result_dtype("norm_quantize_keep", dtype)
+
+
+def _check_named(op: str, x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> None:
+    checks.rows(op, "x", x)
+    checks.vector(op, "gamma", gamma, x.shape[-1], "[K] like x [..., K]")
+    checks.vector(op, "beta", beta, x.shape[-1], "[K] like x [..., K]")
+    checks.one_device(op, x=x, gamma=gamma, beta=beta)
+
+
+def _fake(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, rms: bool
+) -> tuple[Tensor, Tensor]:
+    return empty_pair(x, x.shape)
+
+
+def _fake_keep(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    rms: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=dtype), *empty_pair(x, x.shape)
+
+
+def _norm(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, rms: bool) -> Tensor:
+    d = x.float()
+    if not rms:
+        d = d - d.mean(-1, keepdim=True)
+    y = d * torch.rsqrt(d.square().mean(-1, keepdim=True) + eps)
+    if gamma is not None:
+        y = y * gamma.float()
+    if beta is not None:
+        y = y + beta.float()
+    return y
+
+
+@define(
+    "(Tensor x, Tensor? gamma, Tensor? beta, float eps, bool rms) -> (Tensor xq, Tensor x_scale)",
+    fake=_fake,
+    check=_check,
+)
+def norm_quantize(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, rms: bool
+) -> tuple[Tensor, Tensor]:
+    return quantize_rows(_norm(x, gamma, beta, eps, rms))
+
+
+@define(
+    "(Tensor x, Tensor? gamma, Tensor? beta, float eps, bool rms, ScalarType dtype)"
+    " -> (Tensor y, Tensor xq, Tensor x_scale)",
+    fake=_fake_keep,
+    check=_check_keep,
+)
+def norm_quantize_keep(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    rms: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = _norm(x, gamma, beta, eps, rms)
+    return y.to(dtype).contiguous(), *quantize_rows(y)

@@ -1,0 +1,1 @@
+from graphquant.ops.quantize.op import quantize as quantize

@@ -1,0 +1,175 @@
+"""Run one rule over a graph. The only module in which rules change one.
+
+It keeps the graph honest for them: fake values on new nodes, the same shape, dtype and device out
+as before, what was replaced is gone afterwards, and every decision is on record.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from graphquant.errors import RuleError
+from graphquant.ops import int8_linear, quantize
+from graphquant.ops.define import Op
+from graphquant.passes.graph import LINEAR, Constants, aten, shape
+from graphquant.passes.recognize import Activation, Norm, Recognized
+from graphquant.passes.record import Record
+from graphquant.passes.rule import Refuse, Rule, Site
+
+log = logging.getLogger(__name__)
+
+_CARRIERS = (LINEAR, int8_linear.target)  # a rewrite makes exactly one of these
+
+
+@dataclass
+class Workbench:
+    """The graph under the rules, and what is known about it (the rules' View)."""
+
+    gm: GraphModule
+    fake_mode: FakeTensorMode
+    constants: Constants
+    recognized: Recognized
+    needs_gradient: set[Node]
+    written: set[Node]
+    record: Record
+    replaced: dict[Node, Node] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> Graph:
+        return self.gm.graph
+
+    def norm(self, out: Node) -> Norm | None:
+        found = self.recognized.norms.get(out)
+        return found and replace(found, x=self._now(found.x))
+
+    def activation(self, out: Node) -> Activation | None:
+        found = self.recognized.activations.get(out)
+        return found and replace(found, x=self._now(found.x))
+
+    def _now(self, node: Node) -> Node:
+        """What stands for this node by now: norms and activations were found before any rewrite."""
+        while node in self.replaced:
+            node = self.replaced[node]
+        return node
+
+    def open(self, linear: Node) -> bool:
+        return self.record.open(linear)
+
+
+class Editor:
+    """What a rule may do to the graph (the rules' Edit)."""
+
+    def __init__(self, bench: Workbench) -> None:
+        self._bench = bench
+        self.made: list[Node] = []
+
+    def call(self, target: Any, *args: Any) -> Node:
+        """target(*args), where the site stands."""
+        fn = target.target if isinstance(target, Op) else target
+        return self._new(fn, args, {})
+
+    def weigh(self, target: Any, *args: Any) -> Node:
+        """target(*args) on weights alone: it stands right behind its last input."""
+        node = self.call(target, *args)
+        last = max(node.all_input_nodes)
+        if last.op == "placeholder":
+            next(n for n in self._bench.graph.nodes if n.op == "call_function").prepend(node)
+        else:
+            last.append(node)
+        return node
+
+    def _new(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+        node = self._bench.graph.call_function(target, args, kwargs)
+        fake_args, fake_kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        with self._bench.fake_mode:
+            node.meta["val"] = target(*fake_args, **fake_kwargs)
+        self.made.append(node)
+        return node
+
+    def unpack(self, node: Node) -> tuple[Node, ...]:
+        return tuple(self.call(operator.getitem, node, i) for i in range(len(node.meta["val"])))
+
+    def sizes(self, node: Node) -> list[Any]:
+        """The dims of a value: numbers, or nodes that hold them where they are dynamic."""
+        return [
+            s if isinstance(s, int) else self.call(aten.sym_size.int, node, i)
+            for i, s in enumerate(shape(node))
+        ]
+
+    def replay(self, views: Sequence[Node], x: Node) -> Node:
+        """The same views, on another value."""
+        for view in views:
+            # what was contiguous may now be a slice: reshape copies where view would fail
+            target = aten.reshape.default if view.target is aten.view.default else view.target
+            x = self._new(target, (x, *view.args[1:]), dict(view.kwargs))
+        return x
+
+    def quantize_weight(self, weight: Node) -> tuple[Node, Node]:
+        """wq [N, K] int8 and w_scale [N] float32. Computed once, when the weight is packed."""
+        pair = self.weigh(quantize, weight)
+        wq, scale = (self.weigh(operator.getitem, pair, i) for i in range(2))
+        return wq, self.weigh(aten.squeeze.dim, scale, -1)
+
+
+def apply(bench: Workbench, rule: Rule[Any]) -> None:
+    """Rewrite every site of one rule, in graph order."""
+    for site in rule.sites(bench):
+        if (no := _refusal(bench, rule, site)) is not None:
+            log.debug("%s refused %s: %s", rule.name, site.outputs[0].name, no.reason)
+            bench.record.decline(rule.name, site.subjects, no.reason)
+            continue
+        editor = Editor(bench)
+        with bench.graph.inserting_before(min(site.outputs)):  # the first in graph order
+            new = rule.rewrite(editor, site)
+        for old, now in zip(site.outputs, new, strict=True):
+            if (want := _spec(old)) != (got := _spec(now)):
+                raise RuleError(f"{rule.name} turned {old.name} {want} into {got}")
+        carriers = [n for n in editor.made if n.target in _CARRIERS]
+        if len(carriers) != 1:
+            raise RuleError(f"{rule.name} made {len(carriers)} linears of one site, not one")
+        for node in editor.made:
+            node.meta.setdefault("graphquant", rule.name)
+            for key in ("nn_module_stack", "stack_trace", "custom"):
+                if key in site.outputs[0].meta:
+                    node.meta.setdefault(key, site.outputs[0].meta[key])
+        bench.record.apply(rule.name, site.subjects, carriers[0])
+        log.debug("%s applied to %s", rule.name, site.outputs[0].name)
+        for old, now in zip(site.outputs, new, strict=True):
+            old.replace_all_uses_with(now)
+            bench.replaced[old] = now
+        for old in site.outputs:
+            _erase(bench.graph, old)
+        if alive := [n.name for n in site.outputs if not n._erased]:
+            raise RuleError(f"{rule.name} left what it replaced alive: {', '.join(alive)}")
+
+
+def _refusal(bench: Workbench, rule: Rule[Any], site: Site) -> Refuse | None:
+    no = rule.check(bench, site)
+    if no is not None and not isinstance(no, Refuse):
+        raise RuleError(f"{rule.name}.check returned {no!r}; it must return None or a Refuse")
+    if no is None and (hit := next((x for x in site.moved if x in bench.written), None)):
+        return Refuse(f"{hit.name} is written in place", hit)
+    return no
+
+
+def _spec(node: Node) -> tuple[Any, ...]:
+    value = node.meta["val"]
+    return tuple(value.shape), value.dtype, value.device
+
+
+def _erase(graph: Graph, node: Node) -> None:
+    """Erase a node without users, and what was computed for it alone."""
+    if node._erased or node.users or node.op != "call_function" or node.is_impure():
+        return
+    inputs = node.all_input_nodes
+    graph.erase_node(node)
+    for i in inputs:
+        _erase(graph, i)

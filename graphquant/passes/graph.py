@@ -1,0 +1,275 @@
+"""Questions about a graph. Nothing here changes one.
+
+The graph is pre-dispatch ATen: `aten.linear`, `aten.layer_norm`, `aten.gelu` and
+`aten.scaled_dot_product_attention` are single nodes, parameters are inputs (or attributes), and
+every node carries a fake tensor in `meta["val"]`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+aten = torch.ops.aten
+
+LINEAR = aten.linear.default
+
+CASTS = frozenset(
+    {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default}
+)
+
+# Views that may keep every row (last dim) whole; `keeps_rows` decides for one node.
+ROW_VIEWS = frozenset(
+    {
+        aten.view.default,
+        aten.reshape.default,
+        aten._unsafe_view.default,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.transpose.int,
+        aten.permute.default,
+        aten.contiguous.default,
+        aten.clone.default,
+    }
+)
+
+
+def is_call(value: object, *targets: Any) -> TypeGuard[Node]:
+    """Is this a node that calls one of these functions?"""
+    return isinstance(value, Node) and value.op == "call_function" and value.target in targets
+
+
+def full_args(node: Node) -> tuple[Any, ...]:
+    """All arguments in schema order, defaults filled in."""
+    assert isinstance(node.target, torch._ops.OpOverload), node
+    return tuple(
+        node.args[i] if i < len(node.args) else node.kwargs.get(a.name, a.default_value)
+        for i, a in enumerate(node.target._schema.arguments)
+    )
+
+
+def is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
+
+
+def shape(node: Node) -> tuple[Any, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+def dtype(node: Node) -> torch.dtype:
+    result: torch.dtype = node.meta["val"].dtype
+    return result
+
+
+def hint(size: int | torch.SymInt) -> int:
+    """The size seen at compile time. Adds no guard; 0 where torch has none (unbacked sizes)."""
+    if isinstance(size, torch.SymInt):
+        seen = size.node.hint
+        return int(seen) if seen is not None else 0
+    return int(size)
+
+
+def rows(node: Node) -> int:
+    """How many rows (product of all dims but the last) the node's value had at compile time."""
+    total = 1
+    for size in shape(node)[:-1]:
+        total *= hint(size)
+    return total
+
+
+def is_widening(node: Node) -> bool:
+    """A cast to a wider float type: it changes no value."""
+    if not is_call(node, *CASTS):
+        return False
+    old, new = dtype(node.all_input_nodes[0]), dtype(node)
+    return old.is_floating_point and new.is_floating_point and new.itemsize >= old.itemsize
+
+
+def is_float_cast(node: object) -> TypeGuard[Node]:
+    return (
+        is_call(node, *CASTS)
+        and dtype(node).is_floating_point
+        and dtype(node.all_input_nodes[0]).is_floating_point
+    )
+
+
+def keeps_rows(node: Node) -> bool:
+    """A view or copy whose rows (slices along the last dim) are its input's rows."""
+    if not is_call(node, *ROW_VIEWS):
+        return False
+    before, after = shape(node.all_input_nodes[0]), shape(node)
+    if not before or not after or not isinstance(before[-1], int) or before[-1] != after[-1]:
+        return False
+    last = len(before) - 1
+    if node.target is aten.transpose.int:
+        return last not in (node.args[1] % len(before), node.args[2] % len(before))  # type: ignore[operator]
+    if node.target is aten.permute.default:
+        return bool(node.args[1][-1] % len(before) == last)  # type: ignore[index, operator]
+    return True
+
+
+def origin(node: Node) -> tuple[Node, list[Node]]:
+    """Walk up through row-keeping views and float casts: (producer, views in data order)."""
+    views: list[Node] = []
+    while keeps_rows(node) or is_float_cast(node):
+        if not is_float_cast(node):
+            views.append(node)
+        node = node.all_input_nodes[0]
+    return node, views[::-1]
+
+
+def only_user(node: Node) -> Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def leads_only_to(node: Node, goal: Node) -> bool:
+    """Is every use of this value, through row-keeping views and casts, an argument of `goal`?"""
+    return all(
+        user is goal or ((keeps_rows(user) or is_float_cast(user)) and leads_only_to(user, goal))
+        for user in node.users
+    )
+
+
+class Constants:
+    """Which nodes depend on parameters and buffers only. `roots` are those themselves."""
+
+    def __init__(self, roots: Iterable[Node]) -> None:
+        self.roots = frozenset(roots)
+        self._known: dict[Node, bool] = dict.fromkeys(self.roots, True)
+
+    def __contains__(self, node: object) -> bool:
+        if not isinstance(node, Node):
+            return False
+        if node not in self._known:
+            inputs = node.all_input_nodes
+            self._known[node] = (
+                node.op == "call_function"
+                and bool(inputs)
+                and not node.is_impure()
+                and not is_random(node)
+                and all(i in self for i in inputs)
+            )
+        return self._known[node]
+
+    def roots_of(self, node: Node) -> list[Node]:
+        """The parameters a constant is computed from, in the order they are read."""
+        if node in self.roots:
+            return [node]
+        found = (root for i in node.all_input_nodes for root in self.roots_of(i))
+        return list(dict.fromkeys(found))
+
+
+def is_random(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def writes(node: Node) -> list[Node]:
+    """The arguments this node writes to in place."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    schema = node.target._schema
+    if not schema.is_mutable:
+        return []
+    found: list[Any] = []
+    for i, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+            found += value if isinstance(value, (list, tuple)) else [value]
+    return [v for v in found if isinstance(v, Node)]
+
+
+def may_alias(node: Node) -> list[Node]:
+    """The inputs whose memory this node's value may share."""
+    if node.op != "call_function":
+        return []
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.all_input_nodes if node.target.__name__ == "getitem" else []  # type: ignore[union-attr]
+    return [
+        value
+        for argument, value in zip(node.target._schema.arguments, full_args(node), strict=True)
+        if argument.alias_info is not None and isinstance(value, Node)
+    ]
+
+
+def written_in_place(graph: Graph) -> set[Node]:
+    """Every value whose memory some node of the graph writes to, through any alias of it."""
+    family: dict[Node, Node] = {}
+
+    def head(n: Node) -> Node:
+        while n in family:
+            n = family[n]
+        return n
+
+    for node in graph.nodes:
+        for other in may_alias(node):
+            if head(node) is not head(other):
+                family[head(node)] = head(other)
+    written = {head(n) for node in graph.nodes for n in writes(node)}
+    return {n for n in graph.nodes if head(n) in written} if written else set()
+
+
+def needs_gradient(graph: Graph, differentiable: Iterable[Node], grad_enabled: bool) -> set[Node]:
+    """Values through which a gradient can flow back to one of the differentiable inputs."""
+    found = set(differentiable)
+    if not found:
+        return found
+    enabled = grad_enabled
+    for node in graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            enabled = bool(node.args[0])
+        elif (
+            enabled
+            and node.op == "call_function"
+            and node.target is not aten.detach.default
+            and any(i in found for i in node.all_input_nodes)
+            and _can_need_gradient(node)
+        ):
+            found.add(node)
+        for target in writes(node):  # an in-place write passes the gradient on to what it wrote
+            if node in found:
+                found.add(target)
+    return found
+
+
+def _can_need_gradient(node: Node) -> bool:
+    value = node.meta.get("val")
+    if isinstance(value, Tensor):
+        return value.is_floating_point() or value.is_complex()
+    return not isinstance(value, (int, torch.SymInt, torch.SymFloat, torch.SymBool, bool, float))
+
+
+def readers(node: Node) -> str:
+    """Who reads this value, for a sentence: "add, scaled_dot_product_attention"."""
+    names = dict.fromkeys(
+        "the output"
+        if u.op == "output"
+        else getattr(u.target, "__name__", str(u.target)).split(".")[0]
+        for u in node.users
+    )
+    return ", ".join(names) or "nothing"
+
+
+def module_path(node: Node) -> str:
+    """Where in the module tree this was called, "encoder.layers.0.mlp"; "" if not known."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    path = re.sub(r"\._(?:modules|parameters|buffers)(?=\[)", "", path)
+    path = re.sub(r"\['?([^'\]]*)'?\]", r".\1", path)  # a['b'][0] -> a.b.0
+    return re.sub(r"^L\.self\.?|^L__self___?", "", path)
+
+
+def calls(graph: Graph, wanted: Callable[[Node], bool]) -> Iterator[Node]:
+    """The live nodes for which `wanted` holds, in order. The graph may change in between."""
+    for node in list(graph.nodes):
+        if not node._erased and node.op == "call_function" and wanted(node):
+            yield node

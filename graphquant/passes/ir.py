@@ -1,0 +1,30 @@
+"""The one form in which passes see a model, be it from torch.compile or torch.export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Node
+
+
+@dataclass
+class Captured:
+    """A model's graph and what is known of its inputs.
+
+    gm              pre-dispatch ATen, a fake tensor in `meta["val"]` of every node
+    fake_mode       the mode those fake tensors belong to
+    parameters      the nodes of parameters and buffers (placeholders or get_attr), with their
+                    real tensors
+    names           their names in the module, "encoder.layers.0.fc1.weight"
+    differentiable  graph inputs that require a gradient
+    grad_enabled    was autograd on when the graph begins
+    """
+
+    gm: GraphModule
+    fake_mode: FakeTensorMode
+    parameters: dict[Node, Tensor]
+    names: dict[Node, str]
+    differentiable: set[Node] = field(default_factory=set)
+    grad_enabled: bool = False

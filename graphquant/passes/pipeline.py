@@ -1,0 +1,178 @@
+"""The order of all passes: the whole rewrite on one page."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from graphquant.config import Config
+from graphquant.ops.checks import FLOATS
+from graphquant.ops.int8_linear.op import MAX_K
+from graphquant.passes.apply import Workbench, apply
+from graphquant.passes.graph import (
+    LINEAR,
+    Constants,
+    aten,
+    calls,
+    dtype,
+    full_args,
+    hint,
+    module_path,
+    needs_gradient,
+    readers,
+    rows,
+    shape,
+    written_in_place,
+)
+from graphquant.passes.ir import Captured
+from graphquant.passes.normalize import normalize
+from graphquant.passes.recognize import recognize
+from graphquant.passes.record import Record
+from graphquant.passes.rule import Rule
+from graphquant.passes.rules.act_linear import ActLinear
+from graphquant.passes.rules.layer_scale import LayerScale
+from graphquant.passes.rules.linear import AnyLinear
+from graphquant.passes.rules.norm_linear import NormLinear
+from graphquant.passes.rules.residual import Residual
+from graphquant.passes.rules.stack_siblings import StackSiblings
+from graphquant.report import Outcome, Report
+
+log = logging.getLogger(__name__)
+
+FLOAT_RULES: tuple[Rule[Any], ...] = (StackSiblings(),)
+INT8_RULES: tuple[Rule[Any], ...] = (
+    StackSiblings(),  # first: three readers of a norm become one
+    NormLinear(),
+    ActLinear(),
+    AnyLinear(),  # what no fusion took
+    LayerScale(),  # before the residual, as in the models
+    Residual(),
+)
+
+NEEDS_GRADIENT = "its result can need a gradient"
+DEVICES = ("cpu", "cuda")
+
+
+def rewrite(captured: Captured, config: Config) -> Report:
+    """Rewrite the captured graph in place and say what was done. Weights stay to be packed."""
+    gm = captured.gm
+    normalize(captured)
+    constants = Constants(captured.parameters)
+    bench = Workbench(
+        gm=gm,
+        fake_mode=captured.fake_mode,
+        constants=constants,
+        recognized=recognize(gm.graph, constants),
+        needs_gradient=needs_gradient(gm.graph, captured.differentiable, captured.grad_enabled),
+        written=written_in_place(gm.graph),
+        record=Record(),
+    )
+    _enter_all(bench, captured, config)
+    for rule in INT8_RULES if config.quantize else FLOAT_RULES:
+        apply(bench, rule)
+    _views_to_reshapes(bench)
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+    report = Report(bench.record.outcomes(), notes=tuple(_notes(bench)))
+    log.info("%s", report.summary())
+    return report
+
+
+def _enter_all(bench: Workbench, captured: Captured, config: Config) -> None:
+    """Put every linear, norm and activation on record, in graph order."""
+    norms, acts = bench.recognized.norms, bench.recognized.activations
+    unusable = bench.recognized.unusable
+    idle = "" if config.quantize else "quantize=False, and no other linear reads its input"
+    for node in bench.graph.nodes:
+        path = module_path(node)
+        if node.target is LINEAR:
+            x, weight, _ = full_args(node)
+            path = _linear_path(bench, captured, weight) or path
+            M, N, K = rows(node), hint(shape(node)[-1]), hint(shape(x)[-1])
+            outcome = Outcome("linear", path, node.name, refused=idle, M=M, N=N, K=K)
+            barred = _why_barred(bench, captured, config, node, path)
+            bench.record.enter(node, outcome, barred)
+        elif node in norms or node in acts or node in unusable:
+            kind = "activation" if node in acts else "norm"
+            why = f"read by {readers(node)}" if config.quantize else "quantize=False"
+            outcome = Outcome(kind, path, node.name, refused=why, K=hint(shape(node)[-1]))
+            bench.record.enter(node, outcome, unusable.get(node, ""))
+        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+            for inner in _linears_inside(bench.gm, node):
+                bench.record.enter_outside(
+                    Outcome(
+                        "linear",
+                        module_path(inner) or path,
+                        f"{node.name}.{inner.name}",
+                        refused=f"inside the higher-order op {node.target.name()}",
+                        M=rows(inner),
+                        N=hint(shape(inner)[-1]),
+                        K=hint(shape(inner.all_input_nodes[0])[-1]),
+                    )
+                )
+
+
+def _why_barred(bench: Workbench, captured: Captured, config: Config, node: Node, path: str) -> str:
+    """Why no rule may touch this linear, or "" if they may."""
+    x, weight, bias = full_args(node)
+    if weight not in bench.constants:
+        return "its weight is not a parameter"
+    if bias is not None and bias not in bench.constants:
+        return "its bias is not a parameter"
+    if why := config.wants(path):
+        return why
+    if node in bench.needs_gradient:
+        return NEEDS_GRADIENT
+    if dtype(node) not in FLOATS or dtype(x) not in FLOATS or dtype(weight) not in FLOATS:
+        return f"computes in {str(dtype(node)).removeprefix('torch.')}"
+    if (device := node.meta["val"].device.type) not in DEVICES:
+        return f"graphquant has no kernels for {device}"
+    N, K = shape(weight)
+    if not 1 <= K <= MAX_K or N < 1:
+        return f"K={K}, N={N}: int8 needs 1 <= K <= {MAX_K} and N >= 1"
+    roots = [r for v in (weight, bias) if v is not None for r in bench.constants.roots_of(v)]
+    if hit := next((r for r in roots if r in bench.written), None):
+        return f"{captured.names[hit]} is written in place inside the graph"
+    for root in roots:
+        kind = type(captured.parameters[root])
+        if kind not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+            return f"{captured.names[root]} is a {kind.__name__}, not a plain tensor"
+    return ""
+
+
+def _linear_path(bench: Workbench, captured: Captured, weight: Node) -> str:
+    """ "layers.0.fc1" for the weight "layers.0.fc1.weight", "attn.in_proj" for a packed one."""
+    if weight not in bench.constants:
+        return ""
+    name = captured.names[bench.constants.roots_of(weight)[0]]
+    return name.removesuffix(".weight").removesuffix("_weight")
+
+
+def _linears_inside(gm: GraphModule, node: Node) -> Iterator[Node]:
+    for argument in node.all_input_nodes:
+        if argument.op == "get_attr":
+            inner = getattr(gm, str(argument.target), None)
+            if isinstance(inner, GraphModule):
+                yield from calls(inner.graph, lambda n: n.target is LINEAR and "val" in n.meta)
+
+
+def _views_to_reshapes(bench: Workbench) -> None:
+    """A slice of a stacked linear is not contiguous: where `view` fails, `reshape` copies."""
+    for node in calls(bench.graph, lambda n: n.target is aten.view.default):
+        if node not in bench.written:
+            node.target = aten.reshape.default
+
+
+def _notes(bench: Workbench) -> Iterator[str]:
+    outcomes = bench.record.outcomes()
+    linears = [o for o in outcomes if o.kind == "linear"]
+    if linears and all(o.refused == NEEDS_GRADIENT for o in linears):
+        yield (
+            "every linear can need a gradient, so none is int8: for inference, call the model "
+            "under torch.inference_mode() or torch.no_grad()"
+        )

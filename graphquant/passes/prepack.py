@@ -1,0 +1,130 @@
+"""What is computed from parameters alone becomes a packed input of the graph.
+
+The rules leave weights as expressions, `quantize(cat(Wq, Wk, Wv))`, so that the graph is right
+after every rule. Here each linear's expressions are taken out: the graph gets an input for each,
+and a Recipe that computes them from the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from graphquant.ops import int8_linear
+from graphquant.passes.graph import LINEAR, Constants, calls
+from graphquant.passes.ir import Captured
+
+
+@dataclass(frozen=True)
+class Root:
+    """The i-th parameter of a recipe."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """target(*args, **kwargs); arguments are Root, Call, tuples of them, or plain values."""
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Packed tensors as expressions of parameters. Equal for equal linears, whatever the graph."""
+
+    outputs: tuple[Call, ...]
+
+    @torch.no_grad()
+    def compute(self, roots: Sequence[Tensor]) -> list[Tensor]:
+        """The packed tensors, in float32 arithmetic whatever autocast says."""
+        done: dict[int, Any] = {}
+        device = roots[0].device.type
+
+        def value(e: Any) -> Any:
+            if isinstance(e, Root):
+                return roots[e.index].detach()
+            if isinstance(e, tuple):
+                return tuple(map(value, e))
+            if not isinstance(e, Call):
+                return e
+            if id(e) not in done:
+                kwargs = {k: value(v) for k, v in e.kwargs}
+                done[id(e)] = e.target(*map(value, e.args), **kwargs)
+            return done[id(e)]
+
+        with torch.inference_mode(False), torch.autocast(device, enabled=False):
+            return [value(e) for e in self.outputs]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """One linear's packed inputs: their recipe, the parameters it reads, the graph's new inputs."""
+
+    recipe: Recipe
+    roots: tuple[Node, ...]
+    nodes: tuple[Node, ...]
+
+
+def prepack(captured: Captured, new_input: Callable[[str], Node]) -> list[Packing]:
+    """Take the weight expressions of every rewritten linear out of the graph.
+
+    `new_input(name)` adds an input to the graph; the fake value is copied onto it here.
+    """
+    graph, constants = captured.gm.graph, Constants(captured.parameters)
+    packings: list[Packing] = []
+    for linear in calls(graph, _is_rewritten):
+        outputs = [a for a in linear.all_input_nodes if a in constants and a not in constants.roots]
+        if not outputs:
+            continue
+        roots = list(dict.fromkeys(r for o in outputs for r in constants.roots_of(o)))
+        expressions = _Expressions(roots)
+        recipe = Recipe(tuple(expressions.of(o) for o in outputs))
+        nodes = []
+        for i, old in enumerate(outputs):
+            new = new_input(f"packed{len(packings)}_{i}")
+            new.meta["val"] = old.meta["val"]
+            linear.replace_input_with(old, new)
+            nodes.append(new)
+        packings.append(Packing(recipe, tuple(roots), tuple(nodes)))
+    graph.eliminate_dead_code()
+    graph.lint()
+    captured.gm.recompile()
+    return packings
+
+
+def _is_rewritten(node: Node) -> bool:
+    return node.target is int8_linear.target or (
+        node.target is LINEAR and node.meta.get("graphquant") is not None
+    )
+
+
+class _Expressions:
+    """Nodes as expressions of these roots."""
+
+    def __init__(self, roots: Sequence[Node]) -> None:
+        self._index = {root: Root(i) for i, root in enumerate(roots)}
+        self._made: dict[Node, Call] = {}
+
+    def of(self, node: Node) -> Any:
+        if node in self._index:
+            return self._index[node]
+        if node not in self._made:
+            args = tuple(map(self._argument, node.args))
+            kwargs = tuple((k, self._argument(v)) for k, v in sorted(node.kwargs.items()))
+            self._made[node] = Call(node.target, args, kwargs)
+        return self._made[node]
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, Node):
+            return self.of(value)
+        if isinstance(value, (list, tuple)):
+            return tuple(map(self._argument, value))
+        return value

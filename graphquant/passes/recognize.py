@@ -1,0 +1,270 @@
+"""Norms and activations, recognised by what they compute and not by how they are spelled.
+
+A spelled-out form such as `w * (x * rsqrt(mean(x**2) + eps))` or `0.5 * x * (1 + erf(x / sqrt(2)))`
+has many spellings: operand orders, pow or mul, casts in between. Instead of one pattern per
+spelling, the smallest region of arithmetic with a single activation `x` as its input is *evaluated*
+in float64 on random `x` and parameters, and compared with the norms and activations that the ops
+know. Equal values on random inputs in float64 leave no room for a wrong match.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from graphquant.ops.numerics import ACTIVATIONS
+from graphquant.passes.graph import (
+    CASTS,
+    Constants,
+    aten,
+    calls,
+    dtype,
+    full_args,
+    is_call,
+    is_tensor,
+    is_widening,
+    shape,
+)
+
+TOLERANCE = 1e-6  # float64 on inputs near 1; gelu's two forms are 4.7e-4 apart
+LONGEST = 24  # nodes of a spelled-out form; layer norm with casts takes 14
+
+WHOLE_ACTIVATIONS: dict[Any, Callable[[Node], str]] = {
+    aten.gelu.default: lambda n: "gelu_tanh" if full_args(n)[1] == "tanh" else "gelu",
+    aten.silu.default: lambda n: "silu",
+}
+WHOLE_NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default})
+
+_SIGNS_OF_ACTIVATION = frozenset(
+    {aten.erf.default, aten.tanh.default, aten.sigmoid.default, aten.relu.default}
+)
+_SIGNS_OF_NORM = frozenset({aten.mean.dim, aten.var.correction, aten.var.dim})
+_ARITHMETIC = (
+    _SIGNS_OF_ACTIVATION
+    | _SIGNS_OF_NORM
+    | CASTS
+    | {
+        getattr(getattr(aten, op), kind)
+        for op in ("add", "sub", "mul", "div")
+        for kind in ("Tensor", "Scalar")
+    }
+    | {aten.pow.Tensor_Scalar, aten.square.default, aten.neg.default, aten.exp.default}
+    | {aten.rsqrt.default, aten.sqrt.default, aten.reciprocal.default, aten.rsub.Scalar}
+)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """`out` = norm over the last dim of `x` [..., K], with `gamma` [K] and `beta` [K] or None."""
+
+    out: Node
+    x: Node
+    gamma: Node | None
+    beta: Node | None
+    eps: float
+    rms: bool
+
+
+@dataclass(frozen=True)
+class Activation:
+    """`out` = act(`x`), elementwise; `act` is a name the ops know."""
+
+    out: Node
+    x: Node
+    act: str
+
+
+@dataclass(frozen=True)
+class Recognized:
+    """All norms and activations of one graph, by the node that holds their result.
+
+    `unusable` holds those that no op can take over, with the reason.
+    """
+
+    norms: dict[Node, Norm]
+    activations: dict[Node, Activation]
+    unusable: dict[Node, str]
+
+
+def recognize(graph: Graph, constants: Constants) -> Recognized:
+    found = Recognized({}, {}, {})
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in calls(graph, lambda n: n.target in WHOLE_NORMS):
+        norm = _whole_norm(node)
+        if isinstance(norm, Norm):
+            found.norms[node] = norm
+        else:
+            found.unusable[node] = norm
+    for node in calls(graph, lambda n: n.target in _SIGNS_OF_NORM):
+        for out in _downstream(node):
+            if (norm_ := _spelled_norm(out, constants, order)) is not None:
+                found.norms[out] = norm_
+                break
+    for node in calls(graph, lambda n: n.target in _SIGNS_OF_ACTIVATION):
+        for out in _downstream(node):
+            if (act := _spelled_activation(out, constants, order)) is not None:
+                found.activations[out] = act
+                break
+    for node in calls(graph, lambda n: n.target in WHOLE_ACTIVATIONS):
+        kind = WHOLE_ACTIVATIONS[node.target](node)
+        found.activations[node] = Activation(node, node.all_input_nodes[0], kind)
+    return found
+
+
+def _whole_norm(node: Node) -> Norm | str:
+    x, dims, *rest = full_args(node)
+    if len(dims) != 1:
+        return f"normalises over {len(dims)} dims; int8 scales are per row"
+    if node.target is aten.rms_norm.default:
+        gamma, eps = rest
+        # torch's documented default: machine epsilon of the input's type
+        return Norm(node, x, gamma, None, torch.finfo(dtype(x)).eps if eps is None else eps, True)
+    gamma, beta, eps, _ = rest
+    return Norm(node, x, gamma, beta, eps, False)
+
+
+def _downstream(node: Node) -> list[Node]:
+    """The node and what is computed from it next, a few steps down, nearest last.
+
+    Furthest first: the outermost match is the whole norm with its affine part.
+    """
+    found, edge = [node], [node]
+    for _ in range(9):
+        edge = [u for n in edge for u in n.users if is_call(u, *_ARITHMETIC) and u not in found]
+        found += dict.fromkeys(edge)
+        if len(found) > 32:
+            break
+    return found[::-1]
+
+
+@dataclass(frozen=True)
+class _Region:
+    """Arithmetic between `x` and `out`: all of it depends on x and on `parameters` alone."""
+
+    out: Node
+    x: Node
+    nodes: tuple[Node, ...]  # in order, x excluded, out included
+    parameters: tuple[Node, ...]
+
+    def __call__(self, x: Tensor, parameters: dict[Node, Tensor]) -> Tensor:
+        """The region's value in the precision of `x`: casts are left out."""
+        values = {self.x: x, **parameters}
+        for node in self.nodes:
+            if node.target in CASTS:
+                values[node] = values[node.all_input_nodes[0]]
+            else:
+                args, given = map_arg((node.args, node.kwargs), values.__getitem__)
+                kwargs = {k: v for k, v in given.items() if k != "dtype"}
+                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return values[self.out]
+
+
+def _regions(out: Node, constants: Constants, order: dict[Node, int]) -> list[_Region]:
+    """Regions that end in `out` and have one input that is no constant, smallest first.
+
+    A heap by graph order makes the open ends a cut: whenever a single one is left, everything
+    below it depends on it alone.
+    """
+    found: list[_Region] = []
+    inside: list[Node] = []
+    parameters: dict[Node, None] = {}
+    heap, seen = [(-order[out], out)], {out}
+    while heap and len(inside) < LONGEST:
+        if len(heap) == 1 and inside:
+            found.append(_Region(out, heap[0][1], tuple(inside[::-1]), tuple(parameters)))
+        _, node = heapq.heappop(heap)
+        if not is_call(node, *_ARITHMETIC) or not is_tensor(node):
+            break
+        inside.append(node)
+        for i in node.all_input_nodes:
+            if i in constants:
+                parameters[i] = None
+            elif i not in seen and i in order:
+                seen.add(i)
+                heapq.heappush(heap, (-order[i], i))
+    return found
+
+
+def _spelled_activation(
+    out: Node, constants: Constants, order: dict[Node, int]
+) -> Activation | None:
+    for region in _regions(out, constants, order):
+        if region.parameters or not any(n.target in _SIGNS_OF_ACTIVATION for n in region.nodes):
+            continue
+        if any(n.target in _SIGNS_OF_NORM for n in region.nodes):
+            return None
+        with unset_fake_temporarily(), torch.no_grad():
+            x = torch.linspace(-6, 6, 97, dtype=torch.float64, device="cpu")
+            value = region(x, {})
+            for name, act in ACTIVATIONS.items():
+                if _equal(value, act(x)):
+                    return Activation(out, _unwidened(region.x), name)
+    return None
+
+
+def _spelled_norm(out: Node, constants: Constants, order: dict[Node, int]) -> Norm | None:
+    for region in _regions(out, constants, order):
+        if len(region.parameters) > 2 or not any(n.target in _SIGNS_OF_NORM for n in region.nodes):
+            continue
+        size = shape(region.x)
+        if not size or not isinstance(size[-1], int) or shape(out)[-1:] != size[-1:]:
+            continue
+        if any(
+            p.meta["val"].numel() != size[-1] or shape(p)[-1] != size[-1] for p in region.parameters
+        ):
+            continue
+        with unset_fake_temporarily(), torch.no_grad():
+            if (norm := _which_norm(region, size[-1], len(size))) is not None:
+                return norm
+    return None
+
+
+def _which_norm(region: _Region, K: int, rank: int) -> Norm | None:
+    random = torch.Generator("cpu").manual_seed(K)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=random, dtype=torch.float64, device="cpu")
+
+    parameters = {p: draw(*shape(p)) for p in region.parameters}
+    x = draw(*[1] * (rank - 2), 2, K) if rank > 1 else draw(K)
+    value = region(x, parameters)
+    numbers = [a for n in region.nodes for a in (*n.args, *n.kwargs.values())]
+    epsilons = {float(a) for a in numbers if isinstance(a, float) and 0 < a < 0.1} | {0.0}
+    slots = [*region.parameters, *[None] * (2 - len(region.parameters))]
+    for gamma, beta in dict.fromkeys(itertools.permutations(slots, 2)):
+        g, b = (None if p is None else parameters[p].reshape(K) for p in (gamma, beta))
+        for rms, eps in itertools.product((True, False) if beta is None else (False,), epsilons):
+
+            def norm(x: Tensor) -> Tensor:
+                if rms:  # noqa: B023
+                    return F.rms_norm(x, (K,), g, eps)  # noqa: B023
+                return F.layer_norm(x, (K,), g, b, eps)  # noqa: B023
+
+            if _equal(value, norm(x)):
+                small = x * eps**0.5  # as small as eps, so that a wrong eps shows
+                if eps == 0 or _equal(region(small, parameters), norm(small)):
+                    return Norm(region.out, _unwidened(region.x), gamma, beta, eps, rms)
+    return None
+
+
+def _equal(value: Tensor, want: Tensor) -> bool:
+    return value.shape == want.shape and bool(
+        ((value - want).abs() <= TOLERANCE * (1 + want.abs())).all()
+    )
+
+
+def _unwidened(x: Node) -> Node:
+    """The value before a cast to a wider type: the ops widen by themselves."""
+    while is_widening(x):
+        x = x.all_input_nodes[0]
+    return x

@@ -1,0 +1,64 @@
+"""The running record of a rewrite: what became of every linear, norm and activation.
+
+Each of them is entered before the first rule runs. A rule that takes one in moves its entry to the
+new node; the report is read off at the end, so nothing can be skipped in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from torch.fx import Node
+
+from graphquant.report import Outcome
+
+
+@dataclass
+class Entry:
+    """One linear, norm or activation on its way through the rules."""
+
+    outcome: Outcome  # its `refused` is what to say if no rule ever looks at it
+    rules: list[str] = field(default_factory=list)
+    barred: str = ""  # no rule may touch it, for this reason
+    declined: dict[str, str] = field(default_factory=dict)  # rule -> its reason
+
+    def done(self) -> Outcome:
+        if self.rules:
+            return replace(self.outcome, rules=tuple(self.rules), refused="")
+        said = self.barred or "; ".join(self.declined.values()) or self.outcome.refused
+        return replace(self.outcome, refused=said)
+
+
+class Record:
+    def __init__(self) -> None:
+        self._entries: list[Entry] = []
+        self._at: dict[Node, list[Entry]] = {}
+
+    def enter(self, node: Node, outcome: Outcome, barred: str = "") -> None:
+        entry = Entry(outcome, barred=barred)
+        self._entries.append(entry)
+        self._at.setdefault(node, []).append(entry)
+
+    def enter_outside(self, outcome: Outcome) -> None:
+        """Something no rule can reach, such as a linear inside a higher-order op."""
+        self._entries.append(Entry(outcome))
+
+    def open(self, node: Node) -> bool:
+        return not any(e.barred for e in self._at.get(node, ()))
+
+    def apply(self, rule: str, subjects: Iterable[Node], onto: Node) -> None:
+        for node in subjects:
+            entries = self._at.pop(node, [])
+            for entry in entries:
+                entry.rules.append(rule)
+            self._at.setdefault(onto, []).extend(e for e in entries if e.outcome.kind == "linear")
+
+    def decline(self, rule: str, subjects: Iterable[Node], reason: str) -> None:
+        for node in subjects:
+            for entry in self._at.get(node, ()):
+                entry.declined[rule] = reason
+
+    def outcomes(self) -> tuple[Outcome, ...]:
+        """Every Outcome, in graph order."""
+        return tuple(e.done() for e in self._entries)

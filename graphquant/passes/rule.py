@@ -1,0 +1,101 @@
+"""The words a rule is written in.
+
+A rule is one file with three answers: `sites` finds where its shape stands, `check` says None or a
+Refuse with a reason, `rewrite` builds the replacement. The engine (apply.py) does the rest: fake
+values, equal shape and dtype, dead code, the record of what happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from torch.fx import Graph, Node
+
+from graphquant.passes.graph import LINEAR, Constants, calls, full_args
+from graphquant.passes.recognize import Activation, Norm
+
+
+class Refuse(NamedTuple):
+    """A rule saw its shape and declined: why, and which node it blames."""
+
+    reason: str
+    at: Node
+
+
+class Linear(NamedTuple):
+    """y [..., N] = x [..., K] @ weight [N, K]^T + bias [N], as one node."""
+
+    node: Node
+    x: Node
+    weight: Node
+    bias: Node | None
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a rule may apply.
+
+    outputs   the nodes whose values the rewrite replaces, in order
+    subjects  the linears, norms and activations that the rewrite takes in; the record credits them
+    moved     values that the rewrite reads at another time than the model did; the engine refuses
+              the site if anything writes to one of them in place
+    """
+
+    outputs: tuple[Node, ...]
+    subjects: tuple[Node, ...]
+    moved: tuple[Node, ...]
+
+
+class View(Protocol):
+    """What a rule may ask about the graph."""
+
+    @property
+    def graph(self) -> Graph: ...
+
+    constants: Constants
+    needs_gradient: set[Node]
+
+    def norm(self, out: Node) -> Norm | None:
+        """The norm whose result this node holds."""
+        ...
+
+    def activation(self, out: Node) -> Activation | None:
+        """The activation whose result this node holds."""
+        ...
+
+    def open(self, linear: Node) -> bool:
+        """May this float linear be rewritten? False for one that was refused for good."""
+        ...
+
+
+class Edit(Protocol):
+    """What a rule may do to the graph: add calls, each with its fake value."""
+
+    def call(self, target: Any, *args: Any) -> Node: ...
+    def weigh(self, target: Any, *args: Any) -> Node: ...
+    def unpack(self, node: Node) -> tuple[Node, ...]: ...
+    def replay(self, views: Sequence[Node], x: Node) -> Node: ...
+    def sizes(self, node: Node) -> list[Any]: ...
+    def quantize_weight(self, weight: Node) -> tuple[Node, Node]: ...
+
+
+S = TypeVar("S", bound=Site)
+
+
+class Rule(Protocol[S]):
+    """One rewrite. `name` is the same word in the file name, in reports and in logs."""
+
+    name: str
+
+    def sites(self, view: View) -> Iterator[S]: ...
+    def check(self, view: View, site: S) -> Refuse | None: ...
+    def rewrite(self, edit: Edit, site: S) -> tuple[Node, ...]: ...
+
+
+def linears(view: View) -> Iterator[Linear]:
+    """The float linears that are still open, in order."""
+    for node in calls(view.graph, lambda n: n.target is LINEAR):
+        if view.open(node):
+            yield Linear(node, *full_args(node))

@@ -1,0 +1,62 @@
+"""A layer scale behind an int8 linear folds into its packed scale and bias.
+
+    gamma * int8_linear(xq, x_scale, wq, w_scale, bias)
+ -> int8_linear(xq, x_scale, wq, w_scale * gamma, bias * gamma)
+
+Exact in real arithmetic, for any sign of gamma [N], and free: both products are made when the
+weight is packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from graphquant.ops import int8_linear
+from graphquant.passes.graph import aten, calls, dtype, full_args, is_call, only_user, shape
+from graphquant.passes.rule import Edit, Refuse, Site, View
+
+
+@dataclass(frozen=True)
+class LayerScaleSite(Site):
+    linear: Node
+    gamma: Node
+
+
+class LayerScale:
+    name = "layer_scale"
+
+    def sites(self, view: View) -> Iterator[LayerScaleSite]:
+        for linear in calls(view.graph, lambda n: n.target is int8_linear.target):
+            product = only_user(linear)
+            if not is_call(product, aten.mul.Tensor):
+                continue
+            gamma = product.args[1] if product.args[0] is linear else product.args[0]
+            if not isinstance(gamma, Node):
+                continue
+            if gamma in view.constants and _is_per_channel(gamma, shape(linear)[-1]):
+                yield LayerScaleSite((product,), (linear,), (), linear, gamma)
+
+    def check(self, view: View, site: LayerScaleSite) -> Refuse | None:
+        (product,) = site.outputs
+        if product in view.needs_gradient:
+            return Refuse("the layer scale needs a gradient", site.gamma)
+        if dtype(product) != dtype(site.linear):
+            return Refuse(f"the product is {dtype(product)}, not the linear's type", product)
+        return None
+
+    def rewrite(self, edit: Edit, site: LayerScaleSite) -> tuple[Node, ...]:
+        xq, x_scale, wq, w_scale, bias, residual, out = full_args(site.linear)
+        gamma = edit.call(aten.reshape.default, site.gamma, [-1])
+        gamma = edit.call(aten.to.dtype, gamma, torch.float32)
+        w_scale = edit.call(aten.mul.Tensor, w_scale, gamma)
+        bias = bias and edit.call(aten.mul.Tensor, bias, gamma)
+        return (edit.call(int8_linear, xq, x_scale, wq, w_scale, bias, residual, out),)
+
+
+def _is_per_channel(gamma: Node, N: int) -> bool:
+    size = shape(gamma)
+    return bool(size) and size[-1] == N and gamma.meta["val"].numel() == N

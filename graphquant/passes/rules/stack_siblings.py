@@ -1,0 +1,60 @@
+"""Linears that read one value become one linear on stacked weights.
+
+    q, k, v = linear(x, Wq, bq), linear(x, Wk, bk), linear(x, Wv, bv)
+ -> y = linear(x, [Wq; Wk; Wv], [bq; bk; bv]);  q, k, v = slices of y's last dim
+
+Exact: an output column of a linear depends on its own weight row only, and so does its int8 scale,
+so the stacked int8 weight is bit-identical to the separate ones. Any group of two or more (q/k/v,
+k/v of a cross-attention, gate/up), any widths; a missing bias becomes zeros.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from graphquant.passes.graph import LINEAR, aten, dtype, shape
+from graphquant.passes.rule import Edit, Linear, Refuse, Site, View, linears
+
+
+@dataclass(frozen=True)
+class Siblings(Site):
+    linears: tuple[Linear, ...]
+
+
+class StackSiblings:
+    name = "stack_siblings"
+
+    def sites(self, view: View) -> Iterator[Siblings]:
+        groups: dict[object, list[Linear]] = defaultdict(list)
+        for linear in linears(view):
+            groups[linear.x, dtype(linear.node), dtype(linear.weight)].append(linear)
+        for group in groups.values():
+            if len(group) > 1:
+                nodes = tuple(n.node for n in group)
+                yield Siblings(nodes, nodes, (group[0].x,), tuple(group))
+
+    def check(self, view: View, site: Siblings) -> Refuse | None:
+        return None
+
+    def rewrite(self, edit: Edit, site: Siblings) -> tuple[Node, ...]:
+        weight = edit.weigh(aten.cat.default, [n.weight for n in site.linears])
+        bias = None
+        if any(n.bias is not None for n in site.linears):
+            bias = edit.weigh(aten.cat.default, [_bias(edit, n) for n in site.linears])
+        y = edit.call(LINEAR, site.linears[0].x, weight, bias)
+        parts, start = [], 0
+        for linear in site.linears:
+            stop = start + shape(linear.weight)[0]
+            parts.append(edit.call(aten.slice.Tensor, y, -1, start, stop))
+            start = stop
+        return tuple(parts)
+
+
+def _bias(edit: Edit, linear: Linear) -> Node:
+    if linear.bias is not None:
+        return linear.bias
+    return edit.weigh(aten.new_zeros.default, linear.weight, [shape(linear.weight)[0]])

@@ -1,0 +1,151 @@
+"""What was rewritten, what was not, and why: one Outcome per linear, norm and activation."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+INT8_RULES = frozenset({"norm_linear", "act_linear", "linear"})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one linear, norm or activation of the model.
+
+    kind     "linear" | "norm" | "activation"
+    path     its module path, e.g. "encoder.layers.0.self_attn.q_proj"
+    node     its name in the traced graph
+    rules    the rules that rewrote it, in order; empty if none did
+    refused  why no rule took it; empty if one did
+    M, N, K  of a linear [M, K] x [N, K]^T at the sizes seen at compile time; K alone for a norm
+    """
+
+    kind: str
+    path: str
+    node: str
+    rules: tuple[str, ...] = ()
+    refused: str = ""
+    M: int = 0
+    N: int = 0
+    K: int = 0
+
+    @property
+    def applied(self) -> bool:
+        return bool(self.rules)
+
+    @property
+    def int8(self) -> bool:
+        """Does this linear run on int8 operands?"""
+        return self.kind == "linear" and not INT8_RULES.isdisjoint(self.rules)
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of a linear: 2 M N K. 0 for anything else."""
+        return 2 * self.M * self.N * self.K if self.kind == "linear" else 0
+
+    def __str__(self) -> str:
+        size = f" {self.M}x{self.N}x{self.K}" if self.kind == "linear" else ""
+        what = " + ".join(self.rules) if self.rules else f"refused: {self.refused}"
+        return f"{self.kind} {self.path or self.node}{size}: {what}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcomes of one compiled graph, or of several (one per graph break)."""
+
+    outcomes: tuple[Outcome, ...]
+    graphs: int = 1
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def merge(cls, reports: Iterable[Report]) -> Report:
+        every = list(reports)
+        notes = dict.fromkeys(n for r in every for n in r.notes)
+        return cls(
+            tuple(o for r in every for o in r.outcomes), sum(r.graphs for r in every), tuple(notes)
+        )
+
+    @property
+    def linears(self) -> tuple[Outcome, ...]:
+        return tuple(o for o in self.outcomes if o.kind == "linear")
+
+    @property
+    def applied(self) -> tuple[Outcome, ...]:
+        return tuple(o for o in self.outcomes if o.applied)
+
+    @property
+    def refused(self) -> tuple[Outcome, ...]:
+        return tuple(o for o in self.outcomes if not o.applied)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the linears' FLOPs that runs in int8, 0 to 1. 0 for a graph without linears."""
+        total = sum(o.flops for o in self.linears)
+        return sum(o.flops for o in self.linears if o.int8) / total if total else 0.0
+
+    def counts(self) -> dict[str, int]:
+        """How many linears each combination of rules took: {"stack_siblings + norm_linear": 6}."""
+        return dict(Counter(" + ".join(o.rules) for o in self.linears if o.rules))
+
+    def reasons(self) -> dict[str, int]:
+        """How many linears were refused for each reason."""
+        return dict(Counter(o.refused for o in self.linears if not o.rules))
+
+    def summary(self) -> str:
+        """One line: how much is int8, by which rules, and what was refused."""
+        int8 = sum(o.int8 for o in self.linears)
+        taken = ", ".join(f"{rules} {n}" for rules, n in self.counts().items())
+        refused = ", ".join(f"{reason} ({n})" for reason, n in self.reasons().items())
+        graphs = "" if self.graphs == 1 else f" in {self.graphs} graphs"
+        return (
+            f"{int8} of {len(self.linears)} linears{graphs} in int8, "
+            f"{self.coverage:.1%} of their FLOPs"
+            + (f"; {taken}" if taken else "")
+            + (f"; refused: {refused}" if refused else "")
+        )
+
+    def to_json(self, *, indent: int | None = 2) -> str:
+        return json.dumps(
+            {
+                "coverage": self.coverage,
+                "graphs": self.graphs,
+                "counts": self.counts(),
+                "notes": list(self.notes),
+                "outcomes": [asdict(o) for o in self.outcomes],
+            },
+            indent=indent,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        data = json.loads(text)
+        outcomes = tuple(Outcome(**{**o, "rules": tuple(o["rules"])}) for o in data["outcomes"])
+        return cls(outcomes, data["graphs"], tuple(data["notes"]))
+
+    def __rich__(self) -> RenderableType:
+        table = Table(title="graphquant", title_justify="left", header_style="bold", expand=False)
+        table.add_column("module", overflow="fold")
+        table.add_column("kind")
+        table.add_column("M x N x K", justify="right")
+        table.add_column("outcome", overflow="fold")
+        for o in self.outcomes:
+            size = f"{o.M} x {o.N} x {o.K}" if o.kind == "linear" else ""
+            taken, refused = " + ".join(o.rules), escape(o.refused)
+            what = f"[green]{taken}[/]" if o.applied else f"[yellow]refused:[/] {refused}"
+            table.add_row(o.path or o.node, o.kind, size, what)
+        return Group(table, self.summary(), *(f"note: {n}" for n in self.notes))
+
+    def __str__(self) -> str:
+        """The table without colour, wide enough for its longest row."""
+        widest = max((len(str(o)) for o in self.outcomes), default=0) + 40
+        page = Console(file=io.StringIO(), width=min(max(100, widest), 200), color_system=None)
+        page.print(self)
+        text: str = page.file.getvalue()  # type: ignore[attr-defined]
+        return text.rstrip()
