@@ -74,9 +74,10 @@ def _hand_over(
 
     packings = prepack(captured, new_input)
     jobs = [(p.recipe, tuple(index[r] for r in p.roots)) for p in packings]
-    supply = Supply(jobs, names.__getitem__)
-    tensors = supply(example_inputs)
     kept = [i for i, n in enumerate(given) if n.users]
+    floats = [i for i in kept if given[i] in captured.parameters] if config.free_weights else []
+    supply = Supply(jobs, names.__getitem__, floats)
+    tensors = supply(example_inputs)
     _refuse_released(captured, given, kept, example_inputs)
     for node in given:
         if not node.users:
@@ -87,7 +88,7 @@ def _hand_over(
     inputs = [*(example_inputs[i] for i in kept), *fakes]
     inner = compile_graph(captured.gm, inputs, config)
     if config.free_weights:
-        freed = supply.release(example_inputs, keep=set(kept))
+        freed = supply.release(example_inputs)
         log.info("free_weights released %.1f MiB of float weights", freed / 2**20)
 
     def run(*args: Any) -> Any:

@@ -11,22 +11,29 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
+from torch.utils.checkpoint import noop_context_fn
 
 from graphquant.passes.graph import aten
 from graphquant.passes.ir import Captured
 
 _ENTER = torch.amp.autocast_mode._enter_autocast
 _EXIT = torch.amp.autocast_mode._exit_autocast
+
+_CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+_POLICY = "_checkpoint_context_fn"  # make_fx wants one, and most checkpoints have none
 
 
 def from_dynamo(gm: GraphModule, example_inputs: list[Any]) -> Captured | None:
@@ -38,6 +45,9 @@ def from_dynamo(gm: GraphModule, example_inputs: list[Any]) -> Captured | None:
         return None
     with fake_mode, preserve_node_meta():
         retraced = make_fx(lambda *a: _Retrace(gm).run(*a), pre_dispatch=True)(*fakes)
+    for module in chain(gm.modules(), retraced.modules()):
+        if isinstance(module, GraphModule) and module.meta.get(_POLICY) is noop_context_fn:
+            del module.meta[_POLICY]
     captured = Captured(retraced, fake_mode, {}, {}, grad_enabled=torch.is_grad_enabled())
     placeholders = retraced.graph.find_nodes(op="placeholder")
     for old, new, value in zip(given, placeholders, example_inputs, strict=True):
@@ -51,7 +61,9 @@ def from_dynamo(gm: GraphModule, example_inputs: list[Any]) -> Captured | None:
             captured.names[new] = _module_name(old)
     # CUDA graphs treat parameters as static only if the graph says where its inputs come from
     retraced.meta.update(gm.meta)
-    retraced._param_name_to_source = {}  # type: ignore[assignment]
+    # constants of the forward, such as the 0 of `y[:, 0] = 0`, need a name of their own
+    constants = (n for n, _ in chain(retraced.named_parameters(), retraced.named_buffers()))
+    retraced._param_name_to_source = {n: ConstantSource(n) for n in constants}  # type: ignore[assignment]
     return captured
 
 
@@ -119,6 +131,8 @@ class _Retrace(Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target in _OPENED:
             return _OPENED[target](*args, **kwargs)
+        if target is _CHECKPOINT:
+            args[0].meta.setdefault(_POLICY, noop_context_fn)
         result = super().call_function(target, args, kwargs)
         if target is _ENTER:
             with torch._C.DisableTorchFunction():
@@ -188,7 +202,9 @@ def _encoder_layer(
     return norm_2(x + feed_forward(x))
 
 
-_OPENED = {
+_OPENED: dict[Any, Callable[..., Tensor]] = {
+    # make_fx takes `x.data` for a constant
+    torch._C._autograd._get_data_attr: Tensor.detach,  # type: ignore[attr-defined]
     torch._transformer_encoder_layer_fwd: _encoder_layer,
     aten._transformer_encoder_layer_fwd.default: _encoder_layer,
 }

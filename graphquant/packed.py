@@ -4,13 +4,14 @@ A backend that closes over packed weights gives silently wrong answers after `lo
 optimizer step, a second instance of the same class, a replaced parameter. So a pack belongs to its
 parameter, is an *input* of the compiled graph, and every call checks that nothing moved:
 
-    fresh  <=>  same parameter objects, same `_version`, same address, no refresh since
+    fresh  <=>  same parameter objects, same `_version`, same living storage at the same address,
+                no refresh since
 
 A stale pack is computed again into the same memory, so that CUDA graphs stay valid. What none of
 these can see (`p.data += delta`) needs `refresh()`; optimizer steps, of which fused ones leave no
 trace either, are announced by torch's own hook.
 
-The check is three vectorised comparisons, about 0.2 us per parameter.
+The check is four vectorised comparisons, about 0.3 us per parameter.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from graphquant.errors import ReleasedWeightError
@@ -34,6 +36,7 @@ _MARK = "_graphquant_mark"
 _lock = threading.RLock()
 _epoch = 0
 _hooked = False
+_read_in_float: set[StorageWeakRef] = set()  # by graphs with free_weights=True
 
 
 class Recipe(Hashable, Protocol):
@@ -76,12 +79,21 @@ class _Seen:
     marks: list[Any]
     versions: list[int | None]
     addresses: list[int]
+    storages: list[StorageWeakRef]  # `p.data = new` may land on the address of what it replaces
     epoch: int
+
+    def __post_init__(self) -> None:
+        self._cdatas = [s.cdata for s in self.storages]
 
     @classmethod
     def of(cls, roots: Sequence[Tensor]) -> _Seen:
-        marks = [_mark(t) for t in roots]
-        return cls(marks, _versions(roots), list(map(Tensor.data_ptr, roots)), _epoch)
+        return cls(
+            [_mark(t) for t in roots],
+            _versions(roots),
+            list(map(Tensor.data_ptr, roots)),
+            [StorageWeakRef(t.untyped_storage()) for t in roots],
+            _epoch,
+        )
 
     def still(self, roots: Sequence[Tensor]) -> bool:
         try:
@@ -89,7 +101,7 @@ class _Seen:
                 self.epoch == _epoch
                 and list(map(_get_mark, roots)) == self.marks
                 and list(map(_get_version, roots)) == self.versions
-                and list(map(Tensor.data_ptr, roots)) == self.addresses
+                and self._in_place(roots)
             )
         except AttributeError:  # a parameter we never saw
             return False
@@ -98,8 +110,19 @@ class _Seen:
                 self.epoch == _epoch
                 and [t.__dict__.get(_MARK) for t in roots] == self.marks
                 and _versions(roots) == self.versions
-                and list(map(Tensor.data_ptr, roots)) == self.addresses
+                and self._in_place(roots)
             )
+
+    def changed(self, roots: Sequence[Tensor]) -> bool:
+        """Has one of those changed that still have values?"""
+        now = zip(_versions(roots), map(Tensor.data_ptr, roots), strict=True)
+        then = zip(self.versions, self.addresses, strict=True)
+        return any(a != b for t, a, b in zip(roots, now, then, strict=True) if not is_released(t))
+
+    def _in_place(self, roots: Sequence[Tensor]) -> bool:
+        return list(map(Tensor.data_ptr, roots)) == self.addresses and not any(
+            map(torch.UntypedStorage._expired, self._cdatas)
+        )
 
 
 _get_mark = attrgetter(_MARK)
@@ -121,22 +144,29 @@ class _Plan:
 class Supply:
     """The packed inputs of one compiled graph.
 
-    jobs   for each packed linear, its recipe and which arguments of the call are its roots
-    names  of the call's arguments, for messages
+    jobs    for each packed linear, its recipe and which arguments of the call are its roots
+    names   of the call's arguments, for messages
+    floats  for `release`: which arguments are parameters that the graph reads in float
     """
 
     def __init__(
-        self, jobs: Sequence[tuple[Recipe, tuple[int, ...]]], names: Callable[[int], str]
+        self,
+        jobs: Sequence[tuple[Recipe, tuple[int, ...]]],
+        names: Callable[[int], str],
+        floats: Sequence[int] = (),
     ) -> None:
         _announce_optimizer_steps()
         self._jobs = list(jobs)
         self._names = names
-        self.roots = sorted({i for _, indices in jobs for i in indices})
-        self._pick = _picker(self.roots)
+        self._floats = floats
+        self._packed = {i for _, indices in jobs for i in indices}
+        self._watched = sorted({*self._packed, *floats})
+        self._pick = _picker(self._watched)
+        self._releases = False
 
     def __call__(self, args: Sequence[Any]) -> list[Tensor]:
         """The packed tensors for these arguments, computed again if a parameter changed."""
-        if not self._jobs:
+        if not self._watched:
             return []
         roots = self._pick(args)
         mark = roots[0].__dict__.get(_MARK)
@@ -145,6 +175,8 @@ class Supply:
             if plan is not None and plan.seen.still(roots):
                 return plan.tensors
         with _lock:
+            if self._releases:  # a graph may serve many modules
+                self.release(args)
             seen = _Seen.of(roots)
             tensors = list(chain.from_iterable(self._packs(args)))
             _mark(roots[0]).owner.plans[self] = _Plan(tensors, seen)
@@ -156,18 +188,31 @@ class Supply:
             for recipe, indices in self._jobs
         ]
 
-    def release(self, args: Sequence[Any], keep: set[int]) -> int:
-        """Give back the storage of the roots that are not in `keep`. Returns the bytes freed."""
+    def release(self, args: Sequence[Any]) -> int:
+        """From now on, give back the storage of roots that no such graph reads in float.
+
+        Returns the bytes freed now.
+        """
         freed = 0
         with _lock:
-            self(args)
-            for i in self.roots:
+            self._releases = True
+            for i in self._floats:
+                if is_released(args[i]):
+                    raise ReleasedWeightError(
+                        f"{self._names(i)} is read in float, but free_weights=True released it"
+                    )
+                _read_in_float.add(StorageWeakRef(args[i].untyped_storage()))
+            _read_in_float.difference_update([s for s in _read_in_float if s.expired()])
+            self._packs(args)
+            for i in self._packed:
                 storage, t = args[i].untyped_storage(), args[i]
                 # a larger storage belongs to other tensors too
-                if i not in keep and storage.nbytes() == t.numel() * t.element_size():
+                if (
+                    StorageWeakRef(storage) not in _read_in_float
+                    and storage.nbytes() == t.numel() * t.element_size()
+                ):
                     freed += storage.nbytes()
                     storage.resize_(0)
-            self(args)  # the addresses changed: note the new ones
         return freed
 
 
@@ -184,6 +229,11 @@ def _pack(recipe: Recipe, roots: list[Tensor], names: Callable[[], Any]) -> list
             raise ReleasedWeightError(
                 f"{', '.join(gone)}: free_weights=True released the float values, "
                 "and this combination was never packed"
+            )
+        if pack.seen.changed(roots):
+            raise ReleasedWeightError(
+                f"{', '.join(names())} are packed together. One of them has changed, and cannot be "
+                f"packed again: free_weights=True released {', '.join(gone)}"
             )
         pack.seen = seen
         return pack.tensors

@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 from graphquant.errors import RuleError
 from graphquant.ops import int8_linear, quantize
 from graphquant.ops.define import Op
-from graphquant.passes.graph import LINEAR, Constants, aten, shape
+from graphquant.passes.graph import LINEAR, SIZED_VIEWS, Constants, aten, shape
 from graphquant.passes.recognize import Activation, Norm, Recognized
 from graphquant.passes.record import Record
 from graphquant.passes.rule import Refuse, Rule, Site
@@ -105,11 +105,14 @@ class Editor:
         ]
 
     def replay(self, views: Sequence[Node], x: Node) -> Node:
-        """The same views, on another value."""
+        """The same row-keeping views, on another value. Its rows may have another width."""
+        width = shape(x)[-1]
         for view in views:
-            # what was contiguous may now be a slice: reshape copies where view would fail
-            target = aten.reshape.default if view.target is aten.view.default else view.target
-            x = self._new(target, (x, *view.args[1:]), dict(view.kwargs))
+            target, args = view.target, view.args[1:]
+            if target in SIZED_VIEWS:
+                # reshape copies where view would fail: what was contiguous may now be a slice
+                target, args = aten.reshape.default, ([*args[0][:-1], width],)  # type: ignore[index]
+            x = self._new(target, (x, *args), dict(view.kwargs))
         return x
 
     def quantize_weight(self, weight: Node) -> tuple[Node, Node]:
@@ -145,6 +148,8 @@ def apply(bench: Workbench, rule: Rule[Any]) -> None:
         for old, now in zip(site.outputs, new, strict=True):
             old.replace_all_uses_with(now)
             bench.replaced[old] = now
+            if old in bench.written:
+                bench.written.add(now)
         for old in site.outputs:
             _erase(bench.graph, old)
         if alive := [n.name for n in site.outputs if not n._erased]:

@@ -23,12 +23,11 @@ CASTS = frozenset(
     {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default}
 )
 
+SIZED_VIEWS = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
+
 # Views that may keep every row (last dim) whole; `keeps_rows` decides for one node.
-ROW_VIEWS = frozenset(
+ROW_VIEWS = SIZED_VIEWS | frozenset(
     {
-        aten.view.default,
-        aten.reshape.default,
-        aten._unsafe_view.default,
         aten.flatten.using_ints,
         aten.unflatten.int,
         aten.unsqueeze.default,
@@ -106,7 +105,8 @@ def keeps_rows(node: Node) -> bool:
     if not is_call(node, *ROW_VIEWS):
         return False
     before, after = shape(node.all_input_nodes[0]), shape(node)
-    if not before or not after or not isinstance(before[-1], int) or before[-1] != after[-1]:
+    widths = before[-1:] + after[-1:]
+    if not all(isinstance(w, int) for w in widths) or len(set(widths)) != 1 or len(widths) != 2:
         return False
     last = len(before) - 1
     if node.target is aten.transpose.int:
@@ -199,8 +199,8 @@ def may_alias(node: Node) -> list[Node]:
     ]
 
 
-def written_in_place(graph: Graph) -> set[Node]:
-    """Every value whose memory some node of the graph writes to, through any alias of it."""
+def _families(graph: Graph) -> Callable[[Node], Node]:
+    """Values that may share memory have one head."""
     family: dict[Node, Node] = {}
 
     def head(n: Node) -> Node:
@@ -212,6 +212,12 @@ def written_in_place(graph: Graph) -> set[Node]:
         for other in may_alias(node):
             if head(node) is not head(other):
                 family[head(node)] = head(other)
+    return head
+
+
+def written_in_place(graph: Graph) -> set[Node]:
+    """Every value whose memory some node of the graph writes to, through any alias of it."""
+    head = _families(graph)
     written = {head(n) for node in graph.nodes for n in writes(node)}
     return {n for n in graph.nodes if head(n) in written} if written else set()
 
@@ -221,6 +227,7 @@ def needs_gradient(graph: Graph, differentiable: Iterable[Node], grad_enabled: b
     found = set(differentiable)
     if not found:
         return found
+    head = _families(graph)
     enabled = grad_enabled
     for node in graph.nodes:
         if node.target is torch._C._set_grad_enabled:
@@ -233,9 +240,9 @@ def needs_gradient(graph: Graph, differentiable: Iterable[Node], grad_enabled: b
             and _can_need_gradient(node)
         ):
             found.add(node)
-        for target in writes(node):  # an in-place write passes the gradient on to what it wrote
-            if node in found:
-                found.add(target)
+        if node in found and (written := {head(n) for n in writes(node)}):
+            # an in-place write passes the gradient on to what it wrote, whatever its name
+            found |= {n for n in graph.nodes if head(n) in written}
     return found
 
 

@@ -62,6 +62,13 @@ POINTER = (
 SPARE = 2048  # bytes of shared memory left for barriers and reductions
 
 
+def tma_table(itemsize: int, aligned: bool) -> tuple[Tile, ...]:
+    """By the bytes of one element of y, and whether its rows are multiples of 16 bytes."""
+    if not aligned:
+        return TMA_ODD_N
+    return TMA if itemsize < 4 else TMA_FLOAT32
+
+
 def choose(table: tuple[Tile, ...], M: int, N: int, K: int, chip: Chip) -> Tile:
     """The largest tile that fits the chip and still gives every processor work, else the last.
 

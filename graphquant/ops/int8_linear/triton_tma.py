@@ -90,8 +90,7 @@ def int8_linear_triton_tma(
         residual, residual_row = as_rows(residual)
     unit = unit_of(residual_row)
     by_tma = N * y.element_size() % ALIGN == 0
-    table = tiles.TMA_FLOAT32 if dtype == torch.float32 else tiles.TMA
-    table = table if by_tma else tiles.TMA_ODD_N
+    table = tiles.tma_table(dtype.itemsize, by_tma)
     tile = tiles.choose(table, M, N, K, chip(xq.device))
     xq, x_row = as_rows(xq)
     wq, w_row = as_rows(wq)

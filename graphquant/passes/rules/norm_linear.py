@@ -6,7 +6,8 @@
 LayerNorm or RMSNorm, written whole or spelled out. The normalised activation is never written to
 memory, unless the model also reads it elsewhere (post-norm models add it to the residual): then
 `norm_quantize_keep` returns it too. Row-keeping views in between move in front of the norm, which
-works row by row. Inexact: int8 on both operands.
+works row by row, or onto its int8 result if the float one keeps its shape. Inexact: int8 on both
+operands.
 """
 
 from __future__ import annotations
@@ -40,24 +41,24 @@ class NormLinear:
                 continue
             keep = not leads_only_to(out, linear.node)
             outputs = (linear.node, out) if keep else (linear.node,)
-            yield NormSite(outputs, (linear.node, out), (norm.x,), norm, tuple(views), linear, keep)
+            both = (linear.node, out)
+            yield NormSite(outputs, both, (norm.x, out), norm, tuple(views), linear, keep)
 
     def check(self, view: View, site: NormSite) -> Refuse | None:
-        if site.keep and site.views:
-            return Refuse("its result is also read elsewhere, in another shape", site.norm.out)
         return None
 
     def rewrite(self, edit: Edit, site: NormSite) -> tuple[Node, ...]:
         norm, linear = site.norm, site.linear
-        x = edit.replay(site.views, norm.x)
-        arguments = (x, norm.gamma, norm.beta, norm.eps, norm.rms)
+        parameters = (norm.gamma, norm.beta, norm.eps, norm.rms)
         kept: tuple[Node, ...] = ()
         if site.keep:
-            made = edit.call(norm_quantize_keep, *arguments, dtype(norm.out))
-            *kept_, xq, x_scale = edit.unpack(made)
-            kept = tuple(kept_)
+            made = edit.call(norm_quantize_keep, norm.x, *parameters, dtype(norm.out))
+            y, xq, x_scale = edit.unpack(made)
+            kept = (y,)
+            xq, x_scale = edit.replay(site.views, xq), edit.replay(site.views, x_scale)
         else:
-            xq, x_scale = edit.unpack(edit.call(norm_quantize, *arguments))
+            x = edit.replay(site.views, norm.x)
+            xq, x_scale = edit.unpack(edit.call(norm_quantize, x, *parameters))
         wq, w_scale = edit.quantize_weight(linear.weight)
         y = edit.call(int8_linear, xq, x_scale, wq, w_scale, linear.bias, None, dtype(linear.node))
         return (y, *kept)

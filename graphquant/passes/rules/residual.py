@@ -15,18 +15,18 @@ from torch.fx import Node
 
 from graphquant.ops import int8_linear
 from graphquant.passes.graph import (
+    SIZED_VIEWS,
     aten,
     calls,
     dtype,
     full_args,
     is_call,
     is_tensor,
+    keeps_rows,
     only_user,
     shape,
 )
 from graphquant.passes.rule import Edit, Refuse, Site, View
-
-_RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Residual:
             if linear.args[5] is not None:
                 continue
             views, end = [], linear
-            while is_call(user := only_user(end), *_RESHAPES):
+            while is_call(user := only_user(end), *SIZED_VIEWS) and keeps_rows(user):
                 views.append(user)
                 end = user
             if not is_call(user, aten.add.Tensor) or user.kwargs:

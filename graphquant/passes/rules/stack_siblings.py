@@ -35,7 +35,8 @@ class StackSiblings:
         for group in groups.values():
             if len(group) > 1:
                 nodes = tuple(n.node for n in group)
-                yield Siblings(nodes, nodes, (group[0].x,), tuple(group))
+                # a slice of the stacked result cannot be viewed and written as the result itself
+                yield Siblings(nodes, nodes, (group[0].x, *nodes), tuple(group))
 
     def check(self, view: View, site: Siblings) -> Refuse | None:
         return None

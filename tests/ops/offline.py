@@ -1,0 +1,132 @@
+"""Compile every kernel for one architecture, without a GPU: `python -m tests.ops.offline 90`.
+
+Prints one JSON object per kernel: name, stack (bytes spilt), shared (bytes), mma (instructions).
+Runs in a process of its own because under TRITON_INTERPRET nothing compiles.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from graphquant.ops.define import load_kernels
+from graphquant.ops.int8_linear import tiles
+from graphquant.ops.numerics import ACTIVATIONS, padded
+from graphquant.ops.triton_util import quantize_rows_kernel, row_config, unit_of
+
+load_kernels()
+from graphquant.ops.int8_linear.triton import int8_linear_kernel  # noqa: E402
+from graphquant.ops.int8_linear.triton_tma import int8_linear_tma_kernel  # noqa: E402
+from graphquant.ops.norm_quantize.triton import norm_quantize_kernel  # noqa: E402
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+Case = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]
+
+
+def cases(sm: int) -> Iterator[Case]:
+    """(name, kernel, pointer and integer types, constants, options); None is an absent argument."""
+    for act, K in [*((a, 1152) for a in ("none", *ACTIVATIONS)), ("gelu", 4304), ("silu", 20_000)]:
+        yield _row_case(f"rows {act} {K}", quantize_rows_kernel, K, {}, {"ACT": act})
+    up = {"up_ptr": "*bf16", "up_row": "i32"}
+    yield _row_case("rows glu 3420", quantize_rows_kernel, 3420, up, {"ACT": "silu"})
+    affine = {"gamma_ptr": "*bf16", "beta_ptr": "*bf16", "eps": "fp32"}
+    for K in (64, 1152, 4096, 20_000):
+        for keep in (False, True):
+            types = affine | ({"y_ptr": "*bf16"} if keep else {})
+            yield _row_case(
+                f"norm {K} keep={keep}", norm_quantize_kernel, K, types, {"RMS": not keep}
+            )
+    for tile in tiles.POINTER:
+        for tail in (False, True):
+            for dtype in ("bf16", "fp32"):
+                name = f"pointer {tile} {dtype} tail={tail}"
+                yield _linear_case(name, tile, dtype, {"TAIL": tail})
+    if sm >= 90:
+        for tile in tiles.TMA:
+            yield _linear_case(f"tma {tile}", tile, "bf16", None, by_tma=True)
+        for tile in tiles.TMA_FLOAT32:
+            yield _linear_case(f"tma fp32 {tile}", tile, "fp32", None, by_tma=True)
+        for tile in tiles.TMA_ODD_N:
+            yield _linear_case(f"tma odd N {tile}", tile, "bf16", None)
+            yield _linear_case(f"tma odd N fp32 {tile}", tile, "fp32", None)
+
+
+def _row_case(
+    name: str, kernel: Any, K: int, types: dict[str, str], constants: dict[str, Any]
+) -> Case:
+    config = row_config(K)
+    warps = config.pop("num_warps")
+    unit = unit_of(K)
+    base = {"x_ptr": "*bf16", "xq_ptr": "*i8", "scale_ptr": "*fp32", "M": "i32", "x_row": "i32"}
+    constants = {"K": K, "K_PAD": padded(K), "X_UNIT": unit, "UP_UNIT": unit, **config, **constants}
+    return name, kernel, base | {"up_row": "i32"} | types, constants, {"num_warps": warps}
+
+
+def _linear_case(
+    name: str, tile: tiles.Tile, dtype: str, tail: dict[str, bool] | None, by_tma: bool = False
+) -> Case:
+    types = dict.fromkeys(("M", "N", "K", "K_pad", "x_row", "w_row", "residual_row"), "i32")
+    types |= {"x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32", "bias_ptr": f"*{dtype}"}
+    types |= {"residual_ptr": f"*{dtype}", "y_ptr": f"*{dtype}"}
+    types |= {"xq_ptr": "*i8", "wq_ptr": "*i8"}
+    types |= {"x_desc": f"tensordesc<i8[{tile.m}, {tile.k}]>"}
+    types |= {"w_desc": f"tensordesc<i8[{tile.n}, {tile.k}]>"}
+    if by_tma:
+        types["y_desc"] = f"tensordesc<{dtype}[{tile.m}, {tile.n}]>"
+    constants = {"BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": tiles.GROUP}
+    kernel = int8_linear_tma_kernel if tail is None else int8_linear_kernel
+    aligned = by_tma or tail is not None
+    constants |= {"RESIDUAL_UNIT": 16 if aligned else 1, **(tail or {})}
+    if not aligned:
+        types["N"] = "i32 odd"
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    return name, kernel, types, constants, options
+
+
+def compiled(case: Case, sm: int) -> dict[str, Any]:
+    name, kernel, types, constants, options = case
+    arguments = kernel.arg_names
+    signature = {a: types.get(a, "constexpr").removesuffix(" odd") for a in arguments}
+    at = {a: (i,) for i, a in enumerate(arguments)}
+    multiples_of_16 = [
+        a
+        for a in arguments
+        if signature[a].startswith("*")
+        or (a in ("N", "K_pad", "x_row", "w_row") and types.get(a) == "i32")
+    ]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={at[a]: constants.get(a) for a in arguments if signature[a] == "constexpr"},
+        attrs={at[a]: [["tt.divisibility", 16]] for a in multiples_of_16},
+    )
+    binary = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    mma = r"(?:wgmma\.mma_async|mma\.sync)[.\w]*"
+    return {
+        "name": name,
+        "stack": sum(map(int, re.findall(r"STACK:(\d+)", usage))),
+        "local": len(re.findall(r"\b(?:ld|st)\.local", binary.asm["ptx"])),
+        "shared": binary.metadata.shared,
+        "mma": sorted(set(re.findall(mma, binary.asm["ptx"]))),
+    }
+
+
+if __name__ == "__main__":
+    for case in cases(int(sys.argv[1])):
+        sys.stdout.write(json.dumps(compiled(case, int(sys.argv[1]))) + "\n")

@@ -1,0 +1,163 @@
+"""act_quantize and glu_quantize: every activation against its definition in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from graphquant.ops import act_quantize, glu_quantize
+from graphquant.ops.define import Kernel, Op
+from graphquant.ops.numerics import ACTIVATIONS
+from tests.ops.bounds import (
+    U,
+    assert_layout,
+    assert_means,
+    assert_within_a_step,
+    implementations,
+    kernels,
+    to_cpu,
+)
+from tests.strategies import CONTENTS, Rows, rows
+
+# relu2 and a product of two must stay below float32's largest, 3.4e38
+samples = rows(max_exponent=15)
+finite_samples = rows(max_exponent=15, contents=CONTENTS[:5])
+
+EXACT: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": lambda x: 0.5 * x * torch.erfc(-x / 2**0.5),
+    "gelu_tanh": lambda x: x * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": lambda x: x * torch.sigmoid(x),
+    "relu": lambda x: x.clamp(min=0),
+    "relu2": lambda x: x.clamp(min=0).square(),
+}
+
+
+def _exact(x: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    """(act(x), noise) in float64.
+
+    A float32 activation x * g(x), 0 <= g <= 1, with g off by 1e-6: below that are the float32
+    exp and division of both devices, 1 + tanh's cancellation, and the 0.75e-7 of the erf formula.
+    Relative 4 U for the products, and denormals count as zero.
+    """
+    x = x.cpu().double()
+    y = EXACT[act](x)
+    off = 0.0 if act.startswith("relu") else 1e-6
+    return y, off * x.abs() + 4 * U * y.abs() + 2e-38
+
+
+def test_every_activation_is_tested() -> None:
+    assert EXACT.keys() == ACTIVATIONS.keys()
+
+
+@implementations(act_quantize)
+@given(sample=finite_samples, act=st.sampled_from(sorted(EXACT)))
+def test_pair_is_within_half_a_step_of_the_activation(
+    op: Op, kernel: Kernel, device: str, sample: Rows, act: str
+) -> None:
+    x = sample.on(device)
+    assert_means(*kernel.fn(x, act), *_exact(x, act))
+
+
+@implementations(glu_quantize)
+@given(gate=finite_samples, act=st.sampled_from(sorted(EXACT)), seed=st.integers(0, 9))
+def test_pair_is_within_half_a_step_of_the_gated_value(
+    op: Op, kernel: Kernel, device: str, gate: Rows, act: str, seed: int
+) -> None:
+    g = gate.on(device)
+    up = Rows(gate.lead, gate.K, torch.bfloat16, 3.0, layout="slice", seed=seed).on(device)
+    y, noise = _exact(g, act)
+    u = up.cpu().double()
+    assert_means(*kernel.fn(g, up, act), y * u, noise * u.abs() + 4 * U * (y * u).abs() + 2e-38)
+
+
+@kernels(act_quantize)
+@given(sample=samples, act=st.sampled_from(sorted(EXACT)))
+def test_kernel_is_within_a_step_of_the_reference(
+    op: Op, kernel: Kernel, device: str, sample: Rows, act: str
+) -> None:
+    args = sample.on(device), act
+    noise = _exact(*args)[1].nan_to_num(nan=0.0, posinf=0.0)
+    assert_within_a_step(kernel.fn(*args), op.reference(*to_cpu(args)), noise)
+
+
+@kernels(glu_quantize)
+@given(gate=samples, up=samples, act=st.sampled_from(sorted(EXACT)))
+def test_gated_kernel_is_within_a_step_of_the_reference(
+    op: Op, kernel: Kernel, device: str, gate: Rows, up: Rows, act: str
+) -> None:
+    up = replace(up, lead=gate.lead, K=gate.K)
+    if act == "relu2":  # 1e15^2 * 1e15 is more than float32 holds
+        gate = replace(gate, magnitude=min(gate.magnitude, 1e6))
+    args = gate.on(device), up.on(device), act
+    noise = (_exact(args[0], act)[1] * args[1].cpu().double().abs()) + 4e-38
+    noise = noise.nan_to_num(nan=0.0, posinf=0.0)
+    assert_within_a_step(kernel.fn(*args), op.reference(*to_cpu(args)), noise)
+
+
+@kernels(act_quantize)
+@pytest.mark.parametrize("low", [-1.0, -3.0, -5.0])
+def test_gelu_of_rows_without_a_positive_value_keeps_its_steps(
+    op: Op, kernel: Kernel, device: str, low: float
+) -> None:
+    """There gelu is tiny and the scale with it: a tail that is only absolutely right would fail."""
+    x = torch.linspace(low, low / 2, 100, device=device).expand(3, 100)
+    y = EXACT["gelu"](x.double()).cpu()
+    assert_means(*kernel.fn(x, "gelu"), y, noise=0.01 * y.abs().amax(-1, keepdim=True))
+
+
+@implementations(act_quantize)
+@pytest.mark.parametrize("act", sorted(EXACT))
+@pytest.mark.parametrize("x", [1e-30, 0.0, -0.0, -1e30, -200.0, -87.5, 87.5, 200.0, 1e15])
+def test_extreme_values_do_not_become_nan(
+    op: Op, kernel: Kernel, device: str, act: str, x: float
+) -> None:
+    xq, x_scale = kernel.fn(torch.tensor([[x, 1.0]], device=device), act)
+    assert_means(xq, x_scale, *_exact(torch.tensor([[x, 1.0]]), act))
+
+
+@implementations(act_quantize)
+@pytest.mark.parametrize("act", sorted(EXACT))
+def test_a_row_with_nan_leaves_the_others_alone(
+    op: Op, kernel: Kernel, device: str, act: str
+) -> None:
+    x = torch.randn(6, 37, device=device)
+    clean = [t.clone() for t in kernel.fn(x, act)]
+    x[2, 11] = torch.nan
+    xq, x_scale = kernel.fn(x, act)
+    others = torch.arange(6, device=device) != 2
+    assert torch.equal(xq[others], clean[0][others])
+    assert torch.equal(x_scale[others], clean[1][others])
+    assert not xq[2].any() and x_scale[2].isnan().all()
+
+
+@implementations(glu_quantize)
+def test_halves_of_one_stacked_result_mean_the_same(op: Op, kernel: Kernel, device: str) -> None:
+    both = torch.randn(3, 5, 2 * 70, device=device, dtype=torch.bfloat16)
+    gate, up = both[..., :70], both[..., 70:]
+    for sliced, copied in zip(
+        kernel.fn(gate, up, "silu"),
+        kernel.fn(gate.contiguous(), up.contiguous(), "silu"),
+        strict=True,
+    ):
+        assert torch.equal(sliced, copied)
+
+
+@implementations(glu_quantize)
+def test_rows_too_long_for_registers_mean_the_same(op: Op, kernel: Kernel, device: str) -> None:
+    gate, up = torch.randn(2, 20_003, device=device), torch.randn(2, 20_003, device=device)
+    y, noise = _exact(gate, "silu")
+    u = up.cpu().double()
+    assert_means(*kernel.fn(gate, up, "silu"), y * u, (noise + 4 * U * y.abs()) * u.abs())
+
+
+@implementations(act_quantize)
+def test_no_rows_give_no_rows(op: Op, kernel: Kernel, device: str) -> None:
+    x = torch.empty(0, 20, device=device)
+    assert_layout(*kernel.fn(x, "gelu"), x.shape)

@@ -1,0 +1,320 @@
+"""What every op promises to torch and to its caller: registration, fakes, errors, full writes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
+
+from graphquant import ops
+from graphquant.errors import UnsupportedInputError
+from graphquant.ops.define import OPS, Kernel, Op, define
+from graphquant.ops.numerics import padded, with_pads
+from graphquant.ops.triton_util import as_rows, row_config, row_stride, unit_of
+from tests.ops.bounds import kernels
+from tests.strategies import Rows, rows
+
+ALL = tuple(OPS.values())
+
+
+def _arguments(op: Op, x: Tensor) -> tuple[Any, ...]:
+    """Valid arguments of an op around a float x [..., K]."""
+    K = x.shape[-1]
+    gamma = torch.linspace(0.5, 2, K, device=x.device).to(x.dtype)
+    if op is ops.quantize:
+        return (x,)
+    if op is ops.norm_quantize:
+        return x, gamma, None, 1e-5, False
+    if op is ops.norm_quantize_keep:
+        return x, None, gamma, 1e-5, True, torch.bfloat16
+    if op is ops.act_quantize:
+        return x, "gelu"
+    if op is ops.glu_quantize:
+        return x, x.flip(-1), "silu"
+    assert op is ops.int8_linear
+    xq, x_scale = ops.quantize.reference(x.cpu())
+    g = torch.Generator().manual_seed(1)
+    wq, w_scale = ops.quantize.reference(torch.randn(24, K, generator=g))
+    residual = torch.ones(*x.shape[:-1], 24)
+    d = x.device
+    moved = [q if d.type == "cpu" else _padded_on(q, d) for q in (xq, wq)]
+    return (
+        moved[0], x_scale.to(d), moved[1], w_scale[:, 0].to(d), None, residual.to(d),
+        torch.bfloat16,
+    )  # fmt: skip
+
+
+def _padded_on(q: Tensor, device: torch.device) -> Tensor:
+    return with_pads(q).to(device)[..., : q.shape[-1]]
+
+
+SAMPLES = {
+    "padded K": Rows((3, 5), 40),
+    "bfloat16": Rows((4,), 32, torch.bfloat16),
+    "strided": Rows((3, 5), 40, layout="slice"),
+    "swapped": Rows((3, 5), 40, layout="swapped"),
+    "no rows": Rows((0, 3), 32),
+    "one dim": Rows((), 33),
+}
+
+
+@pytest.mark.parametrize("op", ALL, ids=lambda op: op.name)
+@pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES.keys())
+def test_opcheck(op: Op, sample: Rows, device: str) -> None:
+    torch.library.opcheck(op.target, _arguments(op, sample.on(device)))
+
+
+@pytest.mark.parametrize("op", ALL, ids=lambda op: op.name)
+def test_a_dynamic_batch_gets_no_guard(op: Op) -> None:
+    env = ShapeEnv()
+    mode = FakeTensorMode(shape_env=env)
+
+    def fake(a: Any) -> Any:
+        if not isinstance(a, Tensor):
+            return a
+        sizes = [DimDynamic.DYNAMIC if d == 6 else DimDynamic.STATIC for d in a.shape]
+        return mode.from_tensor(a, symbolic_context=StatelessSymbolicContext(sizes))
+
+    args = [fake(a) for a in _arguments(op, torch.randn(6, 40))]
+    with mode:
+        results = op.target(*args)
+    results = results if isinstance(results, tuple) else (results,)
+    assert all(isinstance(r.shape[0], torch.SymInt) for r in results)
+    assert not [str(g.expr) for g in env.guards]
+
+
+@pytest.mark.parametrize("op", ALL, ids=lambda op: op.name)
+def test_fullgraph_compile_keeps_the_padded_strides(op: Op) -> None:
+    args = _arguments(op, torch.randn(6, 40))
+    want = op(*args)
+    got = torch.compile(lambda *a: op.target(*a), backend="aot_eager", fullgraph=True)(*args)
+    for g, w in zip(*((r if isinstance(r, tuple) else (r,)) for r in (got, want)), strict=True):
+        assert torch.equal(g, w) and g.stride() == w.stride()
+
+
+@pytest.mark.parametrize("op", ALL, ids=lambda op: op.name)
+def test_kernels_take_the_parameters_of_the_reference(op: Op) -> None:
+    assert op.kernels
+    with pytest.raises(TypeError, match=rf"{op.name}: kernel bad takes \['a'\], the reference"):
+        op.kernel("bad")(lambda a: a)
+    assert "bad" not in [k.name for k in op.kernels]
+
+
+def test_a_reference_that_differs_from_its_schema_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"schema \['x'\], reference \['y'\]"):
+
+        @define("(Tensor x) -> Tensor", fake=lambda x: x, check=lambda x: None)
+        def differs_from_schema(y: Tensor) -> Tensor:
+            return y
+
+
+def test_if_no_kernel_takes_the_inputs_every_reason_is_given() -> None:
+    op = Op("demo", lambda x: x, lambda x: None, ())
+    op.kernel("first", refuses=lambda x: "too warm")(lambda x: 1)
+    op.kernel("second", refuses=lambda x: None if x else "too cold")(lambda x: 2)
+    assert op.choose(True).name == "second"
+    with pytest.raises(
+        UnsupportedInputError, match=r"no CUDA kernel of demo .*\n  first: too warm\n  second: too"
+    ):
+        op.choose(False)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """torch.empty gives nan and 127 instead of what happened to be there."""
+    torch.use_deterministic_algorithms(True)  # with torch's default fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    assert (torch.empty(3, dtype=torch.int8) == 127).all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@kernels(*ALL)
+@pytest.mark.parametrize("K", [40, 48, 1000, 16_401])
+def test_kernels_write_every_byte_of_their_results(
+    op: Op, kernel: Kernel, K: int, device: str, poisoned: None
+) -> None:
+    args = _arguments(op, torch.randn(7, K, device=device))
+    if (why := kernel.refuses(*args)) is not None:
+        pytest.skip(why)
+    results = kernel.fn(*args)
+    for r in results if isinstance(results, tuple) else (results,):
+        if r.dtype == torch.int8:
+            assert not with_pads(r)[..., K:].any()
+            assert r.float().mean().abs() < 60  # random signs, not all 127
+        else:
+            assert r.isfinite().all()
+
+
+F32, I8 = torch.float32, torch.int8
+
+
+def _linear_with(**changes: Any) -> tuple[Any, ...]:
+    args = {
+        "xq": torch.zeros(4, 32, dtype=I8),
+        "x_scale": torch.ones(4, 1),
+        "wq": torch.zeros(8, 32, dtype=I8),
+        "w_scale": torch.ones(8),
+        "bias": None,
+        "residual": None,
+        "dtype": F32,
+    }
+    return tuple((args | changes).values())
+
+
+x = torch.ones(4, 32)
+WRONG: list[tuple[Op, tuple[Any, ...], str]] = [
+    (ops.quantize, (x.double(),), "quantize: x is float64, needs float16, bfloat16 or float32"),
+    (ops.quantize, (torch.tensor(1.0),), "quantize: x is a scalar, needs at least one dim"),
+    (ops.quantize, (x[:, :0],), r"quantize: x has shape \[4, 0\], needs K >= 1"),
+    (ops.act_quantize, (x, "mish"), "act is 'mish', needs one of gelu, gelu_tanh, quick_gelu, "),
+    (ops.act_quantize, (x.int(), "gelu"), "act_quantize: x is int32, needs float16"),
+    (ops.glu_quantize, (x, x[:, 1:], "silu"), r"up has shape \[4, 31\], needs \[4, 32\]: the sha"),
+    (ops.glu_quantize, (x, x.long(), "silu"), "glu_quantize: up is int64, needs float16"),
+    (ops.glu_quantize, (x, x, "swish"), "glu_quantize: act is 'swish', needs one of gelu"),
+    (ops.norm_quantize, (x, x[0, 1:], None, 1e-5, True), r"gamma has shape \[31\], needs \[32\]"),
+    (ops.norm_quantize, (x, None, x[0].int(), 1e-5, True), "beta is int32, needs float16"),
+    (ops.norm_quantize_keep, (x, None, None, 1e-5, True, I8), "dtype is int8, needs float16"),
+    (ops.int8_linear, _linear_with(xq=x), "int8_linear: xq is float32, needs int8"),
+    (
+        ops.int8_linear,
+        _linear_with(wq=torch.zeros(8, 48, dtype=I8)),
+        r"wq has shape \[8, 48\], needs \[8, 32\]: \[N, K\] like xq",
+    ),
+    (ops.int8_linear, _linear_with(wq=torch.zeros(32, dtype=I8)), r"wq has shape \[32\], needs"),
+    (
+        ops.int8_linear,
+        _linear_with(x_scale=torch.ones(4)),
+        r"x_scale has shape \[4\], needs \[4, 1\]: \[..., 1\] like xq",
+    ),
+    (ops.int8_linear, _linear_with(x_scale=x[:, :1].half()), "x_scale is float16, needs float32"),
+    (
+        ops.int8_linear,
+        _linear_with(w_scale=torch.ones(8, 1)),
+        r"w_scale has shape \[8, 1\], needs \[8\]",
+    ),
+    (ops.int8_linear, _linear_with(bias=torch.ones(7)), r"bias has shape \[7\], needs \[8\]"),
+    (
+        ops.int8_linear,
+        _linear_with(residual=torch.ones(8)),
+        r"residual has shape \[8\], needs \[4, 8\]",
+    ),
+    (ops.int8_linear, _linear_with(dtype=torch.float64), "dtype is float64, needs float16"),
+    (
+        ops.int8_linear,
+        _linear_with(
+            xq=torch.zeros(1, 140_000, dtype=I8),
+            wq=torch.zeros(8, 140_000, dtype=I8),
+            x_scale=torch.ones(1, 1),
+        ),
+        "K=140000 is over 133144, where int32 sums can overflow",
+    ),
+    (
+        ops.int8_linear,
+        _linear_with(bias=torch.ones(8, device="meta")),
+        "bias is on meta, xq is on cpu, need one device",
+    ),
+]
+
+
+@pytest.mark.parametrize(("op", "args", "message"), WRONG, ids=[w[2][:40] for w in WRONG])
+def test_wrong_arguments_are_refused_with_what_was_seen(
+    op: Op, args: tuple[Any, ...], message: str
+) -> None:
+    with pytest.raises(UnsupportedInputError, match=message):
+        op(*args)
+    with pytest.raises(UnsupportedInputError, match=message):
+        op.check(*args)
+
+
+@pytest.mark.parametrize(("op", "args", "message"), WRONG[:-1], ids=[w[2][:40] for w in WRONG[:-1]])
+def test_tracing_refuses_what_running_refuses(op: Op, args: tuple[Any, ...], message: str) -> None:
+    mode = FakeTensorMode()
+    args = tuple(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args)
+    with mode, pytest.raises(UnsupportedInputError, match=message):
+        op.target(*args)
+
+
+@pytest.mark.cuda
+def test_a_cpu_tensor_among_cuda_ones_is_refused() -> None:
+    args = [a.cuda() if isinstance(a, Tensor) else a for a in _linear_with()]
+    args[3] = args[3].cpu()
+    with pytest.raises(UnsupportedInputError, match="w_scale is on cpu, xq is on cuda:0"):
+        ops.int8_linear(*args)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("op", ALL, ids=lambda op: op.name)
+def test_a_card_that_is_not_the_current_one_is_used(op: Op) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("NOT RUN: needs two GPUs")
+    args = _arguments(op, torch.randn(7, 40, device="cuda:1"))
+    results = op(*args)
+    for r in results if isinstance(results, tuple) else (results,):
+        assert r.device.index == 1
+    want = op(*(a.to("cuda:0") if isinstance(a, Tensor) else a for a in args))
+    first = (results if isinstance(results, tuple) else (results,))[0]
+    assert torch.equal(first.cpu(), (want if isinstance(want, tuple) else (want,))[0].cpu())
+
+
+def _python(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
+    ).stdout
+
+
+def test_importing_ops_does_not_import_triton() -> None:
+    assert _python("import graphquant.ops, sys; print('triton' in sys.modules)") == "False\n"
+
+
+def test_without_triton_the_error_names_it() -> None:
+    said = _python(
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, graphquant.ops as o\n"
+        "o.quantize(torch.ones(2, 16))\n"
+        "try: o.load_kernels()\n"
+        "except o.define.UnsupportedInputError as e: print(e)"
+    )
+    assert "need triton, which is not installed" in said
+
+
+@given(sample=rows())
+def test_row_stride_reads_the_rows_in_place(sample: Rows) -> None:
+    x = sample.on("cpu")
+    base, row = as_rows(x)
+    M = x.numel() // x.shape[-1]
+    seen = base.as_strided((M, x.shape[-1]), (row, 1), base.storage_offset())
+    assert torch.equal(seen.nan_to_num(7.0), x.reshape(M, x.shape[-1]).nan_to_num(7.0))
+
+
+def test_slices_of_a_wider_result_are_read_without_a_copy() -> None:
+    fused = torch.randn(2, 3, 96)
+    part = fused[..., 32:64]
+    base, row = as_rows(part)
+    assert base.data_ptr() == part.data_ptr() and row == 96
+    assert row_stride(fused.transpose(0, 1)) is None
+    assert row_stride(fused[..., ::2]) is None
+
+
+@pytest.mark.parametrize(("row", "unit"), [(1152, 16), (3420, 4), (7, 1), (0, 16), (24, 8)])
+def test_unit_of_divides_the_row_stride(row: int, unit: int) -> None:
+    assert unit_of(row) == unit and row % unit == 0
+
+
+@pytest.mark.parametrize("K", [1, 16, 17, 64, 1000, 2048, 2049, 16_384, 16_385, 10**6])
+def test_a_row_and_its_pads_fit_the_block_or_are_looped_over(K: int) -> None:
+    config = row_config(K)
+    assert config["BLOCK"] >= padded(K) or K > 16_384
+    assert config["ROWS"] * config["BLOCK"] >= 16 * min(config["num_warps"], 4)

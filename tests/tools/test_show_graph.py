@@ -1,0 +1,216 @@
+"""tools.show_graph: what it prints, draws and refuses."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from graphquant.config import Config
+from graphquant.passes.pipeline import INT8_RULES
+from tools import draw_graph, show_graph, zoo
+from tools.inspect_graph import Inspected, align, inspect
+
+WIDE = ["--width", "400"]  # no line is folded
+
+USERS = """
+import torch
+from torch import nn
+
+class Broken(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.first = nn.LayerNorm(32), nn.Linear(32, 48)
+        self.second = nn.Linear(48, 16, bias=False)
+
+    def forward(self, x):
+        x = self.first(self.norm(x))
+        torch._dynamo.graph_break()
+        return self.second(torch.relu(x))
+
+def make(batch=1):
+    return Broken(), (torch.randn(batch, 5, 32),), {}
+"""
+
+
+def shown(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert show_graph.main([*argv, *WIDE]) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert show_graph.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    return err
+
+
+@pytest.fixture(scope="module")
+def vit() -> dict[str, Inspected]:
+    """The model as torch.compile and as torch.export capture it."""
+    entry = zoo.load("vit")
+    args, kwargs = entry.inputs(2)
+    routes = {"compile": False, "export": True}
+    found = {
+        name: inspect(entry.build("sdpa"), args, kwargs, export=export)
+        for name, export in routes.items()
+    }
+    assert all(len(graphs) == 1 for graphs in found.values())
+    return {name: graphs[0] for name, graphs in found.items()}
+
+
+def test_rules_shapes_and_coverage_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    out = shown(capsys, "vit")
+    line = "linear(layer_norm, q_proj.weight, q_proj.bias)  [2, 17, 64] float32"
+    assert f"- linear = {line}" in out
+    assert "+ int8_linear = int8_linear(xq, x_scale, int8({q,k,v}_proj.weight)," in out
+    for rule in ("stack_siblings", "norm_linear", "act_linear", "linear", "residual"):
+        assert f"<{rule}>" in out
+    assert "coverage: 100.0% of the linears' FLOPs in int8" in out
+    assert "read by select, the output" in out  # why the last norm stays
+
+
+def test_layer_scale_is_named_where_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "layer_scale" in shown(capsys, "dinov2")
+
+
+def test_without_quantize_there_is_no_int8_op(capsys: pytest.CaptureFixture[str]) -> None:
+    out = shown(capsys, "vit", "--config", "quantize=False")
+    assert "int8_linear" not in out and "quantize(" not in out
+    assert "<stack_siblings>" in out
+    assert "coverage: 0.0%" in out
+
+
+def test_text_options_need_no_quotes(capsys: pytest.CaptureFixture[str]) -> None:
+    out = shown(capsys, "vit", "--config", "exclude=*.fc2")
+    assert "excluded by '*.fc2'" in out
+    assert "- linear_5" not in out  # fc2 of the first layer
+
+
+def test_an_unknown_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "vit", "--config", "quantise=False")
+    assert "unknown option 'quantise', did you mean 'quantize'?" in said
+    assert "exclude" in said  # what is valid
+
+
+def test_an_option_without_a_value_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--config takes name=value, got 'quantize'" in refused(
+        capsys, "vit", "--config", "quantize"
+    )
+
+
+def test_an_unknown_model_is_refused_with_a_list(capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "vitt")
+    assert "unknown model 'vitt', did you mean 'vit'?" in said
+    for entries in zoo.TABLES.values():
+        assert all(name in said for name in entries)
+
+
+def test_no_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--model module:callable" in refused(capsys)
+
+
+def test_list_names_every_model(capsys: pytest.CaptureFixture[str]) -> None:
+    out = shown(capsys, "--list")
+    assert all(name in out for entries in zoo.TABLES.values() for name in entries)
+
+
+@pytest.fixture
+def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    name = "show_graph_test_model"
+    (tmp_path / f"{name}.py").write_text(USERS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # undone afterwards
+    return name
+
+
+def test_a_model_of_the_user_is_shown_graph_by_graph(
+    capsys: pytest.CaptureFixture[str], user_module: str
+) -> None:
+    out = shown(capsys, "--model", f"{user_module}:make", "--batch", "3")
+    assert "graph 1 of 2" in out and "graph 2 of 2" in out
+    assert "x = input  [3, 5, 32] float32" in out
+    assert "int8(first.weight)" in out and "int8(second.weight)" in out
+    assert "coverage: 100.0%" in out
+
+
+@pytest.mark.parametrize(
+    ("spec", "missing"),
+    [("no_such_module:make", "no_such_module"), ("show_graph_test_model:nothing", "nothing")],
+)
+def test_a_model_of_the_user_that_is_not_there_is_refused(
+    spec: str, missing: str, capsys: pytest.CaptureFixture[str], user_module: str
+) -> None:
+    said = refused(capsys, "--model", spec)
+    assert said.startswith(f"cannot load {spec!r}: ") and f"'{missing}'" in said
+
+
+def test_json_holds_lines_and_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    shown(capsys, "timm_block", "--json", str(tmp_path / "graph.json"))
+    data = json.loads((tmp_path / "graph.json").read_text())
+    (graph,) = data["graphs"]
+    assert data["model"] == "timm_block"
+    assert {line["rule"] for line in graph["before"]} == {""}
+    assert "norm_linear" in {line["rule"] for line in graph["after"]}
+    assert graph["report"]["coverage"] == 1.0
+
+
+def test_svg_names_every_rule(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    if not draw_graph.can_draw():
+        pytest.skip(f"NOT CHECKED: the picture. {draw_graph.NO_DOT}")
+    file = tmp_path / "graph.svg"
+    shown(capsys, "dinov2", "--svg", str(file))
+    root = ET.parse(file).getroot()
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    words = " ".join(root.itertext())
+    for rule in INT8_RULES:
+        assert f"{rule.name}: " in words
+    assert "encoder.layer.0" in words
+
+
+def test_svg_without_graphviz_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    said = refused(capsys, "vit", "--svg", str(tmp_path / "graph.svg"))
+    assert "apt-get install graphviz" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_both_capture_routes_find_the_same(vit: dict[str, Inspected]) -> None:
+    compiled, exported = vit["compile"].report, vit["export"].report
+    assert compiled.counts() == exported.counts()
+    assert compiled.reasons() == exported.reasons()
+
+
+@pytest.mark.parametrize("route", ["compile", "export"])
+def test_every_line_stands_in_one_row_in_order(vit: dict[str, Inspected], route: str) -> None:
+    one = vit[route]
+    rows = align(one.before, one.after)
+    assert [row.before for row in rows if row.before] == list(one.before)
+    assert [row.after for row in rows if row.after] == list(one.after)
+    kept = {line.node for line in one.before} & {line.node for line in one.after}
+    assert {row.before.node for row in rows if row.kind != "replaced" and row.before} == kept
+
+
+@pytest.mark.parametrize("route", ["compile", "export"])
+def test_lines_read_lines_above_them(vit: dict[str, Inspected], route: str) -> None:
+    for side in (vit[route].before, vit[route].after):
+        above: set[str] = set()
+        for line in side:
+            assert above.issuperset(line.reads), line.text
+            above.add(line.node)
+        names = [name for line in side for name in line.names if name != "_"]
+        assert len(names) == len(set(names))
+
+
+def test_the_model_is_not_changed_by_looking() -> None:
+    entry = zoo.load("timm_block")
+    model, (args, kwargs) = entry.build("sdpa"), entry.inputs(1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    inspect(model, args, kwargs, Config())
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(before[name].equal(after[name]) for name in before)
