@@ -8,3 +8,4 @@ from graphquant.ops.int8_linear import int8_linear as int8_linear
 from graphquant.ops.norm_quantize import norm_quantize as norm_quantize
 from graphquant.ops.norm_quantize import norm_quantize_keep as norm_quantize_keep
 from graphquant.ops.quantize import quantize as quantize
+from graphquant.ops.quantize_weight import quantize_weight as quantize_weight

@@ -1,11 +1,20 @@
 """The one definition of our int8 arithmetic. Kernels are tested against this.
 
-    absmax  = max(max_k |x[..., k]|, MIN_ABSMAX)                        float32
-    x_scale = absmax / 127                                              float32
-    xq      = clamp(round_half_even(x * (127 / absmax)), -127, 127)     int8
+Activations, one scale and one shift per row. low <= 0 <= high bound the row's values:
 
-so that |x - xq * x_scale| <= x_scale / 2, up to float32 rounding. A row that holds inf or nan has
-x_scale inf or nan and xq = 0: it dequantises to nan, and no other row notices.
+    x_shift = (high + low) / 2                                                  float32
+    absmax  = max((high - low) / 2, MIN_ABSMAX)                                 float32
+    x_scale = absmax / 127                                                      float32
+    xq      = clamp(round_half_even((x - x_shift) * (127 / absmax)), -127, 127)    int8
+
+so that |x - (xq * x_scale + x_shift)| <= x_scale / 2, up to float32 rounding. The shift is worth up
+to one bit: a GELU's result hardly goes below zero, and the outlier channels of a norm are one-sided.
+It costs a linear nothing but one more product in its epilogue:
+
+    sum_k x w  ~  x_scale * w_scale * sum_k xq wq  +  x_shift * w_sum,    w_sum = w_scale * sum_k wq
+
+A row that holds inf or nan has x_scale inf or nan and xq = 0: it dequantises to nan, and no other
+row notices. Weights are symmetric: w_scale = max_k |w| / 127, no shift.
 """
 
 from __future__ import annotations
@@ -54,20 +63,42 @@ def with_pads(xq: Tensor) -> Tensor:
     return xq.as_strided(wide, xq.stride(), xq.storage_offset())
 
 
-def empty_pair(like: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Uninitialised (xq [..., K] int8, x_scale [..., 1] float32): what every quantiser returns."""
-    return empty_rows(like, shape), like.new_empty((*shape[:-1], 1), dtype=torch.float32)
+def empty_triple(like: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised (xq [..., K] int8, x_scale, x_shift [..., 1] float32): a quantiser's result."""
+    column = (*shape[:-1], 1)
+    return (
+        empty_rows(like, shape),
+        like.new_empty(column, dtype=torch.float32),
+        like.new_empty(column, dtype=torch.float32),
+    )
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 over the last dim, as this module's head defines it.
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Int8 over the last dim with a scale and a shift, as this module's head defines it.
 
-    x [..., K] float, K >= 1  ->  xq [..., K] int8 with zeroed pads,  x_scale [..., 1] float32
+    x [..., K] float, K >= 1  ->  xq [..., K] int8,  x_scale, x_shift [..., 1] float32
     """
-    x = x.float().contiguous()
+    x = x.float()
+    high = x.amax(-1, keepdim=True).clamp_(min=0.0)
+    low = x.amin(-1, keepdim=True).clamp_(max=0.0)
+    shift = 0.5 * high + 0.5 * low  # halves first: high - low may overflow
+    absmax = (0.5 * high - 0.5 * low).clamp_(min=MIN_ABSMAX)
+    return _in_steps(x - shift, absmax), absmax / QMAX, shift
+
+
+def quantize_symmetric(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Int8 over the last dim with a scale alone, and zeros in the pads.
+
+    x [..., K] float, K >= 1  ->  xq [..., K] int8,  x_scale [..., 1] float32
+    """
+    x = x.float()
     absmax = x.abs().amax(-1, keepdim=True).clamp_(min=MIN_ABSMAX)
+    return _in_steps(x, absmax), absmax / QMAX
+
+
+def _in_steps(x: Tensor, absmax: Tensor) -> Tensor:
+    """x [..., K], |x| <= absmax, as int8 steps of absmax / 127."""
     steps = torch.round(x * (QMAX / absmax)).clamp_(-QMAX, QMAX)
     xq = empty_rows(x, x.shape)
     with_pads(xq)[..., x.shape[-1] :] = 0
-    xq.copy_(steps.nan_to_num_(nan=0.0))  # nan only where absmax is inf or nan
-    return xq, absmax / QMAX
+    return xq.copy_(steps.nan_to_num_(nan=0.0))  # nan only where absmax is inf or nan

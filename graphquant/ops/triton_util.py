@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import struct
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ WHOLE_ROW = 16_384  # float32 elements of one row that one program's registers c
 CHUNK = 4096  # elements of a longer row looked at together
 
 _QMAX = tl.constexpr(float(QMAX))
-_FLOOR_BITS = tl.constexpr(struct.unpack("<i", struct.pack("<f", MIN_ABSMAX))[0])
+_MIN_ABSMAX = tl.constexpr(MIN_ABSMAX)
 _FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 _TO_INT = tl.constexpr(
     12582912.0
@@ -94,15 +93,29 @@ def row_config(K: int) -> dict[str, int]:
 
 
 @triton.jit
-def abs_bits(v):
-    """|v| as int32 bits. Their order is that of |v|, with nan above inf: max carries nan along."""
-    return v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+def higher(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def absmax_of(bits):
-    """max(absmax, MIN_ABSMAX) [ROWS] from the maximum of abs_bits."""
-    return tl.maximum(bits, _FLOOR_BITS).to(tl.float32, bitcast=True)
+def lower(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def shift_and_absmax(low, high):
+    """The middle of [low, high] and half its width, at least MIN_ABSMAX. Each is [ROWS].
+
+    Zero is in the range already: lanes beyond K hold it.
+    """
+    low, high = lower(low, 0.0), higher(high, 0.0)  # K may fill the block
+    return 0.5 * high + 0.5 * low, higher(0.5 * high - 0.5 * low, _MIN_ABSMAX)
+
+
+@triton.jit
+def range_of(v):
+    """shift_and_absmax of the rows of v [ROWS, BLOCK]."""
+    return shift_and_absmax(tl.reduce(v, 1, lower), tl.reduce(v, 1, higher))
 
 
 @triton.jit
@@ -111,13 +124,13 @@ def scale_of(absmax):
 
 
 @triton.jit
-def to_int8(v, absmax):
-    """v [ROWS, BLOCK] in steps of absmax [ROWS] / 127, rounded half to even; 0 if not finite.
+def to_int8(v, shift, absmax):
+    """v [ROWS, BLOCK] - shift in steps of absmax / 127, half to even; 0 if absmax is not finite.
 
-    |v| <= absmax, so nothing needs a clamp, and float addition does the rounding.
+    |v - shift| <= absmax, so nothing needs a clamp, and float addition does the rounding.
     """
-    shifted = v * tl.div_rn(_QMAX, absmax)[:, None] + _TO_INT
-    steps = shifted.to(tl.int32, bitcast=True).to(tl.int8)
+    steps = (v - shift[:, None]) * tl.div_rn(_QMAX, absmax)[:, None] + _TO_INT
+    steps = steps.to(tl.int32, bitcast=True).to(tl.int8)
     return tl.where((absmax <= _FLOAT32_MAX)[:, None], steps, 0)
 
 
@@ -163,11 +176,11 @@ def _value(x_ptr, up_ptr, k, live, ACT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def quantize_rows_kernel(
-    x_ptr, up_ptr, xq_ptr, scale_ptr, M, x_row, up_row,
+    x_ptr, up_ptr, xq_ptr, scale_ptr, shift_ptr, M, x_row, up_row,
     K: tl.constexpr, K_PAD: tl.constexpr, X_UNIT: tl.constexpr, UP_UNIT: tl.constexpr,
     ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """xq, x_scale = quantize_rows(act(x) [* up]), ROWS rows a program; pads are written as 0."""
+    """xq, x_scale, x_shift = quantize_rows(act(x) [* up]), ROWS rows a program."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     here = row < M
     k = tl.arange(0, BLOCK)[None, :]
@@ -177,26 +190,28 @@ def quantize_rows_kernel(
     xq_ptr += (row * K_PAD)[:, None]
     if BLOCK >= K_PAD:
         v = _value(x_ptr, up_ptr, k, here[:, None] & (k < K), ACT)
-        absmax = absmax_of(tl.max(abs_bits(v), 1))
-        tl.store(xq_ptr + k, to_int8(v, absmax), mask=here[:, None] & (k < K_PAD))
+        shift, absmax = range_of(v)
+        tl.store(xq_ptr + k, to_int8(v, shift, absmax), mask=here[:, None] & (k < K_PAD))
     else:
-        top = tl.zeros((ROWS, BLOCK), tl.int32)
+        low = tl.zeros((ROWS, BLOCK), tl.float32)
+        high = tl.zeros((ROWS, BLOCK), tl.float32)
         for start in range(0, K, BLOCK):
             at = start + k
             v = _value(x_ptr, up_ptr, at, here[:, None] & (at < K), ACT)
-            top = tl.maximum(top, abs_bits(v))
-        absmax = absmax_of(tl.max(top, 1))
+            low, high = lower(low, v), higher(high, v)
+        shift, absmax = shift_and_absmax(tl.reduce(low, 1, lower), tl.reduce(high, 1, higher))
         for start in range(0, K_PAD, BLOCK):
             at = start + k
             v = _value(x_ptr, up_ptr, at, here[:, None] & (at < K), ACT)
-            tl.store(xq_ptr + at, to_int8(v, absmax), mask=here[:, None] & (at < K_PAD))
+            tl.store(xq_ptr + at, to_int8(v, shift, absmax), mask=here[:, None] & (at < K_PAD))
     tl.store(scale_ptr + row, scale_of(absmax), mask=here)
+    tl.store(shift_ptr + row, shift, mask=here)
 
 
 def launch_quantize_rows(
-    x: Tensor, up: Tensor | None, act: str, xq: Tensor, x_scale: Tensor
+    x: Tensor, up: Tensor | None, act: str, xq: Tensor, x_scale: Tensor, x_shift: Tensor
 ) -> None:
-    """Fill an empty_pair from x (and up), both [..., K]. `act` may be "none"."""
+    """Fill an empty_triple from x (and up), both [..., K]. `act` may be "none"."""
     K = x.shape[-1]
     M = x.numel() // K
     if M == 0:
@@ -207,7 +222,7 @@ def launch_quantize_rows(
         up, up_row = as_rows(up)
     x_unit, up_unit, config = unit_of(x_row), unit_of(up_row), row_config(K)
     quantize_rows_kernel[(triton.cdiv(M, config["ROWS"]),)](
-        x, up, xq, x_scale, M, x_row // x_unit, up_row // up_unit,
+        x, up, xq, x_scale, x_shift, M, x_row // x_unit, up_row // up_unit,
         K=K, K_PAD=padded(K), X_UNIT=x_unit, UP_UNIT=up_unit, ACT=act, **config,
     )  # fmt: skip
 
@@ -224,13 +239,15 @@ def tile_of(pid, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def dequantize(
-    acc, m, n, x_scale_ptr, w_scale_ptr, bias_ptr, residual_ptr, M, N, residual_row,
-    RESIDUAL_UNIT: tl.constexpr,
+    acc, m, n, x_scale_ptr, x_shift_ptr, w_scale_ptr, w_sum_ptr, bias_ptr, residual_ptr,
+    M, N, residual_row, RESIDUAL_UNIT: tl.constexpr,
 ):  # fmt: skip
-    """float32 acc * x_scale * w_scale + bias + residual of the tile at rows m, columns n."""
+    """float32 acc * x_scale * w_scale + x_shift * w_sum + bias + residual of the tile at m, n."""
     m_in, n_in = m < M, n < N
     y = acc.to(tl.float32) * tl.load(x_scale_ptr + m, mask=m_in, other=0.0)[:, None]
     y = y * tl.load(w_scale_ptr + n, mask=n_in, other=0.0)[None, :]
+    x_shift = tl.load(x_shift_ptr + m, mask=m_in, other=0.0)[:, None]
+    y = y + x_shift * tl.load(w_sum_ptr + n, mask=n_in, other=0.0)[None, :]
     if bias_ptr is not None:
         y = y + tl.load(bias_ptr + n, mask=n_in, other=0.0).to(tl.float32)[None, :]
     if residual_ptr is not None:

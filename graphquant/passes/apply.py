@@ -17,12 +17,12 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from graphquant.errors import RuleError
-from graphquant.ops import int8_linear, quantize
+from graphquant.ops import int8_linear, quantize_weight
 from graphquant.ops.define import Op
-from graphquant.passes.graph import LINEAR, SIZED_VIEWS, Constants, aten, shape
+from graphquant.passes.graph import LINEAR, SIZED_VIEWS, Constants, aten, dtype, shape
 from graphquant.passes.recognize import Activation, Norm, Recognized
 from graphquant.passes.record import Record
-from graphquant.passes.rule import Refuse, Rule, Site
+from graphquant.passes.rule import Linear, Refuse, Rule, Site
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +88,8 @@ class Editor:
 
     def _new(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
         node = self._bench.graph.call_function(target, args, kwargs)
+        if (last := max(node.all_input_nodes, default=node)) > node:
+            last.append(node)  # such as a view of a size that is computed after the site begins
         fake_args, fake_kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         with self._bench.fake_mode:
             node.meta["val"] = target(*fake_args, **fake_kwargs)
@@ -111,15 +113,16 @@ class Editor:
             target, args = view.target, view.args[1:]
             if target in SIZED_VIEWS:
                 # reshape copies where view would fail: what was contiguous may now be a slice
-                target, args = aten.reshape.default, ([*args[0][:-1], width],)  # type: ignore[index]
+                target, args = aten.reshape.default, ([*args[0][:-1], width],)  # type: ignore[index, misc]
             x = self._new(target, (x, *args), dict(view.kwargs))
         return x
 
-    def quantize_weight(self, weight: Node) -> tuple[Node, Node]:
-        """wq [N, K] int8 and w_scale [N] float32. Computed once, when the weight is packed."""
-        pair = self.weigh(quantize, weight)
-        wq, scale = (self.weigh(operator.getitem, pair, i) for i in range(2))
-        return wq, self.weigh(aten.squeeze.dim, scale, -1)
+    def int8_linear(self, quantized: Node, linear: Linear, views: Sequence[Node] = ()) -> Node:
+        """The linear on a quantiser's result: its last three values are xq, x_scale, x_shift."""
+        x = (self.replay(views, v) for v in self.unpack(quantized)[-3:])
+        packed = self.weigh(quantize_weight, linear.weight)  # once, when the weight is packed
+        w = (self.weigh(operator.getitem, packed, i) for i in range(3))
+        return self.call(int8_linear, *x, *w, linear.bias, None, dtype(linear.node))
 
 
 def apply(bench: Workbench, rule: Rule[Any]) -> None:

@@ -113,6 +113,10 @@ def keeps_rows(node: Node) -> bool:
         return last not in (node.args[1] % len(before), node.args[2] % len(before))  # type: ignore[operator]
     if node.target is aten.permute.default:
         return bool(node.args[1][-1] % len(before) == last)  # type: ignore[index, operator]
+    if node.target in (aten.unflatten.int, aten.squeeze.dim):
+        return last != node.args[1] % len(before)  # type: ignore[operator]
+    if node.target is aten.squeeze.dims:
+        return last not in [d % len(before) for d in node.args[1]]  # type: ignore[operator, union-attr]
     return True
 
 
@@ -165,6 +169,14 @@ class Constants:
             return [node]
         found = (root for i in node.all_input_nodes for root in self.roots_of(i))
         return list(dict.fromkeys(found))
+
+    def made_from(self, node: Node) -> list[Node]:
+        """A constant and all that it is computed from."""
+        found = [node]
+        for value in found:
+            if value not in self.roots:
+                found += [i for i in value.all_input_nodes if i not in found]
+        return found
 
 
 def is_random(node: Node) -> bool:

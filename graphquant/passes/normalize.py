@@ -24,7 +24,7 @@ from graphquant.passes.graph import (
     is_call,
     may_alias,
     shape,
-    writes,
+    written_in_place,
 )
 from graphquant.passes.ir import Captured
 
@@ -59,13 +59,18 @@ def _drop_no_ops(graph: Graph, *, differentiable: bool) -> None:
         elif _is_no_op(node, differentiable):
             node.replace_all_uses_with(node.all_input_nodes[0])
             graph.erase_node(node)
+    written = written_in_place(graph)
+    for node in calls(graph, lambda n: n.target is aten.lift_fresh_copy.default):
+        if node not in written:  # else the constant itself would be written, once per call
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            graph.erase_node(node)
 
 
 def _is_no_op(node: Node, differentiable: bool) -> bool:
     if is_call(node, *_DROPOUTS):
         _, p, train = full_args(node)
         return not train or p == 0
-    if is_call(node, aten.alias.default, aten.lift_fresh_copy.default):
+    if is_call(node, aten.alias.default):
         return True
     if is_call(node, aten.detach.default):
         return not differentiable
@@ -101,8 +106,10 @@ def _make_functional(graph: Graph) -> None:
 def _merge_equal_views(graph: Graph) -> None:
     """Siblings often make the same view of their input each: one is enough."""
     seen: dict[Any, Node] = {}
+    written = written_in_place(graph)  # a reshape may copy: two copies of such are not one
     for node in calls(
-        graph, lambda n: n.target in ROW_VIEWS and n.target is not aten.clone.default
+        graph,
+        lambda n: n.target in ROW_VIEWS and n.target is not aten.clone.default and n not in written,
     ):
         key = (node.target, repr(node.args), repr(node.kwargs), node.all_input_nodes[0])
         if (first := seen.setdefault(key, node)) is not node:
@@ -149,8 +156,8 @@ def _hoist_weights(graph: Graph, constants: Constants) -> None:
         if isinstance(value, Node) and value in constants and value not in wanted:
             wanted.add(value)
             edge += value.all_input_nodes
-    if any(target in wanted for n in graph.nodes for target in writes(n)):
-        return  # a weight changes inside the graph, so it matters when it is read
+    if written := written_in_place(graph):  # it matters when such a weight is read
+        wanted = {n for n in wanted if written.isdisjoint(constants.made_from(n))}
     first = next((n for n in graph.nodes if n.op == "call_function" and n not in wanted), None)
     if first is not None:
         for node in [n for n in graph.nodes if n in wanted and n.op != "placeholder"]:

@@ -135,10 +135,11 @@ def _why_barred(bench: Workbench, captured: Captured, config: Config, node: Node
     N, K = shape(weight)
     if not 1 <= K <= MAX_K or N < 1:
         return f"K={K}, N={N}: int8 needs 1 <= K <= {MAX_K} and N >= 1"
-    roots = [r for v in (weight, bias) if v is not None for r in bench.constants.roots_of(v)]
-    if hit := next((r for r in roots if r in bench.written), None):
-        return f"{captured.names[hit]} is written in place inside the graph"
-    for root in roots:
+    operands = [v for v in (weight, bias) if v is not None]
+    read = [n for v in operands for n in bench.constants.made_from(v)]
+    if hit := next((n for n in read if n in bench.written), None):
+        return f"{captured.names.get(hit, hit.name)} is written in place inside the graph"
+    for root in (n for n in read if n in bench.constants.roots):
         kind = type(captured.parameters[root])
         if kind not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
             return f"{captured.names[root]} is a {kind.__name__}, not a plain tensor"

@@ -31,6 +31,7 @@ from graphquant.passes.graph import (
     dtype,
     full_args,
     is_call,
+    is_float_cast,
     is_tensor,
     is_widening,
     shape,
@@ -185,6 +186,8 @@ def _regions(out: Node, constants: Constants, order: dict[Node, int]) -> list[_R
         _, node = heapq.heappop(heap)
         if not is_call(node, *_ARITHMETIC) or not is_tensor(node):
             break
+        if node.target in CASTS and not is_float_cast(node):
+            break  # a cast to integers is a rounding, not a spelling
         inside.append(node)
         for i in node.all_input_nodes:
             if i in constants:
@@ -236,14 +239,15 @@ def _which_norm(region: _Region, K: int, rank: int) -> Norm | None:
         return torch.randn(*size, generator=random, dtype=torch.float64, device="cpu")
 
     parameters = {p: draw(*shape(p)) for p in region.parameters}
-    x = draw(*[1] * (rank - 2), 2, K) if rank > 1 else draw(K)
+    x = draw(*[2] * (rank - 1), K)  # 2 and not 1: a norm over other dims as well must show
     value = region(x, parameters)
     numbers = [a for n in region.nodes for a in (*n.args, *n.kwargs.values())]
-    epsilons = {float(a) for a in numbers if isinstance(a, float) and 0 < a < 0.1} | {0.0}
+    epsilons = {float(a) for a in numbers if isinstance(a, float) and 0 < a < 0.1}
     slots = [*region.parameters, *[None] * (2 - len(region.parameters))]
     for gamma, beta in dict.fromkeys(itertools.permutations(slots, 2)):
         g, b = (None if p is None else parameters[p].reshape(K) for p in (gamma, beta))
-        for rms, eps in itertools.product((True, False) if beta is None else (False,), epsilons):
+        kinds = (True, False) if beta is None else (False,)
+        for rms, eps in itertools.product(kinds, [*sorted(epsilons), 0.0]):
 
             def norm(x: Tensor) -> Tensor:
                 if rms:  # noqa: B023
@@ -251,8 +255,8 @@ def _which_norm(region: _Region, K: int, rank: int) -> Norm | None:
                 return F.layer_norm(x, (K,), g, b, eps)  # noqa: B023
 
             if _equal(value, norm(x)):
-                small = x * eps**0.5  # as small as eps, so that a wrong eps shows
-                if eps == 0 or _equal(region(small, parameters), norm(small)):
+                small = x * (eps**0.5 or 1e-20)  # as small as eps, so that a wrong eps shows
+                if _equal(region(small, parameters), norm(small)):
                     return Norm(region.out, _unwidened(region.x), gamma, beta, eps, rms)
     return None
 

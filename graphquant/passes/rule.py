@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch.fx import Graph, Node
 
-from graphquant.passes.graph import LINEAR, Constants, calls, full_args
+from graphquant.ops.checks import FLOATS
+from graphquant.passes.graph import LINEAR, Constants, calls, dtype, full_args
 from graphquant.passes.recognize import Activation, Norm
 
 
@@ -78,7 +79,7 @@ class Edit(Protocol):
     def unpack(self, node: Node) -> tuple[Node, ...]: ...
     def replay(self, views: Sequence[Node], x: Node) -> Node: ...
     def sizes(self, node: Node) -> list[Any]: ...
-    def quantize_weight(self, weight: Node) -> tuple[Node, Node]: ...
+    def int8_linear(self, quantized: Node, linear: Linear, views: Sequence[Node] = ()) -> Node: ...
 
 
 S = TypeVar("S", bound=Site)
@@ -92,6 +93,15 @@ class Rule(Protocol[S]):
     def sites(self, view: View) -> Iterator[S]: ...
     def check(self, view: View, site: S) -> Refuse | None: ...
     def rewrite(self, edit: Edit, site: S) -> tuple[Node, ...]: ...
+
+
+def not_floats(*values: Node | None) -> Refuse | None:
+    """Why the ops, which take float16, bfloat16 and float32, cannot take one of these values."""
+    for value in values:
+        if value is not None and dtype(value) not in FLOATS:
+            kind = str(dtype(value)).removeprefix("torch.")
+            return Refuse(f"it reads {kind}; the ops take float16, bfloat16 and float32", value)
+    return None
 
 
 def linears(view: View) -> Iterator[Linear]:

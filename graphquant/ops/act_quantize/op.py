@@ -1,11 +1,12 @@
 """An activation that writes int8 instead of floats.
 
-xq, x_scale = quantize_rows(act(x))     in float32
+xq, x_scale, x_shift = quantize_rows(act(x))     in float32
 
 x           [..., K]  float16 | bfloat16 | float32, any strides
 act         a name in numerics.ACTIVATIONS
--> xq       [..., K]  int8 in [-127, 127], row stride padded to 16 bytes, pads zero
--> x_scale  [..., 1]  float32
+-> xq       [..., K]  int8 in [-127, 127], row stride padded to 16 bytes
+-> x_scale  [..., 1]  float32 > 0
+-> x_shift  [..., 1]  float32
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from graphquant.ops import checks
 from graphquant.ops.define import define
-from graphquant.ops.numerics import ACTIVATIONS, empty_pair, quantize_rows
+from graphquant.ops.numerics import ACTIVATIONS, empty_triple, quantize_rows
 
 
 def _check(x: Tensor, act: str) -> None:
@@ -22,10 +23,12 @@ def _check(x: Tensor, act: str) -> None:
     checks.activation("act_quantize", act)
 
 
-def _fake(x: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    return empty_pair(x, x.shape)
+def _fake(x: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_triple(x, x.shape)
 
 
-@define("(Tensor x, str act) -> (Tensor xq, Tensor x_scale)", fake=_fake, check=_check)
-def act_quantize(x: Tensor, act: str) -> tuple[Tensor, Tensor]:
+@define(
+    "(Tensor x, str act) -> (Tensor xq, Tensor x_scale, Tensor x_shift)", fake=_fake, check=_check
+)
+def act_quantize(x: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
     return quantize_rows(ACTIVATIONS[act](x.float()))

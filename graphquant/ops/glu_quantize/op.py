@@ -1,12 +1,13 @@
 """A gated activation (SwiGLU, GeGLU, ReGLU) that writes int8 instead of floats.
 
-    xq, x_scale = quantize_rows(act(gate) * up)     in float32
+    xq, x_scale, x_shift = quantize_rows(act(gate) * up)     in float32
 
     gate        [..., K]  float16 | bfloat16 | float32, any strides
     up          [..., K]  float16 | bfloat16 | float32, any strides
     act         a name in numerics.ACTIVATIONS
-    -> xq       [..., K]  int8 in [-127, 127], row stride padded to 16 bytes, pads zero
-    -> x_scale  [..., 1]  float32
+    -> xq       [..., K]  int8 in [-127, 127], row stride padded to 16 bytes
+    -> x_scale  [..., 1]  float32 > 0
+    -> x_shift  [..., 1]  float32
 
 gate and up are usually the two halves of one stacked linear's result: slices cost no copy.
 """
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from graphquant.ops import checks
 from graphquant.ops.define import define
-from graphquant.ops.numerics import ACTIVATIONS, empty_pair, quantize_rows
+from graphquant.ops.numerics import ACTIVATIONS, empty_triple, quantize_rows
 
 
 def _check(gate: Tensor, up: Tensor, act: str) -> None:
@@ -28,12 +29,14 @@ def _check(gate: Tensor, up: Tensor, act: str) -> None:
     checks.one_device("glu_quantize", gate=gate, up=up)
 
 
-def _fake(gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    return empty_pair(gate, gate.shape)
+def _fake(gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_triple(gate, gate.shape)
 
 
 @define(
-    "(Tensor gate, Tensor up, str act) -> (Tensor xq, Tensor x_scale)", fake=_fake, check=_check
+    "(Tensor gate, Tensor up, str act) -> (Tensor xq, Tensor x_scale, Tensor x_shift)",
+    fake=_fake,
+    check=_check,
 )
-def glu_quantize(gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
+def glu_quantize(gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
     return quantize_rows(ACTIVATIONS[act](gate.float()) * up.float())

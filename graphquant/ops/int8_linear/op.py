@@ -1,18 +1,20 @@
 """int8 x int8 linear with dequantisation, bias and residual in its epilogue.
 
     acc[..., n] = sum_k xq[..., k] * wq[n, k]                                       exact int32
-    y[..., n]   = acc * x_scale * w_scale[n] + bias[n] + residual[..., n]           float32,
-                                                                        rounded once to `dtype`
+    y[..., n]   = acc * x_scale * w_scale[n] + x_shift * w_sum[n] + bias[n] + residual[..., n]
+                                                              float32, rounded once to `dtype`
 
     xq        [..., K]  int8 in [-127, 127]     K <= MAX_K
     x_scale   [..., 1]  float32
+    x_shift   [..., 1]  float32                 x ~ xq * x_scale + x_shift
     wq        [N, K]    int8 in [-127, 127]
     w_scale   [N]       float32
+    w_sum     [N]       float32                 w_scale * sum_k wq
     bias      [N]       float16 | bfloat16 | float32, or None
     residual  [..., N]  float16 | bfloat16 | float32, or None
     -> y      [..., N]  `dtype` (float16 | bfloat16 | float32), contiguous
 
-The layouts that `quantize` writes are the fast ones; any strides are right.
+The layouts that the quantisers write are the fast ones; any strides are right.
 """
 
 from __future__ import annotations
@@ -31,8 +33,10 @@ EXACT_K = 1024  # 127^2 * 1024 < 2^24: a float32 sum of that many int8 products 
 def _check(
     xq: Tensor,
     x_scale: Tensor,
+    x_shift: Tensor,
     wq: Tensor,
     w_scale: Tensor,
+    w_sum: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
     dtype: torch.dtype,
@@ -46,23 +50,37 @@ def _check(
         raise UnsupportedInputError(f"{op}: K={K} is over {MAX_K}, where int32 sums can overflow")
     checks.float32(op, "x_scale", x_scale)
     checks.shape(op, "x_scale", x_scale, (*xq.shape[:-1], 1), "[..., 1] like xq [..., K]")
+    checks.float32(op, "x_shift", x_shift)
+    checks.shape(op, "x_shift", x_shift, (*xq.shape[:-1], 1), "[..., 1] like xq [..., K]")
     checks.float32(op, "w_scale", w_scale)
     checks.shape(op, "w_scale", w_scale, (N,), "[N] like wq [N, K]")
+    checks.float32(op, "w_sum", w_sum)
+    checks.shape(op, "w_sum", w_sum, (N,), "[N] like wq [N, K]")
     checks.vector(op, "bias", bias, N, "[N] like wq [N, K]")
     if residual is not None:
         checks.floating(op, "residual", residual)
         checks.shape(op, "residual", residual, (*xq.shape[:-1], N), "[..., N], the result's shape")
     checks.result_dtype(op, dtype)
     checks.one_device(
-        op, xq=xq, x_scale=x_scale, wq=wq, w_scale=w_scale, bias=bias, residual=residual
+        op,
+        xq=xq,
+        x_scale=x_scale,
+        x_shift=x_shift,
+        wq=wq,
+        w_scale=w_scale,
+        w_sum=w_sum,
+        bias=bias,
+        residual=residual,
     )
 
 
 def _fake(
     xq: Tensor,
     x_scale: Tensor,
+    x_shift: Tensor,
     wq: Tensor,
     w_scale: Tensor,
+    w_sum: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
     dtype: torch.dtype,
@@ -85,8 +103,8 @@ def _exact_matmul(xq: Tensor, wq: Tensor) -> Tensor:
 
 
 @define(
-    "(Tensor xq, Tensor x_scale, Tensor wq, Tensor w_scale, Tensor? bias, Tensor? residual,"
-    " ScalarType dtype) -> Tensor",
+    "(Tensor xq, Tensor x_scale, Tensor x_shift, Tensor wq, Tensor w_scale, Tensor w_sum,"
+    " Tensor? bias, Tensor? residual, ScalarType dtype) -> Tensor",
     fake=_fake,
     check=_check,
     kernels=("triton_tma", "triton"),
@@ -94,14 +112,17 @@ def _exact_matmul(xq: Tensor, wq: Tensor) -> Tensor:
 def int8_linear(
     xq: Tensor,
     x_scale: Tensor,
+    x_shift: Tensor,
     wq: Tensor,
     w_scale: Tensor,
+    w_sum: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
     acc = _exact_matmul(xq.reshape(-1, xq.shape[-1]), wq)
-    y = acc.view(*xq.shape[:-1], wq.shape[0]).float().mul_(x_scale).mul_(w_scale)
+    y = acc.view(*xq.shape[:-1], wq.shape[0]).float()
+    y.mul_(x_scale).mul_(w_scale).addcmul_(x_shift, w_sum)
     if bias is not None:
         y += bias.float()
     if residual is not None:

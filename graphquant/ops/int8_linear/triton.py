@@ -20,7 +20,7 @@ OLDEST = 80  # Ampere: int8 tensor cores with asynchronous copies
 
 @triton.jit(do_not_specialize=["M"])
 def int8_linear_kernel(
-    xq_ptr, x_scale_ptr, wq_ptr, w_scale_ptr, bias_ptr, residual_ptr, y_ptr,
+    xq_ptr, x_scale_ptr, x_shift_ptr, wq_ptr, w_scale_ptr, w_sum_ptr, bias_ptr, residual_ptr, y_ptr,
     M, N, K, K_pad, x_row, w_row, residual_row,
     RESIDUAL_UNIT: tl.constexpr, TAIL: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -46,8 +46,8 @@ def int8_linear_kernel(
         x = tl.where((k < K % BK)[None, :], x, 0)
         acc = tl.dot(x, w.T, acc, out_dtype=tl.int32)
     y = dequantize(
-        acc, m, n, x_scale_ptr, w_scale_ptr, bias_ptr, residual_ptr, M, N, residual_row,
-        RESIDUAL_UNIT,
+        acc, m, n, x_scale_ptr, x_shift_ptr, w_scale_ptr, w_sum_ptr, bias_ptr, residual_ptr,
+        M, N, residual_row, RESIDUAL_UNIT,
     )  # fmt: skip
     y_at = y_ptr + (m.to(tl.int64) * N)[:, None] + n[None, :]
     tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
@@ -67,8 +67,10 @@ def _aligned_rows(q: Tensor) -> tuple[Tensor, int]:
 def _refuses(
     xq: Tensor,
     x_scale: Tensor,
+    x_shift: Tensor,
     wq: Tensor,
     w_scale: Tensor,
+    w_sum: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
     dtype: torch.dtype,
@@ -81,8 +83,10 @@ def _refuses(
 def int8_linear_triton(
     xq: Tensor,
     x_scale: Tensor,
+    x_shift: Tensor,
     wq: Tensor,
     w_scale: Tensor,
+    w_sum: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
     dtype: torch.dtype,
@@ -100,7 +104,7 @@ def int8_linear_triton(
     unit = unit_of(residual_row)
     tile = tiles.choose(tiles.POINTER, M, N, K, chip(xq.device))
     int8_linear_kernel[(tile.count(M, N),)](
-        xq, x_scale.contiguous(), wq, w_scale.contiguous(),
+        xq, x_scale.contiguous(), x_shift.contiguous(), wq, w_scale.contiguous(), w_sum.contiguous(),
         None if bias is None else bias.contiguous(), residual, y,
         M, N, K, padded(K), x_row, w_row, residual_row // unit,
         RESIDUAL_UNIT=unit, TAIL=K % tile.k != 0,

@@ -22,7 +22,8 @@ OLDEST = 90  # Hopper: the first with TMA
 
 @triton.jit(do_not_specialize=["M"])
 def int8_linear_tma_kernel(
-    x_desc, x_scale_ptr, w_desc, w_scale_ptr, bias_ptr, residual_ptr, y_ptr, y_desc,
+    x_desc, x_scale_ptr, x_shift_ptr, w_desc, w_scale_ptr, w_sum_ptr, bias_ptr, residual_ptr,
+    y_ptr, y_desc,
     M, N, K, residual_row,
     RESIDUAL_UNIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -36,8 +37,8 @@ def int8_linear_tma_kernel(
         acc = tl.dot(x, w.T, acc, out_dtype=tl.int32)
     m, n = m0 + tl.arange(0, BM), n0 + tl.arange(0, BN)
     y = dequantize(
-        acc, m, n, x_scale_ptr, w_scale_ptr, bias_ptr, residual_ptr, M, N, residual_row,
-        RESIDUAL_UNIT,
+        acc, m, n, x_scale_ptr, x_shift_ptr, w_scale_ptr, w_sum_ptr, bias_ptr, residual_ptr,
+        M, N, residual_row, RESIDUAL_UNIT,
     )  # fmt: skip
     y = y.to(y_ptr.dtype.element_ty)
     if y_desc is not None:
@@ -50,8 +51,10 @@ def int8_linear_tma_kernel(
 def _refuses(
     xq: Tensor,
     x_scale: Tensor,
+    x_shift: Tensor,
     wq: Tensor,
     w_scale: Tensor,
+    w_sum: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
     dtype: torch.dtype,
@@ -74,8 +77,10 @@ def _refuses(
 def int8_linear_triton_tma(
     xq: Tensor,
     x_scale: Tensor,
+    x_shift: Tensor,
     wq: Tensor,
     w_scale: Tensor,
+    w_sum: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
     dtype: torch.dtype,
@@ -96,8 +101,8 @@ def int8_linear_triton_tma(
     wq, w_row = as_rows(wq)
     y_desc = TensorDescriptor(y, [M, N], [N, 1], [tile.m, tile.n]) if by_tma else None
     int8_linear_tma_kernel[(tile.count(M, N),)](
-        TensorDescriptor(xq, [M, K], [x_row, 1], [tile.m, tile.k]), x_scale.contiguous(),
-        TensorDescriptor(wq, [N, K], [w_row, 1], [tile.n, tile.k]), w_scale.contiguous(),
+        TensorDescriptor(xq, [M, K], [x_row, 1], [tile.m, tile.k]), x_scale.contiguous(), x_shift.contiguous(),
+        TensorDescriptor(wq, [N, K], [w_row, 1], [tile.n, tile.k]), w_scale.contiguous(), w_sum.contiguous(),
         None if bias is None else bias.contiguous(), residual, y, y_desc,
         M, N, K, residual_row // unit,
         RESIDUAL_UNIT=unit, BM=tile.m, BN=tile.n, BK=tile.k, GROUP=tiles.GROUP,

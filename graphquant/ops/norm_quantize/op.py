@@ -2,14 +2,15 @@
 
     d = x - mean(x)                                 (rms: d = x)
     y = d / sqrt(mean(d^2) + eps) * gamma + beta    in float32, two passes: no E[x^2] - E[x]^2
-    xq, x_scale = quantize_rows(y)
+    xq, x_scale, x_shift = quantize_rows(y)
 
     x           [..., K]  float16 | bfloat16 | float32, any strides
     gamma       [K]       float16 | bfloat16 | float32, or None for ones
     beta        [K]       float16 | bfloat16 | float32, or None for zeros
     eps         float     in units of x squared
-    -> xq       [..., K]  int8 in [-127, 127], row stride padded to 16 bytes, pads zero
-    -> x_scale  [..., 1]  float32
+    -> xq       [..., K]  int8 in [-127, 127], row stride padded to 16 bytes
+    -> x_scale  [..., 1]  float32 > 0
+    -> x_shift  [..., 1]  float32
 
 `norm_quantize_keep` also returns y [..., K] rounded to `dtype`, contiguous, for post-norm models
 whose residual is the norm's result. xq comes from the float32 y, not from the rounded one.
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from graphquant.ops import checks
 from graphquant.ops.define import define
-from graphquant.ops.numerics import empty_pair, quantize_rows
+from graphquant.ops.numerics import empty_triple, quantize_rows
 
 
 def _check(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, rms: bool) -> None:
@@ -50,8 +51,8 @@ def _check_named(op: str, x: Tensor, gamma: Tensor | None, beta: Tensor | None) 
 
 def _fake(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, rms: bool
-) -> tuple[Tensor, Tensor]:
-    return empty_pair(x, x.shape)
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_triple(x, x.shape)
 
 
 def _fake_keep(
@@ -61,8 +62,8 @@ def _fake_keep(
     eps: float,
     rms: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=dtype), *empty_pair(x, x.shape)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=dtype), *empty_triple(x, x.shape)
 
 
 def _norm(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, rms: bool) -> Tensor:
@@ -78,19 +79,19 @@ def _norm(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, rms:
 
 
 @define(
-    "(Tensor x, Tensor? gamma, Tensor? beta, float eps, bool rms) -> (Tensor xq, Tensor x_scale)",
+    "(Tensor x, Tensor? gamma, Tensor? beta, float eps, bool rms) -> (Tensor xq, Tensor x_scale, Tensor x_shift)",
     fake=_fake,
     check=_check,
 )
 def norm_quantize(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, rms: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     return quantize_rows(_norm(x, gamma, beta, eps, rms))
 
 
 @define(
     "(Tensor x, Tensor? gamma, Tensor? beta, float eps, bool rms, ScalarType dtype)"
-    " -> (Tensor y, Tensor xq, Tensor x_scale)",
+    " -> (Tensor y, Tensor xq, Tensor x_scale, Tensor x_shift)",
     fake=_fake_keep,
     check=_check_keep,
 )
@@ -101,6 +102,6 @@ def norm_quantize_keep(
     eps: float,
     rms: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y = _norm(x, gamma, beta, eps, rms)
     return y.to(dtype).contiguous(), *quantize_rows(y)

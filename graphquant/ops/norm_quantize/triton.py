@@ -11,13 +11,15 @@ import triton.language as tl
 from torch import Tensor
 
 from graphquant.ops.norm_quantize.op import norm_quantize, norm_quantize_keep
-from graphquant.ops.numerics import empty_pair, padded
+from graphquant.ops.numerics import empty_triple, padded
 from graphquant.ops.triton_util import (
-    abs_bits,
-    absmax_of,
     as_rows,
+    higher,
+    lower,
+    range_of,
     row_config,
     scale_of,
+    shift_and_absmax,
     to_int8,
     unit_of,
 )
@@ -41,11 +43,11 @@ def _centred(x_ptr, mean, k, live):
 
 @triton.jit(do_not_specialize=["M"])
 def norm_quantize_kernel(
-    x_ptr, gamma_ptr, beta_ptr, y_ptr, xq_ptr, scale_ptr, M, x_row, eps,
+    x_ptr, gamma_ptr, beta_ptr, y_ptr, xq_ptr, scale_ptr, shift_ptr, M, x_row, eps,
     K: tl.constexpr, K_PAD: tl.constexpr, X_UNIT: tl.constexpr, RMS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """xq, x_scale = quantize_rows(y), y = norm(x), ROWS rows a program; pads are written as 0."""
+    """xq, x_scale, x_shift = quantize_rows(y), y = norm(x), ROWS rows a program."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     here = row < M
     k = tl.arange(0, BLOCK)[None, :]
@@ -61,8 +63,8 @@ def norm_quantize_kernel(
             d = tl.where(live, d - (tl.sum(d, 1) / K)[:, None], 0.0)
         rstd = tl.rsqrt(tl.sum(d * d, 1) / K + eps)
         y = _affine(d * rstd[:, None], gamma_ptr, beta_ptr, k, K)
-        absmax = absmax_of(tl.max(abs_bits(y), 1))
-        tl.store(xq_ptr + k, to_int8(y, absmax), mask=here[:, None] & (k < K_PAD))
+        shift, absmax = range_of(y)
+        tl.store(xq_ptr + k, to_int8(y, shift, absmax), mask=here[:, None] & (k < K_PAD))
         if y_ptr is not None:
             tl.store(y_ptr + k, y.to(y_ptr.dtype.element_ty), mask=live)
     else:
@@ -78,21 +80,23 @@ def norm_quantize_kernel(
             d = _centred(x_ptr, mean, at, here[:, None] & (at < K))
             total += d * d
         rstd = tl.rsqrt(tl.sum(total, 1) / K + eps)
-        top = tl.zeros((ROWS, BLOCK), tl.int32)
+        low = tl.zeros((ROWS, BLOCK), tl.float32)
+        high = tl.zeros((ROWS, BLOCK), tl.float32)
         for start in range(0, K, BLOCK):
             at = start + k
             live = here[:, None] & (at < K)
             y = _affine(_centred(x_ptr, mean, at, live) * rstd[:, None], gamma_ptr, beta_ptr, at, K)
-            top = tl.maximum(top, abs_bits(y))
+            low, high = lower(low, y), higher(high, y)
             if y_ptr is not None:
                 tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=live)
-        absmax = absmax_of(tl.max(top, 1))
+        shift, absmax = shift_and_absmax(tl.reduce(low, 1, lower), tl.reduce(high, 1, higher))
         for start in range(0, K_PAD, BLOCK):
             at = start + k
             live = here[:, None] & (at < K)
             y = _affine(_centred(x_ptr, mean, at, live) * rstd[:, None], gamma_ptr, beta_ptr, at, K)
-            tl.store(xq_ptr + at, to_int8(y, absmax), mask=here[:, None] & (at < K_PAD))
+            tl.store(xq_ptr + at, to_int8(y, shift, absmax), mask=here[:, None] & (at < K_PAD))
     tl.store(scale_ptr + row, scale_of(absmax), mask=here)
+    tl.store(shift_ptr + row, shift, mask=here)
 
 
 def _launch(
@@ -102,26 +106,26 @@ def _launch(
     eps: float,
     rms: bool,
     y: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     K = x.shape[-1]
     M = x.numel() // K
-    xq, x_scale = empty_pair(x, x.shape)
+    xq, x_scale, x_shift = empty_triple(x, x.shape)
     if M == 0:
-        return xq, x_scale
+        return xq, x_scale, x_shift
     x, x_row = as_rows(x)
     unit, config = unit_of(x_row), row_config(K)
     norm_quantize_kernel[(triton.cdiv(M, config["ROWS"]),)](
         x, None if gamma is None else gamma.contiguous(),
-        None if beta is None else beta.contiguous(), y, xq, x_scale, M, x_row // unit, eps,
+        None if beta is None else beta.contiguous(), y, xq, x_scale, x_shift, M, x_row // unit, eps,
         K=K, K_PAD=padded(K), X_UNIT=unit, RMS=rms, **config,
     )  # fmt: skip
-    return xq, x_scale
+    return xq, x_scale, x_shift
 
 
 @norm_quantize.kernel("triton")
 def norm_quantize_triton(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, rms: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     return _launch(x, gamma, beta, eps, rms, None)
 
 
@@ -133,6 +137,6 @@ def norm_quantize_keep_triton(
     eps: float,
     rms: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y = x.new_empty(x.shape, dtype=dtype)
     return y, *_launch(x, gamma, beta, eps, rms, y)

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from graphquant.ops import act_quantize, glu_quantize, int8_linear
+from graphquant.ops import act_quantize, glu_quantize
 from graphquant.passes.graph import (
     aten,
-    dtype,
     is_call,
     is_tensor,
     leads_only_to,
@@ -26,7 +25,7 @@ from graphquant.passes.graph import (
     shape,
 )
 from graphquant.passes.recognize import Activation
-from graphquant.passes.rule import Edit, Linear, Refuse, Site, View, linears
+from graphquant.passes.rule import Edit, Linear, Refuse, Site, View, linears, not_floats
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class ActLinear:
                 return Refuse(
                     f"its result is read by {readers(value)}; fusing would compute it twice", value
                 )
-        return None
+        return not_floats(site.act.x, site.up)
 
     def rewrite(self, edit: Edit, site: ActSite) -> tuple[Node, ...]:
         linear, x = site.linear, edit.replay(site.views, site.act.x)
@@ -65,11 +64,7 @@ class ActLinear:
             made = edit.call(act_quantize, x, site.act.act)
         else:
             made = edit.call(glu_quantize, x, edit.replay(site.views, site.up), site.act.act)
-        xq, x_scale = edit.unpack(made)
-        wq, w_scale = edit.quantize_weight(linear.weight)
-        return (
-            edit.call(int8_linear, xq, x_scale, wq, w_scale, linear.bias, None, dtype(linear.node)),
-        )
+        return (edit.int8_linear(made, linear),)
 
 
 def _activation(view: View, out: Node) -> tuple[Activation, Node | None] | None:

@@ -1,9 +1,9 @@
 """A layer scale behind an int8 linear folds into its packed scale and bias.
 
-    gamma * int8_linear(xq, x_scale, wq, w_scale, bias)
- -> int8_linear(xq, x_scale, wq, w_scale * gamma, bias * gamma)
+    gamma * int8_linear(..., wq, w_scale, w_sum, bias)
+ -> int8_linear(..., wq, w_scale * gamma, w_sum * gamma, bias * gamma)
 
-Exact in real arithmetic, for any sign of gamma [N], and free: both products are made when the
+Exact in real arithmetic, for any sign of gamma [N], and free: the products are made when the
 weight is packed.
 """
 
@@ -32,29 +32,33 @@ class LayerScale:
     def sites(self, view: View) -> Iterator[LayerScaleSite]:
         for linear in calls(view.graph, lambda n: n.target is int8_linear.target):
             product = only_user(linear)
-            if not is_call(product, aten.mul.Tensor):
+            if not is_call(product, aten.mul.Tensor) or full_args(linear)[-2] is not None:
                 continue
             gamma = product.args[1] if product.args[0] is linear else product.args[0]
             if not isinstance(gamma, Node):
                 continue
             if gamma in view.constants and _is_per_channel(gamma, shape(linear)[-1]):
-                yield LayerScaleSite((product,), (linear,), (), linear, gamma)
+                read = tuple(view.constants.made_from(gamma))  # when packed, not when called
+                yield LayerScaleSite((product,), (linear,), read, linear, gamma)
 
     def check(self, view: View, site: LayerScaleSite) -> Refuse | None:
         (product,) = site.outputs
         if product in view.needs_gradient:
             return Refuse("the layer scale needs a gradient", site.gamma)
+        if len(shape(product)) != len(shape(site.linear)):
+            return Refuse(f"the product has the {len(shape(product))} dims of the scale", product)
         if dtype(product) != dtype(site.linear):
             return Refuse(f"the product is {dtype(product)}, not the linear's type", product)
         return None
 
     def rewrite(self, edit: Edit, site: LayerScaleSite) -> tuple[Node, ...]:
-        xq, x_scale, wq, w_scale, bias, residual, out = full_args(site.linear)
+        *x, wq, w_scale, w_sum, bias, residual, out = full_args(site.linear)
         gamma = edit.call(aten.reshape.default, site.gamma, [-1])
         gamma = edit.call(aten.to.dtype, gamma, torch.float32)
-        w_scale = edit.call(aten.mul.Tensor, w_scale, gamma)
-        bias = bias and edit.call(aten.mul.Tensor, bias, gamma)
-        return (edit.call(int8_linear, xq, x_scale, wq, w_scale, bias, residual, out),)
+        w_scale, w_sum, bias = (
+            v and edit.call(aten.mul.Tensor, v, gamma) for v in (w_scale, w_sum, bias)
+        )
+        return (edit.call(int8_linear, *x, wq, w_scale, w_sum, bias, residual, out),)
 
 
 def _is_per_channel(gamma: Node, N: int) -> bool:

@@ -1,6 +1,6 @@
 """Any linear that is left quantises its input first.
 
-    y = linear(x, W, bias)  ->  int8_linear(*quantize(x), Wq, w_scale, bias)
+    y = linear(x, W, bias)  ->  int8_linear(*quantize(x), *quantize_weight(W), bias)
 
 Attention outputs, embeddings' projections, heads. Inexact: int8 on both operands.
 """
@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from graphquant.ops import int8_linear, quantize
-from graphquant.passes.graph import dtype
+from graphquant.ops import quantize
 from graphquant.passes.rule import Edit, Linear, Refuse, Site, View, linears
 
 
@@ -33,9 +32,4 @@ class AnyLinear:
         return None
 
     def rewrite(self, edit: Edit, site: LinearSite) -> tuple[Node, ...]:
-        linear = site.linear
-        xq, x_scale = edit.unpack(edit.call(quantize, linear.x))
-        wq, w_scale = edit.quantize_weight(linear.weight)
-        return (
-            edit.call(int8_linear, xq, x_scale, wq, w_scale, linear.bias, None, dtype(linear.node)),
-        )
+        return (edit.int8_linear(edit.call(quantize, site.linear.x), site.linear),)

@@ -1,7 +1,7 @@
 """A norm in front of a linear quantises on its way out.
 
     y = linear(norm(x, gamma, beta), W, bias)
- -> xq, x_scale = norm_quantize(x, gamma, beta);  y = int8_linear(xq, x_scale, Wq, w_scale, bias)
+ -> y = int8_linear(*norm_quantize(x, gamma, beta), *quantize_weight(W), bias)
 
 LayerNorm or RMSNorm, written whole or spelled out. The normalised activation is never written to
 memory, unless the model also reads it elsewhere (post-norm models add it to the residual): then
@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from graphquant.ops import int8_linear, norm_quantize, norm_quantize_keep
-from graphquant.passes.graph import dtype, leads_only_to, origin
+from graphquant.ops import norm_quantize, norm_quantize_keep
+from graphquant.passes.graph import aten, dtype, leads_only_to, origin, shape
 from graphquant.passes.recognize import Norm
-from graphquant.passes.rule import Edit, Linear, Refuse, Site, View, linears
+from graphquant.passes.rule import Edit, Linear, Refuse, Site, View, linears, not_floats
 
 
 @dataclass(frozen=True)
@@ -42,23 +42,24 @@ class NormLinear:
             keep = not leads_only_to(out, linear.node)
             outputs = (linear.node, out) if keep else (linear.node,)
             both = (linear.node, out)
-            yield NormSite(outputs, both, (norm.x, out), norm, tuple(views), linear, keep)
+            read = tuple(v for v in (norm.x, out, norm.gamma, norm.beta) if v is not None)
+            yield NormSite(outputs, both, read, norm, tuple(views), linear, keep)
 
     def check(self, view: View, site: NormSite) -> Refuse | None:
-        return None
+        return not_floats(site.norm.x, site.norm.gamma, site.norm.beta)
 
     def rewrite(self, edit: Edit, site: NormSite) -> tuple[Node, ...]:
         norm, linear = site.norm, site.linear
-        parameters = (norm.gamma, norm.beta, norm.eps, norm.rms)
-        kept: tuple[Node, ...] = ()
-        if site.keep:
-            made = edit.call(norm_quantize_keep, norm.x, *parameters, dtype(norm.out))
-            y, xq, x_scale = edit.unpack(made)
-            kept = (y,)
-            xq, x_scale = edit.replay(site.views, xq), edit.replay(site.views, x_scale)
-        else:
+        parameters = (_vector(edit, norm.gamma), _vector(edit, norm.beta), norm.eps, norm.rms)
+        if not site.keep:
             x = edit.replay(site.views, norm.x)
-            xq, x_scale = edit.unpack(edit.call(norm_quantize, x, *parameters))
-        wq, w_scale = edit.quantize_weight(linear.weight)
-        y = edit.call(int8_linear, xq, x_scale, wq, w_scale, linear.bias, None, dtype(linear.node))
-        return (y, *kept)
+            return (edit.int8_linear(edit.call(norm_quantize, x, *parameters), linear),)
+        made = edit.call(norm_quantize_keep, norm.x, *parameters, dtype(norm.out))
+        return edit.int8_linear(made, linear, site.views), edit.unpack(made)[0]
+
+
+def _vector(edit: Edit, parameter: Node | None) -> Node | None:
+    """A parameter spelled [1, 1, K] as [K]."""
+    if parameter is None or len(shape(parameter)) == 1:
+        return parameter
+    return edit.call(aten.reshape.default, parameter, [-1])

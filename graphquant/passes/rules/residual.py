@@ -41,7 +41,7 @@ class Residual:
 
     def sites(self, view: View) -> Iterator[ResidualSite]:
         for linear in calls(view.graph, lambda n: n.target is int8_linear.target):
-            if linear.args[5] is not None:
+            if full_args(linear)[-2] is not None:
                 continue
             views, end = [], linear
             while is_call(user := only_user(end), *SIZED_VIEWS) and keeps_rows(user):
@@ -57,6 +57,9 @@ class Residual:
         (total,) = site.outputs
         if total in view.needs_gradient:
             return Refuse("the residual needs a gradient", site.residual)
+        end = site.views[-1] if site.views else site.linear
+        if shape(end) != shape(total):
+            return Refuse(f"the linear's result is broadcast from {shape(end)}", total)
         if shape(site.residual) != shape(total):
             return Refuse(f"what is added is broadcast from {shape(site.residual)}", site.residual)
         if not dtype(site.linear) == dtype(site.residual) == dtype(total):
@@ -64,10 +67,10 @@ class Residual:
         return None
 
     def rewrite(self, edit: Edit, site: ResidualSite) -> tuple[Node, ...]:
-        xq, x_scale, wq, w_scale, bias, _, out = full_args(site.linear)
+        *arguments, _, out = full_args(site.linear)
         residual = site.residual
         if site.views:
-            size = [*edit.sizes(xq)[:-1], shape(site.linear)[-1]]
+            size = [*edit.sizes(arguments[0])[:-1], shape(site.linear)[-1]]
             residual = edit.call(aten.reshape.default, residual, size)
-        y = edit.call(int8_linear, xq, x_scale, wq, w_scale, bias, residual, out)
+        y = edit.call(int8_linear, *arguments, residual, out)
         return (edit.replay(site.views, y),)

@@ -1,0 +1,1 @@
+from graphquant.ops.quantize_weight.op import quantize_weight as quantize_weight
