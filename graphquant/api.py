@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -32,10 +33,12 @@ def explain(
         raise UnsupportedInputError(f"explain needs a torch.nn.Module, got {type(model).__name__}")
     config = Config.of(options or {})
     reports: list[Report] = []
+    seen: set[int] = set()
 
     def observe(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         captured = from_dynamo(gm, example_inputs)
         if captured is not None:
+            seen.update(map(id, captured.parameters.values()))
             reports.append(rewrite(captured, config))
         run: Callable[..., Any] = gm.forward
         return run
@@ -47,7 +50,22 @@ def explain(
         torch.compile(call, backend=observe)(model, *args, **kwargs)
     if not reports:
         raise GraphquantError(f"torch.compile found no tensor code in {type(model).__name__}")
-    return Report.merge(reports)
+    report = Report.merge(reports)
+    return replace(report, notes=(*report.notes, *_unseen(model, seen)))
+
+
+def _unseen(model: Callable[..., Any], seen: set[int]) -> Iterator[str]:
+    """A note if the model has linears that no graph holds: coverage does not count them."""
+    if not isinstance(model, torch.nn.Module):
+        return
+    every = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    if missing := [n for n, m in every.items() if id(m.weight) not in seen]:
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        yield (
+            f"{len(missing)} of {len(every)} nn.Linear modules are in no captured graph and not "
+            f"counted ({names}): this call did not reach them, torch.compile skipped their code, "
+            "or they share another layer's graph"
+        )
 
 
 def _call(self: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -4,7 +4,7 @@
     torch.export:   from_export(program)                 parameters are get_attr nodes
 
 The private surface of torch that capture needs (`example_value`, `grapharg`,
-`_dynamo_static_input_type`, autocast regions) is used in this file alone.
+`_dynamo_static_input_type`, entering autocast regions) is used in this file alone.
 """
 
 from __future__ import annotations

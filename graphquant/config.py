@@ -36,8 +36,9 @@ class Config:
     exclude: tuple[str, ...] = ()
     """Linears whose module path matches one of these are left alone."""
     free_weights: bool = False
-    """Release the float storage of every weight that only int8 linears read. The eager module, its
-    state_dict and later weight updates stop working for those weights."""
+    """Release the float storage of every weight that only int8 linears read. From then on the eager
+    module, its state_dict and in-place updates of those weights do not work (torch may crash on
+    them); `load_state_dict(..., assign=True)` does."""
     on_report: Callable[[Any], object] | None = None
     """Called with the Report of each graph that is compiled, e.g. `print`."""
     inductor: Mapping[str, Any] = field(default_factory=dict)

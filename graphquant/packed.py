@@ -256,8 +256,9 @@ def is_released(t: Tensor) -> bool:
 def refresh(module: torch.nn.Module | None = None) -> None:
     """Pack again at the next call: of this module, or of everything.
 
-    Needed only after a change that leaves no trace on the parameter, such as `p.data += delta`,
-    `p.data.copy_(...)` or a write through numpy. Everything else is noticed by itself.
+    Needed only after a change that leaves no trace on the parameter: `p.data += delta`,
+    `p.data.copy_(...)`, a write through numpy, a write in place to a parameter that was made under
+    torch.inference_mode(). Everything else is noticed by itself.
     """
     global _epoch
     with _lock:

@@ -139,8 +139,9 @@ class Report:
             size = f"{o.M} x {o.N} x {o.K}" if o.kind == "linear" else ""
             taken, refused = " + ".join(o.rules), escape(o.refused)
             what = f"[green]{taken}[/]" if o.applied else f"[yellow]refused:[/] {refused}"
-            table.add_row(o.path or o.node, o.kind, size, what)
-        return Group(table, self.summary(), *(f"note: {n}" for n in self.notes))
+            table.add_row(escape(o.path or o.node), o.kind, size, what)
+        notes = (f"note: {n}" for n in self.notes)
+        return Group(table, *map(escape, (self.summary(), *notes)))
 
     def __str__(self) -> str:
         """The table without colour, wide enough for its longest row."""

@@ -8,8 +8,8 @@ Activations, one scale and one shift per row. low <= 0 <= high bound the row's v
     xq      = clamp(round_half_even((x - x_shift) * (127 / absmax)), -127, 127)    int8
 
 so that |x - (xq * x_scale + x_shift)| <= x_scale / 2, up to float32 rounding. The shift is worth up
-to one bit: a GELU's result hardly goes below zero, and the outlier channels of a norm are one-sided.
-It costs a linear nothing but one more product in its epilogue:
+to one bit: a GELU's result hardly goes below zero, and a norm's outlier channels are one-sided. It
+costs a linear nothing but one more product in its epilogue:
 
     sum_k x w  ~  x_scale * w_scale * sum_k xq wq  +  x_shift * w_sum,    w_sum = w_scale * sum_k wq
 

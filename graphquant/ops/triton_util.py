@@ -104,18 +104,18 @@ def lower(a, b):
 
 @triton.jit
 def shift_and_absmax(low, high):
-    """The middle of [low, high] and half its width, at least MIN_ABSMAX. Each is [ROWS].
+    """The middle of each row's range and half its width, at least MIN_ABSMAX: [ROWS] each.
 
-    Zero is in the range already: lanes beyond K hold it.
+    low, high [ROWS, BLOCK] reach the ends of the range (or are the row itself); zero is added.
+    Floats above zero sort as int32, those below as uint32 (the lowest last), and the sign of a nan
+    decides which of the two it ends: either makes both results nan. Integers, because tl.max drops
+    nan, and tl.reduce with a function of ours is a Python loop in Triton's interpreter.
     """
-    low, high = lower(low, 0.0), higher(high, 0.0)  # K may fill the block
+    low = tl.max(low.to(tl.uint32, bitcast=True), 1)
+    low = tl.maximum(low, 0x80000000).to(tl.float32, bitcast=True)  # -0.0
+    high = tl.max(high.to(tl.int32, bitcast=True), 1)
+    high = tl.maximum(high, 0).to(tl.float32, bitcast=True)
     return 0.5 * high + 0.5 * low, higher(0.5 * high - 0.5 * low, _MIN_ABSMAX)
-
-
-@triton.jit
-def range_of(v):
-    """shift_and_absmax of the rows of v [ROWS, BLOCK]."""
-    return shift_and_absmax(tl.reduce(v, 1, lower), tl.reduce(v, 1, higher))
 
 
 @triton.jit
@@ -190,7 +190,7 @@ def quantize_rows_kernel(
     xq_ptr += (row * K_PAD)[:, None]
     if BLOCK >= K_PAD:
         v = _value(x_ptr, up_ptr, k, here[:, None] & (k < K), ACT)
-        shift, absmax = range_of(v)
+        shift, absmax = shift_and_absmax(v, v)
         tl.store(xq_ptr + k, to_int8(v, shift, absmax), mask=here[:, None] & (k < K_PAD))
     else:
         low = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -199,7 +199,7 @@ def quantize_rows_kernel(
             at = start + k
             v = _value(x_ptr, up_ptr, at, here[:, None] & (at < K), ACT)
             low, high = lower(low, v), higher(high, v)
-        shift, absmax = shift_and_absmax(tl.reduce(low, 1, lower), tl.reduce(high, 1, higher))
+        shift, absmax = shift_and_absmax(low, high)
         for start in range(0, K_PAD, BLOCK):
             at = start + k
             v = _value(x_ptr, up_ptr, at, here[:, None] & (at < K), ACT)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
@@ -133,7 +135,8 @@ def apply(bench: Workbench, rule: Rule[Any]) -> None:
             bench.record.decline(rule.name, site.subjects, no.reason)
             continue
         editor = Editor(bench)
-        with bench.graph.inserting_before(min(site.outputs)):  # the first in graph order
+        first = min(site.outputs)  # in graph order
+        with bench.graph.inserting_before(first), _autocast_at(first):
             new = rule.rewrite(editor, site)
         for old, now in zip(site.outputs, new, strict=True):
             if (want := _spec(old)) != (got := _spec(now)):
@@ -157,6 +160,22 @@ def apply(bench: Workbench, rule: Rule[Any]) -> None:
             _erase(bench.graph, old)
         if alive := [n.name for n in site.outputs if not n._erased]:
             raise RuleError(f"{rule.name} left what it replaced alive: {', '.join(alive)}")
+
+
+def _autocast_at(node: Node) -> ExitStack:
+    """The autocast regions that a node stands in: new fake values get the types of a real run."""
+    opened: dict[Node, Any] = {}
+    for n in node.graph.nodes:
+        if n is node:
+            break
+        if n.target is torch.amp.autocast_mode._enter_autocast:
+            opened[n] = torch.autocast(*n.args)
+        elif n.target is torch.amp.autocast_mode._exit_autocast:
+            del opened[n.args[0]]
+    with ExitStack() as regions:
+        for region in opened.values():
+            regions.enter_context(region)
+        return regions.pop_all()
 
 
 def _refusal(bench: Workbench, rule: Rule[Any], site: Site) -> Refuse | None:

@@ -282,9 +282,9 @@ def module_path(node: Node) -> str:
     if not stack:
         return ""
     path = str(list(stack.values())[-1][0])
+    path = re.sub(r"^L\['\w+'\]\.?", "", path)  # the module itself, under the name it is called by
     path = re.sub(r"\._(?:modules|parameters|buffers)(?=\[)", "", path)
-    path = re.sub(r"\['?([^'\]]*)'?\]", r".\1", path)  # a['b'][0] -> a.b.0
-    return re.sub(r"^L\.self\.?|^L__self___?", "", path)
+    return re.sub(r"\['?([^'\]]*)'?\]", r".\1", path).removeprefix(".")  # a['b'][0] -> a.b.0
 
 
 def calls(graph: Graph, wanted: Callable[[Node], bool]) -> Iterator[Node]:

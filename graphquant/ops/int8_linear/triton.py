@@ -104,7 +104,8 @@ def int8_linear_triton(
     unit = unit_of(residual_row)
     tile = tiles.choose(tiles.POINTER, M, N, K, chip(xq.device))
     int8_linear_kernel[(tile.count(M, N),)](
-        xq, x_scale.contiguous(), x_shift.contiguous(), wq, w_scale.contiguous(), w_sum.contiguous(),
+        xq, x_scale.contiguous(), x_shift.contiguous(),
+        wq, w_scale.contiguous(), w_sum.contiguous(),
         None if bias is None else bias.contiguous(), residual, y,
         M, N, K, padded(K), x_row, w_row, residual_row // unit,
         RESIDUAL_UNIT=unit, TAIL=K % tile.k != 0,

@@ -101,8 +101,10 @@ def int8_linear_triton_tma(
     wq, w_row = as_rows(wq)
     y_desc = TensorDescriptor(y, [M, N], [N, 1], [tile.m, tile.n]) if by_tma else None
     int8_linear_tma_kernel[(tile.count(M, N),)](
-        TensorDescriptor(xq, [M, K], [x_row, 1], [tile.m, tile.k]), x_scale.contiguous(), x_shift.contiguous(),
-        TensorDescriptor(wq, [N, K], [w_row, 1], [tile.n, tile.k]), w_scale.contiguous(), w_sum.contiguous(),
+        TensorDescriptor(xq, [M, K], [x_row, 1], [tile.m, tile.k]),
+        x_scale.contiguous(), x_shift.contiguous(),
+        TensorDescriptor(wq, [N, K], [w_row, 1], [tile.n, tile.k]),
+        w_scale.contiguous(), w_sum.contiguous(),
         None if bias is None else bias.contiguous(), residual, y, y_desc,
         M, N, K, residual_row // unit,
         RESIDUAL_UNIT=unit, BM=tile.m, BN=tile.n, BK=tile.k, GROUP=tiles.GROUP,

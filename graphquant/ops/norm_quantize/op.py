@@ -79,7 +79,8 @@ def _norm(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, rms:
 
 
 @define(
-    "(Tensor x, Tensor? gamma, Tensor? beta, float eps, bool rms) -> (Tensor xq, Tensor x_scale, Tensor x_shift)",
+    "(Tensor x, Tensor? gamma, Tensor? beta, float eps, bool rms)"
+    " -> (Tensor xq, Tensor x_scale, Tensor x_shift)",
     fake=_fake,
     check=_check,
 )

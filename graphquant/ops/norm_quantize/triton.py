@@ -1,6 +1,6 @@
 """One kernel for LayerNorm and RMSNorm, with and without the float result.
 
-Rows are held in registers; one that is too long is read four times (mean, variance, absmax, write).
+Rows are held in registers; one that is too long is read four times (mean, variance, range, write).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from graphquant.ops.triton_util import (
     as_rows,
     higher,
     lower,
-    range_of,
     row_config,
     scale_of,
     shift_and_absmax,
@@ -63,7 +62,7 @@ def norm_quantize_kernel(
             d = tl.where(live, d - (tl.sum(d, 1) / K)[:, None], 0.0)
         rstd = tl.rsqrt(tl.sum(d * d, 1) / K + eps)
         y = _affine(d * rstd[:, None], gamma_ptr, beta_ptr, k, K)
-        shift, absmax = range_of(y)
+        shift, absmax = shift_and_absmax(y, y)
         tl.store(xq_ptr + k, to_int8(y, shift, absmax), mask=here[:, None] & (k < K_PAD))
         if y_ptr is not None:
             tl.store(y_ptr + k, y.to(y_ptr.dtype.element_ty), mask=live)
@@ -89,7 +88,7 @@ def norm_quantize_kernel(
             low, high = lower(low, y), higher(high, y)
             if y_ptr is not None:
                 tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=live)
-        shift, absmax = shift_and_absmax(tl.reduce(low, 1, lower), tl.reduce(high, 1, higher))
+        shift, absmax = shift_and_absmax(low, high)
         for start in range(0, K_PAD, BLOCK):
             at = start + k
             live = here[:, None] & (at < K)
