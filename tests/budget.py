@@ -40,6 +40,11 @@ SMALL: dict[str, dict[str, int]] = {
     "torchvision_vit": {NORM: 4, "linear": 2, ACT: 2},
 }
 
+OLDER: dict[str, dict[str, int]] = {
+    # until transformers 5.17: gate and up are one packed linear
+    "dinov2_swiglu": {QKV: 6, NORM: 2, SCALED_OUT: 2, SCALED_ACT: 2},
+}
+
 TRUE_WIDTH: dict[str, dict[str, int]] = {
     "siglip_so400m": {QKV: 3, OUT: 1, NORM: 3, ACT: 2, "linear": 2},
     "clip_l": {QKV: 3, OUT: 1, NORM: 1, ACT: 1},

@@ -9,17 +9,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-CONTENTS = (
+FINITE = (
     "normal",
     "zero row",
+    "below the floor",
     "outlier",
     "constant",
+    "positive",
+    "negative",
     "ties",
-    "inf",
-    "-inf",
-    "nan",
-    "inf and nan",
 )
+CONTENTS = (*FINITE, "inf", "-inf", "nan", "inf and nan", "inf and -inf")
+HUGE = "huge"  # high - low overflows: for ops that do not multiply
 LAYOUTS = ("contiguous", "slice", "every other", "swapped", "expanded")
 
 
@@ -37,7 +38,7 @@ class Rows:
 
     @property
     def finite(self) -> bool:
-        return self.content not in ("inf", "-inf", "nan", "inf and nan") or 0 in self.lead
+        return self.content in (*FINITE, HUGE) or 0 in self.lead
 
     def on(self, device: str) -> Tensor:
         x = torch.randn(*self.lead, self.K, generator=torch.Generator().manual_seed(self.seed))
@@ -50,15 +51,24 @@ class Rows:
         row, last = x[0], self.K - 1
         if self.content == "zero row":
             row.zero_()
+        elif self.content == "below the floor":
+            row.mul_(1e-25 / self.magnitude)
+        elif self.content == HUGE:
+            largest = 3e38 if self.dtype != torch.float16 else 60_000
+            row.div_(self.magnitude).clamp_(-1, 1).mul_(largest)
+        elif self.content == "positive":
+            row.abs_()
+        elif self.content == "negative":
+            row.abs_().neg_()
         elif self.content == "constant":
             row.fill_(self.magnitude)
         elif self.content == "outlier":
             row[last] = 1000 * self.magnitude if self.dtype != torch.float16 else 60_000
-        elif self.content == "ties":  # a scale of exactly 1: every other value is halfway
+        elif self.content == "ties":  # shift 0, a scale of exactly 1: every other value is halfway
             row.copy_(torch.arange(self.K) % 250 * 0.5)
-            row[last] = -127
-        elif self.content == "inf and nan":
-            row[0], row[last] = torch.inf, torch.nan
+            row[0], row[last] = 127, -127
+        elif self.content in ("inf and nan", "inf and -inf"):
+            row[0], row[last] = torch.inf, float(self.content.removeprefix("inf and "))
         elif self.content != "normal":
             row[last] = float(self.content)
 

@@ -27,6 +27,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+if not __package__:  # run as a file, `python tools/show_graph.py`: find the folder tools as well
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from graphquant.config import Config
 from graphquant.errors import OptionError
 from graphquant.report import Report

@@ -83,7 +83,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     low = x.amin(-1, keepdim=True).clamp_(max=0.0)
     shift = 0.5 * high + 0.5 * low  # halves first: high - low may overflow
     absmax = (0.5 * high - 0.5 * low).clamp_(min=MIN_ABSMAX)
-    return _in_steps(x - shift, absmax), absmax / QMAX, shift
+    return *_in_steps(x - shift, absmax), shift
 
 
 def quantize_symmetric(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,12 +93,14 @@ def quantize_symmetric(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     x = x.float()
     absmax = x.abs().amax(-1, keepdim=True).clamp_(min=MIN_ABSMAX)
-    return _in_steps(x, absmax), absmax / QMAX
+    return _in_steps(x, absmax)
 
 
-def _in_steps(x: Tensor, absmax: Tensor) -> Tensor:
-    """x [..., K], |x| <= absmax, as int8 steps of absmax / 127."""
-    steps = torch.round(x * (QMAX / absmax)).clamp_(-QMAX, QMAX)
+def _in_steps(x: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., K], |x| <= absmax, as int8 steps of absmax / 127, and that scale."""
+    # a tensor: with a number torch would take a reciprocal, in two roundings (denormal near 3e38)
+    qmax = torch.full_like(absmax, QMAX)
+    steps = torch.round(x * (qmax / absmax)).clamp_(-QMAX, QMAX)
     xq = empty_rows(x, x.shape)
     with_pads(xq)[..., x.shape[-1] :] = 0
-    return xq.copy_(steps.nan_to_num_(nan=0.0))  # nan only where absmax is inf or nan
+    return xq.copy_(steps.nan_to_num_(nan=0.0)), absmax / qmax  # nan: absmax is inf or nan

@@ -20,7 +20,13 @@ aten = torch.ops.aten
 LINEAR = aten.linear.default
 
 CASTS = frozenset(
-    {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default}
+    {
+        aten.to.dtype,
+        aten.to.dtype_layout,
+        aten.to.device,
+        aten._to_copy.default,
+        aten.type_as.default,
+    }
 )
 
 SIZED_VIEWS = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
@@ -86,18 +92,16 @@ def rows(node: Node) -> int:
 
 def is_widening(node: Node) -> bool:
     """A cast to a wider float type: it changes no value."""
-    if not is_call(node, *CASTS):
-        return False
-    old, new = dtype(node.all_input_nodes[0]), dtype(node)
-    return old.is_floating_point and new.is_floating_point and new.itemsize >= old.itemsize
+    return is_float_cast(node) and dtype(node).itemsize >= dtype(node.all_input_nodes[0]).itemsize
 
 
 def is_float_cast(node: object) -> TypeGuard[Node]:
-    return (
-        is_call(node, *CASTS)
-        and dtype(node).is_floating_point
-        and dtype(node.all_input_nodes[0]).is_floating_point
-    )
+    """A cast between float types, on one device."""
+    if not is_call(node, *CASTS):
+        return False
+    old, new = node.all_input_nodes[0].meta["val"], node.meta["val"]
+    floats = old.dtype.is_floating_point and new.dtype.is_floating_point
+    return bool(floats and old.device == new.device)
 
 
 def keeps_rows(node: Node) -> bool:
@@ -120,10 +124,13 @@ def keeps_rows(node: Node) -> bool:
     return True
 
 
-def origin(node: Node) -> tuple[Node, list[Node]]:
-    """Walk up through row-keeping views and float casts: (producer, views in data order)."""
+def origin(node: Node, found: Callable[[Node], object]) -> tuple[Node, list[Node]]:
+    """Walk up through row-keeping views and float casts: (producer, views in data order).
+
+    `found(node)`: is this one it already? A norm that was spelled out may end in a cast.
+    """
     views: list[Node] = []
-    while keeps_rows(node) or is_float_cast(node):
+    while not found(node) and (keeps_rows(node) or is_float_cast(node)):
         if not is_float_cast(node):
             views.append(node)
         node = node.all_input_nodes[0]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 from graphquant.passes.graph import (
     CASTS,
@@ -44,8 +45,8 @@ _FUNCTIONAL = {
 def normalize(captured: Captured) -> None:
     graph = captured.gm.graph
     _drop_no_ops(graph, differentiable=bool(captured.differentiable))
-    _make_functional(graph)
-    _merge_equal_views(graph)
+    _make_functional(captured)
+    merge_equal_views(graph)
     constants = Constants(captured.parameters)
     _spell_linear(graph, constants)
     _hoist_weights(graph, constants)
@@ -85,8 +86,9 @@ def _is_no_op(node: Node, differentiable: bool) -> bool:
     return False
 
 
-def _make_functional(graph: Graph) -> None:
+def _make_functional(captured: Captured) -> None:
     """`y.add_(z)` on a value that has no other name becomes `y = y + z`."""
+    graph = captured.gm.graph
     order = {n: i for i, n in enumerate(graph.nodes)}
     for node in calls(graph, lambda n: n.target in _FUNCTIONAL):
         target = node.args[0]
@@ -95,15 +97,19 @@ def _make_functional(graph: Graph) -> None:
             continue
         if any(target in may_alias(user) for user in target.users if user is not node):
             continue
-        if shape(node) != shape(target) or dtype(node) != dtype(target):
-            continue
-        node.target = _FUNCTIONAL[node.target]
+        plain = _FUNCTIONAL[node.target]
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        with captured.fake_mode:
+            value = plain(*args, **kwargs)
+        if value.dtype != dtype(target):
+            continue  # in place keeps the type that the plain op would widen
+        node.target = plain
         for user in list(target.users):
             if order.get(user, 0) > order[node]:
                 user.replace_input_with(target, node)
 
 
-def _merge_equal_views(graph: Graph) -> None:
+def merge_equal_views(graph: Graph) -> None:
     """Siblings often make the same view of their input each: one is enough."""
     seen: dict[Any, Node] = {}
     written = written_in_place(graph)  # a reshape may copy: two copies of such are not one

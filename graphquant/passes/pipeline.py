@@ -29,7 +29,7 @@ from graphquant.passes.graph import (
     written_in_place,
 )
 from graphquant.passes.ir import Captured
-from graphquant.passes.normalize import normalize
+from graphquant.passes.normalize import merge_equal_views, normalize
 from graphquant.passes.recognize import recognize
 from graphquant.passes.record import Record
 from graphquant.passes.rule import Rule
@@ -75,6 +75,7 @@ def rewrite(captured: Captured, config: Config) -> Report:
     for rule in INT8_RULES if config.quantize else FLOAT_RULES:
         apply(bench, rule)
     _views_to_reshapes(bench)
+    merge_equal_views(gm.graph)  # a rule may have made one that the model has as well
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
     gm.recompile()

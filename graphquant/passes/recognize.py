@@ -118,7 +118,7 @@ def recognize(graph: Graph, constants: Constants) -> Recognized:
                 break
     for node in calls(graph, lambda n: n.target in WHOLE_ACTIVATIONS):
         kind = WHOLE_ACTIVATIONS[node.target](node)
-        found.activations[node] = Activation(node, node.all_input_nodes[0], kind)
+        found.activations[node] = Activation(node, _unwidened(node.all_input_nodes[0]), kind)
     return found
 
 
@@ -128,10 +128,11 @@ def _whole_norm(node: Node) -> Norm | str:
         return f"normalises over {len(dims)} dims; int8 scales are per row"
     if node.target is aten.rms_norm.default:
         gamma, eps = rest
-        # torch's documented default: machine epsilon of the input's type
-        return Norm(node, x, gamma, None, torch.finfo(dtype(x)).eps if eps is None else eps, True)
+        if eps is None:  # torch's default: of the type it computes in, not of the input's
+            eps = torch.finfo(torch.promote_types(dtype(x), torch.float32)).eps
+        return Norm(node, _unwidened(x), gamma, None, eps, True)
     gamma, beta, eps, _ = rest
-    return Norm(node, x, gamma, beta, eps, False)
+    return Norm(node, _unwidened(x), gamma, beta, eps, False)
 
 
 def _downstream(node: Node) -> list[Node]:
@@ -216,6 +217,7 @@ def _spelled_activation(
 
 
 def _spelled_norm(out: Node, constants: Constants, order: dict[Node, int]) -> Norm | None:
+    rms: Norm | None = None
     for region in _regions(out, constants, order):
         if len(region.parameters) > 2 or not any(n.target in _SIGNS_OF_NORM for n in region.nodes):
             continue
@@ -227,9 +229,11 @@ def _spelled_norm(out: Node, constants: Constants, order: dict[Node, int]) -> No
         ):
             continue
         with unset_fake_temporarily(), torch.no_grad():
-            if (norm := _which_norm(region, size[-1], len(size))) is not None:
-                return norm
-    return None
+            norm = _which_norm(region, size[-1], len(size))
+        if norm is not None and not norm.rms:
+            return norm  # whole: not only the RMS norm of the deviations, which a layer norm holds
+        rms = rms or norm
+    return rms
 
 
 def _which_norm(region: _Region, K: int, rank: int) -> Norm | None:

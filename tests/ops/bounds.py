@@ -1,4 +1,4 @@
-"""What (xq, x_scale) must mean, and helpers to run every implementation of an op."""
+"""What (xq, x_scale, x_shift) must mean, and helpers to run every implementation of an op."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from graphquant.ops.define import Kernel, Op, load_kernels
 from graphquant.ops.numerics import MIN_ABSMAX, padded, with_pads
 
 U = 2.0**-24  # float32 rounds to nearest with a relative error of at most U
+HALF = 0.5 + 127 * 5 * U  # of a step: how far x may be from what it was quantised to (assert_means)
 
 load_kernels()
 
@@ -36,44 +37,103 @@ def to_cpu(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(a.cpu() if isinstance(a, Tensor) else a for a in args)
 
 
-def assert_layout(xq: Tensor, x_scale: Tensor, shape: torch.Size) -> None:
-    """Dtypes, shapes, row stride padded to 16, pads zero, values in [-127, 127]."""
-    K = shape[-1]
-    assert xq.dtype == torch.int8 and xq.shape == shape
-    assert x_scale.dtype == torch.float32 and x_scale.shape == (*shape[:-1], 1)
-    assert x_scale.is_contiguous()
-    wide = torch.empty((*shape[:-1], padded(K)), device="meta")
-    assert xq.stride() == wide.stride()
-    if xq.numel():
-        assert int(xq.to(torch.int32).abs().max()) <= 127
-        assert not with_pads(xq)[..., K:].any()
+def assert_rows(q: Tensor, shape: torch.Size) -> None:
+    """int8 [..., K] in [-127, 127], rows padded to 16 bytes that the storage holds to the end."""
+    assert q.dtype == torch.int8 and q.shape == shape
+    wide = torch.empty((*shape[:-1], padded(shape[-1])), device="meta")
+    assert q.stride() == wide.stride()
+    assert q.untyped_storage().nbytes() >= q.storage_offset() + wide.numel()
+    if q.numel():
+        assert int(q.to(torch.int32).abs().max()) <= 127
 
 
-def assert_means(xq: Tensor, x_scale: Tensor, y: Tensor, noise: Tensor | float = 0.0) -> None:
-    """The pair stands for y [..., K] float64, of which the op saw y + e with |e| <= noise.
+def assert_layout(xq: Tensor, x_scale: Tensor, x_shift: Tensor, shape: torch.Size) -> None:
+    """Dtypes, shapes and strides of a quantiser's result. What its pads hold is not specified."""
+    assert_rows(xq, shape)
+    for column in (x_scale, x_shift):
+        assert column.dtype == torch.float32 and column.shape == (*shape[:-1], 1)
+        assert column.is_contiguous()
 
-    With s = x_scale and steps v = fl(fl(127 / absmax) * y):  |v - 127 y / absmax| <= 127 * 2.5 U,
-    rounding v costs half a step, and s is within 1.5 U of absmax / 127. So
-    |y - xq s| <= s / 2 + s * 127 * 5 U + noise, where 127 * 5 U = 3.8e-5.
-    Rows that are not finite have a scale that is not finite, and zeros.
+
+def assert_means(
+    xq: Tensor, x_scale: Tensor, x_shift: Tensor, y: Tensor, noise: Tensor | float = 0.0
+) -> None:
+    """The triple stands for y [..., K] float64, of which the op saw v = y + e with |e| <= noise.
+
+    low <= 0 <= high are the ends of y's range with zero in it, N is the row's largest noise. Halves
+    are exact (but for the last bit of a denormal: TINY), every other operation is off by U:
+
+        x_shift = fl(h/2 + l/2)     is off by N + U |(high + low) / 2|                     (1)
+        absmax  = fl(h/2 - l/2)     is off by N + U (high - low) / 2
+        x_scale = fl(absmax / 127)  is off by N / 127 + 2 U x_scale                        (2)
+
+    and since |high + low| <= high - low, zero stays inside: |x_shift| <= 127 x_scale (1 + 4 U)  (3)
+
+    What cancels in v - x_shift: v and x_shift are float32, so their difference is rounded relative
+    to itself, by U |v - x_shift|; and (1) drops out, because the float32 that is subtracted is the
+    one that is added again. What cancellation does leave is e: it is relative to |v|, which may be
+    127 times two steps, and not to |v - x_shift|. It is in `noise`, as it stands. Steps are
+    fl(fl(v - x_shift) * fl(127 / absmax)), three roundings, to an integer, times x_scale, one more:
+
+        |v - (xq x_scale + x_shift)|  <=  x_scale / 2 + 4 U |v - x_shift|
+                                      <=  x_scale (1 / 2 + 127 * 4 U (1 + 3 U))            (4)
+
+    for |v - x_shift| <= absmax (1 + 2 U). HALF has 5 U, for U squared. 127 * 5 U is 3.8e-5.
+    Rows that are not finite have a scale that is not finite, and zeros: they dequantise to nan.
     """
-    assert_layout(xq, x_scale, y.shape)
-    xq, s, y = xq.cpu().double(), x_scale.cpu().double(), y.cpu()
+    assert_layout(xq, x_scale, x_shift, y.shape)
+    TINY = 2.0**-149
+    xq, s, c, y = xq.cpu().double(), x_scale.cpu().double(), x_shift.cpu().double(), y.cpu()
     finite = y.isfinite().all(-1, keepdim=True)
     assert (s.isfinite() == finite).all()
     assert ((xq == 0) | finite).all()
+    assert ((xq * s + c).isnan() | finite).all()
     noise = torch.as_tensor(noise, dtype=torch.float64).expand_as(y)
-    error = (y - xq * s).abs()
-    assert (~finite | (error <= s * (0.5 + 127 * 5 * U) + noise)).all()
-    want = y.abs().amax(-1, keepdim=True).clamp(min=MIN_ABSMAX) / 127
-    slack = noise.amax(-1, keepdim=True) / 127 + 4 * U * want
-    assert (~finite | ((s - want).abs() <= slack)).all()
+    assert (~finite | ((y - (xq * s + c)).abs() <= s * HALF + noise)).all()  # (4)
+    assert (~finite | (c.abs() <= 127 * s * (1 + 4 * U))).all()  # (3)
+    N = noise.amax(-1, keepdim=True) * (1 + 4 * U)
+    high = y.amax(-1, keepdim=True).clamp(min=0.0)
+    low = y.amin(-1, keepdim=True).clamp(max=0.0)
+    middle = (high + low) / 2
+    assert (~finite | ((c - middle).abs() <= N + 2 * U * middle.abs() + TINY)).all()  # (1)
+    want = ((high - low) / 2).clamp(min=MIN_ABSMAX) / 127
+    assert (~finite | ((s - want).abs() <= N / 127 + 3 * U * want)).all()  # (2)
 
 
-def assert_within_a_step(pair: Any, reference: Any, noise: Tensor | float = 0.0) -> None:
-    """Two pairs for one value: each is rounded by at most half a step, so they are a step apart."""
-    (xq, s), (rq, rs) = ([t.cpu().double() for t in p] for p in (pair, reference))
+def assert_within_a_step(triple: Any, reference: Any, noise: Tensor | float = 0.0) -> None:
+    """Two triples for one value: each is within half a step of what it saw, so they are within a
+    step of each other. Both saw the value with noise."""
+    (xq, s, c), (rq, rs, rc) = ([t.cpu().double() for t in p] for p in (triple, reference))
     finite = s.isfinite() & rs.isfinite()
     assert (s.isfinite() == rs.isfinite()).all()
-    step = torch.maximum(s, rs) * (1 + 127 * 10 * U)
-    assert (~finite | ((xq * s - rq * rs).abs() <= step + 2 * noise)).all()
+    apart = ((xq * s + c) - (rq * rs + rc)).abs()
+    assert (~finite | (apart <= (s + rs) * HALF + 2 * noise)).all()
+    assert ((xq == 0) & (rq == 0) | finite).all()
+    assert (apart.isnan() | finite).all()
+
+
+def assert_weight(wq: Tensor, w_scale: Tensor, w_sum: Tensor, w: Tensor) -> None:
+    """The triple stands for w [N, K], which the op saw exactly.
+
+    absmax is exact (its floor is off by U), steps are fl(w * fl(127 / absmax)): two roundings, and
+    one of w_scale = fl(absmax / 127), so |w - wq w_scale| <= w_scale (1 / 2 + 127 * 3 U (1 + 2 U)).
+    w_sum is one product of two float32: |sum wq| <= 127 K < 2^24 up to K = 132_104. (For weights
+    near 3e38 it is inf, as their sum is.)
+    """
+    assert_rows(wq, w.shape)
+    for vector in (w_scale, w_sum):
+        assert vector.dtype == torch.float32 and vector.shape == w.shape[:1]
+        assert vector.is_contiguous()
+    if w.numel():
+        assert not with_pads(wq)[..., w.shape[-1] :].any()
+    wq, w_scale, w_sum, w = wq.cpu(), w_scale.cpu(), w_sum.cpu(), w.cpu().double()
+    finite, s = w.isfinite().all(-1), w_scale.double()
+    assert (w_scale.isfinite() == finite).all()
+    assert not wq[~finite].any() and w_sum[~finite].isnan().all()
+    error = (w - wq.double() * s[:, None]).abs()[finite]
+    assert (error <= s[finite, None] * (0.5 + 127 * 4 * U)).all()
+    want = w.abs().amax(-1).clamp(min=MIN_ABSMAX) / 127
+    assert ((s - want).abs() <= 3 * U * want)[finite].all()
+    total = wq.long().sum(-1)
+    assert w.shape[1] <= 132_104
+    assert torch.equal(w_sum[finite], (total.double() * s).float()[finite])  # 24 + 24 bits: exact

@@ -67,7 +67,8 @@ def _row_case(
     config = row_config(K)
     warps = config.pop("num_warps")
     unit = unit_of(K)
-    base = {"x_ptr": "*bf16", "xq_ptr": "*i8", "scale_ptr": "*fp32", "M": "i32", "x_row": "i32"}
+    base = {"x_ptr": "*bf16", "xq_ptr": "*i8", "scale_ptr": "*fp32", "shift_ptr": "*fp32"}
+    base |= {"M": "i32", "x_row": "i32"}
     constants = {"K": K, "K_PAD": padded(K), "X_UNIT": unit, "UP_UNIT": unit, **config, **constants}
     return name, kernel, base | {"up_row": "i32"} | types, constants, {"num_warps": warps}
 
@@ -76,8 +77,8 @@ def _linear_case(
     name: str, tile: tiles.Tile, dtype: str, tail: dict[str, bool] | None, by_tma: bool = False
 ) -> Case:
     types = dict.fromkeys(("M", "N", "K", "K_pad", "x_row", "w_row", "residual_row"), "i32")
-    types |= {"x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32", "bias_ptr": f"*{dtype}"}
-    types |= {"residual_ptr": f"*{dtype}", "y_ptr": f"*{dtype}"}
+    types |= dict.fromkeys(("x_scale_ptr", "x_shift_ptr", "w_scale_ptr", "w_sum_ptr"), "*fp32")
+    types |= dict.fromkeys(("bias_ptr", "residual_ptr", "y_ptr"), f"*{dtype}")
     types |= {"xq_ptr": "*i8", "wq_ptr": "*i8"}
     types |= {"x_desc": f"tensordesc<i8[{tile.m}, {tile.k}]>"}
     types |= {"w_desc": f"tensordesc<i8[{tile.n}, {tile.k}]>"}

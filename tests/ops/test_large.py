@@ -23,36 +23,36 @@ def x() -> torch.Tensor:
 
 
 def test_quantize_reaches_the_last_rows(x: torch.Tensor) -> None:
-    xq, x_scale = ops.quantize(x)
+    triple = ops.quantize(x)
     want = ops.quantize.reference(x[LAST].cpu())
-    assert_within_a_step((xq[LAST], x_scale[LAST]), want)
+    assert_within_a_step([t[LAST] for t in triple], want)
 
 
 def test_norm_quantize_keep_reaches_the_last_rows(x: torch.Tensor) -> None:
-    y, xq, x_scale = ops.norm_quantize_keep(x, None, None, 1e-5, False, torch.bfloat16)
+    y, *triple = ops.norm_quantize_keep(x, None, None, 1e-5, False, torch.bfloat16)
     want = ops.norm_quantize_keep.reference(x[LAST].cpu(), None, None, 1e-5, False, torch.bfloat16)
-    assert_within_a_step((xq[LAST], x_scale[LAST]), want[1:], noise=1e-4)
+    assert_within_a_step([t[LAST] for t in triple], want[1:], noise=1e-4)
     assert torch.allclose(y[LAST].cpu().float(), want[0].float(), rtol=2**-7, atol=1e-4)
 
 
 def test_glu_quantize_reads_slices_past_2_31(x: torch.Tensor) -> None:
     gate, up = x[:, : K // 2], x[:, K // 2 :]
-    xq, x_scale = ops.glu_quantize(gate, up, "silu")
+    triple = ops.glu_quantize(gate, up, "silu")
     want = ops.glu_quantize.reference(gate[LAST].cpu(), up[LAST].cpu(), "silu")
-    assert_within_a_step((xq[LAST], x_scale[LAST]), want, noise=1e-4)
+    assert_within_a_step([t[LAST] for t in triple], want, noise=1e-4)
 
 
 @pytest.mark.parametrize("kernel", ["triton_tma", "triton"])
 def test_int8_linear_writes_the_last_rows(x: torch.Tensor, kernel: str) -> None:
-    xq, x_scale = ops.quantize(x[:, :64])
-    wq, w_scale = ops.quantize(torch.randn(K, 64, device="cuda"))
-    args = xq, x_scale, wq, w_scale[:, 0], None, x, torch.bfloat16
+    quantized = ops.quantize(x[:, :64])
+    packed = ops.quantize_weight(torch.randn(K, 64, device="cuda"))
+    args = *quantized, *packed, None, x, torch.bfloat16
     (chosen,) = (k for k in ops.int8_linear.kernels if k.name == kernel)
     if (why := chosen.refuses(*args)) is not None:
         pytest.skip(why)
     y = chosen.fn(*args)
+    last = (t[LAST].cpu() for t in quantized)
     want = ops.int8_linear.reference(
-        xq[LAST].cpu(), x_scale[LAST].cpu(), wq.cpu(), w_scale[:, 0].cpu(), None, x[LAST].cpu(),
-        torch.bfloat16,
-    )  # fmt: skip
+        *last, *(t.cpu() for t in packed), None, x[LAST].cpu(), torch.bfloat16
+    )
     assert torch.allclose(y[LAST].cpu().float(), want.float(), rtol=2**-7, atol=1e-4)

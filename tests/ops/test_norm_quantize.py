@@ -69,7 +69,7 @@ epsilons = st.sampled_from([1e-12, 1e-6, 1e-5])
 @given(sample=samples, gamma=kinds, beta=kinds, eps=epsilons, rms=st.booleans())
 @example(Rows((2,), 8, content="zero row"), "none", "none", 1e-12, False)
 @example(Rows((2,), 1), "float32", "float32", 1e-5, False)
-def test_pair_is_within_half_a_step_of_the_norm(
+def test_triple_is_within_half_a_step_of_the_norm(
     op: Op,
     kernel: Kernel,
     device: str,
@@ -111,17 +111,17 @@ def test_kept_value_is_the_norm_rounded_to_dtype(
     x = sample.on(device)
     args = x, _vector(sample.K, gamma, device), None, 1e-6, rms
     want, noise = _exact(*args)
-    y, xq, x_scale = kernel.fn(*args, dtype)
+    y, *triple = kernel.fn(*args, dtype)
     assert y.dtype == dtype and y.shape == x.shape and y.is_contiguous()
     # Triton's interpreter cuts float32 to bfloat16 where the card rounds: a whole unit, not half
     unit = torch.finfo(dtype).eps * want.abs() + torch.finfo(dtype).smallest_normal
     finite = want.isfinite().all(-1, keepdim=True)
     assert (~finite | ((y.cpu().double() - want).abs() <= unit + noise)).all()
-    assert_means(xq, x_scale, want, noise)
+    assert_means(*triple, want, noise)
 
 
 @implementations(norm_quantize)
-def test_keeping_the_value_does_not_change_the_pair(op: Op, kernel: Kernel, device: str) -> None:
+def test_keeping_the_value_does_not_change_the_triple(op: Op, kernel: Kernel, device: str) -> None:
     keep: Any = {"reference": norm_quantize_keep.reference} | {
         k.name: k.fn for k in norm_quantize_keep.kernels
     }
@@ -147,26 +147,42 @@ def test_rows_too_long_for_registers_mean_the_same(
 ) -> None:
     x, gamma = torch.randn(2, K, device=device) + 0.5, torch.randn(K, device=device)
     want, _ = _exact(x, gamma, None, 1e-5, rms)
-    y, xq, x_scale = kernel.fn(x, gamma, None, 1e-5, rms, torch.float32)
+    y, *triple = kernel.fn(x, gamma, None, 1e-5, rms, torch.float32)
     noise = 1e-5 * (1 + want.abs())  # sums in trees: far below the worst order of _exact
     assert ((y.cpu().double() - want).abs() <= noise).all()
-    assert_means(xq, x_scale, want, noise)
+    assert_means(*triple, want, noise)
+
+
+@implementations(norm_quantize)
+@pytest.mark.parametrize("K", [37, 16_400])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_beta_that_makes_a_row_one_sided_becomes_the_shift(
+    op: Op, kernel: Kernel, device: str, sign: int, K: int
+) -> None:
+    """Lanes beyond K must not take part: beta is 0 there, and so is what they add to the range."""
+    x = torch.randn(3, K, device=device)
+    beta = torch.full((K,), sign * 20.0, device=device)
+    want, noise = _exact(x, None, beta, 1e-5, False)
+    assert (want * sign > 0).all()
+    assert_means(*kernel.fn(x, None, beta, 1e-5, False), want, noise.clamp(max=1e-4))
 
 
 @implementations(norm_quantize)
 @pytest.mark.parametrize("rms", [False, True])
-@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan, -torch.nan])
 def test_a_row_that_is_not_finite_leaves_the_others_alone(
     op: Op, kernel: Kernel, device: str, rms: bool, bad: float
 ) -> None:
     x = torch.randn(6, 37, device=device)
     clean = [t.clone() for t in kernel.fn(x, None, None, 1e-5, rms)]
     x[2, 11] = bad
-    xq, x_scale = kernel.fn(x, None, None, 1e-5, rms)
+    triple = kernel.fn(x, None, None, 1e-5, rms)
     others = torch.arange(6, device=device) != 2
-    assert torch.equal(xq[others], clean[0][others])
-    assert torch.equal(x_scale[others], clean[1][others])
-    assert not xq[2].any() and not x_scale[2].isfinite().any()
+    for got, before in zip(triple, clean, strict=True):
+        assert torch.equal(got[others], before[others])
+    xq, x_scale, x_shift = (t[2] for t in triple)
+    assert not xq.any() and not x_scale.isfinite().any()
+    assert (xq * x_scale + x_shift).isnan().all()
 
 
 @implementations(norm_quantize)

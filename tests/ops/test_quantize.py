@@ -7,47 +7,65 @@ import math
 import pytest
 import torch
 from hypothesis import example, given
+from hypothesis import strategies as st
 
 from graphquant.ops import quantize
 from graphquant.ops.define import Kernel, Op
-from graphquant.ops.numerics import MIN_ABSMAX
+from graphquant.ops.numerics import MIN_ABSMAX, quantize_symmetric
 from tests.ops.bounds import (
+    U,
     assert_layout,
     assert_means,
     assert_within_a_step,
     implementations,
     kernels,
 )
-from tests.strategies import Rows, rows
+from tests.strategies import CONTENTS, FINITE, FLOATS, HUGE, Rows, rows
+
+samples = rows(contents=(*CONTENTS, HUGE))
 
 
 @implementations(quantize)
-@given(sample=rows())
+@given(sample=samples)
 @example(Rows((2,), 8, content="zero row"))
 @example(Rows((3,), 257, content="ties"))
 @example(Rows((2,), 40, torch.bfloat16, 1e30, "outlier"))
-def test_pair_is_within_half_a_step_of_x(op: Op, kernel: Kernel, device: str, sample: Rows) -> None:
+@example(Rows((2,), 40, content=HUGE))
+@example(Rows((2,), 40, content="below the floor"))
+def test_triple_is_within_half_a_step_of_x(
+    op: Op, kernel: Kernel, device: str, sample: Rows
+) -> None:
     x = sample.on(device)
     assert_means(*kernel.fn(x), x.double())
 
 
 @kernels(quantize)
-@given(sample=rows())
-def test_kernel_gives_the_reference_scale_bit_for_bit(
+@given(sample=samples)
+@example(Rows((2,), 40, content=HUGE))
+def test_kernel_gives_the_reference_scale_and_shift_bit_for_bit(
     op: Op, kernel: Kernel, device: str, sample: Rows
 ) -> None:
     x = sample.on(device)
-    pair, want = kernel.fn(x), op.reference(x.cpu())
-    assert torch.equal(pair[1].cpu().nan_to_num(nan=-1.0), want[1].nan_to_num(nan=-1.0))
-    assert_within_a_step(pair, want)
+    triple, want = kernel.fn(x), op.reference(x.cpu())
+    for column, wanted in zip(triple[1:], want[1:], strict=True):
+        torch.testing.assert_close(column.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
+    assert_within_a_step(triple, want)
 
 
 @implementations(quantize)
 def test_ties_round_to_even(op: Op, kernel: Kernel, device: str) -> None:
-    x = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5, 127.0]], device=device)
-    xq, x_scale = kernel.fn(x)
-    assert xq.tolist() == [[0, 2, 2, 0, -2, -2, 126, 127]]
-    assert x_scale.item() == 1.0
+    x = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5, 127.0, -127.0]], device=device)
+    xq, x_scale, x_shift = kernel.fn(x)
+    assert xq.tolist() == [[0, 2, 2, 0, -2, -2, 126, 127, -127]]
+    assert x_scale.item() == 1.0 and x_shift.item() == 0.0
+
+
+@implementations(quantize)
+def test_ties_round_to_even_around_a_shift(op: Op, kernel: Kernel, device: str) -> None:
+    x = torch.tensor([[0.0, 126.5, 127.5, 128.5, 129.5, 253.5, 254.0]], device=device)
+    xq, x_scale, x_shift = kernel.fn(x)
+    assert xq.tolist() == [[-127, 0, 0, 2, 2, 126, 127]]
+    assert x_scale.item() == 1.0 and x_shift.item() == 127.0
 
 
 @implementations(quantize)
@@ -55,54 +73,139 @@ def test_ties_round_to_even(op: Op, kernel: Kernel, device: str) -> None:
 def test_a_row_of_zeros_gives_zeros_and_the_floor(
     op: Op, kernel: Kernel, device: str, K: int
 ) -> None:
-    xq, x_scale = kernel.fn(torch.zeros(2, K, device=device))
-    assert not xq.any()
+    xq, x_scale, x_shift = kernel.fn(torch.zeros(2, K, device=device))
+    assert not xq.any() and not x_shift.any()
     assert torch.equal(x_scale.cpu(), torch.full((2, 1), MIN_ABSMAX) / 127)
 
 
 @implementations(quantize)
-@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
-def test_a_row_that_is_not_finite_leaves_the_others_alone(
-    op: Op, kernel: Kernel, device: str, bad: float
+def test_rows_below_the_floor_are_their_shift(op: Op, kernel: Kernel, device: str) -> None:
+    x = torch.tensor([[2e-23, 1e-23], [-2e-23, -2e-23], [1e-23, -1e-23]], device=device)
+    xq, x_scale, x_shift = kernel.fn(x)  # a step is 7.9e-23
+    assert not xq.any()
+    assert torch.equal(x_scale.cpu(), torch.full((3, 1), MIN_ABSMAX) / 127)
+    assert torch.equal(x_shift.cpu(), torch.tensor([[1e-23], [-1e-23], [0.0]]))
+
+
+@implementations(quantize)
+@pytest.mark.parametrize("value", [1.0, -1.0, 0.1, -7e-5, 3e38, -3e38])
+@pytest.mark.parametrize("K", [1, 16, 37])
+def test_a_constant_row_is_one_end_of_its_range(
+    op: Op, kernel: Kernel, device: str, value: float, K: int
 ) -> None:
-    x = torch.randn(4, 5, 37, device=device)
-    clean = [t.clone() for t in kernel.fn(x)]
-    x[2, 3, 11] = bad
-    xq, x_scale = kernel.fn(x)
-    spoiled = torch.zeros(4, 5, dtype=torch.bool, device=device)
-    spoiled[2, 3] = True
-    assert torch.equal(xq[~spoiled], clean[0][~spoiled])
-    assert torch.equal(x_scale[~spoiled], clean[1][~spoiled])
-    assert not xq[2, 3].any()
-    got = x_scale[2, 3].item()
-    assert math.isnan(got) if math.isnan(bad) else got == torch.inf
+    """Zero is the other end, so every step is +-127, and the value comes back: x_scale is off by U,
+    for the half of the value that is not the shift."""
+    x = torch.full((2, K), value, device=device)
+    xq, x_scale, x_shift = kernel.fn(x)
+    assert (xq == math.copysign(127, value)).all()
+    assert torch.equal(x_shift, x[:, :1] / 2)
+    back = xq.double() * x_scale.double() + x_shift.double()
+    assert ((back - x.double()).abs() <= U * abs(value)).all()
 
 
 @implementations(quantize)
-def test_inf_beside_nan_gives_nan(op: Op, kernel: Kernel, device: str) -> None:
-    x = torch.tensor([[torch.inf, torch.nan, 1.0]], device=device)
-    assert kernel.fn(x)[1].isnan().all()
+@given(
+    sample=rows(contents=("normal", "outlier", "constant")),
+    sign=st.sampled_from([1, -1]),
+)
+def test_one_sided_rows_get_half_the_symmetric_scale(
+    op: Op, kernel: Kernel, device: str, sample: Rows, sign: int
+) -> None:
+    """Twice as many steps for the same values: shift and absmax are both half the far end, exactly
+    (a row below the floor keeps the floor)."""
+    x = sign * sample.on(device).abs()
+    xq, x_scale, x_shift = kernel.fn(x)
+    far = x.float().abs().amax(-1, keepdim=True)
+    above = far >= 2 * MIN_ABSMAX
+    assert torch.equal(x_shift, sign * far / 2)
+    symmetric = quantize_symmetric(x.cpu())[1].to(device)
+    assert torch.equal(x_scale[above], symmetric[above] / 2)
+    ends = (x.float() == sign * far) & above
+    assert (xq[ends] == 127 * sign).all()
 
 
 @implementations(quantize)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_stacked_weights_quantise_to_stacked_quantised_weights(
+@given(sample=rows(contents=(*FINITE, HUGE)))
+def test_no_scale_is_above_the_symmetric_one(
+    op: Op, kernel: Kernel, device: str, sample: Rows
+) -> None:
+    """(high - low) / 2 <= max |x|, and rounding is monotonous."""
+    x = sample.on(device)
+    assert (kernel.fn(x)[1].cpu() <= quantize_symmetric(x.cpu())[1]).all()
+
+
+@implementations(quantize)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_widest_range_there_is_does_not_overflow(
     op: Op, kernel: Kernel, device: str, dtype: torch.dtype
 ) -> None:
-    q, k, v = (torch.randn(n, 100, device=device).mul(n).to(dtype) for n in (24, 8, 9))
-    stacked = kernel.fn(torch.cat([q, k, v]))
-    apart = [kernel.fn(w) for w in (q, k, v)]
-    for together, parts in zip(stacked, zip(*apart, strict=True), strict=True):
-        assert torch.equal(together, torch.cat(parts))
+    """high - low would: 6.8e38."""
+    largest = torch.finfo(dtype).max
+    rows = [[largest, -largest, 0.0], [largest, 0.0, 1.0], [0.0, -largest, -1.0]]
+    x = torch.tensor(rows, dtype=dtype, device=device)
+    xq, x_scale, x_shift = kernel.fn(x)
+    assert_means(xq, x_scale, x_shift, x.double())
+    assert xq.tolist() == [[127, -127, 0], [127, -127, -127], [127, -127, 127]]
+    assert x_shift.flatten().tolist() == [0.0, largest / 2, -largest / 2]
+
+
+BAD = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan, "nan with a sign": -math.nan}
+
+
+@implementations(quantize)
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
+@pytest.mark.parametrize("K", [37, 16_400])  # in registers, and in chunks
+def test_a_row_that_is_not_finite_leaves_the_others_alone(
+    op: Op, kernel: Kernel, device: str, bad: float, K: int
+) -> None:
+    x = torch.randn(4, 5, K, device=device)
+    clean = [t.clone() for t in kernel.fn(x)]
+    x[2, 3, 11] = bad
+    assert x[2, 3, 11].signbit() == (math.copysign(1, bad) < 0)
+    triple = kernel.fn(x)
+    spoiled = torch.zeros(4, 5, dtype=torch.bool, device=device)
+    spoiled[2, 3] = True
+    for got, before in zip(triple, clean, strict=True):
+        assert torch.equal(got[~spoiled], before[~spoiled])
+    xq, x_scale, x_shift = (t[2, 3] for t in triple)
+    assert not xq.any()
+    assert (xq * x_scale + x_shift).isnan().all()
+    if math.isnan(bad):
+        assert x_scale.isnan() and x_shift.isnan()
+    else:
+        assert x_scale.item() == torch.inf and x_shift.item() == bad
+
+
+@implementations(quantize)
+@pytest.mark.parametrize("nan", [math.nan, -math.nan])
+@pytest.mark.parametrize("inf", [math.inf, -math.inf])
+@pytest.mark.parametrize("K", [3, 16_400])
+def test_inf_beside_nan_gives_nan(
+    op: Op, kernel: Kernel, device: str, nan: float, inf: float, K: int
+) -> None:
+    x = torch.ones(2, K, device=device)
+    x[0, 0], x[0, K - 1] = inf, nan
+    x[1, 0], x[1, K - 1] = nan, inf
+    xq, x_scale, x_shift = kernel.fn(x)
+    assert x_scale.isnan().all() and x_shift.isnan().all() and not xq.any()
+
+
+@implementations(quantize)
+def test_both_infinities_have_no_middle(op: Op, kernel: Kernel, device: str) -> None:
+    x = torch.tensor([[torch.inf, -torch.inf, 1.0]], device=device)
+    xq, x_scale, x_shift = kernel.fn(x)
+    assert x_scale.item() == torch.inf and x_shift.isnan().all() and not xq.any()
 
 
 @implementations(quantize)
 @pytest.mark.parametrize("K", [16_384, 16_385, 20_003])
+@pytest.mark.parametrize("sign", [1, -1])
 def test_rows_too_long_for_registers_mean_the_same(
-    op: Op, kernel: Kernel, device: str, K: int
+    op: Op, kernel: Kernel, device: str, K: int, sign: int
 ) -> None:
     x = torch.randn(3, K, device=device)
-    x[1, K - 1] = 50.0  # the absmax is in the last chunk
+    x[1, K - 1] = sign * 50.0  # that end of the range is in the last chunk
+    x[2] = sign * x[2].abs()  # and this one is in none
     assert_means(*kernel.fn(x), x.double())
 
 

@@ -42,7 +42,7 @@ class ActLinear:
 
     def sites(self, view: View) -> Iterator[ActSite]:
         for linear in linears(view):
-            out, views = origin(linear.x)
+            out, views = origin(linear.x, view.activation)
             if (found := _activation(view, out)) is None:
                 continue
             act, up = found
@@ -75,7 +75,7 @@ def _activation(view: View, out: Node) -> tuple[Activation, Node | None] | None:
         for gate, up in (out.args, out.args[::-1]):
             if not (isinstance(gate, Node) and isinstance(up, Node) and is_tensor(up)):
                 continue
-            gate, views = origin(gate)
+            gate, views = origin(gate, view.activation)
             act = view.activation(gate)
             if act is not None and not views and shape(gate) == shape(up) == shape(out):
                 return act, up

@@ -30,16 +30,19 @@ class LayerScale:
     name = "layer_scale"
 
     def sites(self, view: View) -> Iterator[LayerScaleSite]:
-        for linear in calls(view.graph, lambda n: n.target is int8_linear.target):
-            product = only_user(linear)
-            if not is_call(product, aten.mul.Tensor) or full_args(linear)[-2] is not None:
-                continue
-            gamma = product.args[1] if product.args[0] is linear else product.args[0]
-            if not isinstance(gamma, Node):
-                continue
-            if gamma in view.constants and _is_per_channel(gamma, shape(linear)[-1]):
-                read = tuple(view.constants.made_from(gamma))  # when packed, not when called
-                yield LayerScaleSite((product,), (linear,), read, linear, gamma)
+        seen: set[Node] = set()
+        while fresh := [n for n in calls(view.graph, _is_int8) if n not in seen]:
+            for linear in fresh:  # the fold makes a new one, which may be scaled again
+                seen.add(linear)
+                product = only_user(linear)
+                if not is_call(product, aten.mul.Tensor) or full_args(linear)[-2] is not None:
+                    continue
+                gamma = product.args[1] if product.args[0] is linear else product.args[0]
+                if not isinstance(gamma, Node):
+                    continue
+                if gamma in view.constants and _is_per_channel(gamma, shape(linear)[-1]):
+                    read = tuple(view.constants.made_from(gamma))  # when packed, not when called
+                    yield LayerScaleSite((product,), (linear,), read, linear, gamma)
 
     def check(self, view: View, site: LayerScaleSite) -> Refuse | None:
         (product,) = site.outputs
@@ -53,12 +56,19 @@ class LayerScale:
 
     def rewrite(self, edit: Edit, site: LayerScaleSite) -> tuple[Node, ...]:
         *x, wq, w_scale, w_sum, bias, residual, out = full_args(site.linear)
-        gamma = edit.call(aten.reshape.default, site.gamma, [-1])
-        gamma = edit.call(aten.to.dtype, gamma, torch.float32)
+        gamma = site.gamma
+        if len(shape(gamma)) > 1:
+            gamma = edit.call(aten.reshape.default, gamma, [-1])
+        if dtype(gamma) != torch.float32:
+            gamma = edit.call(aten.to.dtype, gamma, torch.float32)
         w_scale, w_sum, bias = (
             v and edit.call(aten.mul.Tensor, v, gamma) for v in (w_scale, w_sum, bias)
         )
         return (edit.call(int8_linear, *x, wq, w_scale, w_sum, bias, residual, out),)
+
+
+def _is_int8(node: Node) -> bool:
+    return node.target is int8_linear.target
 
 
 def _is_per_channel(gamma: Node, N: int) -> bool:

@@ -36,7 +36,7 @@ class NormLinear:
 
     def sites(self, view: View) -> Iterator[NormSite]:
         for linear in linears(view):
-            out, views = origin(linear.x)
+            out, views = origin(linear.x, view.norm)
             if (norm := view.norm(out)) is None:
                 continue
             keep = not leads_only_to(out, linear.node)

@@ -56,8 +56,10 @@ def test_stacked_int8_weights_are_bit_identical_to_separate_ones(x: Tensor, bias
     for i, tensor in enumerate(stacked):
         assert torch.equal(tensor, torch.cat([s[i] for s in separate]))
     if stacked_bias is not None:
-        parts = [fc.bias if fc.bias is not None else torch.zeros(fc.out_features)
-                 for fc in model.children()]
+        parts = [
+            fc.bias if fc.bias is not None else torch.zeros(fc.out_features)
+            for fc in model.children()
+        ]
         assert torch.equal(stacked_bias, torch.cat(parts))
 
 
@@ -68,7 +70,10 @@ def test_stacked_results_are_bit_identical_to_separate_ones(x: Tensor) -> None:
 
 
 def test_no_bias_at_all_stays_none(x: Tensor) -> None:
-    assert argument(rewritten(siblings(32, 32, bias=(False,) * 2), x).one("int8_linear"), "bias") is None
+    assert (
+        argument(rewritten(siblings(32, 32, bias=(False,) * 2), x).one("int8_linear"), "bias")
+        is None
+    )
 
 
 def test_a_missing_bias_becomes_zeros_of_its_type(x: Tensor) -> None:

@@ -1,0 +1,101 @@
+"""Options: patterns over module paths, errors that name what is valid, and no way to change one."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from graphquant import Config, GraphquantError, OptionError
+
+PATH = "encoder.layers.0.mlp.fc1"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        PATH,
+        "*.fc1",
+        "encoder.*",
+        "*",
+        "encoder.layers.?.mlp.fc[12]",
+        "*.mlp.*",
+        "re:encoder\\.layers\\.[0-9]+\\.mlp\\.fc[12]",
+        "re:.*fc1",
+        "re:.*",
+    ],
+)
+def test_a_pattern_matches_the_whole_path(pattern: str) -> None:
+    assert Config(include=pattern).wants(PATH) is None
+    assert Config(exclude=pattern).wants(PATH) == f"excluded by {pattern!r}"
+
+
+@pytest.mark.parametrize(
+    "pattern", ["fc1", "encoder", "ENCODER.*", "*.fc2", "re:fc1", "re:encoder", "", "layers.0.*"]
+)
+def test_a_part_of_a_path_or_another_one_does_not_match(pattern: str) -> None:
+    assert Config(include=pattern).wants(PATH) == "not named by include"
+    assert Config(exclude=pattern).wants(PATH) is None
+
+
+def test_several_patterns_are_alternatives() -> None:
+    config = Config(include=["*.fc1", "*.fc2"], exclude=("*.0.*", "re:.*\\.1\\..*"))
+    assert config.wants("layers.2.fc1") is None
+    assert config.wants("layers.2.fc2") is None
+    assert config.wants("layers.2.q") == "not named by include"
+    assert config.wants("layers.0.fc1") == "excluded by '*.0.*'"
+    assert config.wants("layers.1.fc1") == "excluded by 're:.*\\\\.1\\\\..*'"
+
+
+def test_without_patterns_every_linear_is_wanted() -> None:
+    assert Config().wants(PATH) is None and Config().wants("") is None
+
+
+@pytest.mark.parametrize("given", ["a.*", ["a.*"], ("a.*",)])
+def test_one_pattern_may_stand_alone(given: Any) -> None:
+    assert Config(include=given).include == Config(exclude=given).exclude == ("a.*",)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exclud": "a"}, r"unknown option 'exclud', did you mean 'exclude'\? Valid: inner, mode,"),
+        ({"quantise": False}, r"unknown option 'quantise', did you mean 'quantize'\?"),
+        ({"zzz": 1}, r"unknown option 'zzz'\. Valid: inner, .*quantize.*on_report.*inductor"),
+        ({"inner": "tvm"}, r"inner='tvm' is not one of 'inductor', 'eager', 'aot_eager'"),
+        ({"mode": "fast"}, r"mode='fast' is not one of 'default', 'reduce-overhead'"),
+        ({"quantize": 1}, r"quantize must be True or False, got 1"),
+        ({"free_weights": None}, r"free_weights must be True or False, got None"),
+        ({"include": 3}, r"include must be a pattern or a list of patterns, got 3"),
+        ({"exclude": ["a", 3]}, r"exclude must be a pattern or a list of patterns"),
+        ({"include": "re:["}, r"include: 're:\[' is not a regular expression: "),
+        ({"on_report": "print"}, r"on_report must be callable, got 'print'"),
+        ({"inductor": ["max_autotune"]}, r"inductor must be a dict of Inductor options"),
+    ],
+    ids=str,
+)
+def test_a_wrong_option_is_refused_with_what_is_valid(options: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message) as caught:
+        Config.of(options)
+    assert isinstance(caught.value, GraphquantError) and isinstance(caught.value, ValueError)
+
+
+def test_every_field_is_an_option_with_a_default() -> None:
+    default = Config()
+    fields = {f.name: getattr(default, f.name) for f in dataclasses.fields(Config)}
+    assert Config.of({}) == Config.of(fields) == default
+
+
+def test_a_config_cannot_be_changed() -> None:
+    config = Config()
+    for field in dataclasses.fields(Config):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(config, field.name, None)
+
+
+def test_a_config_does_not_share_the_list_it_was_given() -> None:
+    patterns = ["a"]
+    config = Config(exclude=patterns)  # type: ignore[arg-type]
+    patterns.append("*")
+    assert config.wants("b") is None
