@@ -258,7 +258,8 @@ def refresh(module: torch.nn.Module | None = None) -> None:
 
     Needed only after a change that leaves no trace on the parameter: `p.data += delta`,
     `p.data.copy_(...)`, a write through numpy, a write in place to a parameter that was made under
-    torch.inference_mode(). Everything else is noticed by itself.
+    torch.inference_mode(), torch._foreach_* on CUDA outside of an optimizer (the weight averaging
+    of torch.optim.swa_utils). Everything else is noticed by itself.
     """
     global _epoch
     with _lock:

@@ -30,7 +30,7 @@ SMALL: dict[str, dict[str, int]] = {
     "whisper": PRE_NORM,
     "internvl": LAYER_SCALE,
     "internvl_rms": LAYER_SCALE,
-    # in one graph, that is with its indices given: packed qkv; gate and up; the patch merger's norm, then its two linears
+    # in one graph, its indices given: packed qkv; gate and up; the patch merger's norm and linears
     "qwen2_5_vl": {NORM: 2, OUT: 2, QKV: 4, ACT: 2, "linear": 1, "act_linear": 1},
     "timm_block": {NORM: 4, SCALED_OUT: 2, SCALED_ACT: 2},
     "timm_rms_block": {NORM: 4, SCALED_OUT: 2, SCALED_ACT: 2},

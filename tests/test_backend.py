@@ -147,7 +147,7 @@ def test_import_and_compile_change_no_global_setting() -> None:
 
 def test_unknown_option_lists_the_valid_ones(x: Tensor) -> None:
     with pytest.raises(BackendCompilerFailed) as seen:
-        int8(Mlp(), exclud="fc1")(x)
+        int8(Mlp().to(x.device), exclud="fc1")(x)
     assert isinstance(seen.value.inner_exception, OptionError)
     message = str(seen.value)
     assert "unknown option 'exclud', did you mean 'exclude'?" in message

@@ -175,6 +175,8 @@ def moved_storage(model: Mlp) -> None:
 
 def averaged(model: Mlp) -> None:
     torch._foreach_lerp_(list(model.parameters()), [other(p) for p in model.parameters()], 0.9)
+    if model.fc1.weight.is_cuda:  # there torch's foreach operators leave no version behind
+        graphquant.refresh(model)
 
 
 UPDATES: list[Callable[[Mlp], None]] = [

@@ -23,7 +23,7 @@ from torch.fx import GraphModule, Node
 
 from graphquant.capture import from_dynamo, from_export
 from graphquant.config import Config
-from graphquant.ops import int8_linear, quantize
+from graphquant.ops import int8_linear, quantize_weight
 from graphquant.passes.graph import CASTS, LINEAR, ROW_VIEWS, Constants, aten, is_call, module_path
 from graphquant.passes.ir import Captured
 from graphquant.passes.pipeline import rewrite
@@ -276,8 +276,8 @@ class _Writer:
     def _expression(self, node: Node) -> str:
         """A weight as it will be packed: `int8({q,k,v}_proj.weight)`."""
         inputs = node.all_input_nodes
-        if node.target is operator.getitem and is_call(inputs[0], quantize.target):
-            return f"{('int8', 'scale')[node.args[1]]}({self._text(inputs[0].args[0])})"
+        if node.target is operator.getitem and is_call(inputs[0], quantize_weight.target):
+            return f"{('int8', 'scale', 'sum')[node.args[1]]}({self._text(inputs[0].args[0])})"
         if is_call(node, *CASTS, *ROW_VIEWS):
             return self._text(inputs[0])
         if is_call(node, aten.new_zeros.default):

@@ -7,12 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from typing import Any
 
 import pytest
 
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes one program may have
-SPILT = 8  # bytes: two registers, which Triton 3.6's ptxas spills in two cases, and 3.7's in none
+# Bytes of stack: Triton 3.7 spills nothing, 3.6 up to 216 in the epilogue of the largest tile.
+SPILT = 0 if version("triton") >= "3.7" else 256
 
 
 @functools.cache

@@ -65,7 +65,7 @@ def test_rules_shapes_and_coverage_are_printed(capsys: pytest.CaptureFixture[str
     out = shown(capsys, "vit")
     line = "linear(layer_norm, q_proj.weight, q_proj.bias)  [2, 17, 64] float32"
     assert f"- linear = {line}" in out
-    assert "+ int8_linear = int8_linear(xq, x_scale, int8({q,k,v}_proj.weight)," in out
+    assert "+ int8_linear = int8_linear(xq, x_scale, x_shift, int8({q,k,v}_proj.weight)," in out
     for rule in ("stack_siblings", "norm_linear", "act_linear", "linear", "residual"):
         assert f"<{rule}>" in out
     assert "coverage: 100.0% of the linears' FLOPs in int8" in out
