@@ -88,10 +88,13 @@ import copy, json, os, sys, torch
 import torch._inductor.config, torch._dynamo.config, torch._functorch.config
 import torch.fx.experimental._config
 
+def text(v):
+    return repr(sorted(map(repr, v))) if isinstance(v, set) else repr(v)
+
 def state():
     configs = [torch._inductor.config, torch._dynamo.config, torch._functorch.config,
                torch.fx.experimental._config]
-    found = {f"{c.__name__}.{k}": repr(v) for c in configs for k, v in c.to_dict().items()}
+    found = {f"{c.__name__}.{k}": text(v) for c in configs for k, v in c.to_dict().items()}
     flags = {
         "matmul": torch.get_float32_matmul_precision(),
         "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),

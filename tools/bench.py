@@ -141,6 +141,7 @@ def run(name: str, batch: int, variants: list[str], seconds: float, device: str)
         call()
         cosine = float(torch.nn.functional.cosine_similarity(got, want, 0))
         facts[variant] = cosine, torch.cuda.max_memory_allocated(), took
+        print(f"{name} x {batch} {variant}: compiled in {took:.0f} s", file=sys.stderr, flush=True)
     times = _interleaved(calls, seconds)
     return [
         Record(name, batch, model.tokens, v, statistics.median(times[v]), c, peak, took)
@@ -165,22 +166,23 @@ def _interleaved(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[st
 
 
 def show(records: list[Record]) -> Table:
+    """Speed-ups are against the first variant named."""
     table = Table(title="median of CUDA event times; ratios within one run")
     for column in (
         "model",
         "batch",
         "variant",
         "ms",
-        "x default",
+        "speed-up",
         "cosine",
         "peak MiB",
         "compile s",
     ):
         table.add_column(column, justify="left" if column in ("model", "variant") else "right")
-    base = {(r.model, r.batch): r.ms for r in records if r.variant == "bf16-default"}
+    base: dict[tuple[str, int], float] = {}
     for r in records:
-        against = base.get((r.model, r.batch))
-        ratio = f"{against / r.ms:.2f}" if against and r.cosine >= MIN_COSINE else "-"
+        against = base.setdefault((r.model, r.batch), r.ms)
+        ratio = f"{against / r.ms:.2f}" if r.cosine >= MIN_COSINE else "-"
         table.add_row(
             r.model, str(r.batch), r.variant, f"{r.ms:.3f}", ratio, f"{r.cosine:.5f}",
             f"{r.peak_bytes / 2**20:.0f}", f"{r.compile_s:.0f}",
@@ -201,20 +203,20 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("NOTHING WAS TIMED: torch sees no NVIDIA GPU on this machine", file=sys.stderr)
         return 3
-    records = [
-        record
-        for name in args.models
-        for batch in args.batch
-        for record in run(name, batch, args.variants, args.seconds, "cuda")
-    ]
-    Console(width=120).print(show(records))
-    if args.json:
-        machine = {
-            "card": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
-        args.json.write_text(json.dumps({**machine, "records": [asdict(r) for r in records]}))
+    machine = {
+        "card": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    records: list[Record] = []
+    for name in args.models:
+        for batch in args.batch:
+            new = run(name, batch, args.variants, args.seconds, "cuda")
+            records += new
+            Console(width=120).print(show(new))
+            if args.json:  # after each, so that an interrupted run leaves what it has
+                data = {**machine, "records": [asdict(r) for r in records]}
+                args.json.write_text(json.dumps(data, indent=1) + "\n")
     return 0
 
 
