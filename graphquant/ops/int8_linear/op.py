@@ -89,17 +89,19 @@ def _fake(
 
 
 def _exact_matmul(xq: Tensor, wq: Tensor) -> Tensor:
-    """xq [M, K] @ wq [N, K].T as int32 [M, N], by float32 GEMMs over chunks of K.
+    """xq [M, K] @ wq [N, K].T as float32 [M, N]: the int32 sum, rounded once.
 
-    torch._int_mm is 25 to 50 times slower on the CPU, and oneDNN's int8 saturates without VNNI.
+    By float32 GEMMs over chunks of K, each exact. torch._int_mm is 25 to 50 times slower on the
+    CPU, and oneDNN's int8 saturates without VNNI.
     """
-    acc = xq.new_zeros((xq.shape[0], wq.shape[0]), dtype=torch.int32)
-    part = torch.empty_like(acc, dtype=torch.float32)
+    part = xq.new_empty((xq.shape[0], wq.shape[0]), dtype=torch.float32)
+    acc = None if xq.shape[1] <= EXACT_K else torch.zeros_like(part, dtype=torch.int32)
     for k in range(0, xq.shape[1], EXACT_K):
         x, w = (t[:, k : k + EXACT_K].float() for t in (xq, wq))
         torch.mm(x, w.T, out=part)  # with out=: autocast leaves it in float32
-        acc += part.to(torch.int32)
-    return acc
+        if acc is not None:
+            acc += part.to(torch.int32)
+    return part if acc is None else acc.float()
 
 
 @define(
@@ -121,7 +123,7 @@ def int8_linear(
     dtype: torch.dtype,
 ) -> Tensor:
     acc = _exact_matmul(xq.reshape(-1, xq.shape[-1]), wq)
-    y = acc.view(*xq.shape[:-1], wq.shape[0]).float()
+    y = acc.view(*xq.shape[:-1], wq.shape[0])
     y.mul_(x_scale).mul_(w_scale).addcmul_(x_shift, w_sum)
     if bias is not None:
         y += bias.float()
