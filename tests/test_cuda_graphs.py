@@ -1,4 +1,4 @@
-"""CUDA graphs replay at fixed addresses: weights must be known as static, and stay where they are."""
+"""CUDA graphs replay at fixed addresses: weights must be known as static, and stay in place."""
 
 from __future__ import annotations
 
