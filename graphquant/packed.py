@@ -49,8 +49,8 @@ class _Owner:
     """What hangs on one parameter: packs whose first root it is, and checks that start with it."""
 
     def __init__(self) -> None:
-        self.packs: dict[Hashable, _Pack] = {}
-        self.plans: WeakKeyDictionary[Supply, _Plan] = WeakKeyDictionary()
+        self.packs: dict[Hashable, _Packed] = {}
+        self.plans: WeakKeyDictionary[Supply, _Packed] = WeakKeyDictionary()
 
 
 class _Mark:
@@ -97,21 +97,16 @@ class _Seen:
 
     def still(self, roots: Sequence[Tensor]) -> bool:
         try:
-            return (
-                self.epoch == _epoch
-                and list(map(_get_mark, roots)) == self.marks
-                and list(map(_get_version, roots)) == self.versions
-                and self._in_place(roots)
-            )
+            marks = list(map(_get_mark, roots))
         except AttributeError:  # a parameter we never saw
             return False
-        except RuntimeError:  # inference tensors have no version counter
-            return (
-                self.epoch == _epoch
-                and [t.__dict__.get(_MARK) for t in roots] == self.marks
-                and _versions(roots) == self.versions
-                and self._in_place(roots)
-            )
+        return (
+            self.epoch == _epoch
+            and marks == self.marks
+            and _versions(roots) == self.versions
+            and list(map(Tensor.data_ptr, roots)) == self.addresses
+            and not any(map(torch.UntypedStorage._expired, self._cdatas))
+        )
 
     def changed(self, roots: Sequence[Tensor]) -> bool:
         """Has one of those changed that still have values?"""
@@ -119,24 +114,15 @@ class _Seen:
         then = zip(self.versions, self.addresses, strict=True)
         return any(a != b for t, a, b in zip(roots, now, then, strict=True) if not is_released(t))
 
-    def _in_place(self, roots: Sequence[Tensor]) -> bool:
-        return list(map(Tensor.data_ptr, roots)) == self.addresses and not any(
-            map(torch.UntypedStorage._expired, self._cdatas)
-        )
-
 
 _get_mark = attrgetter(_MARK)
 _get_version = attrgetter("_version")
 
 
 @dataclass
-class _Pack:
-    tensors: list[Tensor]
-    seen: _Seen
+class _Packed:
+    """Tensors computed from parameters: one recipe's, or all that one graph reads."""
 
-
-@dataclass
-class _Plan:
     tensors: list[Tensor]
     seen: _Seen
 
@@ -179,7 +165,7 @@ class Supply:
                 self.release(args)
             seen = _Seen.of(roots)
             tensors = list(chain.from_iterable(self._packs(args)))
-            _mark(roots[0]).owner.plans[self] = _Plan(tensors, seen)
+            _mark(roots[0]).owner.plans[self] = _Packed(tensors, seen)
             return tensors
 
     def _packs(self, args: Sequence[Any]) -> list[list[Tensor]]:
@@ -244,7 +230,7 @@ def _pack(recipe: Recipe, roots: list[Tensor], names: Callable[[], Any]) -> list
                 old.copy_(value)
         pack.seen = seen
         return pack.tensors
-    packs[key] = _Pack(new, seen)
+    packs[key] = _Packed(new, seen)
     return new
 
 
@@ -298,7 +284,10 @@ def _mark(t: Tensor) -> _Mark:
 
 
 def _versions(roots: Sequence[Tensor]) -> list[int | None]:
-    return [None if t.is_inference() else t._version for t in roots]
+    try:
+        return list(map(_get_version, roots))
+    except RuntimeError:  # inference tensors have no version counter
+        return [None if t.is_inference() else t._version for t in roots]
 
 
 def _spec(t: Tensor) -> tuple[Any, ...]:

@@ -198,9 +198,8 @@ def writes(node: Node) -> list[Node]:
     if not schema.is_mutable:
         return []
     found: list[Any] = []
-    for i, argument in enumerate(schema.arguments):
+    for argument, value in zip(schema.arguments, full_args(node), strict=True):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
             found += value if isinstance(value, (list, tuple)) else [value]
     return [v for v in found if isinstance(v, Node)]
 

@@ -66,11 +66,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Packing:
-    """One linear's packed inputs: their recipe, the parameters it reads, the graph's new inputs."""
+    """One linear's packed inputs: their recipe, and the parameters that it reads."""
 
     recipe: Recipe
     roots: tuple[Node, ...]
-    nodes: tuple[Node, ...]
 
 
 def prepack(captured: Captured, new_input: Callable[[str], Node]) -> list[Packing]:
@@ -87,13 +86,11 @@ def prepack(captured: Captured, new_input: Callable[[str], Node]) -> list[Packin
         roots = list(dict.fromkeys(r for o in outputs for r in constants.roots_of(o)))
         expressions = _Expressions(roots)
         recipe = Recipe(tuple(expressions.of(o) for o in outputs))
-        nodes = []
         for i, old in enumerate(outputs):
             new = new_input(f"packed{len(packings)}_{i}")
             new.meta["val"] = old.meta["val"]
             linear.replace_input_with(old, new)
-            nodes.append(new)
-        packings.append(Packing(recipe, tuple(roots), tuple(nodes)))
+        packings.append(Packing(recipe, tuple(roots)))
     graph.eliminate_dead_code()
     graph.lint()
     captured.gm.recompile()
