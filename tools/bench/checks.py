@@ -1,0 +1,275 @@
+"""Is every op right on this device? Against float64, quickly, before anything is timed.
+
+The op tests are the thorough ones (`python -m tools.check --gpu`); this guards a table of times
+from being about wrong results. Outputs are poisoned, and every op runs twice on other values of the
+same shapes: what the second call takes over from the first is checked as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphquant.ops import OPS
+from graphquant.ops.numerics import ACTIVATIONS, MIN_ABSMAX
+
+# M, N, K: nothing a multiple of anything; the widths of one layer with few and with many rows
+SHAPES = ((5, 72, 43), (577, 4304, 1152), (4617, 1152, 4304))
+DTYPE = torch.bfloat16
+NOISE = 1e-4  # float32 arithmetic and a fitted GELU, on values near 1
+STEP = 0.505  # of a quantisation step: half of one, and what float32 adds
+Args = tuple[Any, ...]
+Triple = tuple[Tensor, Tensor, Tensor]
+
+
+def wrong_ops(device: str, shapes: tuple[tuple[int, int, int], ...] = SHAPES) -> list[str]:
+    """What is wrong, one sentence each; nothing if all is well."""
+    said = []
+    for name, op in OPS.items():
+        if name not in CASES:
+            said.append(f"{name}: tools.bench does not know what it means")
+            continue
+        for M, N, K in shapes:
+            small = shapes[0][0] == M
+            for label, make in CASES[name](M, N, K, device, small):
+                why = _twice(op, make)
+                if why is not None:
+                    said.append(f"{name} {label}: {why}")
+    return said
+
+
+def _twice(op: Callable[..., Any], make: Callable[[], tuple[Args, Compare]]) -> str | None:
+    torch.manual_seed(0)
+    for _ in range(2):
+        args, compare = make()
+        try:
+            with poisoned():
+                got = op(*args)
+            why = compare(got)
+        except Exception as error:  # noqa: BLE001 - an op that raises is wrong, whatever it raises
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+        if why is not None:
+            return why
+    return None
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory that nobody has written yet is nan, or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills by torch's default
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+# --- what the ops mean, in float64 --------------------------------------------------------------
+
+
+def norm(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, rms: bool) -> Tensor:
+    d = x.double()
+    if not rms:
+        d = d - d.mean(-1, keepdim=True)
+    y = d / (d.square().mean(-1, keepdim=True) + eps).sqrt()
+    y = y if gamma is None else y * gamma.double()
+    return y if beta is None else y + beta.double()
+
+
+def activated(x: Tensor, act: str) -> Tensor:
+    return ACTIVATIONS[act](x.double())
+
+
+def linear(
+    xq: Tensor,
+    x_scale: Tensor,
+    x_shift: Tensor,
+    wq: Tensor,
+    w_scale: Tensor,
+    w_sum: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """int8_linear's y, and the sum of its terms' sizes, which its rounding errors go by."""
+    acc = xq.double() @ wq.double().T  # exact: |sum| < 2^53
+    terms = [acc * x_scale * w_scale, x_shift.double() * w_sum]
+    terms += [t.double() for t in (bias, residual) if t is not None]
+    y, size = torch.zeros_like(acc), torch.zeros_like(acc)
+    for term in terms:
+        y += term
+        size += term.abs()
+    return y, size
+
+
+def wrong_triple(triple: Triple, y: Tensor) -> str | None:
+    """Does (xq, x_scale, x_shift) stand for y [..., K] float64, by the scale it should have?"""
+    xq, scale, shift = (t.double() for t in triple)
+    if xq.shape != y.shape or int(xq.abs().max()) > 127:
+        return f"xq is {tuple(xq.shape)} up to {int(xq.abs().max())}"
+    high, low = y.amax(-1, keepdim=True).clamp(min=0), y.amin(-1, keepdim=True).clamp(max=0)
+    half = ((high - low) / 2).clamp(min=MIN_ABSMAX)
+    apart = {
+        "x_scale": _worst((scale * 127 - half) / (1e-3 * half + NOISE)),
+        "x_shift": _worst((shift - (high + low) / 2) / (1e-3 * half + NOISE)),
+        "xq": _worst((xq * scale + shift - y) / (STEP * scale + NOISE)),
+    }
+    wrong = [f"{name} is off by {a:.3g} of what it may be" for name, a in apart.items() if a > 1]
+    return "; ".join(wrong) or None
+
+
+def steps_off(triple: Triple, y: Tensor) -> float:
+    """How many quantisation steps the worst value is away from y [..., K] float64."""
+    xq, scale, shift = (t.double() for t in triple)
+    return _worst((xq * scale + shift - y) / scale)
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """||got - want|| / ||want||; inf for nan."""
+    error = float((got.double() - want.double()).norm() / want.double().norm())
+    return error if error == error else float("inf")
+
+
+def _worst(ratio: Tensor) -> float:
+    worst = float(ratio.abs().max())
+    return worst if worst == worst else float("inf")
+
+
+# --- arguments and comparisons for each op ------------------------------------------------------
+
+Compare = Callable[[Any], "str | None"]
+Cases = Iterator["tuple[str, Callable[[], tuple[Args, Compare]]]"]
+
+
+def _rows(M: int, K: int, device: str) -> Tensor:
+    """Gaussian, some rows with one large outlier, some small."""
+    x = torch.randn(M, K, device=device)
+    x[::3, 0] *= 20
+    x[1::3] *= 0.1
+    return x.to(DTYPE)
+
+
+def _quantize(M: int, N: int, K: int, device: str, small: bool) -> Cases:
+    def make() -> tuple[Args, Compare]:
+        x = _rows(M, K, device)
+        return (x,), lambda got: wrong_triple(got, x.double())
+
+    yield f"{M} x {K}", make
+
+
+def _norm_quantize(M: int, N: int, K: int, device: str, small: bool) -> Cases:
+    for rms in (False, True):
+
+        def make(rms: bool = rms) -> tuple[Args, Compare]:
+            args = (*_norm_args(M, K, device, rms), 1e-6, rms)
+            return args, lambda got: wrong_triple(got, norm(*args))
+
+        yield f"{M} x {K} rms={rms}", make
+
+
+def _norm_quantize_keep(M: int, N: int, K: int, device: str, small: bool) -> Cases:
+    def make() -> tuple[Args, Compare]:
+        args = (*_norm_args(M, K, device, False), 1e-6, False)
+
+        def compare(got: Any) -> str | None:
+            want = norm(*args)
+            off = _worst((got[0].double() - want) / (2**-8 * want.abs() + NOISE))
+            return f"y is off by {off:.3g} of what it may be" if off > 1 else _triple(got, want)
+
+        def _triple(got: Any, want: Tensor) -> str | None:
+            return wrong_triple(got[1:], want)
+
+        return (*args, DTYPE), compare
+
+    if small or K < N:
+        yield f"{M} x {K}", make
+
+
+def _norm_args(M: int, K: int, device: str, rms: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    gamma = 1 + 0.2 * torch.randn(K, device=device)
+    beta = None if rms else 0.2 * torch.randn(K, device=device).to(DTYPE)
+    return _rows(M, K, device), gamma.to(DTYPE), beta
+
+
+def _act_quantize(M: int, N: int, K: int, device: str, small: bool) -> Cases:
+    for act in ACTIVATIONS if small else ("gelu", "gelu_tanh"):
+
+        def make(act: str = act) -> tuple[Args, Compare]:
+            x = _rows(M, K, device)
+            return (x, act), lambda got: wrong_triple(got, activated(x, act))
+
+        yield f"{M} x {K} {act}", make
+
+
+def _glu_quantize(M: int, N: int, K: int, device: str, small: bool) -> Cases:
+    def make() -> tuple[Args, Compare]:
+        gate, up = _rows(M, 2 * K, device).clamp(-4, 4).split(K, -1)
+        want = activated(gate, "silu") * up.double()
+        return (gate, up, "silu"), lambda got: wrong_triple(got, want)
+
+    yield f"{M} x {K} silu", make
+
+
+def _quantize_weight(M: int, N: int, K: int, device: str, small: bool) -> Cases:
+    def make() -> tuple[Args, Compare]:
+        w = _rows(N, K, device)
+
+        def compare(got: Any) -> str | None:
+            wq, w_scale, w_sum = (t.double() for t in got)
+            want = w.double().abs().amax(-1) / 127
+            off = {
+                "w_scale": _worst((w_scale - want) / (1e-6 * want)),
+                "wq": _worst((wq * w_scale[:, None] - w.double()) / (STEP * w_scale[:, None])),
+                "w_sum": _worst((w_sum - w_scale * wq.sum(-1)) / (1e-6 * w_scale * 127 * K)),
+            }
+            wrong = [f"{n} is off by {a:.3g} of what it may be" for n, a in off.items() if a > 1]
+            return "; ".join(wrong) or None
+
+        return (w,), compare
+
+    yield f"{N} x {K}", make
+
+
+def linear_args(
+    M: int, N: int, K: int, device: str, *, bias: bool = True, residual: bool = False
+) -> Args:
+    """Random arguments of int8_linear, all but dtype, in the layouts that our quantisers write."""
+    xq, x_scale, x_shift = OPS["quantize"].reference(torch.randn(M, K, device=device))
+    wq, w_scale, w_sum = OPS["quantize_weight"].reference(torch.randn(N, K, device=device) / K**0.5)
+    b = torch.randn(N, device=device).to(DTYPE) if bias else None
+    r = torch.randn(M, N, device=device).to(DTYPE) if residual else None
+    return xq, x_scale, x_shift, wq, w_scale, w_sum, b, r
+
+
+def _int8_linear(M: int, N: int, K: int, device: str, small: bool) -> Cases:
+    for bias, residual in ((True, False), (True, True), *([(False, False)] if small else [])):
+
+        def make(bias: bool = bias, residual: bool = residual) -> tuple[Args, Compare]:
+            args = linear_args(M, N, K, device, bias=bias, residual=residual)
+
+            def compare(got: Tensor) -> str | None:
+                want, size = linear(*args)
+                off = _worst((got.double() - want) / (2**-8 * want.abs() + 1e-5 * size))
+                return f"y is off by {off:.3g} of what it may be" if off > 1 else None
+
+            return (*args, DTYPE), compare
+
+        yield f"{M} x {N} x {K} bias={bias} residual={residual}", make
+
+
+CASES: dict[str, Callable[[int, int, int, str, bool], Cases]] = {
+    "quantize": _quantize,
+    "quantize_weight": _quantize_weight,
+    "norm_quantize": _norm_quantize,
+    "norm_quantize_keep": _norm_quantize_keep,
+    "act_quantize": _act_quantize,
+    "glu_quantize": _glu_quantize,
+    "int8_linear": _int8_linear,
+}

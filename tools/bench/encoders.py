@@ -1,0 +1,225 @@
+"""Models x batch x variants, in one process."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphquant import Report
+from tools.bench.models import MODELS, Model, build, inputs
+from tools.bench.records import Encoder, reason, short
+from tools.bench.timing import PEAK_CALLS, Sample, Timer, interleaved, spread
+from tools.bench.variants import MissingError, Prepared, prepare, settings_kept, weight_bytes
+
+CHUNK = 8  # of a batch, for the model in float32
+LATE = "not run: the time limit had passed"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is measured together, in turns."""
+
+    model: str
+    batch: int
+    variants: tuple[str, ...]
+
+
+_BASE = ("bf16-max-autotune", "graphquant")
+_ALL = ("bf16-max-autotune", "torchao-int8", "graphquant")
+_GRAPHS = ("bf16-reduce-overhead", "graphquant-reduce-overhead")
+
+# In order of interest: a time limit cuts the end off.
+PRESETS: dict[str, tuple[Row, ...]] = {
+    "headline": (
+        Row("siglip-so400m", 64, _ALL),
+        Row("siglip-so400m", 1, _GRAPHS),
+        Row("vit-b-16", 64, _BASE),
+        Row("bert-base-512", 64, _BASE),
+        Row("clip-l-336", 64, _BASE),
+        Row("siglip-so400m", 8, _GRAPHS),
+        Row("internvit-300m", 64, _BASE),
+        Row("dinov2-l", 64, _BASE),
+        Row("clip-l-336", 1, _GRAPHS),
+    ),
+}
+PRESET_LIMIT = 480.0  # seconds
+
+
+@dataclass(frozen=True)
+class Limit:
+    """When to stop starting anything. until: time.monotonic(), or None for never."""
+
+    until: float | None = None
+
+    @classmethod
+    def after(cls, seconds: float | None) -> Limit:
+        return cls(None if seconds is None else time.monotonic() + seconds)
+
+    @property
+    def passed(self) -> bool:
+        return self.until is not None and time.monotonic() >= self.until
+
+
+@dataclass
+class _Ready:
+    """A variant that is compiled and has given a result."""
+
+    call: Callable[[], Any]
+    prepared: Prepared
+    facts: dict[str, Any]
+
+
+def measure(
+    row: Row,
+    timer: Timer,
+    *,
+    seconds: float,
+    layers: int | None = None,
+    limit: Limit | None = None,
+    models: Mapping[str, Model] = MODELS,
+) -> list[Encoder]:
+    """One record for each variant of the row, in order. A variant that fails says so in its own."""
+    model = models[row.model].cut(layers)
+    facts: dict[str, dict[str, Any]] = {}
+    timer.forget()  # sizes seen in another row would make Dynamo's shapes dynamic
+    try:
+        net, kwargs = build(model, timer.device), inputs(model, row.batch, timer.device)
+        want = in_float32(net, kwargs)
+    except Exception as error:  # noqa: BLE001 - recorded
+        facts = {v: {"failed": reason(error)} for v in row.variants}
+    else:
+        facts = _variants(row, net, kwargs, want, timer, seconds, limit or Limit())
+    timer.forget()
+    return [
+        Encoder(row.model, row.batch, model.tokens, v, layers=layers, **facts[v])
+        for v in row.variants
+    ]
+
+
+def _variants(
+    row: Row,
+    net: nn.Module,
+    kwargs: dict[str, Tensor],
+    want: Tensor,
+    timer: Timer,
+    seconds: float,
+    limit: Limit,
+) -> dict[str, dict[str, Any]]:
+    facts: dict[str, dict[str, Any]] = {}
+    ready: dict[str, _Ready] = {}
+    # variants are told apart by guards, so one row may compile one forward once for each
+    with torch._dynamo.config.patch(recompile_limit=64), torch.inference_mode():
+        for variant in row.variants:
+            if limit.passed:
+                facts[variant] = {"failed": LATE}
+                continue
+            try:
+                ready[variant] = _ready(variant, net, kwargs, want, timer)
+                facts[variant] = ready[variant].facts
+                _say(row, variant, f"compiled in {facts[variant]['compile_s']:.0f} s")
+            except MissingError as error:
+                facts[variant] = {"failed": f"skipped: {error}"}
+                _say(row, variant, facts[variant]["failed"])
+            except Exception as error:  # noqa: BLE001 - recorded
+                facts[variant] = {"failed": reason(error)}
+                _say(row, variant, facts[variant]["failed"])
+            gc.collect()  # what a traceback held
+        before = _graphs()
+        times = interleaved(timer, {v: r.call for v, r in ready.items()}, seconds)
+        if _graphs() > before:
+            print(f"{row.model} x {row.batch}: COMPILED AGAIN WHILE TIMED", file=sys.stderr)
+    for variant, samples in times.items():
+        if isinstance(samples, Exception):
+            facts[variant] = {"failed": reason(samples)}
+        else:
+            facts[variant] |= _times(samples)
+    return facts
+
+
+def _ready(
+    variant: str, net: nn.Module, kwargs: dict[str, Tensor], want: Tensor, timer: Timer
+) -> _Ready:
+    with settings_kept():
+        with torch.inference_mode(False), torch.no_grad():  # copies with version counters
+            prepared = prepare(variant, net)
+
+        def call() -> Any:
+            return prepared.run(**kwargs)
+
+        timer.wait()
+        hits, start = _cache_hits(), time.perf_counter()
+        got = call()[0]
+        timer.wait()
+        took = time.perf_counter() - start
+        cosine, worst = cosines(got, want)
+        del got
+        peak = max(timer.peak(call) for _ in range(PEAK_CALLS))
+    facts: dict[str, Any] = {
+        "cosine": cosine,
+        "worst_cosine": worst,
+        "peak_bytes": peak,
+        "weight_bytes": weight_bytes(prepared),
+        "compile_s": short(took),
+    }
+    if _cache_hits() > hits:
+        facts["cached"] = True
+    if prepared.reports:
+        facts |= summary(Report.merge(prepared.reports))
+    return _Ready(call, prepared, facts)
+
+
+def summary(report: Report) -> dict[str, Any]:
+    int8 = sum(o.int8 for o in report.linears)
+    return {"linears": len(report.linears), "int8": int8, "coverage": short(report.coverage)}
+
+
+def _times(samples: Sequence[Sample]) -> dict[str, Any]:
+    ms = [s.ms for s in samples]
+    return {
+        "ms": short(statistics.median(ms)),
+        "spread": short(spread(ms)),
+        "host_ms": short(statistics.median(s.host_ms for s in samples)),
+        "calls": len(ms),
+    }
+
+
+def _cache_hits() -> int:
+    return int(torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"])
+
+
+def _graphs() -> int:
+    """How many Dynamo has made."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+@torch.inference_mode()
+def in_float32(net: nn.Module, kwargs: dict[str, Tensor]) -> Tensor:
+    """The result [batch, tokens, hidden] of the same weights in float32, CHUNK inputs at a time."""
+    wide = copy.deepcopy(net).float()
+    whole = {k: v.float() if v.is_floating_point() else v for k, v in kwargs.items()}
+    parts = zip(*(v.split(CHUNK) for v in whole.values()), strict=True)
+    return torch.cat([wide(**dict(zip(whole, part, strict=True)))[0] for part in parts])
+
+
+def cosines(got: Tensor, want: Tensor) -> tuple[float, float]:
+    """Of the whole tensors, and of the worst last dim. 0 where anything is not finite."""
+    if got.shape != want.shape or not bool(got.isfinite().all()):
+        return 0.0, 0.0
+    got, want = got.float(), want.float()
+    dot, a, b = (x.mul(y).sum(-1).double() for x, y in ((got, want), (got, got), (want, want)))
+    whole = dot.sum() / (a.sum() * b.sum()).sqrt()
+    worst = (dot / (a * b).sqrt().clamp(min=1e-30)).min()
+    return round(float(whole), 6), round(float(worst), 6)
+
+
+def _say(row: Row, variant: str, what: str) -> None:
+    print(f"{row.model} x {row.batch} {variant}: {what}", file=sys.stderr, flush=True)

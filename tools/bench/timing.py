@@ -1,0 +1,153 @@
+"""What a device must offer to be measured, and CUDA.
+
+All variants of one row take turns, A B C A B C ..., so that a card that gets warm, or shares its
+power, does so for all of them. Medians count.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+Call = Callable[[], object]
+TURN = 5  # timed calls of one variant before the next has its turn
+MIN_TURNS = 3
+PEAK_CALLS = 3  # with CUDA graphs the second call of a compiled model records: that is its peak
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call that starts on an idle device.
+
+    ms       until the device has finished; host time counts as far as the device waits for it
+    host_ms  until the call returns
+    """
+
+    ms: float
+    host_ms: float
+
+
+class Timer(Protocol):
+    @property
+    def device(self) -> str: ...
+    @property
+    def cache_bytes(self) -> int:
+        """Of the last cache before memory."""
+
+    def wait(self) -> None:
+        """Until the device has finished all work."""
+
+    def sample(self, call: Call) -> Sample: ...
+
+    def peak(self, call: Call) -> int:
+        """The most bytes that were allocated during the call, beyond those before it."""
+
+    def sequence(self, calls: Sequence[Call]) -> Call:
+        """One call that does the work of all of these in order, each into memory of its own, with
+        as little host time as the device can do with."""
+
+    def forget(self) -> None:
+        """Give back what compiled models that nobody holds any more have left."""
+
+
+class CudaTimer:
+    device = "cuda"
+
+    @property
+    def cache_bytes(self) -> int:
+        return int(torch.cuda.get_device_properties().L2_cache_size)
+
+    def wait(self) -> None:
+        torch.cuda.synchronize()
+
+    def sample(self, call: Call) -> Sample:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        before = time.perf_counter()
+        call()
+        after = time.perf_counter()
+        end.record()
+        end.synchronize()
+        return Sample(start.elapsed_time(end), 1000 * (after - before))
+
+    def peak(self, call: Call) -> int:
+        self.wait()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        self.wait()
+        return torch.cuda.max_memory_allocated() - before
+
+    def sequence(self, calls: Sequence[Call]) -> Call:
+        """A CUDA graph. Its results stay alive with it, so that each has memory of its own."""
+        here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(here)
+        with torch.cuda.stream(side):
+            for _ in range(2):  # compile, then see that nothing is left to compile
+                for call in calls:
+                    call()
+        here.wait_stream(side)
+        self.wait()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = [call() for call in calls]
+
+        def replay(_keep: object = results) -> None:
+            graph.replay()
+
+        return replay
+
+    def forget(self) -> None:
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+        torch._dynamo.reset()
+        reset_cudagraph_trees()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def interleaved(
+    timer: Timer, calls: Mapping[str, Call], seconds: float
+) -> dict[str, list[Sample] | Exception]:
+    """Samples of every call, taken in turns for about `seconds` each; or what it raised."""
+    found: dict[str, list[Sample] | Exception] = {}
+    samples: dict[str, list[Sample]] = {name: [] for name in calls}
+    start = time.perf_counter()
+    turns = 0
+    while samples and (turns < MIN_TURNS or time.perf_counter() - start < seconds * len(samples)):
+        for name in list(samples):
+            try:
+                calls[name]()  # what another variant left in the caches is not its fault
+                timer.wait()
+                samples[name] += [timer.sample(calls[name]) for _ in range(TURN)]
+            except Exception as error:  # noqa: BLE001 - one variant must not stop the others
+                found[name] = error
+                del samples[name]
+        turns += 1
+    return {**found, **samples}
+
+
+def host_us(timer: Timer, call: Call, calls: int = 20, times: int = 5) -> float:
+    """Microseconds of host time for one call, while the device is not waited for."""
+    call()
+    taken = []
+    for _ in range(times):
+        timer.wait()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        taken.append((time.perf_counter() - start) / calls)
+    timer.wait()
+    return 1e6 * statistics.median(taken)
+
+
+def spread(values: Sequence[float]) -> float:
+    """How far the 10th and the 90th percentile are apart, relative to the median."""
+    tenths = statistics.quantiles(values, n=10)
+    return (tenths[-1] - tenths[0]) / statistics.median(values)

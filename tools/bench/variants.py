@@ -1,0 +1,118 @@
+"""How a model is made faster: torch.compile in its modes, torchao, graphquant."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from graphquant import Report, packed
+from graphquant.backend import graphquant as graphquant_backend
+
+MODES = {
+    "bf16-default": "default",
+    "bf16-max-autotune": "max-autotune-no-cudagraphs",
+    "bf16-reduce-overhead": "reduce-overhead",
+    "bf16-max-autotune-graphs": "max-autotune",
+}
+TORCHAO = ("torchao-int8", "torchao-fp8")
+GRAPHQUANT = {"graphquant": None, "graphquant-reduce-overhead": "reduce-overhead"}
+FLOAT = ("eager", *MODES)  # what a speed-up may be measured against
+VARIANTS = (*FLOAT, *TORCHAO, *GRAPHQUANT)
+USUAL = tuple(v for v in VARIANTS if v != "bf16-max-autotune-graphs")
+
+
+class MissingError(Exception):
+    """A variant needs a package that is not installed."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """module: the model that runs, quantised or not. reports: filled when graphquant compiles."""
+
+    run: Callable[..., Any]
+    module: nn.Module
+    reports: list[Report]
+
+
+def prepare(variant: str, model: nn.Module) -> Prepared:
+    """The model under this variant; it compiles at its first call. `model` itself stays as it is.
+
+    Raises MissingError where torchao is needed and not installed.
+    """
+    reports: list[Report] = []
+    if variant == "eager":
+        return Prepared(model, model, reports)
+    if variant in MODES:
+        mode = MODES[variant]
+        return Prepared(torch.compile(model, fullgraph=True, mode=mode), model, reports)
+    if variant in TORCHAO:
+        module = _torchao(variant, copy.deepcopy(model))
+        return Prepared(torch.compile(module, fullgraph=True), module, reports)
+    if variant in GRAPHQUANT:
+        options: dict[str, Any] = {"mode": GRAPHQUANT[variant], "on_report": reports.append}
+        # what backend="graphquant" finds, but also where the package is not installed
+        run = torch.compile(model, fullgraph=True, backend=graphquant_backend, options=options)
+        return Prepared(run, model, reports)
+    raise ValueError(f"no variant {variant!r}: there are {', '.join(VARIANTS)}")
+
+
+def _torchao(variant: str, model: nn.Module) -> nn.Module:
+    try:
+        from torchao import quantization as ao
+    except ImportError as error:
+        raise MissingError("torchao is not installed") from error
+    if variant == "torchao-int8":
+        config = ao.Int8DynamicActivationInt8WeightConfig()
+    else:
+        config = ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow())
+    precision = torch.get_float32_matmul_precision()
+    try:
+        ao.quantize_(model, config)
+    finally:  # it sets "high", which Dynamo would notice, and which is nothing to a bfloat16 model
+        torch.set_float32_matmul_precision(precision)
+    return model
+
+
+@contextmanager
+def settings_kept() -> Iterator[None]:
+    """Inductor's settings as they were: torchao changes them for the process, for its own good."""
+    config = torch._inductor.config
+    with config.patch(config.get_config_copy()):
+        yield
+
+
+def weight_bytes(prepared: Prepared) -> int:
+    """What the variant keeps on the device between calls: parameters, buffers, packed weights.
+
+    graphquant keeps the float weights beside the int8 ones, unless told to free them.
+    """
+    tensors = [*prepared.module.parameters(), *prepared.module.buffers()]
+    packs = _packs(tensors) if prepared.reports else []
+    sizes: dict[tuple[torch.device, int], int] = {}
+    for t in (inner for outer in (*tensors, *packs) for inner in _plain(outer)):
+        storage = t.untyped_storage()
+        sizes[t.device, storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def _packs(parameters: list[Tensor]) -> list[Tensor]:
+    marks = (getattr(p, packed._MARK, None) for p in parameters)
+    packs = (pack for mark in marks if mark for pack in mark.owner.packs.values())
+    return [t for pack in packs for t in pack.tensors]
+
+
+def _plain(t: Tensor) -> Iterator[Tensor]:
+    """The tensors that a tensor subclass is made of."""
+    if not is_traceable_wrapper_subclass(t):
+        yield t
+        return
+    for name in t.__tensor_flatten__()[0]:
+        if isinstance(inner := getattr(t, name), Tensor):
+            yield from _plain(inner)
