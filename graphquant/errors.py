@@ -17,5 +17,13 @@ class UnsupportedInputError(GraphquantError, TypeError):
     """Arguments for which an op has no meaning or no kernel. The message says what was seen."""
 
 
+class CaptureError(GraphquantError):
+    """A graph that cannot be traced into one that the rules read. It runs as it is, in float."""
+
+
+class KernelBuildError(GraphquantError, RuntimeError):
+    """A CUDA kernel could not be compiled at run time. The message holds the compiler's log."""
+
+
 class ReleasedWeightError(GraphquantError, RuntimeError):
     """A float weight is needed that `free_weights=True` released."""

@@ -30,6 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
         return
     os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["GRAPHQUANT_SELECT"] = "always"  # small models: int8 is rarely the faster one
     import torch
 
     if not torch.cuda.is_available():

@@ -1,26 +1,33 @@
 """How an op is declared: schema, contract, fake and reference in one place; kernels join later.
 
 An op is one folder: `op.py` holds what it means (torch only), one file per kernel makes it fast.
-The reference is the meaning. A kernel has the same parameters, says why it refuses its inputs, and
-joins the op's tests by being registered.
+The reference is the meaning. A kernel has the same parameters and `out`, the tensors to fill, says
+why it refuses its inputs, and joins the op's tests by being registered.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import compress
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from graphquant.errors import UnsupportedInputError
+from graphquant.ops.launch import native, prepare, stream_of
 
 # Library.define + impl costs 3 us a call; torch.library.custom_op 15 to 24.
 LIB = torch.library.Library("graphquant", "DEF")
 OPS: dict[str, Op] = {}
+
+
+MAX_SITES = 4096  # of one op: one for each combination of shapes it was called with
 
 
 @dataclass(frozen=True)
@@ -28,8 +35,9 @@ class Kernel:
     """A CUDA implementation, and the question it answers before it is called."""
 
     name: str
-    fn: Callable[..., Any]
+    fn: Callable[..., Any]  # op's arguments -> results
     refuses: Callable[..., str | None]  # op's arguments -> None, or why not
+    fill: Callable[..., None] | None = None  # op's arguments, out=(results to fill, ...)
 
 
 @dataclass(frozen=True)
@@ -39,8 +47,10 @@ class Op:
     name: str
     reference: Callable[..., Any]
     check: Callable[..., None]
+    fake: Callable[..., Any]  # results with nothing in them yet
     files: tuple[str, ...]  # kernel modules beside op.py, preferred first
     kernels: list[Kernel] = field(default_factory=list)  # in order of preference
+    _sites: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
     def target(self) -> torch._ops.OpOverload:
@@ -48,21 +58,35 @@ class Op:
         overload: torch._ops.OpOverload = getattr(torch.ops.graphquant, self.name).default
         return overload
 
+    @cached_property
+    def tensors(self) -> tuple[bool, ...]:
+        """Which of the schema's arguments are tensors, optional ones as well."""
+        return tuple("Tensor" in str(a.type) for a in self.target._schema.arguments)
+
     def __call__(self, *args: Any) -> Any:
         return self.target(*args)
 
     def kernel(
         self, name: str, *, refuses: Callable[..., str | None] = lambda *_: None
-    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Decorator: add a CUDA kernel after those already there."""
+    ) -> Callable[[Callable[..., None]], Callable[..., Any]]:
+        """Decorator: add a CUDA kernel after those already there.
 
-        def add(fn: Callable[..., Any]) -> Callable[..., Any]:
-            want, got = _parameters(self.reference), _parameters(fn)
+        The function takes the op's arguments and `out`, the tuple of its results, and fills them.
+        """
+
+        def add(fill: Callable[..., None]) -> Callable[..., Any]:
+            want, got = [*_parameters(self.reference), "out"], _parameters(fill)
             if want != got:
                 raise TypeError(
-                    f"{self.name}: kernel {name} takes {got}, the reference takes {want}"
+                    f"{self.name}: kernel {name} takes {got}, the reference and `out` are {want}"
                 )
-            self.kernels.append(Kernel(name, fn, refuses))
+
+            def fn(*args: Any) -> Any:
+                results = self.fake(*args)
+                fill(*args, out=_as_tuple(results))
+                return results
+
+            self.kernels.append(Kernel(name, fn, refuses, fill))
             return fn
 
         return add
@@ -78,19 +102,48 @@ class Op:
             f"no CUDA kernel of {self.name} takes these inputs:{''.join(said)}"
         )
 
-    def _on_cpu(self, *args: Any) -> Any:
+    def site(self, *constants: Any) -> Any:
+        """A place where the op is called on CUDA tensors of one shape: `site(stream, *tensors)`.
+
+        constants  the arguments that are no tensors, in order
+        tensors    those that are, in order, None where one is not given, then the results to fill
+        """
+        n_inputs = sum(self.tensors)
+
+        def first(*tensors: Tensor | None) -> Any:
+            given, rest = iter(tensors[:n_inputs]), iter(constants)
+            args = [next(given if is_tensor else rest) for is_tensor in self.tensors]
+            load_kernels()
+            self.check(*args)
+            fill = self.choose(*args).fill
+            assert fill is not None
+            return prepare(lambda: fill(*args, out=tensors[n_inputs:]), tensors)
+
+        return native().Site(first)
+
+    def _by_reference(self, *args: Any) -> Any:
         self.check(*args)
         return self.reference(*args)
 
     def _on_cuda(self, *args: Any) -> Any:
-        self.check(*args)
-        if not self.kernels:
-            load_kernels()
         device: torch.device = args[0].device
-        if device.index == torch.cuda.current_device():
-            return self.choose(*args).fn(*args)
-        with torch.cuda.device(device):  # triton launches on the current device, not on x's
-            return self.choose(*args).fn(*args)
+        if device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):  # kernels launch on the current device, not on x's
+                return self._on_cuda(*args)
+        key = tuple(
+            (a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else a for a in args
+        )
+        site = self._sites.get(key)
+        if site is None:
+            self.check(*args)
+            if len(self._sites) >= MAX_SITES:
+                self._sites.clear()
+            given = zip(args, self.tensors, strict=True)
+            site = self._sites[key] = self.site(*(a for a, is_tensor in given if not is_tensor))
+        results = self.fake(*args)
+        tensors = compress(args, self.tensors)
+        site(stream_of(device), *tensors, *_as_tuple(results))
+        return results
 
 
 def define(
@@ -108,7 +161,7 @@ def define(
     """
 
     def make(reference: Callable[..., Any]) -> Op:
-        op = Op(reference.__name__, reference, check, kernels)
+        op = Op(reference.__name__, reference, check, fake, kernels)
         LIB.define(op.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         declared = [a.name for a in op.target._schema.arguments]
         if declared != _parameters(reference):
@@ -118,8 +171,8 @@ def define(
             check(*args)
             return fake(*args)
 
-        LIB.impl(op.name, op._on_cpu, "CPU")
-        LIB.impl(op.name, op._on_cuda, "CUDA")
+        LIB.impl(op.name, op._by_reference, "CPU")
+        LIB.impl(op.name, op._on_cuda if kernels else op._by_reference, "CUDA")
         torch.library.register_fake(f"graphquant::{op.name}", checked_fake, lib=LIB)
         OPS[op.name] = op
         return op
@@ -127,6 +180,12 @@ def define(
     return make
 
 
+def site(name: str, *constants: Any) -> Any:
+    """OPS[name].site(*constants). Code that torch keeps in its caches calls this."""
+    return OPS[name].site(*constants)
+
+
+@functools.cache
 def load_kernels() -> None:
     """Import every op's kernels. Needs triton; called the first time an op runs on CUDA."""
     try:
@@ -141,6 +200,10 @@ def load_kernels() -> None:
             "graphquant's CUDA kernels need triton, which is not installed (torch's Linux CUDA "
             "wheels bring it). On the CPU the ops run without it."
         ) from error
+
+
+def _as_tuple(results: Any) -> tuple[Tensor, ...]:
+    return results if isinstance(results, tuple) else (results,)
 
 
 def _parameters(fn: Callable[..., Any]) -> list[str]:

@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 
 from graphquant.ops.define import load_kernels
 from graphquant.ops.int8_linear import tiles
-from graphquant.ops.numerics import ACTIVATIONS, padded
+from graphquant.ops.numerics import ACTIVATIONS, padded, vectors
 from graphquant.ops.triton_util import quantize_rows_kernel, row_config, unit_of
 
 load_kernels()
@@ -64,12 +64,20 @@ def cases(sm: int) -> Iterator[Case]:
 def _row_case(
     name: str, kernel: Any, K: int, types: dict[str, str], constants: dict[str, Any]
 ) -> Case:
-    config = row_config(K)
+    config = row_config(K, 2 if "up_ptr" in types else 1)
     warps = config.pop("num_warps")
     unit = unit_of(K)
     base = {"x_ptr": "*bf16", "xq_ptr": "*i8", "scale_ptr": "*fp32", "shift_ptr": "*fp32"}
     base |= {"M": "i32", "x_row": "i32"}
-    constants = {"K": K, "K_PAD": padded(K), "X_UNIT": unit, "UP_UNIT": unit, **config, **constants}
+    constants = {
+        "K": K,
+        "K_PAD": vectors(K),
+        "XQ_ROW": padded(K),
+        "X_UNIT": unit,
+        "UP_UNIT": unit,
+        **config,
+        **constants,
+    }
     return name, kernel, base | {"up_row": "i32"} | types, constants, {"num_warps": warps}
 
 
@@ -96,6 +104,7 @@ def _linear_case(
 
 def compiled(case: Case, sm: int) -> dict[str, Any]:
     name, kernel, types, constants, options = case
+    constants = {**constants, "OVERLAP": sm >= 90}
     arguments = kernel.arg_names
     signature = {a: types.get(a, "constexpr").removesuffix(" odd") for a in arguments}
     at = {a: (i,) for i, a in enumerate(arguments)}

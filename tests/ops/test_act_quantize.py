@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 from graphquant.ops import act_quantize, glu_quantize
 from graphquant.ops.define import Kernel, Op
 from graphquant.ops.numerics import ACTIVATIONS, quantize_symmetric
+from graphquant.ops.triton_util import activate, to_float32
 from tests.ops.bounds import (
     U,
     assert_layout,
@@ -39,22 +42,94 @@ EXACT: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# How far a float32 activation x g(x), 0 <= g <= 1, may be off: at most |x| times the first number
+# (of g) and at most the second. Below 1e-6 are the float32 exp and division of both devices and
+# 1 + tanh's cancellation; the GELUs' are those of the polynomials that the kernels take.
+OFF = {
+    "gelu": (1.1e-4, 4.2e-6),
+    "gelu_tanh": (1.4e-4, 5.0e-6),
+    "quick_gelu": (1e-6, torch.inf),
+    "silu": (1e-6, torch.inf),
+    "relu": (0.0, 0.0),
+    "relu2": (0.0, 0.0),
+}
+
+
 def _exact(x: Tensor, act: str) -> tuple[Tensor, Tensor]:
     """(act(x), noise) in float64.
 
-    A float32 activation x * g(x), 0 <= g <= 1, with g off by 1e-6: below that are the float32
-    exp and division of both devices, 1 + tanh's cancellation, and the 0.75e-7 of the erf formula.
-    Relative 4 U for the products, and denormals count as zero. Subtracting the shift leaves this as
-    it is, absolute, however small the difference (see assert_means).
+    Noise is OFF, relative 4 U for the products, and denormals count as zero. Subtracting the shift
+    leaves this as it is, absolute, however small the difference (see assert_means).
     """
     x = x.cpu().double()
     y = EXACT[act](x)
-    off = 0.0 if act.startswith("relu") else 1e-6
-    return y, off * x.abs() + 4 * U * y.abs() + 2e-38
+    of_x, most = OFF[act]
+    return y, (of_x * x.abs()).clamp(max=most) + 4 * U * y.abs() + 2e-38
 
 
 def test_every_activation_is_tested() -> None:
-    assert EXACT.keys() == ACTIVATIONS.keys()
+    assert EXACT.keys() == ACTIVATIONS.keys() == OFF.keys()
+
+
+@triton.jit
+def _activate_kernel(x_ptr, y_ptr, ACT: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + at, activate(to_float32(tl.load(x_ptr + at)), ACT))
+
+
+def _activated(x: Tensor, act: str) -> Tensor:
+    y = torch.empty_like(x, dtype=torch.float32)
+    _activate_kernel[(x.numel() // 4096,)](x, y, ACT=act, BLOCK=4096)
+    return y
+
+
+def _every_bfloat16(device: str) -> Tensor:
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    return bits.view(torch.bfloat16).to(device)
+
+
+def test_every_bfloat16_becomes_itself_in_float32(device: str) -> None:
+    x = _every_bfloat16(device)
+    smallest = torch.finfo(torch.float32).smallest_normal  # Triton's interpreter flushes denormals
+    torch.testing.assert_close(
+        _activated(x, "none"), x.float(), rtol=0, atol=smallest, equal_nan=True
+    )
+
+
+# (act, lowest, off): from `lowest` upwards act(x) is relatively off by at most `off`
+EXACT_TO_BFLOAT16 = [
+    ("gelu", -4.0, 7e-4),
+    ("gelu_tanh", -3.0, 7.5e-4),
+    ("quick_gelu", -40.0, 1e-5),
+    ("silu", -80.0, 1e-5),
+]
+
+
+@pytest.mark.parametrize(("act", "lowest", "off"), EXACT_TO_BFLOAT16)
+def test_activations_of_every_bfloat16_are_exact_to_bfloat16(
+    act: str, lowest: float, off: float, device: str
+) -> None:
+    """Half a unit of bfloat16 is 2^-9 = 1.95e-3 of a value, or up to twice that: `off` is less.
+    Below `lowest` the values are smaller than 1.3e-4 (gelu) and 4.1e-3 (gelu_tanh), and OFF holds:
+    a 3000th of a step of a row that reaches 4."""
+    x = _every_bfloat16(device)
+    x = x.where(x.isfinite(), 0.0)
+    got = _activated(x, act).cpu().double()
+    want, noise = _exact(x, act)
+    assert ((got - want).abs() <= noise).all()
+    assert (got[x.cpu() == 0] == 0).all()
+    x = x.cpu().double()
+    assert off < 2**-9
+    assert ((got - want).abs() <= off * want.abs() + 2e-38)[x >= lowest].all()
+    steep = (x.abs() > 100) & (x < 0)  # x g(x) with g = 0: no nan, no -inf
+    assert (got[steep].abs() <= 1e-30).all()
+
+
+@pytest.mark.parametrize("act", sorted(EXACT))
+def test_activations_of_what_is_not_finite_are_not_finite(act: str, device: str) -> None:
+    x = torch.full((4096,), torch.nan, dtype=torch.bfloat16, device=device)
+    x[::2] = torch.inf
+    assert not _activated(x, act).isfinite().any()
 
 
 @implementations(act_quantize)

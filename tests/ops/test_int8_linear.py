@@ -16,7 +16,7 @@ from torch import Tensor
 
 from graphquant.ops import int8_linear, quantize, quantize_weight
 from graphquant.ops.define import Kernel, Op
-from graphquant.ops.int8_linear import tiles, triton_tma
+from graphquant.ops.int8_linear import hopper, tiles, triton_tma
 from graphquant.ops.numerics import empty_rows, quantize_symmetric, with_pads
 from graphquant.ops.triton_util import Chip
 from tests.ops.bounds import HALF, U, implementations, kernels
@@ -367,7 +367,8 @@ def test_tma_refuses_what_it_cannot_read_and_says_why(
         None, None, torch.float32,
     )  # fmt: skip
     assert "xq starts 3 bytes after a multiple of 16" in _refusal(*shifted)
-    monkeypatch.setattr(triton_tma, "chip", lambda _: CHIPS["L40"])
+    for module in (hopper, triton_tma):
+        monkeypatch.setattr(module, "chip", lambda _: CHIPS["L40"])
     assert "the device is sm_89, TMA needs sm_90 or later" in _refusal(*padded)
     assert int8_linear.choose(*padded).name == "triton"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -34,6 +35,18 @@ def test_every_kernel_compiles_without_spills(sm: int) -> None:
     assert len(kernels) > 20
     assert not [k for k in kernels if k["stack"] > SPILT or k["local"]]
     assert not [k for k in kernels if k["shared"] > SHARED[sm]]
+
+
+@pytest.mark.parametrize("sm", SHARED)
+def test_rows_meet_in_shared_memory_for_nothing_but_their_sums_and_ranges(sm: int) -> None:
+    """No layout is converted there, which would cost more than the arithmetic. A warp's row needs
+    none at all; of a row of W warps each gives two int32."""
+    rows = [k for k in _compiled(sm) if k["name"].startswith(("rows", "norm"))]
+    assert len(rows) > 10
+    for k in rows:
+        width = int(re.findall(r"\d+", k["name"])[0])
+        most = 0 if width <= 1280 else 4 * 8 if width <= 5120 else 8 * 8
+        assert k["shared"] <= most or k["name"] == "norm 20000 keep=True", k
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from graphquant.ops import quantize
 from graphquant.ops.define import Kernel, Op
-from graphquant.ops.numerics import MIN_ABSMAX, quantize_symmetric
+from graphquant.ops.numerics import MIN_ABSMAX, quantize_symmetric, vectors
+from graphquant.ops.triton_util import as_rows, block_widths
 from tests.ops.bounds import (
     U,
     assert_layout,
@@ -214,3 +215,49 @@ def test_rows_too_long_for_registers_mean_the_same(
 def test_no_rows_give_no_rows(op: Op, kernel: Kernel, device: str, shape: tuple[int, ...]) -> None:
     x = torch.empty(shape, device=device)
     assert_layout(*kernel.fn(x), x.shape)
+
+
+WIDTHS = (384, 512, 576, 640, 768, 896, 1024, 1152, 1280, 1536, 1792, 2048, 3072, 3420, 4096, 4304)
+
+
+@pytest.mark.parametrize("inputs", [1, 2])
+@pytest.mark.parametrize("K", WIDTHS)
+def test_rows_of_models_leave_no_lanes_idle(K: int, inputs: int) -> None:
+    """One block of a power of two would leave 44 % of them idle at 1152, 47 % at 4304."""
+    widths = block_widths(K, inputs)
+    assert all(w & (w - 1) == 0 for w in widths)
+    assert sum(widths) - K <= (0.05 * K if K % 64 else 0)
+
+
+def test_rows_of_no_width_leave_more_than_a_fifth_of_their_lanes_idle() -> None:
+    """At most half a block: rows have at least 2 1/2."""
+    for inputs in (1, 2):
+        for K in range(384, 4305):
+            widths = block_widths(K, inputs)
+            assert sum(widths) >= vectors(K) > sum(widths[:-1])
+            assert sum(widths) <= 1.2 * K
+
+
+@implementations(quantize)
+@pytest.mark.parametrize("K", [*WIDTHS, 1408, 2600, 5000, 16_383])
+def test_rows_in_blocks_are_whole(op: Op, kernel: Kernel, device: str, K: int) -> None:
+    """Both ends of the range in each block once, and another row beside it."""
+    ends = torch.tensor([0, *block_widths(K)]).cumsum(0)[:-1]
+    x = torch.randn(2 * len(ends) + 1, K, device=device)
+    for i, start in enumerate(ends.tolist()):
+        x[2 * i, start], x[2 * i + 1, min(start + 2, K - 1)] = 9.0, -9.0
+    x[-1, K - 1] = 9.0
+    assert_means(*kernel.fn(x), x.double())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("D", [64, 72])
+def test_what_attention_returns_is_quantised_without_a_copy(D: int) -> None:
+    """[B, H, S, D] views of one fused result go in, and [B, S, H, D] in memory comes out."""
+    B, S, H = 2, 197, 3
+    qkv = torch.randn(B, S, 3 * H * D, device="cuda", dtype=torch.bfloat16)
+    q, k, v = (t.unflatten(-1, (H, D)).transpose(1, 2) for t in qkv.chunk(3, -1))
+    y = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    x = y.transpose(1, 2).reshape(B, S, H * D)
+    assert as_rows(x)[0].data_ptr() == y.data_ptr()
+    assert_means(*quantize(x), x.double())

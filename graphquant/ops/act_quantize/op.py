@@ -4,7 +4,7 @@ xq, x_scale, x_shift = quantize_rows(act(x))     in float32
 
 x           [..., K]  float16 | bfloat16 | float32, any strides
 act         a name in numerics.ACTIVATIONS
--> xq       [..., K]  int8 in [-127, 127], row stride padded to 16 bytes
+-> xq       [..., K]  int8 in [-127, 127], row stride padded(K) bytes
 -> x_scale  [..., 1]  float32 > 0
 -> x_shift  [..., 1]  float32
 """

@@ -5,12 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from graphquant.ops.glu_quantize.op import glu_quantize
-from graphquant.ops.numerics import empty_triple
 from graphquant.ops.triton_util import launch_quantize_rows
 
 
 @glu_quantize.kernel("triton")
-def glu_quantize_triton(gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
-    xq, x_scale, x_shift = empty_triple(gate, gate.shape)
-    launch_quantize_rows(gate, up, act, xq, x_scale, x_shift)
-    return xq, x_scale, x_shift
+def glu_quantize_triton(
+    gate: Tensor, up: Tensor, act: str, out: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    launch_quantize_rows(gate, up, act, *out)

@@ -109,7 +109,7 @@ def _exact_matmul(xq: Tensor, wq: Tensor) -> Tensor:
     " Tensor? bias, Tensor? residual, ScalarType dtype) -> Tensor",
     fake=_fake,
     check=_check,
-    kernels=("triton_tma", "triton"),
+    kernels=("hopper", "triton_tma", "triton"),
 )
 def int8_linear(
     xq: Tensor,

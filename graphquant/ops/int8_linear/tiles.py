@@ -69,15 +69,21 @@ def tma_table(itemsize: int, aligned: bool) -> tuple[Tile, ...]:
     return TMA if itemsize < 4 else TMA_FLOAT32
 
 
+def fitting(table: tuple[Tile, ...], chip: Chip) -> tuple[Tile, ...]:
+    """Those whose stages fit the chip's shared memory, at least the last."""
+    fit = tuple(t for t in table if t.shared + SPARE <= chip.shared)
+    return fit or table[-1:]
+
+
 def choose(table: tuple[Tile, ...], M: int, N: int, K: int, chip: Chip) -> Tile:
     """The largest tile that fits the chip and still gives every processor work, else the last.
 
     A tile of more than 128 rows also wants DEEP_K and two programs for every processor.
     """
-    for tile in table:
+    for tile in fitting(table, chip):
         large = tile.m > 128
         waves = 2 if large else 1
-        if tile.shared + SPARE > chip.shared or (large and K < DEEP_K):
+        if large and K < DEEP_K:
             continue
         if tile.count(M, N) >= waves * chip.processors:
             return tile

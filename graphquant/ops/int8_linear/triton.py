@@ -11,9 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from graphquant.ops.int8_linear import tiles
-from graphquant.ops.int8_linear.op import int8_linear
-from graphquant.ops.numerics import ALIGN, empty_rows, padded
-from graphquant.ops.triton_util import as_rows, chip, dequantize, row_stride, tile_of, unit_of
+from graphquant.ops.int8_linear.tiled import Operands, Problem, Tiled, tiled
+from graphquant.ops.int8_linear.tiles import Tile
+from graphquant.ops.launch import launch_triton
+from graphquant.ops.numerics import ALIGN, empty_rows, padded, row_stride, vectors
+from graphquant.ops.triton_util import as_rows, chip, dequantize, tile_of, unit_of
 
 OLDEST = 80  # Ampere: int8 tensor cores with asynchronous copies
 
@@ -54,62 +56,44 @@ def int8_linear_kernel(
 
 
 def _aligned_rows(q: Tensor) -> tuple[Tensor, int]:
-    """(q or a copy, row stride): rows of padded(K) readable bytes, each at a multiple of 16."""
+    """(q or a copy, row stride): rows of vectors(K) readable bytes, each at a multiple of 16."""
     K = q.shape[-1]
     row = row_stride(q)
     if row is not None and row % ALIGN == 0 and q.data_ptr() % ALIGN == 0:
-        end = q.storage_offset() + (q.numel() // K - 1) * row + padded(K)
+        end = q.storage_offset() + (q.numel() // K - 1) * row + vectors(K)
         if end <= q.untyped_storage().nbytes():
             return q, row
     return empty_rows(q, q.shape).copy_(q), padded(K)
 
 
-def _refuses(
-    xq: Tensor,
-    x_scale: Tensor,
-    x_shift: Tensor,
-    wq: Tensor,
-    w_scale: Tensor,
-    w_sum: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    dtype: torch.dtype,
-) -> str | None:
-    sm = chip(xq.device).sm
+def _refuses(o: Operands, dtype: torch.dtype) -> str | None:
+    sm = chip(o.xq.device).sm
     return None if sm >= OLDEST else f"the device is sm_{sm}, needs sm_{OLDEST} or later"
 
 
-@int8_linear.kernel("triton", refuses=_refuses)
-def int8_linear_triton(
-    xq: Tensor,
-    x_scale: Tensor,
-    x_shift: Tensor,
-    wq: Tensor,
-    w_scale: Tensor,
-    w_sum: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    N, K = wq.shape
-    M = xq.numel() // K
-    y = xq.new_empty((*xq.shape[:-1], N), dtype=dtype)
-    if y.numel() == 0:
-        return y
-    xq, x_row = _aligned_rows(xq)
-    wq, w_row = _aligned_rows(wq)
-    residual_row = 0
-    if residual is not None:
-        residual, residual_row = as_rows(residual)
+def _tiles(problem: Problem, device: torch.device) -> tuple[Tile, ...]:
+    table = tiles.POINTER
+    best = tiles.choose(table, problem.M, problem.N, problem.K, chip(device))
+    return (best, *tiles.fitting(table, chip(device)))
+
+
+def _run(tile: Tile, o: Operands, y: Tensor) -> None:
+    N, K = o.wq.shape
+    M = o.xq.numel() // K
+    xq, x_row = _aligned_rows(o.xq)
+    wq, w_row = _aligned_rows(o.wq)
+    residual, residual_row = (None, 0) if o.residual is None else as_rows(o.residual)
     unit = unit_of(residual_row)
-    tile = tiles.choose(tiles.POINTER, M, N, K, chip(xq.device))
-    int8_linear_kernel[(tile.count(M, N),)](
-        xq, x_scale.contiguous(), x_shift.contiguous(),
-        wq, w_scale.contiguous(), w_sum.contiguous(),
-        None if bias is None else bias.contiguous(), residual, y,
-        M, N, K, padded(K), x_row, w_row, residual_row // unit,
+    launch_triton(
+        int8_linear_kernel, (tile.count(M, N),),
+        xq, o.x_scale.contiguous(), o.x_shift.contiguous(),
+        wq, o.w_scale.contiguous(), o.w_sum.contiguous(),
+        None if o.bias is None else o.bias.contiguous(), residual, y,
+        M, N, K, vectors(K), x_row, w_row, residual_row // unit,
         RESIDUAL_UNIT=unit, TAIL=K % tile.k != 0,
         BM=tile.m, BN=tile.n, BK=tile.k, GROUP=tiles.GROUP,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return y
+
+
+tiled("triton", Tiled(_refuses, _tiles, _run))

@@ -13,9 +13,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from graphquant.ops.int8_linear import tiles
-from graphquant.ops.int8_linear.op import int8_linear
-from graphquant.ops.numerics import ALIGN
-from graphquant.ops.triton_util import as_rows, chip, dequantize, row_stride, tile_of, unit_of
+from graphquant.ops.int8_linear.tiled import Operands, Problem, Tiled, tiled
+from graphquant.ops.int8_linear.tiles import Tile
+from graphquant.ops.numerics import ALIGN, row_stride
+from graphquant.ops.triton_util import as_rows, chip, dequantize, tile_of, unit_of
 
 OLDEST = 90  # Hopper: the first with TMA
 
@@ -48,21 +49,11 @@ def int8_linear_tma_kernel(
         tl.store(y_at, y, mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-def _refuses(
-    xq: Tensor,
-    x_scale: Tensor,
-    x_shift: Tensor,
-    wq: Tensor,
-    w_scale: Tensor,
-    w_sum: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    dtype: torch.dtype,
-) -> str | None:
-    sm = chip(xq.device).sm
+def _refuses(o: Operands, dtype: torch.dtype) -> str | None:
+    sm = chip(o.xq.device).sm
     if sm < OLDEST:
         return f"the device is sm_{sm}, TMA needs sm_{OLDEST} or later"
-    for name, q in (("xq", xq), ("wq", wq)):
+    for name, q in (("xq", o.xq), ("wq", o.wq)):
         row = row_stride(q)
         if row is None:
             return f"{name} with strides {tuple(q.stride())} is not rows of consecutive bytes"
@@ -73,41 +64,35 @@ def _refuses(
     return None
 
 
-@int8_linear.kernel("triton_tma", refuses=_refuses)
-def int8_linear_triton_tma(
-    xq: Tensor,
-    x_scale: Tensor,
-    x_shift: Tensor,
-    wq: Tensor,
-    w_scale: Tensor,
-    w_sum: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    N, K = wq.shape
-    M = xq.numel() // K
-    y = xq.new_empty((*xq.shape[:-1], N), dtype=dtype)
-    if y.numel() == 0:
-        return y
-    residual_row = 0
-    if residual is not None:
-        residual, residual_row = as_rows(residual)
+def _tiles(problem: Problem, device: torch.device) -> tuple[Tile, ...]:
+    table = tiles.tma_table(problem.dtype.itemsize, _by_tma(problem.N, problem.dtype))
+    best = tiles.choose(table, problem.M, problem.N, problem.K, chip(device))
+    return (best, *tiles.fitting(table, chip(device)))
+
+
+def _run(tile: Tile, o: Operands, y: Tensor) -> None:
+    N, K = o.wq.shape
+    M = o.xq.numel() // K
+    residual, residual_row = (None, 0) if o.residual is None else as_rows(o.residual)
     unit = unit_of(residual_row)
-    by_tma = N * y.element_size() % ALIGN == 0
-    table = tiles.tma_table(dtype.itemsize, by_tma)
-    tile = tiles.choose(table, M, N, K, chip(xq.device))
-    xq, x_row = as_rows(xq)
-    wq, w_row = as_rows(wq)
-    y_desc = TensorDescriptor(y, [M, N], [N, 1], [tile.m, tile.n]) if by_tma else None
+    xq, x_row = as_rows(o.xq)
+    wq, w_row = as_rows(o.wq)
+    y_desc = TensorDescriptor(y, [M, N], [N, 1], [tile.m, tile.n]) if _by_tma(N, y.dtype) else None
     int8_linear_tma_kernel[(tile.count(M, N),)](
         TensorDescriptor(xq, [M, K], [x_row, 1], [tile.m, tile.k]),
-        x_scale.contiguous(), x_shift.contiguous(),
+        o.x_scale.contiguous(), o.x_shift.contiguous(),
         TensorDescriptor(wq, [N, K], [w_row, 1], [tile.n, tile.k]),
-        w_scale.contiguous(), w_sum.contiguous(),
-        None if bias is None else bias.contiguous(), residual, y, y_desc,
+        o.w_scale.contiguous(), o.w_sum.contiguous(),
+        None if o.bias is None else o.bias.contiguous(), residual, y, y_desc,
         M, N, K, residual_row // unit,
         RESIDUAL_UNIT=unit, BM=tile.m, BN=tile.n, BK=tile.k, GROUP=tiles.GROUP,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return y
+
+
+def _by_tma(N: int, dtype: torch.dtype) -> bool:
+    """Do the rows of y start at multiples of 16 bytes?"""
+    return N * dtype.itemsize % ALIGN == 0
+
+
+tiled("triton_tma", Tiled(_refuses, _tiles, _run))

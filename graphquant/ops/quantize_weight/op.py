@@ -4,12 +4,12 @@
     w_sum[n]    = w_scale[n] * sum_k wq[n, k]
 
     w          [N, K]  float16 | bfloat16 | float32
-    -> wq      [N, K]  int8 in [-127, 127], row stride padded to 16 bytes, pads zero
+    -> wq      [N, K]  int8 in [-127, 127], row stride padded(K) bytes, pads zero
     -> w_scale [N]     float32 > 0
     -> w_sum   [N]     float32, what int8_linear multiplies with the activation's shift
 
 Output channels don't see each other: quantising stacked weights equals stacking quantised weights,
-bit for bit. It runs once, when a weight is packed, so torch's own operators are its kernel.
+bit for bit. It runs once, when a weight is packed, so the reference serves on CUDA as well.
 """
 
 from __future__ import annotations
@@ -41,6 +41,3 @@ def quantize_weight(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     wq, scale = quantize_symmetric(w)
     total = wq.sum(-1, dtype=torch.int32)
     return wq, scale.squeeze(-1), total.float() * scale.squeeze(-1)
-
-
-quantize_weight.kernel("torch")(quantize_weight.reference)

@@ -1,0 +1,387 @@
+/* Kernel launches that are prepared once: later calls read the tensors' addresses and launch.
+ *
+ * load(cubin, name, shared) -> int                                        a function's handle
+ * Launch(function, grid, block, shared, cluster, pdl, params, keep)       what a launch does
+ * launch(stream, *tensors) -> bool       False, and nothing done: an address is not aligned to 16
+ * Site(prepare)                                                           where one is called
+ * site(stream, *tensors) -> None
+ *
+ * A Site knows no Launch at first, or one that wants other alignments: then prepare(*tensors) runs
+ * the kernel in its own way and returns the Launch for the next call, or None if there is none.
+ *
+ * params, in the kernel's order (cuda.h has the meaning of a map's numbers):
+ *   ("pointer", tensor)   its address          ("null",)     0
+ *   ("i32" | "i64", int)  ("f32", float)
+ *   ("map", tensor, type, columns, rows, row_bytes, box_columns, box_rows, swizzle)   a CUtensorMap
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <dlfcn.h>
+#include <stddef.h>
+#include <string.h>
+
+#include "cuda.h"
+
+#define MAX_PARAMS 32
+#define MAX_BYTES 1024 /* of parameters: four maps of 128 and some */
+#define MAX_SLOTS 24
+#define ALIGN 16
+
+static CUresult (*launch_kernel)(const CUlaunchConfig *, CUfunction, void **, void **);
+static CUresult (*encode_map)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
+                              const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
+                              const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
+                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+static CUresult (*module_load)(CUmodule *, const void *);
+static CUresult (*module_function)(CUfunction *, CUmodule, const char *);
+static CUresult (*function_set)(CUfunction, CUfunction_attribute, int);
+static CUresult (*error_string)(CUresult, const char **);
+static PyObject *data_ptr_name;
+
+static int find_driver(void) {
+  static const struct {
+    const char *name;
+    void *where;
+  } wanted[] = {
+      {"cuLaunchKernelEx", &launch_kernel},     {"cuTensorMapEncodeTiled", &encode_map},
+      {"cuModuleLoadData", &module_load},       {"cuModuleGetFunction", &module_function},
+      {"cuFuncSetAttribute", &function_set},    {"cuGetErrorString", &error_string},
+  };
+  void *driver = dlopen("libcuda.so.1", RTLD_LAZY);
+  if (!driver) {
+    PyErr_SetString(PyExc_OSError, "libcuda.so.1 was not found: is the NVIDIA driver installed?");
+    return -1;
+  }
+  for (size_t i = 0; i < sizeof wanted / sizeof *wanted; ++i) {
+    void *found = dlsym(driver, wanted[i].name);
+    if (!found) {
+      PyErr_Format(PyExc_OSError, "the NVIDIA driver has no %s: it is too old", wanted[i].name);
+      return -1;
+    }
+    memcpy(wanted[i].where, &found, sizeof found);
+  }
+  return 0;
+}
+
+static int failed(CUresult result, const char *what) {
+  const char *why = NULL;
+  if (result == CUDA_SUCCESS) return 0;
+  error_string(result, &why);
+  PyErr_Format(PyExc_RuntimeError, "%s: CUDA error %d, %s", what, (int)result, why ? why : "?");
+  return 1;
+}
+
+/* ------------------------------------------------------------------------------------- Launch */
+
+typedef struct {
+  Py_ssize_t tensor; /* which one's address goes here */
+  int at;            /* byte in `bytes` */
+  int is_map;
+  CUdeviceptr last; /* what the map was encoded for */
+  CUtensorMapDataType type;
+  CUtensorMapSwizzle swizzle;
+  cuuint64_t sizes[2], row_bytes;
+  cuuint32_t box[2];
+} Slot;
+
+typedef struct {
+  PyObject_HEAD
+  CUfunction function;
+  CUlaunchConfig config;
+  CUlaunchAttribute attributes[2];
+  int n_params, n_slots;
+  int starts[MAX_PARAMS];
+  Slot slots[MAX_SLOTS];
+  Py_ssize_t n_tensors;
+  PyObject *keep; /* what owns the function */
+  unsigned char bytes[MAX_BYTES];
+} Launch;
+
+static int launch_add(Launch *self, PyObject *param, int *used) {
+  const char *kind = NULL;
+  PyObject *first = PyTuple_Check(param) && PyTuple_GET_SIZE(param) ? PyTuple_GET_ITEM(param, 0) : NULL;
+  if (!first || !(kind = PyUnicode_AsUTF8(first))) {
+    if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "a param is a tuple (kind, ...)");
+    return -1;
+  }
+  unsigned char value[8] = {0};
+  int size = 8, align = 8, slot = 0;
+  Slot s = {0};
+  long long integer;
+  float real;
+  if (!strcmp(kind, "pointer")) {
+    if (!PyArg_ParseTuple(param, "sn", &kind, &s.tensor)) return -1;
+    slot = 1;
+  } else if (!strcmp(kind, "null")) {
+  } else if (!strcmp(kind, "i32") || !strcmp(kind, "i64")) {
+    if (!PyArg_ParseTuple(param, "sL", &kind, &integer)) return -1;
+    size = align = kind[1] == '3' ? 4 : 8;
+    memcpy(value, &integer, size); /* little-endian */
+  } else if (!strcmp(kind, "f32")) {
+    if (!PyArg_ParseTuple(param, "sf", &kind, &real)) return -1;
+    size = align = 4;
+    memcpy(value, &real, 4);
+  } else if (!strcmp(kind, "map")) {
+    int type, swizzle;
+    if (!PyArg_ParseTuple(param, "sniKKKIIi", &kind, &s.tensor, &type, &s.sizes[0], &s.sizes[1],
+                          &s.row_bytes, &s.box[0], &s.box[1], &swizzle))
+      return -1;
+    s.type = type;
+    s.swizzle = swizzle;
+    s.is_map = slot = 1;
+    size = sizeof(CUtensorMap);
+    align = 64;
+  } else {
+    PyErr_Format(PyExc_ValueError, "no param is called %s", kind);
+    return -1;
+  }
+  if (slot && s.tensor < 0) {
+    PyErr_SetString(PyExc_ValueError, "a tensor's position is not negative");
+    return -1;
+  }
+  int at = (*used + align - 1) / align * align;
+  if (at + size > MAX_BYTES || self->n_params == MAX_PARAMS || self->n_slots == MAX_SLOTS) {
+    PyErr_SetString(PyExc_ValueError, "too many params");
+    return -1;
+  }
+  self->starts[self->n_params++] = at;
+  if (slot) {
+    s.at = at;
+    self->slots[self->n_slots++] = s;
+    if (s.tensor >= self->n_tensors) self->n_tensors = s.tensor + 1;
+  } else {
+    memcpy(self->bytes + at, value, size);
+  }
+  *used = at + size;
+  return 0;
+}
+
+static PyObject *launch_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+  static char *names[] = {"function", "grid",   "block", "shared", "cluster",
+                          "pdl",      "params", "keep",  NULL};
+  unsigned long long function;
+  unsigned grid[3], block, shared, cluster;
+  int pdl, used = 0;
+  PyObject *params, *keep;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "K(III)IIIpO!O", names, &function, &grid[0],
+                                   &grid[1], &grid[2], &block, &shared, &cluster, &pdl,
+                                   &PyTuple_Type, &params, &keep))
+    return NULL;
+  Launch *self = (Launch *)type->tp_alloc(type, 0);
+  if (!self) return NULL;
+  self->function = (CUfunction)(uintptr_t)function;
+  self->config.gridDimX = grid[0];
+  self->config.gridDimY = grid[1];
+  self->config.gridDimZ = grid[2];
+  self->config.blockDimX = block;
+  self->config.blockDimY = self->config.blockDimZ = 1;
+  self->config.sharedMemBytes = shared;
+  self->config.attrs = self->attributes;
+  if (cluster > 1) {
+    CUlaunchAttribute *a = &self->attributes[self->config.numAttrs++];
+    a->id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+    a->value.clusterDim.x = cluster;
+    a->value.clusterDim.y = a->value.clusterDim.z = 1;
+  }
+  if (pdl) {
+    CUlaunchAttribute *a = &self->attributes[self->config.numAttrs++];
+    a->id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    a->value.programmaticStreamSerializationAllowed = 1;
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(params); ++i)
+    if (launch_add(self, PyTuple_GET_ITEM(params, i), &used) < 0) {
+      Py_DECREF(self);
+      return NULL;
+    }
+  Py_INCREF(keep);
+  self->keep = keep;
+  return (PyObject *)self;
+}
+
+static void launch_free(PyObject *object) {
+  Py_XDECREF(((Launch *)object)->keep);
+  Py_TYPE(object)->tp_free(object);
+}
+
+/* 1: launched. 0: an address is not aligned as the kernel needs it. -1: error. */
+static int launch_run(Launch *self, CUstream stream, PyObject *const *tensors, Py_ssize_t n) {
+  if (n < self->n_tensors) {
+    PyErr_Format(PyExc_TypeError, "the kernel reads %zd tensors, got %zd", self->n_tensors, n);
+    return -1;
+  }
+  _Alignas(64) unsigned char bytes[MAX_BYTES]; /* the object's own are as aligned as malloc's */
+  void *params[MAX_PARAMS];
+  CUdeviceptr addresses[MAX_SLOTS];
+  for (int i = 0; i < self->n_slots; ++i) { /* may run Python, and so another thread */
+    PyObject *number = PyObject_CallMethodNoArgs(tensors[self->slots[i].tensor], data_ptr_name);
+    if (!number) return -1;
+    addresses[i] = PyLong_AsUnsignedLongLong(number);
+    Py_DECREF(number);
+    if (addresses[i] == (CUdeviceptr)-1 && PyErr_Occurred()) return -1;
+    if (addresses[i] % ALIGN) return 0;
+  }
+  for (int i = 0; i < self->n_slots; ++i) { /* from here to the copy below, only this thread runs */
+    Slot *s = &self->slots[i];
+    CUdeviceptr address = addresses[i];
+    if (!s->is_map) {
+      memcpy(self->bytes + s->at, &address, sizeof address);
+    } else if (address != s->last) {
+      static const cuuint32_t steps[2] = {1, 1};
+      CUtensorMap map;
+      if (failed(encode_map(&map, s->type, 2, (void *)(uintptr_t)address, s->sizes, &s->row_bytes,
+                            s->box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, s->swizzle,
+                            CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                            CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
+                 "cuTensorMapEncodeTiled"))
+        return -1;
+      memcpy(self->bytes + s->at, &map, sizeof map);
+      s->last = address;
+    }
+  }
+  memcpy(bytes, self->bytes, sizeof bytes);
+  for (int i = 0; i < self->n_params; ++i) params[i] = bytes + self->starts[i];
+  CUlaunchConfig config = self->config;
+  config.hStream = stream;
+  CUresult result;
+  Py_BEGIN_ALLOW_THREADS /* a full queue blocks */
+  result = launch_kernel(&config, self->function, params, NULL);
+  Py_END_ALLOW_THREADS
+  return failed(result, "cuLaunchKernelEx") ? -1 : 1;
+}
+
+static PyObject *launch_call(PyObject *object, PyObject *args, PyObject *kwargs) {
+  Py_ssize_t n = PyTuple_GET_SIZE(args);
+  if (n < 1 || kwargs) {
+    PyErr_SetString(PyExc_TypeError, "a launch is called with (stream, *tensors)");
+    return NULL;
+  }
+  unsigned long long stream = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(args, 0));
+  if (stream == (unsigned long long)-1 && PyErr_Occurred()) return NULL;
+  PyObject *const *tensors = ((PyTupleObject *)args)->ob_item + 1;
+  int done = launch_run((Launch *)object, (CUstream)(uintptr_t)stream, tensors, n - 1);
+  return done < 0 ? NULL : PyBool_FromLong(done);
+}
+
+static PyTypeObject LaunchType = {
+    PyVarObject_HEAD_INIT(NULL, 0).tp_name = "graphquant_launch.Launch",
+    .tp_basicsize = sizeof(Launch),
+    .tp_flags = Py_TPFLAGS_DEFAULT,
+    .tp_new = launch_new,
+    .tp_dealloc = launch_free,
+    .tp_call = launch_call,
+};
+
+/* --------------------------------------------------------------------------------------- Site */
+
+typedef struct {
+  PyObject_HEAD
+  PyObject *prepare;
+  Launch *launch; /* or NULL */
+  vectorcallfunc call;
+} Site;
+
+static PyObject *site_call(PyObject *object, PyObject *const *args, size_t nargsf, PyObject *names) {
+  Site *self = (Site *)object;
+  Py_ssize_t n = PyVectorcall_NARGS(nargsf);
+  if (n < 1 || names) {
+    PyErr_SetString(PyExc_TypeError, "a site is called with (stream, *tensors)");
+    return NULL;
+  }
+  if (self->launch) {
+    unsigned long long stream = PyLong_AsUnsignedLongLong(args[0]);
+    if (stream == (unsigned long long)-1 && PyErr_Occurred()) return NULL;
+    Launch *launch = self->launch;
+    Py_INCREF(launch); /* another thread may prepare meanwhile */
+    int done = launch_run(launch, (CUstream)(uintptr_t)stream, args + 1, n - 1);
+    Py_DECREF(launch);
+    if (done < 0) return NULL;
+    if (done) Py_RETURN_NONE;
+  }
+  PyObject *made = PyObject_Vectorcall(self->prepare, args + 1, n - 1, NULL);
+  if (!made) return NULL;
+  if (made != Py_None && !Py_IS_TYPE(made, &LaunchType)) {
+    Py_DECREF(made);
+    PyErr_SetString(PyExc_TypeError, "prepare must return a Launch or None");
+    return NULL;
+  }
+  if (made == Py_None) {
+    Py_DECREF(made);
+  } else {
+    Launch *old = self->launch;
+    self->launch = (Launch *)made;
+    Py_XDECREF(old);
+  }
+  Py_RETURN_NONE;
+}
+
+static PyObject *site_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+  static char *names[] = {"prepare", NULL};
+  PyObject *prepare;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O", names, &prepare)) return NULL;
+  Site *self = (Site *)type->tp_alloc(type, 0);
+  if (!self) return NULL;
+  Py_INCREF(prepare);
+  self->prepare = prepare;
+  self->call = site_call;
+  return (PyObject *)self;
+}
+
+static void site_free(PyObject *object) {
+  Py_XDECREF(((Site *)object)->prepare);
+  Py_XDECREF(((Site *)object)->launch);
+  Py_TYPE(object)->tp_free(object);
+}
+
+static PyObject *site_ready(PyObject *object, void *unused) {
+  return PyBool_FromLong(((Site *)object)->launch != NULL);
+}
+
+static PyGetSetDef site_attributes[] = {
+    {"ready", site_ready, NULL, "Does the next call launch without Python?", NULL}, {NULL}};
+
+static PyTypeObject SiteType = {
+    PyVarObject_HEAD_INIT(NULL, 0).tp_name = "graphquant_launch.Site",
+    .tp_basicsize = sizeof(Site),
+    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL,
+    .tp_new = site_new,
+    .tp_dealloc = site_free,
+    .tp_call = PyVectorcall_Call,
+    .tp_vectorcall_offset = offsetof(Site, call),
+    .tp_getset = site_attributes,
+};
+
+/* ------------------------------------------------------------------------------------- module */
+
+static PyObject *load(PyObject *module, PyObject *args) {
+  const char *cubin, *name;
+  Py_ssize_t size;
+  int shared;
+  CUmodule loaded;
+  CUfunction function;
+  if (!PyArg_ParseTuple(args, "y#si", &cubin, &size, &name, &shared)) return NULL;
+  if (failed(module_load(&loaded, cubin), "cuModuleLoadData") ||
+      failed(module_function(&function, loaded, name), name) ||
+      failed(function_set(function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared),
+             "cuFuncSetAttribute"))
+    return NULL;
+  return PyLong_FromUnsignedLongLong((uintptr_t)function);
+}
+
+static PyMethodDef functions[] = {
+    {"load", load, METH_VARARGS, "load(cubin: bytes, name: str, shared: int) -> int"}, {NULL}};
+
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "graphquant_launch", NULL, -1,
+                                        functions};
+
+PyMODINIT_FUNC PyInit_graphquant_launch(void) {
+  if (find_driver() < 0 || PyType_Ready(&LaunchType) < 0 || PyType_Ready(&SiteType) < 0) return NULL;
+  if (!(data_ptr_name = PyUnicode_InternFromString("data_ptr"))) return NULL;
+  PyObject *module = PyModule_Create(&definition);
+  if (!module) return NULL;
+  Py_INCREF(&LaunchType);
+  Py_INCREF(&SiteType);
+  if (PyModule_AddObject(module, "Launch", (PyObject *)&LaunchType) < 0 ||
+      PyModule_AddObject(module, "Site", (PyObject *)&SiteType) < 0)
+    return NULL;
+  return module;
+}

@@ -1,0 +1,156 @@
+"""Kernel launches that are prepared once and then repeated by a few lines of C (launch.c).
+
+Triton's own launch takes 20 to 100 us of host time, more than many of our kernels run. So the first
+call of a kernel, on tensors of given shapes, goes its way through Python and is watched; if it was
+one launch that read the caller's own tensors, all 16-byte aligned, it can be repeated with new
+addresses and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ALIGNED = 16  # bytes: what launch.c asks of every address
+Param = tuple[Any, ...]  # as launch.c takes them, with tensors where it wants their positions
+
+_watching = threading.local()
+
+
+@functools.cache
+def native() -> ModuleType:
+    """launch.c, built by the C compiler that Triton needs as well, and cached where Triton does."""
+    import triton
+    from triton.runtime.build import compile_module_from_src
+
+    source = Path(__file__).with_suffix(".c").read_text()
+    headers = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    module: ModuleType = compile_module_from_src(
+        source, "graphquant_launch", include_dirs=[str(headers)]
+    )
+    return module
+
+
+def stream_of(device: torch.device) -> int:
+    """The handle of the device's current stream."""
+    handle: int = torch._C._cuda_getCurrentRawStream(device.index)
+    return handle
+
+
+@dataclass
+class _Watch:
+    """What happens while a kernel runs for the first time."""
+
+    tensors: Sequence[Tensor | None]
+    launches: int = 0
+    made: Any = None  # a Launch
+
+    def take(self, make: Callable[[Sequence[Tensor | None]], Any]) -> None:
+        self.launches += 1
+        self.made = make(self.tensors)
+
+
+def prepare(run: Callable[[], None], tensors: Sequence[Tensor | None]) -> Any:
+    """Run a kernel; the Launch that repeats it on other tensors like these, or None."""
+    before = getattr(_watching, "now", None)
+    watch = _watching.now = _Watch(tensors)
+    try:
+        run()
+    finally:
+        _watching.now = before
+    return watch.made if watch.launches == 1 else None
+
+
+def launch(
+    function: int,
+    grid: int,
+    block: int,
+    shared: int,
+    params: Sequence[Param],
+    keep: object = None,
+    *,
+    cluster: int = 1,
+    pdl: bool = False,
+) -> None:
+    """Launch a loaded function. Raises ValueError if an address is no multiple of 16."""
+
+    def make(tensors: Sequence[Tensor | None]) -> Any:
+        placed = _placed(params, tensors)
+        if placed is None:
+            return None
+        dims = (grid, 1, 1)
+        return native().Launch(function, dims, block, shared, cluster, pdl, placed, keep)
+
+    mine = list({id(v): v for p in params for v in p if isinstance(v, Tensor)}.values())
+    if not make(mine)(stream_of(mine[0].device), *mine):
+        raise ValueError(f"an address is not a multiple of {ALIGNED} bytes")
+    _tell(make)
+
+
+def launch_triton(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """`kernel[grid](*args, **meta)`, watched."""
+    compiled = kernel[grid](*args, **meta)
+    if getattr(_watching, "now", None) is None or not hasattr(compiled, "metadata"):
+        return  # the interpreter returns nothing
+
+    def make(tensors: Sequence[Tensor | None]) -> Any:
+        about = compiled.metadata
+        types = list(compiled.src.signature.values())
+        special = about.global_scratch_size or about.profile_scratch_size or about.num_ctas != 1
+        params = [(t, a) for t, a in zip(types, args, strict=False) if t != "constexpr"]
+        if special or any(t not in _KINDS and not t.startswith("*") for t, _ in params):
+            return None
+        placed = _placed(
+            [("pointer", a) if t.startswith("*") else (_KINDS[t], a) for t, a in params], tensors
+        )
+        if placed is None or any(isinstance(a, Tensor) and a.data_ptr() % ALIGNED for a in args):
+            return None
+        dims = (*grid, 1, 1)[:3]
+        scratch = (("null",), ("null",))
+        return native().Launch(
+            compiled.function, dims, 32 * about.num_warps, about.shared, 1, about.launch_pdl,
+            placed + scratch, compiled,
+        )  # fmt: skip
+
+    _tell(make)
+
+
+_KINDS = {"i32": "i32", "i64": "i64", "fp32": "f32"}
+
+
+def _placed(
+    params: Sequence[Param], tensors: Sequence[Tensor | None]
+) -> tuple[tuple[Any, ...], ...] | None:
+    """Params with positions for tensors; None if one is not among them (a copy that was made), or
+    twice: next time there may be two tensors in these places."""
+    ids = [id(t) for t in tensors]
+    at = {i: ids.index(i) for i in ids}
+    if any(isinstance(v, Tensor) and ids.count(id(v)) != 1 for p in params for v in p):
+        return None
+    return tuple(tuple(at[id(v)] if isinstance(v, Tensor) else v for v in p) for p in params)
+
+
+def _tell(make: Callable[[Sequence[Tensor | None]], Any]) -> None:
+    watch = getattr(_watching, "now", None)
+    if watch is not None:
+        watch.take(make)
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Launches in here are not what the caller's op does: a measurement, say."""
+    before = getattr(_watching, "now", None)
+    _watching.now = None
+    try:
+        yield
+    finally:
+        _watching.now = before

@@ -1,0 +1,103 @@
+"""The Hopper product as far as it can be held without a card: it compiles, fits, and covers."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graphquant.ops import nvrtc
+from graphquant.ops.int8_linear import hopper_tiles
+from graphquant.ops.int8_linear.hopper_tiles import SHARED, TILES, HopperTile, choose, descriptors
+from graphquant.ops.numerics import padded
+from tests.ops.offline import CUOBJDUMP
+
+SOURCE = Path(hopper_tiles.__file__).with_name("hopper.cu")
+PROCESSORS = 132
+SPILLED = 48  # bytes: a constant or a few that are saved outside of the main loop
+sizes = st.integers(1, 70_000)
+
+needs_nvrtc = pytest.mark.skipif(
+    nvrtc.missing() is not None, reason="NVRTC is not installed: pip install nvidia-cuda-nvrtc"
+)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(("y", "bias"), [("bfloat16", "bfloat16"), ("float32", "none")])
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_every_tile_compiles_to_int8_tensor_core_instructions(
+    tile: HopperTile, y: str, bias: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "tile.cubin"
+    defines = tile.defines(y, bias, residual=y == "bfloat16")
+    file.write_bytes(nvrtc.compile_cubin(SOURCE.read_text(), defines, "sm_90a"))
+
+    def said(what: str) -> str:
+        command = [str(CUOBJDUMP), what, str(file)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    usage = said("-res-usage")
+    assert "int8_linear_hopper" in usage
+    assert sum(map(int, re.findall(r"STACK:(\d+)", usage))) <= SPILLED
+    assert sum(map(int, re.findall(r"REG:(\d+)", usage))) * tile.threads <= 65_536
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_a_tile_fits_the_shared_memory_of_a_block(tile: HopperTile) -> None:
+    assert tile.shared <= SHARED
+
+
+@given(M=sizes, N=sizes, K=st.integers(1, 20_000), tile=st.sampled_from(TILES))
+def test_the_tiles_of_a_launch_cover_the_result_and_the_sum(
+    M: int, N: int, K: int, tile: HopperTile
+) -> None:
+    down, right, height, steps = tile.cover(M, N, K)
+    assert (down - 1) * tile.m * tile.cluster_m < M <= down * tile.m * tile.cluster_m
+    assert (right - 1) * tile.n * tile.cluster_n < N <= right * tile.n * tile.cluster_n
+    assert steps * tile.split_k * hopper_tiles.BK >= K
+    assert height >= 1
+    grid = tile.grid(M, N, PROCESSORS)
+    assert grid % tile.blocks == 0 and tile.blocks <= grid <= PROCESSORS
+
+
+@given(M=sizes, N=sizes, K=st.integers(1, 20_000), y=st.sampled_from(["bfloat16", "float32"]))
+def test_descriptors_end_where_the_matrices_end(M: int, N: int, K: int, y: str) -> None:
+    """At the true K: what stands in the pads is not read."""
+    x, w, result, residual = descriptors(TILES[0], M, N, K, y)
+    assert (x.rows, x.columns, w.rows, w.columns) == (M, K, N, K)
+    assert (result.rows, result.columns) == (M, N) and residual == result
+    for d in (x, w):
+        assert d.box_columns == d.swizzle == 128 and d.box_rows <= 256
+    assert result.box_columns * (4 if y == "float32" else 2) == result.swizzle
+
+
+@given(M=sizes, N=sizes, K=st.integers(1, 20_000), residual=st.booleans())
+def test_the_choice_is_the_best_prediction(M: int, N: int, K: int, residual: bool) -> None:
+    best = choose(M, N, K, PROCESSORS, residual)
+    every = [hopper_tiles.predict(t, M, N, K, PROCESSORS, residual) for t in TILES]
+    assert hopper_tiles.predict(best, M, N, K, PROCESSORS, residual) == min(every) > 0
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "K", "us"),
+    [
+        (46_656, 3456, 1152, 265),
+        (46_656, 4304, 1152, 345),
+        (46_656, 1152, 4304, 329),
+        (8192, 8192, 8192, 690),
+        (729, 3456, 1152, 7.7),
+        (128, 768, 768, 2.9),
+    ],
+)
+def test_predictions_are_near_what_an_h200_took(M: int, N: int, K: int, us: float) -> None:
+    tile = choose(M, N, K, PROCESSORS, False)
+    assert hopper_tiles.predict(tile, M, N, K, PROCESSORS, False) == pytest.approx(us, rel=0.2)
+
+
+def test_a_large_product_takes_the_tile_that_shares_weights() -> None:
+    assert choose(46_656, 3456, 1152, PROCESSORS, False) == TILES[0]
+    assert TILES[0].cluster_m == 2 and padded(4304) % hopper_tiles.BK == 0
