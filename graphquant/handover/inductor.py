@@ -6,9 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx import GraphModule, Node
 
 from graphquant.config import Config
+from graphquant.handover import lowering
+from graphquant.ops import int8_linear
+from graphquant.ops.int8_linear.tiled import Operands, Problem, tune
+from graphquant.passes.graph import full_args
 
 
 def compile_graph(
@@ -20,9 +25,25 @@ def compile_graph(
     if config.inner == "aot_eager":
         aot_eager = torch._dynamo.lookup_backend("aot_eager")
         return aot_eager(gm, list(example_inputs))
+    lowering.register()
     mode = config.mode or "default"
+    if mode.startswith("max-autotune"):
+        _tune(gm)
     options = {**torch._inductor.list_mode_options(mode), **config.inductor}
     compiled: Callable[..., Any] = torch._inductor.compile(
         gm, list(example_inputs), options=options
     )
     return compiled
+
+
+def _tune(gm: GraphModule) -> None:
+    """Measure the tiles of every int8 product on CUDA, of equal ones once."""
+    problems = {}
+    for node in gm.graph.find_nodes(op="call_function", target=int8_linear.target):
+        *operands, dtype = (a.meta["val"] if isinstance(a, Node) else a for a in full_args(node))
+        o = Operands(*operands)
+        if o.xq.device.type == "cuda" and isinstance(o.xq.numel(), int):
+            problems[Problem.of(o, dtype)] = o.xq.device
+    with unset_fake_temporarily(), torch.inference_mode():
+        for problem, device in problems.items():
+            tune(problem, device)

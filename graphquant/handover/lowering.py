@@ -1,0 +1,127 @@
+"""How Inductor's code calls our ops on CUDA: `site(stream, *tensors)`, with results it allocated.
+
+Left to itself, Inductor calls a custom op through torch's dispatcher and lets it allocate: 20 us of
+host time where a kernel runs 5. Here every call gets a Site of its own (graphquant/ops/launch.py):
+after the first, a few lines of C read the addresses and launch. Results are Inductor's buffers, so
+its memory planning covers them. Symbolic sizes and C++ wrappers take the usual way.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor import ir
+from torch._inductor.lowering import (
+    add_layout_constraint,
+    fallback_handler,
+    lowerings,
+    register_lowering,
+)
+from torch._inductor.virtualized import V
+from torch.fx import Node
+
+from graphquant.ops.define import OPS, Op
+from graphquant.ops.numerics import padded, row_stride
+
+aten = torch.ops.aten
+
+
+@functools.cache
+def register() -> None:
+    """Tell Inductor, once in a process."""
+    for op in OPS.values():
+        if op.files:
+            add_layout_constraint(op.target, _constrain)
+            register_lowering(op.target, type_promotion_kind=None)(functools.partial(_lower, op))
+
+
+def _constrain(node: Node, *args: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs as they were traced, strides included, but in rows: what a kernel reads in place."""
+
+    def one(value: Any, traced: Any) -> Any:
+        if not isinstance(value, ir.IRNode):
+            return value
+        fake = traced.meta["val"]
+        if row_stride(fake) is None:
+            return ir.ExternKernel.require_contiguous(value)
+        return ir.ExternKernel.require_exact_strides(value, fake.stride())
+
+    return tuple(map(one, args, node.args)), {}
+
+
+def _lower(op: Op, *args: Any) -> Any:
+    results = V.graph.current_node.meta["val"]
+    fakes = results if isinstance(results, tuple) else (results,)
+    if V.graph.cpp_wrapper or not _has_sites(fakes[0].device) or not all(map(_is_static, fakes)):
+        return fallback_handler(op.target, add_to_fallback_set=False)(*args)
+    buffers = [_empty(f) for f in fakes]
+    given = [a for a, is_tensor in zip(args, op.tensors, strict=True) if is_tensor]
+    constants = [a for a, is_tensor in zip(args, op.tensors, strict=True) if not is_tensor]
+    _Call(op, given, constants, buffers)
+    return tuple(buffers) if isinstance(results, tuple) else buffers[0]
+
+
+def _has_sites(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _is_static(fake: Tensor) -> bool:
+    return all(isinstance(n, int) for n in (*fake.shape, *fake.stride(), fake.numel()))
+
+
+def _empty(fake: Tensor) -> Any:
+    """A buffer of Inductor's with the layout of `fake`, the pads of int8 rows included."""
+    K = fake.shape[-1]
+    size = [*fake.shape[:-1], padded(K) if fake.dtype == torch.int8 else K]
+    made = lowerings[aten.empty_strided.default](
+        size, torch.empty(size, device="meta").stride(), dtype=fake.dtype, device=fake.device
+    )
+    return made if size[-1] == K else lowerings[aten.slice.Tensor](made, -1, 0, K)
+
+
+class _Call(ir.ExternKernel):
+    """One op call that fills buffers: for Inductor, a kernel that mutates them."""
+
+    def __init__(
+        self,
+        op: Op,
+        given: Sequence[Any],
+        constants: Sequence[Any],
+        results: Sequence[Any],
+    ) -> None:
+        tensors = [t for t in (*given, *results) if t is not None]
+        inputs = [self.unwrap_storage_for_input(self.realize_input(t)) for t in tensors]
+        self.device: Any = inputs[0].get_device()
+        super().__init__(None, ir.NoneLayout(device=self.device), inputs, tuple(constants))
+        self.op = op
+        self.is_given = [t is not None for t in (*given, *results)]
+        self.mutation_outputs = [
+            ir.MutationOutput(ir.NoneLayout(device=self.device), r, self) for r in results
+        ]
+        V.graph.register_operation(self)
+
+    def codegen(self, wrapper: Any) -> None:
+        buffer = self.mutation_outputs[0].get_mutation_names()[0]  # no other call fills it
+        name = f"graphquant_{self.op.name}_{buffer}"
+        wrapper.add_import_once("from graphquant.ops.define import site as graphquant_site")
+        constants = "".join(f", {c!r}" for c in self.constant_args)
+        wrapper.header.writeline(f"{name} = graphquant_site({self.op.name!r}{constants})")
+        inputs: Iterator[Any] = iter(self.inputs)
+        tensors = [next(inputs).codegen_reference() if is_ else "None" for is_ in self.is_given]
+        stream = "0"
+        if self.device.type == "cuda":
+            stream = wrapper.write_get_raw_stream(self.device.index, V.graph.name)
+        wrapper.writeline(f"{name}({', '.join((stream, *tensors))})")
+
+    def get_outputs(self) -> list[Any]:
+        return list(self.mutation_outputs)
+
+    def get_device(self) -> Any:
+        return self.device
+
+    def get_unbacked_symbol_defs(self) -> Any:
+        return torch.utils._ordered_set.OrderedSet()

@@ -1,0 +1,348 @@
+"""Inductor's code calls sites that fill its buffers. On a CPU too here, with sites in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graphquant import ops
+from graphquant.handover import lowering
+from graphquant.ops import define
+from graphquant.ops.define import Op
+from graphquant.ops.numerics import padded, row_stride
+from tests.small import NEAR, error, seeded
+
+K, N = 40, 24
+
+
+@dataclass
+class Call:
+    """One call of one site: what its kernel would be given."""
+
+    site: int
+    op: str
+    constants: tuple[Any, ...]
+    given: tuple[Tensor | None, ...]
+    results: tuple[Tensor, ...]
+
+
+@dataclass
+class Sites:
+    """Stand for Op.site: each runs the op's reference into the buffers that it is given."""
+
+    made: list[str] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+
+    def site(self, op: Op, *constants: Any) -> Callable[..., None]:
+        number, n_inputs = len(self.made), sum(op.tensors)
+        self.made.append(op.name)
+
+        def run(stream: int, *tensors: Tensor | None) -> None:
+            given, results = tensors[:n_inputs], tensors[n_inputs:]
+            left, rest = iter(given), iter(constants)
+            found = op.reference(*(next(left if is_ else rest) for is_ in op.tensors))
+            for buffer, value in zip(results, define._as_tuple(found), strict=True):
+                assert buffer is not None
+                assert (buffer.shape, buffer.dtype) == (value.shape, value.dtype)
+                assert buffer.stride() == value.stride()
+                whole_rows(buffer).fill_(99)
+                buffer.copy_(value)
+            self.calls.append(Call(number, op.name, constants, given, results))  # type: ignore[arg-type]
+
+        return run
+
+
+def whole_rows(buffer: Tensor) -> Tensor:
+    """A result with the pads of its int8 rows. Raises if they are not in its storage."""
+    if buffer.dtype != torch.int8:
+        return buffer
+    wide = (*buffer.shape[:-1], padded(buffer.shape[-1]))
+    return buffer.as_strided(wide, buffer.stride(), buffer.storage_offset())
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    lowering.register()
+    # what is on disk was lowered without our sites, and what we lower needs them
+    with torch.inference_mode(), torch._inductor.config.patch(force_disable_caches=True):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def sites(monkeypatch: pytest.MonkeyPatch) -> Sites:
+    made = Sites()
+    monkeypatch.setattr(lowering, "_has_sites", lambda device: True)
+    monkeypatch.setattr(Op, "site", lambda op, *constants: made.site(op, *constants))
+    return made
+
+
+class Layer(nn.Module):
+    """A layer whose rows have pads, in width and in hidden width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(K), nn.RMSNorm(K, eps=1e-3)
+        self.q, self.k, self.v, self.out = (nn.Linear(K, K) for _ in range(4))
+        self.fc1, self.gate, self.fc2 = nn.Linear(K, 72), nn.Linear(K, 72), nn.Linear(72, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm1(x)
+        x = x + self.out(F.scaled_dot_product_attention(self.q(h), self.k(h), self.v(h)))
+        h = self.norm2(x)
+        return x + self.fc2(F.silu(self.gate(h)) * self.fc1(h))
+
+
+def encoder() -> nn.Module:
+    return seeded(lambda: nn.Sequential(Layer(), Layer(), nn.Linear(K, N, bias=False)))
+
+
+PER_LAYER = [
+    "norm_quantize", "int8_linear", "quantize", "int8_linear",
+    "norm_quantize", "int8_linear", "glu_quantize", "int8_linear",
+]  # fmt: skip
+
+
+def compiled(model: Any, **options: Any) -> Any:
+    inductor = {"force_disable_caches": True, **options.pop("inductor", {})}
+    return torch.compile(
+        model, backend="graphquant", fullgraph=True, options={"inductor": inductor}, **options
+    )
+
+
+def by_inductor(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    return torch.compile(fn, backend="inductor", fullgraph=True, **options)
+
+
+# Calls -------------------------------------------------------------------------------------------
+
+
+def test_an_encoder_computes_what_it_does_without_sites(
+    sites: Sites, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same references on the same values; around them the same code of Inductor."""
+    model, x = encoder(), torch.randn(3, 5, K)
+    run = compiled(model)
+    got = run(x)
+    assert [c.op for c in sites.calls] == [*PER_LAYER, *PER_LAYER, "quantize", "int8_linear"]
+    other = torch.randn(3, 5, K)
+    of_other = run(other)
+    torch._dynamo.reset()
+    monkeypatch.setattr(lowering, "_has_sites", lambda device: False)
+    usual = compiled(model)
+    assert error(got, usual(x)) < 1e-5
+    assert error(of_other, usual(other)) < 1e-5
+    assert error(got, model(x)) < 2 * NEAR
+
+
+def test_every_call_in_the_graph_has_a_site_of_its_own(sites: Sites) -> None:
+    """Two equal calls too: that their tensors stay the same is then up to the memory plan alone."""
+    run, x = compiled(encoder()), torch.randn(3, 5, K)
+    for _ in range(3):
+        run(x)
+    one, two, three = (sites.calls[i : i + 18] for i in (0, 18, 36))
+    assert len(sites.made) == 18 and len(sites.calls) == 54
+    assert sorted(c.site for c in one) == list(range(18))
+    assert [c.site for c in one] == [c.site for c in two] == [c.site for c in three]
+
+
+def test_arguments_arrive_in_the_order_of_the_schema(sites: Sites) -> None:
+    model = encoder()
+    compiled(model)(torch.randn(3, 5, K))
+    layer_norm, qkv, _, out, rms_norm, _, glu, *_ = sites.calls
+    assert layer_norm.constants == (1e-5, False) and rms_norm.constants == (1e-3, True)
+    assert glu.constants == ("silu",)
+    assert qkv.constants == out.constants == (torch.float32,)
+    _, gamma, beta = layer_norm.given
+    assert gamma is not None and torch.equal(gamma, model[0].norm1.weight)
+    assert beta is not None and torch.equal(beta, model[0].norm1.bias)
+    assert rms_norm.given[2] is None
+    xq, x_scale, _, wq, _, _, bias, residual = out.given
+    assert xq is not None and xq.shape == (3, 5, K) and xq.dtype == torch.int8
+    assert x_scale is not None and x_scale.shape == (3, 5, 1)
+    assert wq is not None and wq.shape == (K, K)
+    assert bias is not None and torch.equal(bias, model[0].out.bias)
+    assert residual is not None and residual.shape == (3, 5, K)
+    assert qkv.given[7] is None
+    last = sites.calls[-1]
+    assert last.given[6] is None and last.given[7] is None
+
+
+# Layouts -----------------------------------------------------------------------------------------
+
+
+def quantize_and_more(x: Tensor) -> Any:
+    xq, x_scale, x_shift = ops.quantize(x + x)  # exact, so that no step is another
+    return xq, x_scale, x_shift, xq.float() * x_scale + x_shift
+
+
+@pytest.mark.parametrize("shape", [(3, 5, K), (7, 33), (2, 64), (K,), (0, K), (1, 1)])
+def test_int8_results_have_the_traced_strides_and_their_pads(
+    sites: Sites, shape: tuple[int, ...]
+) -> None:
+    """`Sites` writes to the pads; here the caller gets the buffers themselves."""
+    x = torch.randn(shape)
+    xq, x_scale, x_shift, y = by_inductor(quantize_and_more)(x)
+    assert [c.op for c in sites.calls] == ["quantize"]
+    want = ops.quantize(x + x)
+    for got, eager in zip((xq, x_scale, x_shift), want, strict=True):
+        assert (got.shape, got.stride(), got.dtype) == (eager.shape, eager.stride(), eager.dtype)
+    whole_rows(xq)
+    assert torch.allclose(y, want[0].float() * want[1] + want[2])
+    assert error(y, x + x) < NEAR or not x.numel()
+
+
+def test_pads_reach_the_linear_with_the_rows(sites: Sites) -> None:
+    def fn(x: Tensor, wq: Tensor, w_scale: Tensor, w_sum: Tensor) -> Tensor:
+        return ops.int8_linear(*ops.quantize(x), wq, w_scale, w_sum, None, None, torch.float32)
+
+    x, weight = torch.randn(3, 5, K), ops.quantize_weight(torch.randn(N, K))
+    got = by_inductor(fn)(x, *weight)
+    quantize, linear = sites.calls
+    assert linear.given[0] is not None and linear.given[3] is not None
+    assert linear.given[0].data_ptr() == quantize.results[0].data_ptr()
+    assert linear.given[3].data_ptr() == weight[0].data_ptr()  # packed weights are read in place
+    assert linear.given[3].stride() == (padded(K), 1)
+    whole_rows(linear.given[0])
+    assert torch.equal(got, fn(x, *weight))
+
+
+LAYOUTS: dict[str, tuple[Callable[[], Tensor], bool]] = {
+    "contiguous": (lambda: torch.randn(3, 5, K), True),
+    "part of a wider row": (lambda: torch.randn(3, 5, 3 * K)[..., K : 2 * K], True),
+    "columns": (lambda: torch.randn(3, K, 5).transpose(1, 2), False),
+    "heads": (lambda: torch.randn(3, 4, 5, K).transpose(1, 2), False),
+    "tokens first": (lambda: torch.randn(5, 3, K).transpose(0, 1), False),
+    "every other column": (lambda: torch.randn(3, 5, 2 * K)[..., ::2], False),
+    "one row, expanded": (lambda: torch.randn(1, 1, K).expand(3, 5, K), True),
+    "rows of a batch, expanded": (lambda: torch.randn(1, 5, K).expand(3, 5, K), False),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_rows_are_read_in_place_and_all_else_is_made_contiguous(sites: Sites, name: str) -> None:
+    make, in_place = LAYOUTS[name]
+    x = make()
+    got = by_inductor(lambda x: ops.quantize(x))(x)
+    (call,) = sites.calls
+    (given,) = call.given
+    assert given is not None and row_stride(given) is not None
+    assert (given.data_ptr() == x.data_ptr()) == in_place
+    assert given.is_contiguous() or (in_place and given.stride() == x.stride())
+    assert torch.equal(given, x)
+    assert all(map(torch.equal, got, ops.quantize(x)))
+
+
+def test_a_value_that_inductor_would_lay_out_otherwise_is_laid_out_as_traced(sites: Sites) -> None:
+    """A result of a transposed product, say, in which Inductor is free to choose."""
+
+    def fn(a: Tensor, b: Tensor) -> Any:
+        y = (a @ b).transpose(0, 1) + 1
+        return ops.quantize(y)
+
+    a, b = torch.randn(6, 8), torch.randn(8, K)
+    got = by_inductor(fn)(a, b)
+    (given,) = sites.calls[0].given
+    assert given is not None and given.is_contiguous()
+    want = ops.quantize((a @ b).transpose(0, 1).contiguous() + 1)
+    assert (got[0].int() - want[0].int()).abs().max() <= 1  # products in another order
+    assert error(got[1], want[1]) < 1e-5
+
+
+def test_buffers_that_are_reused_hold_what_was_written_last(sites: Sites) -> None:
+    """Inductor gives the memory of what is no longer read to what comes next."""
+
+    def fn(x: Tensor) -> Any:
+        for _ in range(4):
+            xq, scale, shift = ops.quantize(x)
+            x = xq.float() * scale + shift + 1
+        return x
+
+    x = torch.randn(64, 64)
+    assert torch.allclose(by_inductor(fn)(x), fn(x), atol=1e-5)
+    assert len(sites.calls) == 4
+
+
+def test_a_result_that_is_written_to_afterwards_is_not_what_the_op_read(sites: Sites) -> None:
+    def fn(x: Tensor) -> Any:
+        xq, scale, shift = ops.quantize(x)
+        again = ops.quantize(x + shift)
+        scale.mul_(2)
+        return xq, scale, again[1]
+
+    x = torch.randn(4, K)
+    assert all(map(torch.allclose, by_inductor(fn)(x), fn(x)))
+
+
+# The usual way -----------------------------------------------------------------------------------
+
+
+def test_symbolic_sizes_take_the_usual_way(sites: Sites) -> None:
+    run, model = compiled(encoder(), dynamic=True), encoder()
+    for batch, tokens in [(3, 5), (4, 5), (2, 9)]:
+        x = torch.randn(batch, tokens, K)
+        torch._dynamo.mark_dynamic(x, 0)
+        assert error(run(x), model(x)) < 2 * NEAR
+    assert not sites.calls
+
+
+def test_a_symbolic_batch_is_not_specialised(sites: Sites) -> None:
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    run = torch.compile(quantize_and_more, backend=counter, fullgraph=True)
+    for batch in (3, 4, 9, 2):
+        x = torch.randn(batch, 5, 2 * K)[..., :K]
+        torch._dynamo.mark_dynamic(x, 0)
+        assert all(map(torch.allclose, run(x), quantize_and_more(x)))
+    assert counter.frame_count == 1 and not sites.calls
+
+
+def test_a_wrapper_in_cpp_takes_the_usual_way(sites: Sites) -> None:
+    x = torch.randn(3, 5, K)
+    got = by_inductor(quantize_and_more, options={"cpp_wrapper": True})(x)
+    assert not sites.calls
+    assert all(map(torch.allclose, got, quantize_and_more(x)))
+
+
+def test_a_cpu_takes_the_usual_way() -> None:
+    def refuses(*_: Any) -> Any:
+        raise AssertionError("a site on a CPU")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Op, "site", refuses)
+        x = torch.randn(3, 5, K)
+        assert all(map(torch.allclose, by_inductor(quantize_and_more)(x), quantize_and_more(x)))
+
+
+# On a card ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_after_the_first_call_no_launch_goes_through_python(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: dict[str, Any] = {}
+    real = define.site
+
+    def spy(name: str, *constants: Any) -> Any:
+        site = made[f"{len(made)} {name} {constants}"] = real(name, *constants)
+        return site
+
+    monkeypatch.setattr(define, "site", spy)
+    monkeypatch.setenv("GRAPHQUANT_SELECT", "always")
+    model = encoder().to("cuda", dtype)
+    run, x = compiled(model), torch.randn(3, 64, K, device="cuda", dtype=dtype)
+    first = run(x)
+    assert len(made) == 18
+    assert not [name for name, site in made.items() if not site.ready]
+    for _ in range(3):
+        other = torch.randn_like(x)
+        assert error(run(other), model(other)) < 2 * NEAR
+    assert torch.equal(run(x), first)
