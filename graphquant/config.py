@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any
 from graphquant.errors import OptionError
 
 INNERS = ("inductor", "eager", "aot_eager")
+SELECTS = ("faster", "always")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -29,6 +31,10 @@ class Config:
     """What runs the rewritten graph: "inductor", "eager" (as it stands) or "aot_eager"."""
     mode: str | None = None
     """Inductor's mode: torch.compile's own `mode=` cannot be given next to `options=`."""
+    select: str = ""
+    """On CUDA, "faster" (default): a linear runs in int8 only if that was measured to be faster
+    than the float chain it replaces. "always": without measuring. Elsewhere nothing is measured.
+    The environment variable GRAPHQUANT_SELECT changes the default."""
     quantize: bool = True
     """False: float only. Linears that read one value (q/k/v) become one; nothing is int8."""
     include: tuple[str, ...] = ()
@@ -48,6 +54,9 @@ class Config:
         _one_of("inner", self.inner, INNERS)
         if self.mode is not None:
             _one_of("mode", self.mode, MODES)
+        if not self.select:
+            object.__setattr__(self, "select", os.environ.get("GRAPHQUANT_SELECT") or "faster")
+        _one_of("select", self.select, SELECTS)
         for name in ("quantize", "free_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} must be True or False, got {getattr(self, name)!r}")

@@ -25,6 +25,8 @@ class Outcome:
     rules    the rules that rewrote it, in order; empty if none did
     refused  why no rule took it; empty if one did
     M, N, K  of a linear [M, K] x [N, K]^T at the sizes seen at compile time; K alone for a norm
+    float_us, int8_us  microseconds of the chain that it is part of, with its norm or activation and
+             its siblings, in float and in int8, as measured; 0 where nothing was
     """
 
     kind: str
@@ -35,6 +37,8 @@ class Outcome:
     M: int = 0
     N: int = 0
     K: int = 0
+    float_us: float = 0.0
+    int8_us: float = 0.0
 
     @property
     def applied(self) -> bool:
@@ -53,7 +57,12 @@ class Outcome:
     def __str__(self) -> str:
         size = f" {self.M}x{self.N}x{self.K}" if self.kind == "linear" else ""
         what = " + ".join(self.rules) if self.rules else f"refused: {self.refused}"
-        return f"{self.kind} {self.path or self.node}{size}: {what}"
+        return f"{self.kind} {self.path or self.node}{size}: {what}{self._timed()}"
+
+    def _timed(self) -> str:
+        if not self.applied or not self.float_us:
+            return ""  # a refusal for speed says it in its reason
+        return f" ({self.int8_us:.1f} us, float {self.float_us:.1f} us)"
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,11 @@ class Report:
     outcomes: tuple[Outcome, ...]
     graphs: int = 1
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def left(cls, why: object) -> Report:
+        """Of a graph that runs as it is."""
+        return cls((), notes=(f"a graph was left in float: {why}",))
 
     @classmethod
     def merge(cls, reports: Iterable[Report]) -> Report:
@@ -138,6 +152,7 @@ class Report:
         for o in self.outcomes:
             size = f"{o.M} x {o.N} x {o.K}" if o.kind == "linear" else ""
             taken, refused = " + ".join(o.rules), escape(o.refused)
+            taken += o._timed()
             what = f"[green]{taken}[/]" if o.applied else f"[yellow]refused:[/] {refused}"
             table.add_row(escape(o.path or o.node), o.kind, size, what)
         notes = (f"note: {n}" for n in self.notes)

@@ -65,6 +65,7 @@ def test_one_pattern_may_stand_alone(given: Any) -> None:
         ({"zzz": 1}, r"unknown option 'zzz'\. Valid: inner, .*quantize.*on_report.*inductor"),
         ({"inner": "tvm"}, r"inner='tvm' is not one of 'inductor', 'eager', 'aot_eager'"),
         ({"mode": "fast"}, r"mode='fast' is not one of 'default', 'reduce-overhead'"),
+        ({"select": "fast"}, r"select='fast' is not one of 'faster', 'always'"),
         ({"quantize": 1}, r"quantize must be True or False, got 1"),
         ({"free_weights": None}, r"free_weights must be True or False, got None"),
         ({"include": 3}, r"include must be a pattern or a list of patterns, got 3"),
@@ -79,6 +80,31 @@ def test_a_wrong_option_is_refused_with_what_is_valid(options: Any, message: str
     with pytest.raises(OptionError, match=message) as caught:
         Config.of(options)
     assert isinstance(caught.value, GraphquantError) and isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("environment", "option", "select"),
+    [
+        (None, None, "faster"),
+        ("", None, "faster"),
+        ("always", None, "always"),
+        ("always", "faster", "faster"),
+        ("nonsense", "always", "always"),
+    ],
+)
+def test_the_environment_changes_the_default_of_select(
+    environment: str | None, option: str | None, select: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GRAPHQUANT_SELECT", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("GRAPHQUANT_SELECT", environment)
+    assert Config.of({} if option is None else {"select": option}).select == select
+
+
+def test_a_wrong_default_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAPHQUANT_SELECT", "sometimes")
+    with pytest.raises(OptionError, match="select='sometimes' is not one of 'faster', 'always'"):
+        Config()
 
 
 def test_every_field_is_an_option_with_a_default() -> None:

@@ -95,6 +95,8 @@ outcomes = st.builds(
     M=st.integers(0, 10**9),
     N=st.integers(0, 10**6),
     K=st.integers(0, 10**6),
+    float_us=st.floats(0, 1e6),
+    int8_us=st.floats(0, 1e6),
 )
 reports = st.builds(
     Report, st.lists(outcomes, max_size=4).map(tuple), st.integers(0, 9), st.tuples(text)
@@ -164,3 +166,23 @@ def test_a_report_and_an_outcome_cannot_be_changed() -> None:
 def test_an_outcome_reads_as_a_line() -> None:
     assert str(FUSED) == "linear block.fc1 10x40x20: norm_linear"
     assert str(LOST) == "activation gelu: refused: read by the output"
+
+
+def test_what_was_measured_stands_behind_what_was_done() -> None:
+    """A refusal for speed names both times in its reason."""
+    timed = dataclasses.replace(FUSED, float_us=20.04, int8_us=7.96)
+    assert str(timed) == "linear block.fc1 10x40x20: norm_linear (8.0 us, float 20.0 us)"
+    slower = dataclasses.replace(FLOAT, float_us=1.0, int8_us=2.0)
+    assert str(slower) == str(FLOAT)
+    rows = shown(Report((timed, slower))).splitlines()
+    assert any("norm_linear (8.0 us, float 20.0 us)" in row for row in rows)
+    assert not any("1.0 us" in row for row in rows)
+    data = json.loads(Report((timed,)).to_json())
+    assert (data["outcomes"][0]["float_us"], data["outcomes"][0]["int8_us"]) == (20.04, 7.96)
+
+
+def test_a_report_from_before_there_were_times_can_be_read() -> None:
+    data = json.loads(REPORT.to_json())
+    for outcome in data["outcomes"]:
+        del outcome["float_us"], outcome["int8_us"]
+    assert Report.from_json(json.dumps(data)) == REPORT

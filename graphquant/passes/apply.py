@@ -25,6 +25,7 @@ from graphquant.passes.graph import LINEAR, SIZED_VIEWS, Constants, aten, dtype,
 from graphquant.passes.recognize import Activation, Norm, Recognized
 from graphquant.passes.record import Record
 from graphquant.passes.rule import Linear, Refuse, Rule, Site
+from graphquant.passes.select import compare
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Workbench:
     needs_gradient: set[Node]
     written: set[Node]
     record: Record
+    select: bool = False  # keep only what was measured to be faster
     replaced: dict[Node, Node] = field(default_factory=dict)
 
     @property
@@ -79,11 +81,12 @@ class Editor:
         return self._new(fn, args, {})
 
     def weigh(self, target: Any, *args: Any) -> Node:
-        """target(*args) on weights alone: it stands right behind its last input."""
+        """target(*args) on weights alone: it stands as early as its inputs allow."""
         node = self.call(target, *args)
         last = max(node.all_input_nodes)
-        if last.op == "placeholder":
-            next(n for n in self._bench.graph.nodes if n.op == "call_function").prepend(node)
+        first = next(n for n in self._bench.graph.nodes if n.op == "call_function")
+        if last < first:
+            first.prepend(node)  # where normalize puts it as well
         else:
             last.append(node)
         return node
@@ -138,18 +141,27 @@ def apply(bench: Workbench, rule: Rule[Any]) -> None:
         first = min(site.outputs)  # in graph order
         with bench.graph.inserting_before(first), _autocast_at(first):
             new = rule.rewrite(editor, site)
+            times = (
+                compare(site.outputs, new, editor.made, bench.constants) if bench.select else None
+            )
         for old, now in zip(site.outputs, new, strict=True):
             if (want := _spec(old)) != (got := _spec(now)):
                 raise RuleError(f"{rule.name} turned {old.name} {want} into {got}")
         carriers = [n for n in editor.made if n.target in _CARRIERS]
         if len(carriers) != 1:
             raise RuleError(f"{rule.name} made {len(carriers)} linears of one site, not one")
+        if times is not None and times.why_not:
+            log.debug("%s left %s: %s", rule.name, site.outputs[0].name, times.why_not)
+            bench.record.decline(rule.name, site.subjects, times.why_not, times)
+            for node in reversed(editor.made):
+                bench.graph.erase_node(node)
+            continue
         for node in editor.made:
             node.meta.setdefault("graphquant", rule.name)
             for key in ("nn_module_stack", "stack_trace", "custom"):
                 if key in site.outputs[0].meta:
                     node.meta.setdefault(key, site.outputs[0].meta[key])
-        bench.record.apply(rule.name, site.subjects, carriers[0])
+        bench.record.apply(rule.name, site.subjects, carriers[0], times)
         log.debug("%s applied to %s", rule.name, site.outputs[0].name)
         for old, now in zip(site.outputs, new, strict=True):
             old.replace_all_uses_with(now)

@@ -13,6 +13,7 @@ from graphquant.config import Config
 from graphquant.ops.checks import FLOATS
 from graphquant.ops.int8_linear.op import MAX_K
 from graphquant.passes.apply import Workbench, apply
+from graphquant.passes.attention import choose_kernels, drop_empty_masks
 from graphquant.passes.graph import (
     LINEAR,
     Constants,
@@ -61,6 +62,7 @@ def rewrite(captured: Captured, config: Config) -> Report:
     """Rewrite the captured graph in place and say what was done. Weights stay to be packed."""
     gm = captured.gm
     normalize(captured)
+    drop_empty_masks(gm.graph)
     constants = Constants(captured.parameters)
     bench = Workbench(
         gm=gm,
@@ -70,11 +72,14 @@ def rewrite(captured: Captured, config: Config) -> Report:
         needs_gradient=needs_gradient(gm.graph, captured.differentiable, captured.grad_enabled),
         written=written_in_place(gm.graph),
         record=Record(),
+        select=config.select == "faster",
     )
     _enter_all(bench, captured, config)
     for rule in INT8_RULES if config.quantize else FLOAT_RULES:
         apply(bench, rule)
     _views_to_reshapes(bench)
+    if bench.select:
+        choose_kernels(gm.graph, bench.needs_gradient)
     merge_equal_views(gm.graph)  # a rule may have made one that the model has as well
     gm.graph.eliminate_dead_code()
     gm.graph.lint()

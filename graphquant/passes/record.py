@@ -8,10 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from torch.fx import Node
 
 from graphquant.report import Outcome
+
+ENOUGH = 0.98  # of the float time: what only draws level is left in float, which is more exact
+
+
+class Times(NamedTuple):
+    """Microseconds of one site."""
+
+    float_us: float
+    int8_us: float
+
+    @property
+    def why_not(self) -> str:
+        """A reason to stay in float, or ""."""
+        if self.int8_us <= ENOUGH * self.float_us:
+            return ""
+        return f"measured: int8 takes {self.int8_us:.1f} us, float {self.float_us:.1f} us"
 
 
 @dataclass
@@ -22,12 +39,15 @@ class Entry:
     rules: list[str] = field(default_factory=list)
     barred: str = ""  # no rule may touch it, for this reason
     declined: dict[str, str] = field(default_factory=dict)  # rule -> its reason
+    float_us: float = 0.0  # measured, of the site that it is in
+    int8_us: float = 0.0
 
     def done(self) -> Outcome:
+        timed = replace(self.outcome, float_us=self.float_us, int8_us=self.int8_us)
         if self.rules:
-            return replace(self.outcome, rules=tuple(self.rules), refused="")
+            return replace(timed, rules=tuple(self.rules), refused="")
         said = self.barred or "; ".join(self.declined.values()) or self.outcome.refused
-        return replace(self.outcome, refused=said)
+        return replace(timed, refused=said)
 
 
 class Record:
@@ -47,17 +67,25 @@ class Record:
     def open(self, node: Node) -> bool:
         return not any(e.barred for e in self._at.get(node, ()))
 
-    def apply(self, rule: str, subjects: Iterable[Node], onto: Node) -> None:
+    def apply(
+        self, rule: str, subjects: Iterable[Node], onto: Node, times: Times | None = None
+    ) -> None:
         for node in subjects:
             entries = self._at.pop(node, [])
             for entry in entries:
                 entry.rules.append(rule)
+                if times is not None:
+                    entry.float_us, entry.int8_us = times
             self._at.setdefault(onto, []).extend(e for e in entries if e.outcome.kind == "linear")
 
-    def decline(self, rule: str, subjects: Iterable[Node], reason: str) -> None:
+    def decline(
+        self, rule: str, subjects: Iterable[Node], reason: str, times: Times | None = None
+    ) -> None:
         for node in subjects:
             for entry in self._at.get(node, ()):
                 entry.declined[rule] = reason
+                if times is not None:
+                    entry.float_us, entry.int8_us = times
 
     def outcomes(self) -> tuple[Outcome, ...]:
         """Every Outcome, in graph order."""
