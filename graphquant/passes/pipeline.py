@@ -38,13 +38,14 @@ from graphquant.passes.rules.act_linear import ActLinear
 from graphquant.passes.rules.layer_scale import LayerScale
 from graphquant.passes.rules.linear import AnyLinear
 from graphquant.passes.rules.norm_linear import NormLinear
+from graphquant.passes.rules.patch_linear import PatchLinear
 from graphquant.passes.rules.residual import Residual
 from graphquant.passes.rules.stack_siblings import StackSiblings
 from graphquant.report import Outcome, Report
 
 log = logging.getLogger(__name__)
 
-FLOAT_RULES: tuple[Rule[Any], ...] = (StackSiblings(),)
+FLOAT_RULES: tuple[Rule[Any], ...] = (StackSiblings(), PatchLinear())
 INT8_RULES: tuple[Rule[Any], ...] = (
     StackSiblings(),  # first: three readers of a norm become one
     NormLinear(),
@@ -52,6 +53,7 @@ INT8_RULES: tuple[Rule[Any], ...] = (
     AnyLinear(),  # what no fusion took
     LayerScale(),  # before the residual, as in the models
     Residual(),
+    PatchLinear(),  # last: pixels stay in float
 )
 
 NEEDS_GRADIENT = "its result can need a gradient"
@@ -126,6 +128,8 @@ def _enter_all(bench: Workbench, captured: Captured, config: Config) -> None:
 def _why_barred(bench: Workbench, captured: Captured, config: Config, node: Node, path: str) -> str:
     """Why no rule may touch this linear, or "" if they may."""
     x, weight, bias = full_args(node)
+    if node.meta.get("graphquant") == PatchLinear.name:
+        return "it embeds pixels, which stay in float"
     if weight not in bench.constants:
         return "its weight is not a parameter"
     if bias is not None and bias not in bench.constants:

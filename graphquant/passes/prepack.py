@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from graphquant.ops import int8_linear
-from graphquant.passes.graph import LINEAR, Constants, calls
+from graphquant.passes.graph import LINEAR, SIZED_VIEWS, Constants, calls, is_call
 from graphquant.passes.ir import Captured
 
 
@@ -80,7 +80,9 @@ def prepack(captured: Captured, new_input: Callable[[str], Node]) -> list[Packin
     graph, constants = captured.gm.graph, Constants(captured.parameters)
     packings: list[Packing] = []
     for linear in calls(graph, _is_rewritten):
-        outputs = [a for a in linear.all_input_nodes if a in constants and a not in constants.roots]
+        outputs = [
+            a for a in linear.all_input_nodes if a in constants and not _is_root(a, constants)
+        ]
         if not outputs:
             continue
         roots = list(dict.fromkeys(r for o in outputs for r in constants.roots_of(o)))
@@ -95,6 +97,13 @@ def prepack(captured: Captured, new_input: Callable[[str], Node]) -> list[Packin
     graph.lint()
     captured.gm.recompile()
     return packings
+
+
+def _is_root(node: Node, constants: Constants) -> bool:
+    """A parameter, or one reshaped: nothing is computed, and a pack must own its memory."""
+    if is_call(node, *SIZED_VIEWS):
+        return _is_root(node.all_input_nodes[0], constants)
+    return node in constants.roots
 
 
 def _is_rewritten(node: Node) -> bool:
