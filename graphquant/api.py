@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from graphquant.capture import from_dynamo
 from graphquant.config import Config
-from graphquant.errors import GraphquantError, UnsupportedInputError
+from graphquant.errors import CaptureError, GraphquantError, UnsupportedInputError
 from graphquant.passes.pipeline import rewrite
 from graphquant.report import Report
 
@@ -36,7 +36,11 @@ def explain(
     seen: set[int] = set()
 
     def observe(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        captured = from_dynamo(gm, example_inputs)
+        try:
+            captured = from_dynamo(gm, example_inputs)
+        except CaptureError as why:
+            captured = None
+            reports.append(Report.left(why))
         if captured is not None:
             seen.update(map(id, captured.parameters.values()))
             reports.append(rewrite(captured, config))

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from graphquant.capture import from_dynamo, mark_static
 from graphquant.config import Config
-from graphquant.errors import ReleasedWeightError
+from graphquant.errors import CaptureError, ReleasedWeightError
 from graphquant.handover.inductor import compile_graph
 from graphquant.packed import Supply, is_released
 from graphquant.passes.graph import readers
@@ -39,7 +39,11 @@ def graphquant(
     options  the fields of graphquant.Config
     """
     config = Config.of({**({"mode": mode} if mode is not None else {}), **(options or {})})
-    captured = from_dynamo(gm, example_inputs)
+    try:
+        captured = from_dynamo(gm, example_inputs)
+    except CaptureError as why:
+        _tell(config, Report.left(why))
+        return compile_graph(gm, example_inputs, config)
     if captured is None:  # a graph of numbers only
         _tell(config, Report(()))
         return compile_graph(gm, example_inputs, config)

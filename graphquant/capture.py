@@ -26,6 +26,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.utils.checkpoint import noop_context_fn
 
+from graphquant.errors import CaptureError
 from graphquant.passes.graph import aten
 from graphquant.passes.ir import Captured
 
@@ -37,7 +38,10 @@ _POLICY = "_checkpoint_context_fn"  # make_fx wants one, and most checkpoints ha
 
 
 def from_dynamo(gm: GraphModule, example_inputs: list[Any]) -> Captured | None:
-    """Retrace what Dynamo hands to a backend. None if the graph has no tensor input."""
+    """Retrace what Dynamo hands to a backend. None if the graph has no tensor input.
+
+    Raises CaptureError for a graph with a value that make_fx cannot follow.
+    """
     given = gm.graph.find_nodes(op="placeholder")
     fakes = [n.meta["example_value"] for n in given]
     fake_mode = next((f.fake_mode for f in fakes if isinstance(f, FakeTensor)), None)
@@ -48,6 +52,9 @@ def from_dynamo(gm: GraphModule, example_inputs: list[Any]) -> Captured | None:
     for module in chain(gm.modules(), retraced.modules()):
         if isinstance(module, GraphModule) and module.meta.get(_POLICY) is noop_context_fn:
             del module.meta[_POLICY]
+    for name, value in chain(retraced.named_buffers(), vars(retraced).items()):
+        if isinstance(value, FakeTensor):
+            raise CaptureError(f"{name} was computed under torch.vmap from no input of the graph")
     captured = Captured(retraced, fake_mode, {}, {}, grad_enabled=torch.is_grad_enabled())
     placeholders = retraced.graph.find_nodes(op="placeholder")
     for old, new, value in zip(given, placeholders, example_inputs, strict=True):

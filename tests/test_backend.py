@@ -696,3 +696,30 @@ def test_in_place_operations_are_respected(make: type[nn.Module], inner: str, x:
         assert error(got, want) < NEAR
         assert error(mine, eagers) < NEAR  # what the model does to its input
     assert reports[0].linears
+
+
+class MaskUnderVmap(nn.Module):
+    """make_fx cannot follow values that vmap makes of constants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        at = torch.arange(x.shape[1], device=x.device)
+        rows = torch.vmap(lambda q, k: q >= k, (None, 0))
+        mask = torch.vmap(rows, (0, None))(at, at)
+        q = self.fc(x)[:, None]
+        return nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask[None, None])
+
+
+def test_a_graph_that_cannot_be_followed_runs_as_it_is_and_says_so() -> None:
+    model, x = MaskUnderVmap().eval(), torch.randn(2, 8, 64)
+    reports: list[Report] = []
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="graphquant", options={"on_report": reports.append})
+    with torch.inference_mode():
+        torch.testing.assert_close(run(x), model(x))
+        explained = graphquant.explain(model, x)
+    for report in (Report.merge(reports), explained):
+        assert "a graph was left in float: " in report.notes[0] and "torch.vmap" in report.notes[0]
