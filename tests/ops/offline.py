@@ -22,7 +22,8 @@ from triton.compiler import ASTSource
 from graphquant.ops.define import load_kernels
 from graphquant.ops.int8_linear import tiles
 from graphquant.ops.numerics import ACTIVATIONS, padded, vectors
-from graphquant.ops.triton_util import quantize_rows_kernel, row_config, unit_of
+from graphquant.ops.triton_rows import quantize_rows_kernel, row_config
+from graphquant.ops.triton_util import unit_of
 
 load_kernels()
 from graphquant.ops.int8_linear.triton import int8_linear_kernel  # noqa: E402

@@ -16,7 +16,7 @@ from torch import Tensor
 from graphquant.ops import act_quantize, glu_quantize
 from graphquant.ops.define import Kernel, Op
 from graphquant.ops.numerics import ACTIVATIONS, quantize_symmetric
-from graphquant.ops.triton_util import activate, to_float32
+from graphquant.ops.triton_rows import activate, to_float32
 from tests.ops.bounds import (
     U,
     assert_layout,

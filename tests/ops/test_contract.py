@@ -21,7 +21,8 @@ from graphquant import ops
 from graphquant.errors import UnsupportedInputError
 from graphquant.ops.define import OPS, Kernel, Op, define
 from graphquant.ops.numerics import row_stride, vectors, with_pads
-from graphquant.ops.triton_util import as_rows, block_widths, row_config, unit_of
+from graphquant.ops.triton_rows import block_widths, row_config
+from graphquant.ops.triton_util import as_rows, unit_of
 from tests.ops.bounds import assert_weight, assert_within_a_step, kernels, to_cpu
 from tests.strategies import Rows, rows
 

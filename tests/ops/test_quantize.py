@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from graphquant.ops import quantize
 from graphquant.ops.define import Kernel, Op
 from graphquant.ops.numerics import MIN_ABSMAX, quantize_symmetric, vectors
-from graphquant.ops.triton_util import as_rows, block_widths
+from graphquant.ops.triton_rows import block_widths
+from graphquant.ops.triton_util import as_rows
 from tests.ops.bounds import (
     U,
     assert_layout,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from graphquant.ops.act_quantize.op import act_quantize
-from graphquant.ops.triton_util import launch_quantize_rows
+from graphquant.ops.triton_rows import launch_quantize_rows
 
 
 @act_quantize.kernel("triton")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from graphquant.ops.glu_quantize.op import glu_quantize
-from graphquant.ops.triton_util import launch_quantize_rows
+from graphquant.ops.triton_rows import launch_quantize_rows
 
 
 @glu_quantize.kernel("triton")

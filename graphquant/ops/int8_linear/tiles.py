@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
-
-class Chip(Protocol):
-    @property
-    def sm(self) -> int: ...
-    @property
-    def processors(self) -> int: ...
-    @property
-    def shared(self) -> int: ...
+from graphquant.ops.chip import Chip
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from graphquant.ops.chip import chip
 from graphquant.ops.int8_linear import tiles
 from graphquant.ops.int8_linear.tiled import Operands, Problem, Tiled, tiled
 from graphquant.ops.int8_linear.tiles import Tile
+from graphquant.ops.int8_linear.triton_tile import dequantize, tile_of
 from graphquant.ops.numerics import ALIGN, row_stride
-from graphquant.ops.triton_util import as_rows, chip, dequantize, tile_of, unit_of
+from graphquant.ops.triton_util import as_rows, unit_of
 
 OLDEST = 90  # Hopper: the first with TMA
 

@@ -13,12 +13,10 @@ from torch import Tensor
 from graphquant.ops.launch import launch_triton
 from graphquant.ops.norm_quantize.op import norm_quantize, norm_quantize_keep
 from graphquant.ops.numerics import padded, vectors
-from graphquant.ops.triton_util import (
+from graphquant.ops.triton_rows import (
     WHOLE_ROW,
-    as_rows,
     columns,
     load_block,
-    overlap,
     range_bits,
     range_of_blocks,
     range_of_lanes,
@@ -31,11 +29,10 @@ from graphquant.ops.triton_util import (
     store_int8,
     store_of_rows,
     to_float32,
-    unit_of,
-    wait_for_inputs,
     widened,
     with_block,
 )
+from graphquant.ops.triton_util import as_rows, overlap, unit_of, wait_for_inputs
 
 _WHOLE_ROW = tl.constexpr(WHOLE_ROW)
 

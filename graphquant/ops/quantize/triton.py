@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from graphquant.ops.quantize.op import quantize
-from graphquant.ops.triton_util import launch_quantize_rows
+from graphquant.ops.triton_rows import launch_quantize_rows
 
 
 @quantize.kernel("triton")

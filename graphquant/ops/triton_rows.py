@@ -1,0 +1,345 @@
+"""Quantising rows: what the quantisers' kernels have in common, after numerics.py.
+
+A row is held in registers as whole blocks and a smaller tail, so that widths that are no power of
+two leave no lanes idle: 1152 = 4 * 256 + 128. Rows longer than WHOLE_ROW are read more than once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from graphquant.ops.launch import launch_triton
+from graphquant.ops.numerics import ALIGN, MIN_ABSMAX, QMAX, padded, vectors
+from graphquant.ops.triton_util import as_rows, overlap, unit_of, wait_for_inputs
+
+WHOLE_ROW = 16_384  # float32 elements of one row that one program's registers can hold
+CHUNK = 4096  # elements of a longer row looked at together
+
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_WHOLE_ROW = tl.constexpr(WHOLE_ROW)
+_QMAX = tl.constexpr(float(QMAX))
+_MIN_ABSMAX = tl.constexpr(MIN_ABSMAX)
+_FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
+_TO_INT = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to |v| < 2^22, v is in the low bits
+
+
+def row_config(K: int, inputs: int = 1) -> dict[str, int]:
+    """How programs hold rows of K elements of one or two inputs: ROWS rows, LANES threads for each.
+
+    A row is whole blocks of BLOCK columns, eight values a lane, and what is left: a block of TAIL
+    columns, or one more of BLOCK, masked (TAIL = 0). So a row of 1152 is 4 x 256 + 128 and none of
+    its lanes is idle, where one block of 2048 would leave 44 % of them so. 20 to 40 elements a lane
+    (30 to 60 values of two inputs), and two warps at least: the card starts a program in 0.64 ns,
+    so that 46,656 programs take 30 us, whatever they do.
+    """
+    if K > WHOLE_ROW:
+        return {"ROWS": 1, "BLOCK": CHUNK, "TAIL": 0, "LANES": 256, "num_warps": 8}
+    lanes = max(triton.next_power_of_2(triton.cdiv(K, 40 if inputs == 1 else 30)), 8)
+    lanes = min(lanes, 512)
+    block = min(8 // inputs * lanes, max(triton.next_power_of_2(K), ALIGN))
+    tail = max(triton.next_power_of_2(vectors(K) % block), lanes)
+    threads = max(lanes, 64)
+    return {
+        "ROWS": threads // lanes,
+        "BLOCK": block,
+        "TAIL": tail if vectors(K) % block and tail < block < K else 0,
+        "LANES": lanes,
+        "num_warps": threads // 32,
+    }
+
+
+def block_widths(K: int, inputs: int = 1) -> list[int]:
+    """Columns of each block that a row of K elements is held in: its lanes' work."""
+    config = row_config(K, inputs)
+    block, tail = config["BLOCK"], config["TAIL"]
+    whole, rest = divmod(vectors(K), block)
+    return [block] * whole + [tail or block] * (rest > 0)
+
+
+@triton.jit
+def higher(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def to_float32(x):
+    """x.to(tl.float32). Two bfloat16 in a register take two instructions; cvt.f32.bf16, three."""
+    if _INTERPRETED or x.dtype != tl.bfloat16:
+        return x.to(tl.float32)
+    else:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r",
+            [x], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+
+
+@triton.jit
+def rows_of(M, ROWS: tl.constexpr):
+    """The program's rows, [ROWS]. Beyond the last comes the last again: no mask, same result."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    return tl.minimum(row, M - 1).to(tl.int64)
+
+
+@triton.jit
+def columns(i: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):
+    """The columns of a row's block i, [1, BLOCK or TAIL] (row_config)."""
+    if TAIL != 0 and (i + 1) * BLOCK > K:
+        return i * BLOCK + tl.arange(0, TAIL)[None, :]
+    else:
+        return i * BLOCK + tl.arange(0, BLOCK)[None, :]
+
+
+@triton.jit
+def load_block(
+    ptr, i: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+    EVICT: tl.constexpr,
+):  # fmt: skip
+    """Block i of the rows at ptr [ROWS, 1], float32, 0 beyond K."""
+    k = columns(i, K, BLOCK, TAIL)
+    if i * BLOCK + k.shape[1] <= K:
+        return to_float32(tl.load(ptr + k, eviction_policy=EVICT))
+    else:
+        return to_float32(tl.load(ptr + k, mask=k < K, other=0.0, eviction_policy=EVICT))
+
+
+@triton.jit
+def store_block(
+    ptr, i: tl.constexpr, v, K: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr
+):  # fmt: skip
+    k = columns(i, K, BLOCK, TAIL)
+    if i * BLOCK + k.shape[1] <= K:
+        tl.store(ptr + k, v)
+    else:
+        tl.store(ptr + k, v, mask=k < K)
+
+
+@triton.jit
+def store_of_rows(ptr, row, v, LANES: tl.constexpr):
+    """v [ROWS] to ptr + row, each by the first lane of its row: a store of v as it is would gather
+    it in one warp first, behind three barriers."""
+    lane = tl.arange(0, LANES)[None, :]
+    at = ptr + row[:, None] + lane  # `+ lane` tells the compiler how lanes are to lie
+    v = tl.broadcast_to(v[:, None], at.shape)
+    tl.store(at, v, mask=tl.broadcast_to(lane == 0, at.shape))
+
+
+@triton.jit
+def _of_lanes(v, LANES: tl.constexpr):
+    """The greatest of each lane's neighbours: int32 [ROWS, BLOCK] -> [ROWS, LANES]."""
+    if v.shape[1] <= LANES:
+        return v
+    else:
+        return tl.max(v.reshape(v.shape[0], LANES, v.shape[1] // LANES), 2)
+
+
+@triton.jit
+def range_bits(v):
+    """The bits of v [ROWS, BLOCK] as (uint32 whose greatest is the row's lowest value, int32 whose
+    greatest is its highest): floats above zero sort as int32, those below as uint32. The sign of a
+    nan decides in which of the two it is the greatest."""
+    return v.to(tl.uint32, bitcast=True), v.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def range_of_lanes(low, high, LANES: tl.constexpr):
+    """range_bits, or the greatest of many, as int32 [ROWS, LANES]: those of -low, and of high."""
+    low = _of_lanes(low, LANES) ^ 0x80000000
+    return low.to(tl.int32, bitcast=True), _of_lanes(high, LANES)
+
+
+@triton.jit
+def with_block(v, block):
+    """(*v, block), which kernels cannot say."""
+    return v + (block,)  # noqa: RUF005
+
+
+@triton.jit
+def widened(v, BLOCK: tl.constexpr):
+    """A row's narrower last block [ROWS, TAIL] to [ROWS, BLOCK]: zeros beside what a lane has."""
+    if v.shape[1] < BLOCK:
+        return widened(tl.join(v, tl.zeros_like(v)).reshape(v.shape[0], 2 * v.shape[1]), BLOCK)
+    else:
+        return v
+
+
+@triton.jit
+def range_of_blocks(v, LANES: tl.constexpr):
+    """range_of_lanes of a row in blocks: a tuple of [ROWS, BLOCK], the last may be narrower."""
+    low, high = range_bits(v[0])
+    for i in tl.static_range(1, len(v)):
+        next_low, next_high = range_bits(widened(v[i], v[0].shape[1]))
+        low, high = tl.maximum(low, next_low), tl.maximum(high, next_high)
+    return range_of_lanes(low, high, LANES)
+
+
+@triton.jit
+def shift_and_absmax(low, high):
+    """The middle of each row's range and half its width, at least MIN_ABSMAX: [ROWS] each.
+
+    low, high [ROWS, LANES] are from range_of_lanes; zero is added. A nan at either end makes both
+    results nan. One reduction for both ends, so that warps meet once. Integers, because tl.max
+    drops nan, and tl.reduce with a function of ours is a Python loop in Triton's interpreter.
+    """
+    ends = tl.maximum(tl.max(tl.join(low, high), 1), 0)
+    low, high = tl.split(ends)
+    low, high = -low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True)
+    return 0.5 * high + 0.5 * low, higher(0.5 * high - 0.5 * low, _MIN_ABSMAX)
+
+
+@triton.jit
+def scale_of(absmax):
+    return tl.div_rn(absmax, _QMAX)
+
+
+@triton.jit
+def store_int8(ptr, k, v, shift, absmax, K_PAD: tl.constexpr, MASKED: tl.constexpr):
+    """v [ROWS, BLOCK] - shift in steps of absmax / 127, half to even, to ptr [ROWS, 1] + k; 0 if
+    absmax is not finite.
+
+    |v - shift| <= absmax, so nothing needs a clamp, and float addition does the rounding. What is
+    not finite gets a store of its own: a select would cost an instruction for each element.
+    """
+    steps = (v - shift[:, None]) * tl.div_rn(_QMAX, absmax)[:, None] + _TO_INT
+    steps = steps.to(tl.int32, bitcast=True).to(tl.int8)
+    finite = (absmax <= _FLOAT32_MAX)[:, None]
+    if MASKED:
+        tl.store(ptr + k, steps, mask=finite & (k < K_PAD))
+        tl.store(ptr + k, tl.zeros_like(steps), mask=(~finite) & (k < K_PAD))
+    else:
+        tl.store(ptr + k, steps, mask=finite)
+        tl.store(ptr + k, tl.zeros_like(steps), mask=~finite)
+
+
+@triton.jit
+def store_blocks_int8(
+    ptr, v, shift, absmax, K_PAD: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr
+):  # fmt: skip
+    """store_int8 of rows in blocks and of their pads (K_PAD and K end in the same block)."""
+    for i in tl.static_range(0, len(v)):
+        k = columns(i, K_PAD, BLOCK, TAIL)
+        store_int8(ptr, k, v[i], shift, absmax, K_PAD, i * BLOCK + k.shape[1] > K_PAD)
+
+
+@triton.jit
+def _by_tail(x, c0, c1, c2, c3, c4, c5):
+    """x P(x), where P(-z) = 2^(c0 + c1 z + ... + c5 z^5) for z >= 0, and P(z) + P(-z) = 1.
+
+    As relu(x) - z P(-z): c5 < 0, so for large z that is 0 and what is left of it is exact.
+    """
+    z = tl.abs(x)
+    log2_tail = ((((c5 * z + c4) * z + c3) * z + c2) * z + c1) * z + c0
+    return tl.maximum(x, 0.0) - z * tl.exp2(log2_tail)
+
+
+@triton.jit
+def _by_sigmoid(x, slope):
+    """x / (1 + exp(-slope x)) as x r r, r = 1 / sqrt(...): the card has that in one instruction."""
+    r = tl.rsqrt(1.0 + tl.exp2((-1.4426950408889634 * slope) * x))
+    return x * r * r
+
+
+@triton.jit
+def activate(x, ACT: tl.constexpr):
+    """numerics.ACTIVATIONS in float32, each 0 at 0.
+
+    One polynomial, one exponential and no division, where erf takes 30 instructions: these kernels
+    have time for about 20 an element before memory waits for them. The coefficients are a weighted
+    minimax fit over 0 <= z <= 6 and 4.5. Over all bfloat16 x, on an H200, they are off by
+
+        gelu       4.1e-6 at most;  relatively 2.1e-4 for x >= -2, 6.7e-4 for x >= -4
+        gelu_tanh  4.8e-6 at most;  relatively 2.6e-4 for x >= -2, 7.1e-4 for x >= -3
+
+    Half a unit of bfloat16 is 2e-3 to 4e-3 relatively. The others are relatively within 1e-6 where
+    |x| < 6.
+    """
+    if ACT == "gelu":
+        y = _by_tail(x, -1.0002999, -1.148887, -0.4641194, -0.04820338, 0.005744368, -3.026679e-4)
+    elif ACT == "gelu_tanh":
+        y = _by_tail(x, -1.0003688, -1.1482524, -0.46547, -0.047282144, 0.008676481, -0.0019703405)
+    elif ACT == "quick_gelu":
+        y = _by_sigmoid(x, 1.702)
+    elif ACT == "silu":
+        y = _by_sigmoid(x, 1.0)
+    elif ACT == "relu":
+        y = tl.where(x < 0.0, 0.0, x)  # nan stays
+    elif ACT == "relu2":
+        y = tl.where(x < 0.0, 0.0, x)
+        y = y * y
+    else:
+        tl.static_assert(ACT == "none", "activate: unknown activation")
+        y = x
+    return y
+
+
+@triton.jit(do_not_specialize=["M"])
+def quantize_rows_kernel(
+    x_ptr, up_ptr, xq_ptr, scale_ptr, shift_ptr, M, x_row, up_row,
+    K: tl.constexpr, K_PAD: tl.constexpr, XQ_ROW: tl.constexpr,
+    X_UNIT: tl.constexpr, UP_UNIT: tl.constexpr,
+    ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+    LANES: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """xq, x_scale, x_shift = quantize_rows(act(x) [* up]), ROWS rows a program."""
+    wait_for_inputs(OVERLAP)
+    row = rows_of(M, ROWS)
+    x_ptr += (row * x_row * X_UNIT)[:, None]
+    if up_ptr is not None:
+        up_ptr += (row * up_row * UP_UNIT)[:, None]
+    xq_ptr += (row * XQ_ROW)[:, None]
+    if K <= _WHOLE_ROW:
+        v = ()
+        for i in tl.static_range(0, (K + BLOCK - 1) // BLOCK):
+            block = activate(load_block(x_ptr, i, K, BLOCK, TAIL, ""), ACT)
+            if up_ptr is not None:
+                block = block * load_block(up_ptr, i, K, BLOCK, TAIL, "")
+            v = with_block(v, block)
+        low, high = range_of_blocks(v, LANES)
+        shift, absmax = shift_and_absmax(low, high)
+        store_blocks_int8(xq_ptr, v, shift, absmax, K_PAD, BLOCK, TAIL)
+    else:
+        k = tl.arange(0, BLOCK)[None, :]
+        low, high = range_bits(tl.zeros((ROWS, BLOCK), tl.float32))
+        for start in range(0, K, BLOCK):
+            v = _chunk(x_ptr, up_ptr, start + k, K, ACT)
+            next_low, next_high = range_bits(v)
+            low, high = tl.maximum(low, next_low), tl.maximum(high, next_high)
+        low, high = range_of_lanes(low, high, LANES)
+        shift, absmax = shift_and_absmax(low, high)
+        for start in range(0, K_PAD, BLOCK):
+            v = _chunk(x_ptr, up_ptr, start + k, K, ACT)
+            store_int8(xq_ptr, start + k, v, shift, absmax, K_PAD, True)
+    store_of_rows(scale_ptr, row, scale_of(absmax), LANES)
+    store_of_rows(shift_ptr, row, shift, LANES)
+
+
+@triton.jit
+def _chunk(x_ptr, up_ptr, k, K: tl.constexpr, ACT: tl.constexpr):
+    v = activate(to_float32(tl.load(x_ptr + k, mask=k < K, other=0.0)), ACT)
+    if up_ptr is not None:
+        v = v * to_float32(tl.load(up_ptr + k, mask=k < K, other=0.0))
+    return v
+
+
+def launch_quantize_rows(
+    x: Tensor, up: Tensor | None, act: str, xq: Tensor, x_scale: Tensor, x_shift: Tensor
+) -> None:
+    """Fill an empty_triple from x (and up), both [..., K]. `act` may be "none"."""
+    K = x.shape[-1]
+    M = x.numel() // K
+    if M == 0:
+        return
+    x, x_row = as_rows(x)
+    up_row = 0
+    if up is not None:
+        up, up_row = as_rows(up)
+    x_unit, up_unit = unit_of(x_row), unit_of(up_row)
+    config = row_config(K, 1 if up is None else 2)
+    launch_triton(
+        quantize_rows_kernel, (triton.cdiv(M, config["ROWS"]),),
+        x, up, xq, x_scale, x_shift, M, x_row // x_unit, up_row // up_unit,
+        K=K, K_PAD=vectors(K), XQ_ROW=padded(K), X_UNIT=x_unit, UP_UNIT=up_unit, ACT=act,
+        **config,
+        **overlap(x.device),
+    )  # fmt: skip
