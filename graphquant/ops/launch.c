@@ -251,7 +251,7 @@ static int launch_run(Launch *self, CUstream stream, PyObject *const *tensors, P
 
 static PyObject *launch_call(PyObject *object, PyObject *args, PyObject *kwargs) {
   Py_ssize_t n = PyTuple_GET_SIZE(args);
-  if (n < 1 || kwargs) {
+  if (n < 1 || (kwargs && PyDict_GET_SIZE(kwargs))) {
     PyErr_SetString(PyExc_TypeError, "a launch is called with (stream, *tensors)");
     return NULL;
   }
@@ -283,7 +283,7 @@ typedef struct {
 static PyObject *site_call(PyObject *object, PyObject *const *args, size_t nargsf, PyObject *names) {
   Site *self = (Site *)object;
   Py_ssize_t n = PyVectorcall_NARGS(nargsf);
-  if (n < 1 || names) {
+  if (n < 1 || (names && PyTuple_GET_SIZE(names))) {
     PyErr_SetString(PyExc_TypeError, "a site is called with (stream, *tensors)");
     return NULL;
   }

@@ -330,12 +330,15 @@ def test_threads_do_not_mix_their_addresses(driver: Driver) -> None:
 def test_other_threads_run_while_the_driver_waits(driver: Driver) -> None:
     driver.set(delay_us=400_000)
     launch = launch_of(driver, ("pointer", 0))
-    thread = threading.Thread(target=launch, args=(0, A))
+    done: list[object] = []
+    nothing: dict[str, object] = {}  # as threading.Thread passes it
+    thread = threading.Thread(target=lambda: done.append(launch(0, A, **nothing)))
     thread.start()
     steps = 0
     while thread.is_alive():
         steps += 1
     thread.join()
+    assert done == [True] and len(driver.launched) == 1
     assert steps > 100
 
 
