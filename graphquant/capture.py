@@ -33,6 +33,8 @@ from graphquant.passes.ir import Captured
 _ENTER = torch.amp.autocast_mode._enter_autocast
 _EXIT = torch.amp.autocast_mode._exit_autocast
 
+_VMAP = "torch._functorch.predispatch"
+
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 _POLICY = "_checkpoint_context_fn"  # make_fx wants one, and most checkpoints have none
 
@@ -52,9 +54,8 @@ def from_dynamo(gm: GraphModule, example_inputs: list[Any]) -> Captured | None:
     for module in chain(gm.modules(), retraced.modules()):
         if isinstance(module, GraphModule) and module.meta.get(_POLICY) is noop_context_fn:
             del module.meta[_POLICY]
-    for name, value in chain(retraced.named_buffers(), vars(retraced).items()):
-        if isinstance(value, FakeTensor):
-            raise CaptureError(f"{name} was computed under torch.vmap from no input of the graph")
+    if why := _lost(retraced):
+        raise CaptureError(why)
     captured = Captured(retraced, fake_mode, {}, {}, grad_enabled=torch.is_grad_enabled())
     placeholders = retraced.graph.find_nodes(op="placeholder")
     for old, new, value in zip(given, placeholders, example_inputs, strict=True):
@@ -72,6 +73,18 @@ def from_dynamo(gm: GraphModule, example_inputs: list[Any]) -> Captured | None:
     constants = (n for n, _ in chain(retraced.named_parameters(), retraced.named_buffers()))
     retraced._param_name_to_source = {n: ConstantSource(n) for n in constants}  # type: ignore[assignment]
     return captured
+
+
+def _lost(retraced: GraphModule) -> str | None:
+    """What make_fx could not follow: values under torch.vmap become constants without values in one
+    version of torch, and tensors that live in a vmap which is over in another."""
+    for name, value in chain(retraced.named_buffers(), vars(retraced).items()):
+        if isinstance(value, FakeTensor):
+            return f"{name} was computed under torch.vmap from no input of the graph"
+    for node in retraced.graph.nodes:
+        if getattr(node.target, "__module__", None) == _VMAP:
+            return f"{node.name} is a step of torch.vmap"
+    return None
 
 
 def from_export(program: ExportedProgram) -> Captured | None:

@@ -35,6 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     if not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda, but torch sees no NVIDIA GPU on this machine")
+    torch.backends.cudnn.allow_tf32 = False  # float32 convolutions are compared to 1e-5
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

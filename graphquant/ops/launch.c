@@ -1,6 +1,6 @@
 /* Kernel launches that are prepared once: later calls read the tensors' addresses and launch.
  *
- * load(cubin, name, shared) -> int                                        a function's handle
+ * load(device, cubin, name, shared) -> int                                a function's handle
  * Launch(function, grid, block, shared, cluster, pdl, params, keep)       what a launch does
  * launch(stream, *tensors) -> bool       False, and nothing done: an address is not aligned to 16
  * Site(prepare)                                                           where one is called
@@ -36,6 +36,11 @@ static CUresult (*module_load)(CUmodule *, const void *);
 static CUresult (*module_function)(CUfunction *, CUmodule, const char *);
 static CUresult (*function_set)(CUfunction, CUfunction_attribute, int);
 static CUresult (*error_string)(CUresult, const char **);
+static CUresult (*context_get)(CUcontext *);
+static CUresult (*context_set)(CUcontext);
+static CUresult (*context_retain)(CUcontext *, CUdevice);
+static CUresult (*device_get)(CUdevice *, int);
+static CUresult (*pointer_get)(void *, CUpointer_attribute, CUdeviceptr);
 static PyObject *data_ptr_name;
 
 static int find_driver(void) {
@@ -46,6 +51,9 @@ static int find_driver(void) {
       {"cuLaunchKernelEx", &launch_kernel},     {"cuTensorMapEncodeTiled", &encode_map},
       {"cuModuleLoadData", &module_load},       {"cuModuleGetFunction", &module_function},
       {"cuFuncSetAttribute", &function_set},    {"cuGetErrorString", &error_string},
+      {"cuCtxGetCurrent", &context_get},        {"cuCtxSetCurrent", &context_set},
+      {"cuDeviceGet", &device_get},             {"cuDevicePrimaryCtxRetain", &context_retain},
+      {"cuPointerGetAttribute", &pointer_get},
   };
   void *driver = dlopen("libcuda.so.1", RTLD_LAZY);
   if (!driver) {
@@ -69,6 +77,18 @@ static int failed(CUresult result, const char *what) {
   error_string(result, &why);
   PyErr_Format(PyExc_RuntimeError, "%s: CUDA error %d, %s", what, (int)result, why ? why : "?");
   return 1;
+}
+
+/* A thread that has made no CUDA call of its own yet has no context: torch takes memory from its
+ * cache and knows the stream without one. It gets the device's primary one, which torch uses. */
+static int enter(int ordinal) {
+  CUdevice device;
+  CUcontext context;
+  return failed(device_get(&device, ordinal), "cuDeviceGet") ||
+                 failed(context_retain(&context, device), "cuDevicePrimaryCtxRetain") ||
+                 failed(context_set(context), "cuCtxSetCurrent")
+             ? -1
+             : 0;
 }
 
 /* ------------------------------------------------------------------------------------- Launch */
@@ -246,6 +266,14 @@ static int launch_run(Launch *self, CUstream stream, PyObject *const *tensors, P
   Py_BEGIN_ALLOW_THREADS /* a full queue blocks */
   result = launch_kernel(&config, self->function, params, NULL);
   Py_END_ALLOW_THREADS
+  if (result == CUDA_ERROR_INVALID_CONTEXT && self->n_slots) {
+    int ordinal;
+    if (failed(pointer_get(&ordinal, CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, addresses[0]),
+               "cuPointerGetAttribute") ||
+        enter(ordinal) < 0)
+      return -1;
+    result = launch_kernel(&config, self->function, params, NULL);
+  }
   return failed(result, "cuLaunchKernelEx") ? -1 : 1;
 }
 
@@ -355,10 +383,13 @@ static PyTypeObject SiteType = {
 static PyObject *load(PyObject *module, PyObject *args) {
   const char *cubin, *name;
   Py_ssize_t size;
-  int shared;
+  int device, shared;
+  CUcontext context;
   CUmodule loaded;
   CUfunction function;
-  if (!PyArg_ParseTuple(args, "y#si", &cubin, &size, &name, &shared)) return NULL;
+  if (!PyArg_ParseTuple(args, "iy#si", &device, &cubin, &size, &name, &shared)) return NULL;
+  if (failed(context_get(&context), "cuCtxGetCurrent") || (!context && enter(device) < 0))
+    return NULL;
   if (failed(module_load(&loaded, cubin), "cuModuleLoadData") ||
       failed(module_function(&function, loaded, name), name) ||
       failed(function_set(function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared),
@@ -368,7 +399,7 @@ static PyObject *load(PyObject *module, PyObject *args) {
 }
 
 static PyMethodDef functions[] = {
-    {"load", load, METH_VARARGS, "load(cubin: bytes, name: str, shared: int) -> int"}, {NULL}};
+    {"load", load, METH_VARARGS, "load(device: int, cubin: bytes, name: str, shared: int) -> int"}, {NULL}};
 
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "graphquant_launch", NULL, -1,
                                         functions};

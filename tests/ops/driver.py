@@ -43,10 +43,13 @@ typedef struct {
 Launched launched[4096];
 Encoded encoded[4096];
 int n_launched, n_encoded, n_params, sizes[32], delay_us, shared_limit;
+int no_context, last_device;
 CUresult answer_launch, answer_encode, answer_load, answer_function, answer_set;
+CUresult answer_pointer, answer_device, answer_retain, answer_enter;
 char loaded[16], named[32];
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **params, void **extra) {
+  if (no_context) return CUDA_ERROR_INVALID_CONTEXT;
   if (answer_launch) return answer_launch;
   if (delay_us) usleep(delay_us);
   Launched *l = &launched[__atomic_fetch_add(&n_launched, 1, __ATOMIC_SEQ_CST) % 4096];
@@ -87,7 +90,36 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
   return CUDA_SUCCESS;
 }
 
+CUresult cuCtxGetCurrent(CUcontext *context) {
+  *context = no_context ? 0 : (CUcontext)0x70;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdeviceptr address) {
+  if (attribute != CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL) return CUDA_ERROR_INVALID_VALUE;
+  *(int *)data = address >> 32; /* the device of an At, for these tests */
+  return answer_pointer;
+}
+
+CUresult cuDeviceGet(CUdevice *device, int ordinal) {
+  *device = ordinal + 100;
+  return answer_device;
+}
+
+CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
+  *context = (CUcontext)(unsigned long long)device;
+  return answer_retain;
+}
+
+CUresult cuCtxSetCurrent(CUcontext context) {
+  if (answer_enter) return answer_enter;
+  last_device = (int)(unsigned long long)context - 100;
+  no_context = 0;
+  return CUDA_SUCCESS;
+}
+
 CUresult cuModuleLoadData(CUmodule *module, const void *image) {
+  if (no_context) return CUDA_ERROR_INVALID_CONTEXT;
   memcpy(loaded, image, sizeof loaded);
   *module = (CUmodule)0x50;
   return answer_load;

@@ -385,7 +385,7 @@ def test_nothing_leaks(driver: Driver) -> None:
 
 @on_stub
 def test_load_gives_a_function_with_its_shared_memory(driver: Driver) -> None:
-    assert driver.native.load(b"\x7fELF cubin".ljust(16, b"\0"), "kernel_name", 99_000) == 0x51
+    assert driver.native.load(0, b"\x7fELF cubin".ljust(16, b"\0"), "kernel_name", 99_000) == 0x51
     assert driver.text("loaded") == b"\x7fELF cubin"
     assert driver.text("named") == b"kernel_name"
     assert driver.shared_limit == 99_000
@@ -401,9 +401,49 @@ def test_load_says_which_step_failed(driver: Driver) -> None:
     ]:
         driver.set(**{answer: 200})
         why = f"{step}: CUDA error 200, the stub was told"
-        raises(RuntimeError, why, driver.native.load, cubin, "kernel_name", 0)
+        raises(RuntimeError, why, driver.native.load, 0, cubin, "kernel_name", 0)
         driver.set(**{answer: 0})
-    raises(TypeError, "", driver.native.load, "text", "kernel_name", 0)
+    raises(TypeError, "", driver.native.load, 0, "text", "kernel_name", 0)
+
+
+# --- threads that have no context yet ----------------------------------------------------------
+
+ON_3 = At((3 << 32) + 4096)  # the stub reads an address's device off its upper half
+
+
+@on_stub
+def test_a_thread_without_a_context_launches_on_the_device_of_the_tensors(driver: Driver) -> None:
+    launch = launch_of(driver, ("null",), ("pointer", 0))
+    driver.set(no_context=1)
+    assert launch(STREAM, ON_3) is True
+    assert driver.last_device == 3 and len(driver.launched) == 1
+    assert driver.launched[0].number(1) == ON_3.address
+
+
+@on_stub
+def test_a_thread_without_a_context_loads_on_the_device_that_it_names(driver: Driver) -> None:
+    driver.set(no_context=1)
+    assert driver.native.load(2, bytes(16), "kernel_name", 0) == 0x51
+    assert driver.last_device == 2
+
+
+@on_stub
+def test_what_keeps_a_thread_from_a_context_is_named(driver: Driver) -> None:
+    launch = launch_of(driver, ("pointer", 0))
+    steps = {
+        "answer_pointer": "cuPointerGetAttribute",
+        "answer_device": "cuDeviceGet",
+        "answer_retain": "cuDevicePrimaryCtxRetain",
+        "answer_enter": "cuCtxSetCurrent",
+    }
+    for answer, step in steps.items():
+        driver.set(no_context=1, **{answer: 200})
+        raises(RuntimeError, f"{step}: CUDA error 200", launch, STREAM, ON_3)
+        if answer != "answer_pointer":
+            load = driver.native.load
+            raises(RuntimeError, f"{step}: CUDA error 200", load, 0, bytes(16), "name", 0)
+        driver.set(**{answer: 0})
+    assert not driver.launched
 
 
 NATIVE = "from graphquant.ops.launch import native; native()"

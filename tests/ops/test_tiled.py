@@ -70,8 +70,9 @@ def test_every_kernel_has_tiles_for_every_product(name: str) -> None:
 
 
 def test_tuning_runs_every_tile_of_the_kernel_that_the_product_gets(
-    monkeypatch: pytest.MonkeyPatch,
+    device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    where = torch.empty(0, device=device).device
     asked: list[Any] = []
 
     def times(question: str, device: torch.device, candidates: Any) -> dict[str, float]:
@@ -79,9 +80,9 @@ def test_tuning_runs_every_tile_of_the_kernel_that_the_product_gets(
         return {name: float(i) for i, name in enumerate(candidates, 1)}
 
     monkeypatch.setattr(tiled, "times", times)
-    found = tune(PROBLEM, CPU)
+    found = tune(PROBLEM, where)
     ((question, ran),) = asked
-    kernel = int8_linear.choose(*_random(PROBLEM, CPU), PROBLEM.dtype).name
+    kernel = int8_linear.choose(*_random(PROBLEM, where), PROBLEM.dtype).name
     assert question == PROBLEM.question(kernel)
     assert list(found) == list(ran) and len(found) > 1
 

@@ -71,7 +71,7 @@ def _function(tile: HopperTile, y: str, bias: str, residual: bool, device: torch
     source = Path(__file__).with_suffix(".cu").read_text()
     cubin = nvrtc.compile_cubin(source, tile.defines(y, bias, residual), "sm_90a")
     with torch.cuda.device(device):
-        function: int = native().load(cubin, "int8_linear_hopper", tile.shared)
+        function: int = native().load(device.index, cubin, "int8_linear_hopper", tile.shared)
     return function
 
 
