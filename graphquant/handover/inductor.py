@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,10 +33,21 @@ def compile_graph(
     if mode.startswith("max-autotune"):
         _tune(gm)
     options = {**torch._inductor.list_mode_options(mode), **config.inductor}
-    compiled: Callable[..., Any] = torch._inductor.compile(
-        gm, list(example_inputs), options=options
-    )
+    theirs = torch.compiler.config.cache_key_tag
+    with torch.compiler.config.patch(cache_key_tag=theirs + _version()):
+        compiled: Callable[..., Any] = torch._inductor.compile(
+            gm, list(example_inputs), options=options
+        )
     return compiled
+
+
+@functools.cache
+def _version() -> str:
+    """Of all our code. Inductor keeps what it compiled on disk, and that calls our functions: code
+    that an earlier graphquant has left there must not be found."""
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    digest = hashlib.sha256(b"".join(f.read_bytes() for f in files))
+    return f"graphquant {digest.hexdigest()}"
 
 
 def _tune(gm: GraphModule) -> None:
