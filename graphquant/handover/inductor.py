@@ -34,7 +34,7 @@ def compile_graph(
         _tune(gm)
     options = {**torch._inductor.list_mode_options(mode), **config.inductor}
     theirs = torch.compiler.config.cache_key_tag
-    with torch.compiler.config.patch(cache_key_tag=theirs + _version()):
+    with torch.compiler.config.patch(cache_key_tag=theirs + _version()):  # type: ignore[attr-defined]
         compiled: Callable[..., Any] = torch._inductor.compile(
             gm, list(example_inputs), options=options
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from graphquant.ops import OPS
 from graphquant.ops.define import Op
 from tools.bench import __main__ as bench
-from tools.bench import checks, encoders, models, ops, variants, write
+from tools.bench import ahead, checks, encoders, models, ops, variants, write
 from tools.bench.encoders import PRESETS, Limit, Row
 from tools.bench.models import MODELS, Model
 from tools.bench.records import (
@@ -91,6 +93,118 @@ def run_of(*records: Encoder | OpTime, date: str = "2026-01-01", **more: Any) ->
     facts = {"card": "a card", "date": date, "command": "python -m tools.bench"}
     kept = [r for r in records if isinstance(r, Encoder)]
     return Run(facts, encoders=kept, ops=[r for r in records if isinstance(r, OpTime)], **more)
+
+
+# --- compilation ahead --------------------------------------------------------------------------
+
+
+IN_A_CHILD = """
+import sys
+from tests.tools.test_bench import measured
+sys.exit(measured(*sys.argv[1:]))
+"""
+
+
+def test_what_was_compiled_ahead_is_found_by_the_measurement(tmp_path: Path) -> None:
+    out = tmp_path / "run.json"
+    names = ["eager", "bf16-default", "graphquant"]
+    command = ["vit-b-16", "--layers", "1", "--batch", "1", "--variants", *names, "--jobs", "2"]
+    child = subprocess.run(
+        [sys.executable, "-c", IN_A_CHILD, *command, "--json", str(out)],
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stderr
+    assert all(f"vit-b-16 x 1 {v}: compiled ahead" in child.stderr for v in names[1:])
+    (run,) = load(out)
+    assert [r.cached for r in run.encoders] == [None, True, True]
+    assert all(r.ms and r.layers == 1 for r in run.encoders)
+
+
+def test_a_variant_that_is_not_compiled_in_time_is_not_tried(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compile_all(todo: Sequence[ahead.Task], *_: Any) -> dict[ahead.Task, str]:
+        return {t: "late" for t in todo if t.variant == "bf16-default" and t.batch == 2}
+
+    monkeypatch.setattr(ahead, "compile_all", compile_all)
+    out = tmp_path / "run.json"
+    names = ["bf16-default", "graphquant"]
+    command = [tiny, "--batch", "1", "2", "--variants", *names, "--jobs", "1"]
+    assert measured(*command, "--json", str(out)) == 0
+    (run,) = load(out)
+    assert [(r.batch, r.variant, r.failed) for r in run.encoders] == [
+        (1, "bf16-default", ""),
+        (1, "graphquant", ""),
+        (2, "bf16-default", "late"),
+        (2, "graphquant", ""),
+    ]
+
+
+def test_compilation_ahead_may_take_half_of_the_time() -> None:
+    assert Limit().half().left is None
+    half = Limit.after(100.0).half().left
+    assert half is not None and 49 < half <= 50
+
+
+def test_tasks_are_what_compiles_and_the_longest_comes_first() -> None:
+    rows = [Row("vit-b-16", 1, ("eager", "graphquant")), Row("dinov2-l", 8, ("torchao-int8",))]
+    found = ahead.tasks([*rows, rows[0]], 3, "cuda")
+    assert [(t.model, t.variant) for t in found] == [
+        ("dinov2-l", "torchao-int8"),
+        ("vit-b-16", "graphquant"),
+    ]
+    assert found[0].command[1:] == [
+        "-m", "tools.bench.ahead", "dinov2-l", "8", "torchao-int8", "3", "cuda",
+    ]  # fmt: skip
+
+
+def test_a_task_that_fails_or_is_late_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = ahead.Task("vit-b-16", 1, "no such variant", 1, "cpu")
+    said: list[str] = []
+    (why,) = ahead.compile_all([bad], 1, Limit(), said.append).values()
+    assert why.startswith("ValueError: no variant 'no such variant': there are eager, ")
+    assert said == [f"vit-b-16 x 1 no such variant: {why}"]
+    assert "time limit" in ahead.compile_all([bad], 1, Limit.after(0.2), said.append)[bad]
+    assert "time limit" in ahead.compile_all([bad], 1, Limit(0.0), said.append)[bad]
+
+
+def test_one_process_at_a_time_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    from torch._inductor.runtime.benchmarking import benchmarker
+
+    from graphquant.ops import measure
+
+    lock, seen = tmp_path / "lock", []
+
+    def is_taken(*_: Any) -> float:
+        with open(lock) as other:
+            try:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                seen.append(True)
+            else:
+                seen.append(False)
+        return 1.0
+
+    def nested(*_: Any) -> float:
+        benchmarker.benchmark_gpu(is_taken)
+        return is_taken()
+
+    monkeypatch.setattr(benchmarker, "benchmark_gpu", is_taken)
+    monkeypatch.setattr(benchmarker, "benchmark", nested)
+    monkeypatch.setattr(measure, "_measure", is_taken)
+    with ahead.taking_turns(lock) as alone:
+        is_taken()
+        benchmarker.benchmark(is_taken)
+        measure._measure({})
+        with alone():
+            is_taken()
+        is_taken()
+    benchmarker.benchmark_gpu(is_taken)
+    assert seen == [False, True, True, True, True, False, False]
 
 
 # --- the whole way ------------------------------------------------------------------------------
@@ -538,6 +652,15 @@ def test_the_header_says_with_what_but_not_where_to() -> None:
     assert found["command"] == "python -m tools.bench ops --batch 1"
     for name in ("card", "driver", "torch", "triton", "transformers", "torchao", "date"):
         assert found[name]
+
+
+def test_settings_in_the_environment_are_part_of_the_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS", "ATEN,CPP")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/somewhere")
+    said = header(["ops"])["command"]
+    assert said == "TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS=ATEN,CPP python -m tools.bench ops"
 
 
 def test_a_reason_is_one_short_line_without_paths() -> None:

@@ -1,7 +1,7 @@
 """How fast whole encoders, and single ops, run beside what one would use instead.
 
     python -m tools.bench siglip-so400m --batch 8 64 --variants bf16-default graphquant
-    python -m tools.bench --preset headline --json run.json
+    python -m tools.bench --preset headline --jobs 8 --json run.json
     python -m tools.bench ops siglip-so400m --batch 64
     python -m tools.bench write docs/performance.json --add run.json
 
@@ -10,8 +10,9 @@ All variants of a model run in one process, on the same random bfloat16 weights 
 whose cosine to the float32 model is under 0.999 gets no speed-up printed, and nothing does when an
 op is wrong on this device. `write` needs no GPU.
 
-Compilation takes most of the time. $TORCHINDUCTOR_CACHE_DIR kept from an earlier run saves much of
-it and changes no kernel; the records then say "cached".
+Compilation takes most of the time. --jobs 8 does it in eight processes, which time what they choose
+between one after the other; $TORCHINDUCTOR_CACHE_DIR kept from an earlier run saves it too. Neither
+changes a kernel; the records then say "cached".
 
 Exit codes: 0, 1 if an op is wrong or nothing was timed, 2 for wrong arguments, 3 without a GPU.
 """
@@ -29,7 +30,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from tools.bench import encoders, ops, write
+from tools.bench import ahead, encoders, ops, write
 from tools.bench.checks import wrong_ops
 from tools.bench.encoders import PRESET_LIMIT, PRESETS, Limit, Row
 from tools.bench.models import MODELS
@@ -73,17 +74,31 @@ def main(
         models = [MODELS[name] for name in args.models]
         ops.run(models, args.batch, timer, seconds=args.seconds, limit=limit, done=out.add_ops)
     else:
+        late: dict[ahead.Task, str] = {}
+        if args.jobs:
+            todo = ahead.tasks(rows, args.layers, timer.device)
+            late = ahead.compile_all(todo, args.jobs, limit.half(), _say)
         for row in rows:
             if limit.passed:
-                print(f"{row.model} x {row.batch} {encoders.LATE}", file=sys.stderr)
+                _say(f"{row.model} x {row.batch} {encoders.LATE}")
                 continue
+            without = {t.variant: w for t, w in late.items() if t.row == (row.model, row.batch)}
             new = encoders.measure(
-                row, timer, seconds=args.seconds, layers=args.layers, limit=limit
+                row,
+                timer,
+                seconds=args.seconds,
+                layers=args.layers,
+                limit=limit,
+                without=without,
             )
             out.add_encoders(new)
     out.finish()
     timed = any(not r.failed for r in run.records)
     return 0 if timed and not run.wrong_ops else 1
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _quiet() -> None:
@@ -187,6 +202,10 @@ def _encoders_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", nargs="+", type=_count)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS)
     parser.add_argument("--preset", choices=PRESETS, help=f"in {PRESET_LIMIT:g} s unless told")
+    parser.add_argument(
+        "--jobs", type=_count, default=0, metavar="N",
+        help="first compile in N processes at once, for half of the time limit at most",
+    )  # fmt: skip
     parser.add_argument("--layers", type=_count, metavar="N", help="cut every model to N layers")
     parser.add_argument(
         "--skip-done", nargs="+", type=Path, default=[], metavar="FILE",

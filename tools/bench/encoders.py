@@ -7,8 +7,10 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -65,8 +67,17 @@ class Limit:
         return cls(None if seconds is None else time.monotonic() + seconds)
 
     @property
+    def left(self) -> float | None:
+        """Seconds, 0 at least; None for ever."""
+        return None if self.until is None else max(0.0, self.until - time.monotonic())
+
+    @property
     def passed(self) -> bool:
-        return self.until is not None and time.monotonic() >= self.until
+        return self.left == 0.0
+
+    def half(self) -> Limit:
+        """Of what is left from now on."""
+        return self if self.left is None else Limit.after(self.left / 2)
 
 
 @dataclass
@@ -86,8 +97,12 @@ def measure(
     layers: int | None = None,
     limit: Limit | None = None,
     models: Mapping[str, Model] = MODELS,
+    without: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Encoder]:
-    """One record for each variant of the row, in order. A variant that fails says so in its own."""
+    """One record for each variant of the row, in order. A variant that fails says so in its own.
+
+    without: variants that are not tried, and why.
+    """
     model = models[row.model].cut(layers)
     facts: dict[str, dict[str, Any]] = {}
     timer.forget()  # sizes seen in another row would make Dynamo's shapes dynamic
@@ -97,7 +112,9 @@ def measure(
     except Exception as error:  # noqa: BLE001 - recorded
         facts = {v: {"failed": reason(error)} for v in row.variants}
     else:
-        facts = _variants(row, net, kwargs, want, timer, seconds, limit or Limit())
+        tried = replace(row, variants=tuple(v for v in row.variants if v not in without))
+        facts = _variants(tried, net, kwargs, want, timer, seconds, limit or Limit())
+        facts |= {v: {"failed": why} for v, why in without.items()}
     timer.forget()
     return [
         Encoder(row.model, row.batch, model.tokens, v, layers=layers, **facts[v])
@@ -116,8 +133,7 @@ def _variants(
 ) -> dict[str, dict[str, Any]]:
     facts: dict[str, dict[str, Any]] = {}
     ready: dict[str, _Ready] = {}
-    # variants are told apart by guards, so one row may compile one forward once for each
-    with torch._dynamo.config.patch(recompile_limit=64), torch.inference_mode():
+    with compiling():
         for variant in row.variants:
             if limit.passed:
                 facts[variant] = {"failed": LATE}
@@ -143,6 +159,14 @@ def _variants(
         else:
             facts[variant] |= _times(samples)
     return facts
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """As every variant is compiled and called."""
+    # variants are told apart by guards, so one row may compile one forward once for each
+    with torch._dynamo.config.patch(recompile_limit=64), torch.inference_mode():
+        yield
 
 
 def _ready(

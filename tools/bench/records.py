@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterable, Sequence
@@ -170,7 +171,14 @@ def _command(argv: Sequence[str]) -> str:
             next(words, None)
         elif word.partition("=")[0] not in OUTPUTS:
             kept.append(word)
-    return shlex.join(["python", "-m", "tools.bench", *kept])
+    said = [f"{name}={os.environ[name]}" for name in sorted(os.environ) if _counts(name)]
+    return shlex.join([*said, "python", "-m", "tools.bench", *kept])
+
+
+def _counts(variable: str) -> bool:
+    """Does it change what is measured?"""
+    ours = variable.startswith(("GRAPHQUANT_", "TORCHINDUCTOR_"))
+    return ours and not variable.endswith(("_CACHE_DIR", "_THREADS", "_LOCK"))
 
 
 def reason(error: BaseException) -> str:
