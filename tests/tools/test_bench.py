@@ -25,6 +25,7 @@ from tools.bench import ahead, checks, encoders, models, ops, variants, write
 from tools.bench.encoders import PRESETS, Limit, Row
 from tools.bench.models import MODELS, Model
 from tools.bench.records import (
+    LATE,
     Encoder,
     Line,
     OpTime,
@@ -321,7 +322,7 @@ def test_after_the_time_limit_nothing_new_starts(tiny: str, tmp_path: Path) -> N
     row, over = Row("tiny", 1, ("eager", "graphquant")), Limit(time.monotonic())
     assert over.passed and not Limit().passed and not Limit.after(100).passed
     got = encoders.measure(row, CpuTimer(), seconds=0.01, limit=over)
-    assert [r.failed for r in got] == [encoders.LATE] * 2
+    assert [r.failed for r in got] == [LATE] * 2
     out = tmp_path / "run.json"
     assert measured(tiny, "--batch", "1", "2", "--time-limit", "1e-9", "--json", str(out)) == 1
     assert load(out)[0].encoders == []  # but written
@@ -645,6 +646,11 @@ def test_the_newest_record_is_shown_with_the_ratio_of_its_own_run() -> None:
     assert lines["bf16-default"].record.ms == 3.0
     assert write.speedup_text(lines["graphquant"]) == "2.00x"  # over 4.0, not over 3.0
     assert write.speedup_text(lines["torchao-int8"]) == "0.50x"
+
+
+def test_what_was_not_run_for_lack_of_time_is_not_shown() -> None:
+    late = run_of(record("bf16-default", 4.0), record("graphquant", None, failed=LATE))
+    assert [n.record.variant for n in latest([late], "encoders")] == ["bf16-default"]
 
 
 def test_the_header_says_with_what_but_not_where_to() -> None:

@@ -34,7 +34,7 @@ from tools.bench import ahead, encoders, ops, write
 from tools.bench.checks import wrong_ops
 from tools.bench.encoders import PRESET_LIMIT, PRESETS, Limit, Row
 from tools.bench.models import MODELS
-from tools.bench.records import Encoder, Line, OpTime, Run, header, load, merge, save
+from tools.bench.records import LATE, Encoder, Line, OpTime, Run, header, load, merge, save
 from tools.bench.timing import CudaTimer, Timer
 from tools.bench.variants import USUAL, VARIANTS
 
@@ -80,7 +80,7 @@ def main(
             late = ahead.compile_all(todo, args.jobs, limit.half(), _say)
         for row in rows:
             if limit.passed:
-                _say(f"{row.model} x {row.batch} {encoders.LATE}")
+                _say(f"{row.model} x {row.batch} {LATE}")
                 continue
             without = {t.variant: w for t, w in late.items() if t.row == (row.model, row.batch)}
             new = encoders.measure(

@@ -25,7 +25,7 @@ import torch
 from graphquant.ops import measure
 from tools.bench.encoders import Limit, Row, compiling
 from tools.bench.models import MODELS, build, inputs
-from tools.bench.records import reason
+from tools.bench.records import LATE, reason
 from tools.bench.variants import MissingError, prepare, settings_kept
 
 # The longest first, so that none of them is left for the end.
@@ -77,7 +77,7 @@ def compile_all(
 def _run(environment: dict[str, str], limit: Limit, say: Callable[[str], None], task: Task) -> str:
     """Empty if all is well."""
     if limit.passed:
-        return "not compiled: the time limit had passed"
+        return LATE
     try:
         child = subprocess.run(
             task.command, env=environment, capture_output=True, text=True, timeout=limit.left
@@ -85,7 +85,7 @@ def _run(environment: dict[str, str], limit: Limit, say: Callable[[str], None], 
         lines = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]
         why = lines[-1] if child.returncode else ""
     except subprocess.TimeoutExpired:
-        why = "not compiled when the time limit passed"
+        why = LATE
     say(f"{task.model} x {task.batch} {task.variant}: {why or 'compiled ahead'}")
     return why
 

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 
 from graphquant import Report
 from tools.bench.models import MODELS, Model, build, inputs
-from tools.bench.records import Encoder, reason, short
+from tools.bench.records import LATE, Encoder, reason, short
 from tools.bench.timing import PEAK_CALLS, Sample, Timer, interleaved, spread
 from tools.bench.variants import MissingError, Prepared, prepare, settings_kept, weight_bytes
 
 CHUNK = 8  # of a batch, for the model in float32
-LATE = "not run: the time limit had passed"
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from tools import check
 from tools.bench.variants import FLOAT
 
 MIN_COSINE = 0.999  # of a variant's output to the float32 model's: under it no speed-up is told
+LATE = "not run: the time limit had passed"  # no failure: nothing is known
 OUTPUTS = ("--json", "--markdown", "--chart")  # of a command: where to, not what
 
 
@@ -263,11 +264,14 @@ def merge(runs: Iterable[Run]) -> list[Run]:
 def latest(runs: Sequence[Run], kind: str) -> list[Line]:
     """Of each (row, variant) the newest record that has numbers, in the order first seen.
 
-    kind: "encoders" or "ops". A failure is shown only where there is nothing better.
+    kind: "encoders" or "ops". A failure is shown only where there is nothing better, and what was
+    not run for lack of time not at all.
     """
     found: dict[tuple[Any, ...], Line] = {}
     for number, run in enumerate(runs, 1):
         for record in getattr(run, kind):
+            if record.failed == LATE:
+                continue
             key = (*record.row, record.detail if kind == "ops" else "", record.variant)
             if not record.failed or key not in found or found[key].record.failed:
                 found[key] = Line(record, run, number)
