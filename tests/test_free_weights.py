@@ -55,6 +55,33 @@ def test_weights_that_only_int8_linears_read_are_released(device: str, x: Tensor
     assert kept(model) == ["norm.weight", "norm.bias", "fc1.bias", "fc2.bias"]
 
 
+class SlicedProjection(nn.Module):
+    """Queries from one value, keys and values from another, by parts of one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(64)
+        self.in_proj_weight = nn.Parameter(torch.randn(192, 64) / 8)
+        self.in_proj_bias = nn.Parameter(torch.randn(192))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, b = self.in_proj_weight, self.in_proj_bias
+        q = nn.functional.linear(x, w[:64], b[:64])
+        kv = nn.functional.linear(self.norm(x), w[64:], b[64:])
+        return q + kv[:, :64] * kv[:, 64:]
+
+
+def test_a_parameter_that_is_read_in_slices_is_released_and_its_slices_are_not(
+    device: str, x: Tensor
+) -> None:
+    plain, freed = normal(SlicedProjection, device), normal(SlicedProjection, device)
+    want = int8(plain)(x)
+    run = int8(freed, free_weights=True)
+    assert torch.equal(run(x), want)
+    assert kept(freed) == ["norm.weight", "norm.bias"]
+    assert torch.equal(run(x), want)
+
+
 def test_nothing_is_released_by_default(device: str, x: Tensor) -> None:
     model = normal(Mlp, device)
     int8(model)(x)

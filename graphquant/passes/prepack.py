@@ -60,8 +60,11 @@ class Recipe:
                 done[id(e)] = e.target(*map(value, e.args), **kwargs)
             return done[id(e)]
 
+        theirs = {r.untyped_storage()._cdata for r in roots}
         with torch.inference_mode(False), torch.autocast(device, enabled=False):
-            return [value(e) for e in self.outputs]
+            made = [value(e) for e in self.outputs]
+            # a slice of a parameter is no pack yet: the parameter may be released
+            return [t.clone() if t.untyped_storage()._cdata in theirs else t for t in made]
 
 
 @dataclass(frozen=True)
