@@ -13,6 +13,8 @@ from torch._dynamo.exc import BackendCompilerFailed
 from graphquant import ReleasedWeightError, Report
 from graphquant.packed import Supply, is_released
 from tests.small import FAR, NEAR, Mlp, again, error, int8, seeded
+from tools.bench.models import MODELS, build, inputs
+from tools.bench.variants import Prepared, weight_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -299,3 +301,15 @@ def test_bytes_freed_are_logged(device: str, x: Tensor, caplog: pytest.LogCaptur
 
 def test_release_before_any_job_is_nothing() -> None:
     assert Supply([], str).release([]) == 0
+
+
+@pytest.mark.slow
+def test_a_published_encoder_keeps_half_of_its_bytes() -> None:
+    """SigLIP-so400m: int8 and two float32 for each output channel; patches and positions stay."""
+    with torch.inference_mode(False):
+        model = build(MODELS["siglip-so400m"], "cpu")
+    before = weight_bytes(Prepared(model, model, []))
+    reports: list[Report] = []
+    run = int8(model, reports, free_weights=True)
+    run(**inputs(MODELS["siglip-so400m"], 1, "cpu"))
+    assert weight_bytes(Prepared(run, model, reports)) <= 0.52 * before

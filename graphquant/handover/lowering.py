@@ -4,6 +4,10 @@ Left to itself, Inductor calls a custom op through torch's dispatcher and lets i
 host time where a kernel runs 5. Here every call gets a Site of its own (graphquant/ops/launch.py):
 after the first, a few lines of C read the addresses and launch. Results are Inductor's buffers, so
 its memory planning covers them. Symbolic sizes and C++ wrappers take the usual way.
+
+What an activation's quantiser writes goes over what it reads, if that is large and read by nothing
+else: between two linears of an MLP the floats and the int8 of the widest value would stand side by
+side, more than the float model ever holds.
 """
 
 from __future__ import annotations
@@ -24,10 +28,12 @@ from torch._inductor.lowering import (
 from torch._inductor.virtualized import V
 from torch.fx import Node
 
+from graphquant.ops import act_quantize, int8_linear
 from graphquant.ops.define import OPS, Op
-from graphquant.ops.numerics import padded, row_stride
+from graphquant.ops.numerics import OVERLAID, padded, row_stride
 
 aten = torch.ops.aten
+LARGE = 2**26  # bytes: memory counts from here, and 5 us of host time do not
 
 
 @functools.cache
@@ -46,6 +52,8 @@ def _constrain(node: Node, *args: Any) -> tuple[tuple[Any, ...], dict[str, Any]]
         if not isinstance(value, ir.IRNode):
             return value
         fake = traced.meta["val"]
+        if isinstance(getattr(value, "data", None), _Overlay):
+            return value
         if row_stride(fake) is None:
             return ir.ExternKernel.require_contiguous(value)
         return ir.ExternKernel.require_exact_strides(value, fake.stride())
@@ -58,7 +66,8 @@ def _lower(op: Op, *args: Any) -> Any:
     fakes = results if isinstance(results, tuple) else (results,)
     if V.graph.cpp_wrapper or not _has_sites(fakes[0].device) or not all(map(_is_static, fakes)):
         return fallback_handler(op.target, add_to_fallback_set=False)(*args)
-    buffers = [_empty(f) for f in fakes]
+    over = _overlay(op, args[0], fakes[0])
+    buffers = [_empty(f) for f in fakes] if over is None else [over, *map(_empty, fakes[1:])]
     given = [a for a, is_tensor in zip(args, op.tensors, strict=True) if is_tensor]
     constants = [a for a, is_tensor in zip(args, op.tensors, strict=True) if not is_tensor]
     _Call(op, given, constants, buffers)
@@ -83,6 +92,29 @@ def _empty(fake: Tensor) -> Any:
     return made if size[-1] == K else lowerings[aten.slice.Tensor](made, -1, 0, K)
 
 
+class _Overlay(ir.ReinterpretView):
+    """numerics.overlay of a buffer."""
+
+    def codegen_reference(self, writer: Any = None) -> str:
+        return f"graphquant_overlay({self.get_name()})"
+
+
+def _overlay(op: Op, x: Any, fake: Tensor) -> Any | None:
+    """Room for xq over x, or None if xq needs memory of its own."""
+    source = V.graph.current_node.args[0]
+    if op is not act_quantize or not isinstance(source, Node) or len(source.users) > 1:
+        return None
+    floats, storage = source.meta["val"], x.data
+    if source.target is not int8_linear.target or not isinstance(storage, ir.StorageBox):
+        return None  # may be the caller's own memory
+    if floats.itemsize != 2 or 2 * floats.numel() < LARGE or floats.shape[-1] not in OVERLAID:
+        return None
+    storage.realize()
+    strides = [2 * n for n in floats.stride()[:-1]]
+    layout = ir.FixedLayout(fake.device, fake.dtype, list(fake.shape), [*strides, 1])
+    return ir.TensorBox(_Overlay(data=storage, layout=layout))
+
+
 class _Call(ir.ExternKernel):
     """One op call that fills buffers: for Inductor, a kernel that mutates them."""
 
@@ -94,7 +126,7 @@ class _Call(ir.ExternKernel):
         results: Sequence[Any],
     ) -> None:
         tensors = [t for t in (*given, *results) if t is not None]
-        inputs = [self.unwrap_storage_for_input(self.realize_input(t)) for t in tensors]
+        inputs = [self._input(t) for t in tensors]
         self.device: Any = inputs[0].get_device()
         super().__init__(None, ir.NoneLayout(device=self.device), inputs, tuple(constants))
         self.op = op
@@ -104,10 +136,19 @@ class _Call(ir.ExternKernel):
         ]
         V.graph.register_operation(self)
 
+    def _input(self, value: Any) -> Any:
+        if isinstance(value.data, _Overlay):
+            return value.data
+        return self.unwrap_storage_for_input(self.realize_input(value))
+
     def codegen(self, wrapper: Any) -> None:
         buffer = self.mutation_outputs[0].get_mutation_names()[0]  # no other call fills it
         name = f"graphquant_{self.op.name}_{buffer}"
         wrapper.add_import_once("from graphquant.ops.define import site as graphquant_site")
+        if any(isinstance(i, _Overlay) for i in self.inputs):
+            wrapper.add_import_once(
+                "from graphquant.ops.numerics import overlay as graphquant_overlay"
+            )
         constants = "".join(f", {c!r}" for c in self.constant_args)
         wrapper.header.writeline(f"{name} = graphquant_site({self.op.name!r}{constants})")
         inputs: Iterator[Any] = iter(self.inputs)

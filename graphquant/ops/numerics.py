@@ -31,6 +31,10 @@ ALIGN = 16  # bytes; TMA and 128-bit loads want rows that start at a multiple of
 LINE = 128  # bytes of a cache line: long rows that start at one multiply 10 % faster on Hopper
 LONG = 1024  # elements of a row from which that costs at most one byte in eight
 
+# Widths of 16-bit rows that a quantiser may write its int8 rows over: its programs hold one whole
+# row each, and read it before they write; and the new rows start at cache lines.
+OVERLAID = range(2048, 16_384 + 1, LINE)
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     # x * Phi(x). erfc and not 1 + erf: no cancellation for negative x
     "gelu": lambda x: 0.5 * x * torch.erfc(x * -(0.5**0.5)),
@@ -50,6 +54,12 @@ def vectors(K: int) -> int:
 def padded(K: int) -> int:
     """The row stride of every int8 tensor we make: K rounded up to ALIGN, or to LINE if LONG."""
     return (K + LINE - 1) // LINE * LINE if K >= LONG else vectors(K)
+
+
+def overlay(x: Tensor) -> Tensor:
+    """Room for int8 rows [..., K] in the first half of each row of x [..., K], float16 or bfloat16,
+    contiguous."""
+    return x.view(torch.int8)[..., : x.shape[-1]]
 
 
 def row_stride(x: Tensor) -> int | None:

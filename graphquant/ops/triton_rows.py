@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from graphquant.ops.launch import launch_triton
-from graphquant.ops.numerics import ALIGN, MIN_ABSMAX, QMAX, padded, vectors
+from graphquant.ops.numerics import ALIGN, MIN_ABSMAX, QMAX, row_stride, vectors
 from graphquant.ops.triton_util import as_rows, overlap, unit_of, wait_for_inputs
 
 WHOLE_ROW = 16_384  # float32 elements of one row that one program's registers can hold
@@ -325,7 +325,10 @@ def _chunk(x_ptr, up_ptr, k, K: tl.constexpr, ACT: tl.constexpr):
 def launch_quantize_rows(
     x: Tensor, up: Tensor | None, act: str, xq: Tensor, x_scale: Tensor, x_shift: Tensor
 ) -> None:
-    """Fill an empty_triple from x (and up), both [..., K]. `act` may be "none"."""
+    """Fill an empty_triple from x (and up), both [..., K]. `act` may be "none".
+
+    xq may be `overlay(x)` for widths in OVERLAID.
+    """
     K = x.shape[-1]
     M = x.numel() // K
     if M == 0:
@@ -339,7 +342,7 @@ def launch_quantize_rows(
     launch_triton(
         quantize_rows_kernel, (triton.cdiv(M, config["ROWS"]),),
         x, up, xq, x_scale, x_shift, M, x_row // x_unit, up_row // up_unit,
-        K=K, K_PAD=vectors(K), XQ_ROW=padded(K), X_UNIT=x_unit, UP_UNIT=up_unit, ACT=act,
+        K=K, K_PAD=vectors(K), XQ_ROW=row_stride(xq), X_UNIT=x_unit, UP_UNIT=up_unit, ACT=act,
         **config,
         **overlap(x.device),
     )  # fmt: skip

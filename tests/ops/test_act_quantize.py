@@ -15,8 +15,8 @@ from torch import Tensor
 
 from graphquant.ops import act_quantize, glu_quantize
 from graphquant.ops.define import Kernel, Op
-from graphquant.ops.numerics import ACTIVATIONS, quantize_symmetric
-from graphquant.ops.triton_rows import activate, to_float32
+from graphquant.ops.numerics import ACTIVATIONS, OVERLAID, overlay, padded, quantize_symmetric
+from graphquant.ops.triton_rows import WHOLE_ROW, activate, row_config, to_float32
 from tests.ops.bounds import (
     U,
     assert_layout,
@@ -252,3 +252,23 @@ def test_rows_too_long_for_registers_mean_the_same(op: Op, kernel: Kernel, devic
 def test_no_rows_give_no_rows(op: Op, kernel: Kernel, device: str) -> None:
     x = torch.empty(0, 20, device=device)
     assert_layout(*kernel.fn(x, "gelu"), x.shape)
+
+
+@kernels(act_quantize)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("K", [OVERLAID[0], 4096, OVERLAID[-1]])
+def test_int8_rows_may_be_written_over_the_floats_that_they_come_from(
+    op: Op, kernel: Kernel, device: str, K: int, dtype: torch.dtype
+) -> None:
+    x = torch.randn(3, 5, K, device=device).to(dtype)
+    want = kernel.fn(x, "gelu")
+    xq, x_scale, x_shift = overlay(x), *map(torch.empty_like, want[1:])
+    assert kernel.fill is not None
+    kernel.fill(x, "gelu", out=(xq, x_scale, x_shift))
+    assert all(map(torch.equal, (xq, x_scale, x_shift), want))
+
+
+def test_a_program_holds_one_whole_row_that_may_be_written_over() -> None:
+    for K in OVERLAID:
+        assert row_config(K)["ROWS"] == 1 and K <= WHOLE_ROW
+        assert padded(K) == K  # no pads: they would reach into the next row
