@@ -648,6 +648,30 @@ def test_the_newest_record_is_shown_with_the_ratio_of_its_own_run() -> None:
     assert write.speedup_text(lines["torchao-int8"]) == "0.50x"
 
 
+def test_a_time_with_nothing_beside_it_does_not_replace_one_that_was_compared() -> None:
+    old = run_of(record("bf16-default", 4.0), record("graphquant", 2.0))
+    new = run_of(
+        record("bf16-default", None, failed="RuntimeError"),
+        record("graphquant", 1.9),
+        record("eager", None, failed="RuntimeError"),
+        date="2026-02-02",
+    )
+    lines = latest([old, new], "encoders")
+    assert {n.record.variant: n.number for n in lines} == {
+        "bf16-default": 1, "graphquant": 1, "eager": 2
+    }  # fmt: skip
+
+
+def test_whole_models_beside_cut_ones_are_told_apart() -> None:
+    run = run_of(record("eager", 4.0), record("eager", 1.0, layers=2))
+    whole, cut = (Line(r, run, 1) for r in run.encoders)
+    assert write._title("Encoders", [whole]) == "Encoders"
+    assert write._title("Encoders", [cut]).startswith("Encoders (models cut to 2 layers:")
+    assert write._title("Encoders", [cut, whole]).startswith(
+        "Encoders (some models cut to 2 layers:"
+    )
+
+
 def test_what_was_not_run_for_lack_of_time_is_not_shown() -> None:
     late = run_of(record("bf16-default", 4.0), record("graphquant", None, failed=LATE))
     assert [n.record.variant for n in latest([late], "encoders")] == ["bf16-default"]

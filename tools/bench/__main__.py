@@ -1,7 +1,7 @@
 """How fast whole encoders, and single ops, run beside what one would use instead.
 
     python -m tools.bench siglip-so400m --batch 8 64 --variants bf16-default graphquant
-    python -m tools.bench --preset headline --jobs 8 --json run.json
+    python -m tools.bench --preset headline --jobs 4 --json run.json
     python -m tools.bench ops siglip-so400m --batch 64
     python -m tools.bench write docs/performance.json --add run.json
 
@@ -10,7 +10,7 @@ All variants of a model run in one process, on the same random bfloat16 weights 
 whose cosine to the float32 model is under 0.999 gets no speed-up printed, and nothing does when an
 op is wrong on this device. `write` needs no GPU.
 
-Compilation takes most of the time. --jobs 8 does it in eight processes, which time what they choose
+Compilation takes most of the time. --jobs 4 does it in four processes, which time what they choose
 between one after the other; $TORCHINDUCTOR_CACHE_DIR kept from an earlier run saves it too. Neither
 changes a kernel; the records then say "cached".
 

@@ -143,6 +143,14 @@ class Line:
     run: Run
     number: int
 
+    @property
+    def worth(self) -> int:
+        """2: a time to compare, 1: a time alone, 0: none."""
+        if self.record.failed:
+            return 0
+        same = [r for r in self.run.records if r.row == self.record.row and not r.failed]
+        return 1 + (len(same) > 1)
+
 
 def header(argv: Sequence[str]) -> dict[str, str]:
     about = check.environment()
@@ -264,8 +272,8 @@ def merge(runs: Iterable[Run]) -> list[Run]:
 def latest(runs: Sequence[Run], kind: str) -> list[Line]:
     """Of each (row, variant) the newest record that has numbers, in the order first seen.
 
-    kind: "encoders" or "ops". A failure is shown only where there is nothing better, and what was
-    not run for lack of time not at all.
+    kind: "encoders" or "ops". A failure, or a time that its run has nothing to compare with, is
+    shown only where there is nothing better, and what was not run for lack of time not at all.
     """
     found: dict[tuple[Any, ...], Line] = {}
     for number, run in enumerate(runs, 1):
@@ -273,8 +281,9 @@ def latest(runs: Sequence[Run], kind: str) -> list[Line]:
             if record.failed == LATE:
                 continue
             key = (*record.row, record.detail if kind == "ops" else "", record.variant)
-            if not record.failed or key not in found or found[key].record.failed:
-                found[key] = Line(record, run, number)
+            line = Line(record, run, number)
+            if key not in found or line.worth >= found[key].worth:
+                found[key] = line
     order: dict[tuple[Any, ...], int] = {}
     for line in found.values():
         order.setdefault(line.record.row, len(order))

@@ -160,9 +160,13 @@ def _sheet(title: str, columns: tuple[str, ...], cells: Cells, lines: list[Line]
 
 
 def _title(title: str, lines: Sequence[Line]) -> str:
-    cut = sorted({n.record.layers for n in lines if getattr(n.record, "layers", None)})
+    depths = {getattr(n.record, "layers", None) for n in lines}
+    cut = sorted(d for d in depths if d is not None)
+    if not cut:
+        return title
+    some = "some models" if None in depths else "models"
     layers = ", ".join(map(str, cut)) + f" layer{'s' * (cut != [1])}"
-    return f"{title} (models cut to {layers}: no measure of a whole one)" if cut else title
+    return f"{title} ({some} cut to {layers}: no measure of a whole one)"
 
 
 def for_terminal(lines: Iterable[Line]) -> list[Table]:
