@@ -41,12 +41,12 @@ def register() -> None:
     """Tell Inductor, once in a process."""
     for op in OPS.values():
         if op.files:
-            add_layout_constraint(op.target, _constrain)
+            add_layout_constraint(op.target, functools.partial(_constrain, op))
             register_lowering(op.target, type_promotion_kind=None)(functools.partial(_lower, op))
 
 
-def _constrain(node: Node, *args: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs as they were traced, strides included, but in rows: what a kernel reads in place."""
+def _constrain(op: Op, node: Node, *args: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs as they were traced, strides included, where a kernel reads them in place."""
 
     def one(value: Any, traced: Any) -> Any:
         if not isinstance(value, ir.IRNode):
@@ -54,7 +54,8 @@ def _constrain(node: Node, *args: Any) -> tuple[tuple[Any, ...], dict[str, Any]]
         fake = traced.meta["val"]
         if isinstance(getattr(value, "data", None), _Overlay):
             return value
-        if row_stride(fake) is None:
+        in_place = row_stride(fake) is not None if op.in_rows else fake.stride(-1) == 1
+        if not in_place:
             return ir.ExternKernel.require_contiguous(value)
         return ir.ExternKernel.require_exact_strides(value, fake.stride())
 
@@ -85,9 +86,12 @@ def _is_static(fake: Tensor) -> bool:
 def _empty(fake: Tensor) -> Any:
     """A buffer of Inductor's with the layout of `fake`, the pads of int8 rows included."""
     K = fake.shape[-1]
-    size = [*fake.shape[:-1], padded(K) if fake.dtype == torch.int8 else K]
+    size, strides = fake.shape, fake.stride()
+    if fake.dtype == torch.int8:
+        size = torch.Size((*size[:-1], padded(K)))
+        strides = torch.empty(size, device="meta").stride()
     made = lowerings[aten.empty_strided.default](
-        size, torch.empty(size, device="meta").stride(), dtype=fake.dtype, device=fake.device
+        size, strides, dtype=fake.dtype, device=fake.device
     )
     return made if size[-1] == K else lowerings[aten.slice.Tensor](made, -1, 0, K)
 

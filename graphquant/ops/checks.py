@@ -24,8 +24,13 @@ def rows(op: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS
         raise UnsupportedInputError(f"{op}: {name} is {_short(x.dtype)}, needs {need}")
     if x.dim() == 0:
         raise UnsupportedInputError(f"{op}: {name} is a scalar, needs at least one dim")
-    if _known(x.shape[-1] == 0):
-        raise UnsupportedInputError(f"{op}: {name} has shape {_show(x.shape)}, needs K >= 1")
+    some(op, name, x, -1, "K >= 1")
+
+
+def some(op: str, name: str, x: Tensor, dim: int, need: str) -> None:
+    """x is not empty along dim."""
+    if _known(x.shape[dim] == 0):
+        raise UnsupportedInputError(f"{op}: {name} has shape {_show(x.shape)}, needs {need}")
 
 
 def shape(op: str, name: str, x: Tensor, want: tuple[int, ...], why: str) -> None:

@@ -49,6 +49,7 @@ class Op:
     check: Callable[..., None]
     fake: Callable[..., Any]  # results with nothing in them yet
     files: tuple[str, ...]  # kernel modules beside op.py, preferred first
+    in_rows: bool = True  # what kernels read in place: see `define`
     kernels: list[Kernel] = field(default_factory=list)  # in order of preference
     _sites: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -152,8 +153,12 @@ def define(
     fake: Callable[..., Any],
     check: Callable[..., None],
     kernels: tuple[str, ...] = ("triton",),
+    in_rows: bool = True,
 ) -> Callable[[Callable[..., Any]], Op]:
     """Decorator on the reference. `schema` is written by hand: it is the op's public contract.
+
+    in_rows: kernels read tensors in place that are [M, K] in memory (numerics.row_stride); if
+    False, any whose last stride is 1. Others are copied.
 
     `check(*args)` raises UnsupportedInputError for arguments that have no meaning. It runs before
     the fake, the reference and the kernels alike, so tracing says what running would say.
@@ -161,7 +166,7 @@ def define(
     """
 
     def make(reference: Callable[..., Any]) -> Op:
-        op = Op(reference.__name__, reference, check, fake, kernels)
+        op = Op(reference.__name__, reference, check, fake, kernels, in_rows)
         LIB.define(op.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         declared = [a.name for a in op.target._schema.arguments]
         if declared != _parameters(reference):

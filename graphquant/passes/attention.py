@@ -5,8 +5,8 @@ separate float32 steps, at twice the whole model's time. Tracing makes such mask
 whether it may skip one only when it is not traced). Where a mask is computed from no input, it is
 evaluated here.
 
-Which of cuDNN, flash and efficient attention is fastest depends on the card and the sizes, so on
-CUDA it is measured, for equal sizes once (graphquant/ops/measure.py).
+Which of torch's kernels (cuDNN, flash, efficient) and of ours is fastest depends on the card and
+the sizes, so on CUDA it is measured, for equal sizes once (graphquant/ops/measure.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import logging
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
+from graphquant.ops import attention
+from graphquant.ops.attention.op import TILES, WIDEST
 from graphquant.ops.measure import times
 from graphquant.passes.graph import aten, calls, full_args, is_random, written_in_place
 from graphquant.passes.select import MEASURED, random_like
@@ -109,71 +111,107 @@ def choose_kernels(graph: Graph, needs_gradient: set[Node]) -> None:
             continue
         if not _fits_together(values, causal):
             continue
-        allowed = {name: kernel for name, kernel in KERNELS.items() if kernel.allowed()}
+        scale = values[0].shape[-1] ** -0.5 if scale is None else scale
+        allowed = {n: k for n, k in KERNELS.items() if k.takes(values[0].shape[-1], causal, scale)}
         if len(allowed) < 2:
             continue
         question = f"attention {[_layout(t) for t in values]} causal={causal}"
+        inputs = cache(partial(_like, values))  # made only if there is something to measure
         with unset_fake_temporarily(), torch.inference_mode():
-            inputs = [random_like(t) for t in values]
             found = times(
                 question,
                 values[0].device,
-                {name: partial(_run, k, inputs, causal, scale) for name, k in allowed.items()},
+                {n: partial(_run, k, inputs, causal, scale) for n, k in allowed.items()},
             )
         if not found:
             continue
-        kernel = KERNELS[min(found, key=lambda name: found[name])]
+        fastest = min(found, key=lambda name: found[name])
+        log.debug("%s: %s", node.name, fastest)
         with graph.inserting_before(node):
-            args, kwargs = kernel.arguments((q, k, v), causal, scale)
-            results = graph.call_function(kernel.op, args, kwargs)
-            made = graph.call_function(operator.getitem, (results, 0))
-        results.meta.update(node.meta)
-        made.meta.update(node.meta)
-        results.meta["val"] = (node.meta["val"],)  # nothing reads the rest
+            made = KERNELS[fastest].insert(graph, node, (q, k, v), causal, scale)
         node.replace_all_uses_with(made)
         graph.erase_node(node)
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """One of torch's. `extra` stands between v and what all of them take."""
+class OfTorch:
+    """One of torch's kernels. `extra` stands between v and what all of them take."""
 
     op: Any
     allowed: Callable[[], bool]
-    extra: tuple[Any, ...]  # between q, k, v and dropout
+    extra: tuple[Any, ...]
 
-    def arguments(
-        self, qkv: Sequence[Any], causal: bool, scale: float | None
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return (*qkv, *self.extra, 0.0, causal), {"scale": scale}
+    def takes(self, width: int, causal: bool, scale: float) -> bool:
+        return self.allowed()
+
+    def call(self, qkv: Sequence[Any], causal: bool, scale: float) -> Any:
+        return self.op(*qkv, *self.extra, 0.0, causal, scale=scale)
+
+    def insert(
+        self, graph: Graph, old: Node, qkv: Sequence[Node], causal: bool, scale: float
+    ) -> Node:
+        args = (*qkv, *self.extra, 0.0, causal)
+        results = graph.call_function(self.op, args, {"scale": scale})
+        made = graph.call_function(operator.getitem, (results, 0))
+        results.meta.update(old.meta)
+        made.meta.update(old.meta)
+        results.meta["val"] = (old.meta["val"],)  # nothing reads the rest
+        return made
 
 
-KERNELS = {
-    "cudnn": Kernel(
+@dataclass(frozen=True)
+class Ours:
+    """graphquant::attention in one of its tiles."""
+
+    tile: str
+
+    def takes(self, width: int, causal: bool, scale: float) -> bool:
+        return width <= WIDEST and not causal and scale > 0
+
+    def call(self, qkv: Sequence[Any], causal: bool, scale: float) -> Any:
+        return attention(*qkv, scale, self.tile)
+
+    def insert(
+        self, graph: Graph, old: Node, qkv: Sequence[Node], causal: bool, scale: float
+    ) -> Node:
+        made = graph.call_function(attention.target, (*qkv, scale, self.tile))
+        made.meta.update(old.meta)
+        made.meta["val"] = old.meta["val"].transpose(1, 2).contiguous().transpose(1, 2)
+        return made
+
+
+KERNELS: dict[str, OfTorch | Ours] = {
+    "cudnn": OfTorch(
         aten._scaled_dot_product_cudnn_attention.default,
         torch.backends.cuda.cudnn_sdp_enabled,
         (None, False),  # no bias, no log-sum-exp
     ),
-    "flash": Kernel(
+    "flash": OfTorch(
         aten._scaled_dot_product_flash_attention.default,
         torch.backends.cuda.flash_sdp_enabled,
         (),
     ),
-    "efficient": Kernel(
+    "efficient": OfTorch(
         aten._scaled_dot_product_efficient_attention.default,
         torch.backends.cuda.mem_efficient_sdp_enabled,
         (None, False),
     ),
+    **{f"graphquant {tile}": Ours(tile) for tile in TILES},
 }
 
 
-def _run(kernel: Kernel, inputs: Sequence[Tensor], causal: bool, scale: float | None) -> object:
-    args, kwargs = kernel.arguments(inputs, causal, scale)
-    return kernel.op(*args, **kwargs)
+def _like(values: Sequence[Tensor]) -> list[Tensor]:
+    return [random_like(t) for t in values]
+
+
+def _run(
+    kernel: OfTorch | Ours, inputs: Callable[[], Sequence[Tensor]], causal: bool, scale: float
+) -> object:
+    return kernel.call(inputs(), causal, scale)
 
 
 def _is_timed(value: Tensor) -> bool:
-    """The three kernels take half floats [B, H, S, D], D a multiple of 8 next to each other."""
+    """The kernels take half floats [B, H, S, D], D a multiple of 8 next to each other."""
     return (
         value.device.type in MEASURED
         and value.dtype in HALVES

@@ -45,6 +45,10 @@ def _arguments(op: Op, x: Tensor) -> tuple[Any, ...]:
         return x, "gelu"
     if op is ops.glu_quantize:
         return x, x.flip(-1), "silu"
+    if op is ops.attention:
+        lead = (*x.shape[:-1], 1, 1)[:2]
+        q = x.reshape(lead[0], 1, lead[1], K)
+        return q, q.flip(2), q.flip(3), 0.5, "64x64"
     assert op is ops.int8_linear
     w = torch.randn(24, K, generator=torch.Generator().manual_seed(1))
     quantized = ops.quantize.reference(x.cpu()), ops.quantize_weight.reference(w)
@@ -120,7 +124,7 @@ def test_what_quantisers_return_is_what_int8_linear_takes() -> None:
         returns = [r.name for r in op.target._schema.returns]
         if op is ops.quantize_weight:
             assert returns == takes[3:6]
-        elif op is not ops.int8_linear:
+        elif op not in (ops.int8_linear, ops.attention):
             assert returns[-3:] == takes[:3]
             assert returns[:-3] == (["y"] if op is ops.norm_quantize_keep else [])
 
@@ -182,7 +186,13 @@ def _linear_with(**changes: Any) -> tuple[Any, ...]:
     return tuple((args | changes).values())
 
 
+def _attention_with(**changes: Any) -> tuple[Any, ...]:
+    args = {"q": heads, "k": heads, "v": heads, "scale": 0.125, "tile": "64x64"}
+    return tuple((args | changes).values())
+
+
 x = torch.ones(4, 32)
+heads = torch.ones(2, 3, 5, 32)
 WRONG: list[tuple[Op, tuple[Any, ...], str]] = [
     (ops.quantize, (x.double(),), "quantize: x is float64, needs float16, bfloat16 or float32"),
     (ops.quantize, (torch.tensor(1.0),), "quantize: x is a scalar, needs at least one dim"),
@@ -237,6 +247,26 @@ WRONG: list[tuple[Op, tuple[Any, ...], str]] = [
         r"residual has shape \[8\], needs \[4, 8\]",
     ),
     (ops.int8_linear, _linear_with(dtype=torch.float64), "dtype is float64, needs float16"),
+    (ops.attention, _attention_with(q=heads.int()), "attention: q is int32, needs float16"),
+    (ops.attention, _attention_with(k=heads.half()), "attention: k is float16, needs float32"),
+    (ops.attention, _attention_with(v=heads[0]), r"attention: v has 3 dims, needs \[B, H, _, D\]"),
+    (
+        ops.attention,
+        _attention_with(k=heads[:, :1]),
+        r"attention: k has shape \[2, 1, 5, 32\], needs \[2, 3, 5, 32\]: \[B, H, T, D\] like q",
+    ),
+    (
+        ops.attention,
+        _attention_with(v=heads[:, :, 1:]),
+        r"attention: v has shape \[2, 3, 4, 32\], needs \[2, 3, 5, 32\]: \[B, H, T, D\] like k",
+    ),
+    (
+        ops.attention,
+        _attention_with(k=heads[:, :, :0], v=heads[:, :, :0]),
+        r"attention: k has shape \[2, 3, 0, 32\], needs T >= 1",
+    ),
+    (ops.attention, _attention_with(scale=0.0), "attention: scale is 0.0, needs > 0"),
+    (ops.attention, _attention_with(tile="8x8"), "attention: tile is '8x8', needs one of 128x128"),
     (
         ops.int8_linear,
         _linear_with(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
+from graphquant import ops
 from graphquant.passes import attention
 from graphquant.passes.attention import KERNELS, SDPA, choose_kernels, drop_empty_masks
 from graphquant.passes.graph import calls, full_args
@@ -300,10 +303,20 @@ def clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cl
     monkeypatch.setattr(attention, "MEASURED", ("cpu",))
     for kernel in ("flash", "cudnn", "mem_efficient"):
         monkeypatch.setattr(torch._C, f"_get_{kernel}_sdp_enabled", lambda: True)
-    allowed = {name: lambda: True for name in KERNELS}
-    patched = {name: attention.Kernel(k.op, allowed[name], k.extra) for name, k in KERNELS.items()}
-    monkeypatch.setattr(attention, "KERNELS", patched)
+    monkeypatch.setattr(attention, "KERNELS", switched(lambda name: True))
     return stand_in
+
+
+OF_TORCH = [name for name, kernel in KERNELS.items() if isinstance(kernel, attention.OfTorch)]
+OURS = [name for name in KERNELS if name not in OF_TORCH]
+
+
+def switched(on: Callable[[str], bool]) -> dict[str, Any]:
+    """KERNELS, of which torch's are allowed as on(name) says."""
+    return {
+        name: replace(k, allowed=partial(on, name)) if name in OF_TORCH else k
+        for name, k in KERNELS.items()
+    }
 
 
 def chosen(*args: Tensor, needs_gradient: bool = False, sizes: Any = None, **how: Any) -> Any:
@@ -320,7 +333,7 @@ def qkv(*shape: int, dtype: torch.dtype = torch.float16) -> list[Tensor]:
     return [torch.randn(*(shape or (B, H, T, D))).to(dtype) for _ in range(3)]
 
 
-@pytest.mark.parametrize("clock", KERNELS, indirect=True)
+@pytest.mark.parametrize("clock", OF_TORCH, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("causal", "scale"), [(False, None), (True, 0.25)])
 def test_the_fastest_kernel_is_called_in_place_of_the_choice_that_torch_would_make(
@@ -334,7 +347,7 @@ def test_the_fastest_kernel_is_called_in_place_of_the_choice_that_torch_would_ma
     q, k, v = graph.find_nodes(op="placeholder")
     assert [argument(node, name) for name in ("query", "key", "value")] == [q, k, v]
     assert argument(node, "dropout_p") == 0.0 and argument(node, "is_causal") is causal
-    assert argument(node, "scale") == scale
+    assert argument(node, "scale") == (scale or D**-0.5)
     names = {a.name for a in op._schema.arguments}
     if "attn_bias" in names:
         assert argument(node, "attn_bias") is None
@@ -347,7 +360,33 @@ def test_the_fastest_kernel_is_called_in_place_of_the_choice_that_torch_would_ma
     out = op(*args, **kwargs)[0]
     assert (out.shape, out.dtype) == (first.meta["val"].shape, first.meta["val"].dtype)
     assert first.args == (node, 0) and len(first.users) == 1
-    assert len(clock.bound[0]) == 3
+    assert list(clock.bound[0]) == (OF_TORCH if causal else list(KERNELS))
+
+
+@pytest.mark.parametrize("clock", OURS, indirect=True)
+@pytest.mark.parametrize("scale", [None, 0.25])
+def test_our_kernel_is_called_if_it_is_the_fastest(clock: Clock, scale: float | None) -> None:
+    inputs = [t.transpose(1, 2) for t in qkv(B, T, H, D)]
+    captured = chosen(*inputs, scale=scale)
+    graph = captured.gm.graph
+    (node,) = graph.find_nodes(op="call_function", target=ops.attention.target)
+    assert not graph.find_nodes(op="call_function", target=SDPA)
+    q, k, v = graph.find_nodes(op="placeholder")
+    tile = clock.fastest.removeprefix("graphquant ")
+    assert node.args == (q, k, v, scale or D**-0.5, tile)
+    got = captured.gm(*inputs)
+    want = F.scaled_dot_product_attention(*inputs, scale=scale).sin()
+    torch.testing.assert_close(got, want, rtol=2**-10, atol=2e-3)
+    real = ops.attention(*inputs, scale or D**-0.5, tile)
+    traced = node.meta["val"]
+    assert (traced.shape, traced.stride(), traced.dtype) == (real.shape, real.stride(), real.dtype)
+
+
+def test_our_kernel_is_not_asked_for_what_it_does_not_compute(clock: Clock) -> None:
+    chosen(*qkv(), is_causal=True)
+    chosen(*qkv(), scale=-1.0)
+    chosen(*qkv(1, 1, T, 264))
+    assert [list(b) for b in clock.bound] == [OF_TORCH] * 3
 
 
 def test_candidates_are_bound_to_values_like_those_of_the_graph(clock: Clock) -> None:
@@ -358,8 +397,8 @@ def test_candidates_are_bound_to_values_like_those_of_the_graph(clock: Clock) ->
     (bound,) = clock.bound
     for name, call in bound.items():
         kernel, inputs, causal, scale = call.args
-        assert kernel.op is KERNELS[name].op and (causal, scale) == (True, None)
-        for made, real in zip(inputs, (q, k, k), strict=True):
+        assert kernel.op is KERNELS[name].op and (causal, scale) == (True, D**-0.5)
+        for made, real in zip(inputs(), (q, k, k), strict=True):
             assert (made.shape, made.stride()) == (real.shape, real.stride())
             assert made.dtype == real.dtype and made.float().std() > 0.5
 
@@ -406,24 +445,18 @@ def test_fewer_queries_than_keys_are_timed_where_nothing_is_causal(clock: Clock)
     assert len(clock.questions) == 1
 
 
-@pytest.mark.parametrize("left", KERNELS)
+@pytest.mark.parametrize("left", OF_TORCH)
 def test_what_the_user_switched_off_is_not_called(
     left: str, clock: Clock, monkeypatch: Any
 ) -> None:
-    def only(*names: str) -> None:
-        patched = {
-            name: attention.Kernel(k.op, lambda on=name in names: on, k.extra)
-            for name, k in KERNELS.items()
-        }
-        monkeypatch.setattr(attention, "KERNELS", patched)
-
-    only(left)
-    assert chosen(*qkv()).gm.graph.find_nodes(op="call_function", target=SDPA)
+    monkeypatch.setattr(attention, "KERNELS", switched(lambda name: name == left))
+    chosen(*qkv(), is_causal=True)  # one kernel: nothing to measure
     assert not clock.questions
-    others = [name for name in KERNELS if name != left]
-    only(*others)
     chosen(*qkv())
-    assert list(clock.bound[0]) == others
+    assert list(clock.bound[-1]) == [left, *OURS]
+    monkeypatch.setattr(attention, "KERNELS", switched(lambda name: name != left))
+    chosen(*qkv())
+    assert list(clock.bound[-1]) == [name for name in KERNELS if name != left]
 
 
 @pytest.mark.parametrize("answer", [None, {}])

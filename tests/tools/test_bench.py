@@ -454,7 +454,7 @@ def test_an_unwritten_row_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) 
     _break(monkeypatch, name, wrong)
 
 
-@pytest.mark.parametrize("name", sorted(set(OPS) - {"int8_linear"}))
+@pytest.mark.parametrize("name", sorted(set(OPS) - {"int8_linear", "attention"}))
 def test_a_value_one_step_off_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(op: Op, *args: Any) -> Any:
         results = _first(op, *args)

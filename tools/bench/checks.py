@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from graphquant.ops import OPS
+from graphquant.ops.attention.op import TILES
 from graphquant.ops.numerics import ACTIVATIONS, MIN_ABSMAX
 
 # M, N, K: nothing a multiple of anything; the widths of one layer with few and with many rows
@@ -264,6 +265,27 @@ def _int8_linear(M: int, N: int, K: int, device: str, small: bool) -> Cases:
         yield f"{M} x {N} x {K} bias={bias} residual={residual}", make
 
 
+def _attention(M: int, N: int, K: int, device: str, small: bool) -> Cases:
+    """M tokens of two heads, as views of one result, in every tile."""
+    for tile in TILES:
+
+        def make(tile: str = tile) -> tuple[Args, Compare]:
+            tokens, width = min(M, 577), 72
+            qkv = torch.randn(3, 1, tokens, 2, width, device=device).to(DTYPE).transpose(2, 3)
+            scale = width**-0.5
+            scores = qkv[0].double() @ qkv[1].double().transpose(2, 3) * scale
+            want = scores.softmax(-1) @ qkv[2].double()
+
+            def compare(got: Tensor) -> str | None:  # probabilities are rounded to bfloat16
+                off = _worst((got.double() - want) / (2**-7 * (want.abs() + 1)))
+                return f"y is off by {off:.3g} of what it may be" if off > 1 else None
+
+            return (*qkv, scale, tile), compare
+
+        if small or K < N:
+            yield f"{min(M, 577)} x 72 {tile}", make
+
+
 CASES: dict[str, Callable[[int, int, int, str, bool], Cases]] = {
     "quantize": _quantize,
     "quantize_weight": _quantize_weight,
@@ -272,4 +294,5 @@ CASES: dict[str, Callable[[int, int, int, str, bool], Cases]] = {
     "act_quantize": _act_quantize,
     "glu_quantize": _glu_quantize,
     "int8_linear": _int8_linear,
+    "attention": _attention,
 }

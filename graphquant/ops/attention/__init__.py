@@ -1,0 +1,1 @@
+from graphquant.ops.attention.op import attention as attention

@@ -1,0 +1,59 @@
+"""Attention without a mask, in floats, for lengths and head widths that torch's kernels pad.
+
+    y = softmax(scale q k^T) v        per head, sums and softmax in float32
+
+    q       [B, H, S, D]  float16 | bfloat16 | float32, any strides
+    k, v    [B, H, T, D]  like q; T >= 1
+    scale   of the scores, > 0, usually D ** -0.5
+    tile    a name in TILES: how a CUDA kernel cuts its work; the result is the same up to rounding
+    -> y    [B, H, S, D]  like q, and [B, S, H, D] in memory: heads side by side, as the linear that
+            follows reads them
+
+torch's fused kernels work on blocks of 64 to 128 tokens and on heads of 64 or 128: of an image of
+257 tokens, or with heads of 72, they compute up to twice what there is.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from graphquant.errors import UnsupportedInputError
+from graphquant.ops import checks
+from graphquant.ops.define import define
+
+TILES = ("128x128", "128x64", "64x128", "64x64")  # queries x keys
+WIDEST = 256  # D that CUDA kernels take
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> None:
+    if tile not in TILES:
+        raise UnsupportedInputError(f"attention: tile is {tile!r}, needs one of {', '.join(TILES)}")
+    if not scale > 0:
+        raise UnsupportedInputError(f"attention: scale is {scale}, needs > 0")
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        checks.rows("attention", name, t, (q.dtype,) if q.dtype in checks.FLOATS else checks.FLOATS)
+        if t.dim() != 4:
+            raise UnsupportedInputError(f"attention: {name} has {t.dim()} dims, needs [B, H, _, D]")
+    checks.one_device("attention", q=q, k=k, v=v)
+    checks.some("attention", "k", k, 2, "T >= 1")
+    B, H, _, D = q.shape
+    checks.shape("attention", "k", k, (B, H, k.shape[2], D), "[B, H, T, D] like q")
+    checks.shape("attention", "v", v, (B, H, k.shape[2], D), "[B, H, T, D] like k")
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> Tensor:
+    B, H, S, D = q.shape
+    return torch.empty((B, S, H, D), dtype=q.dtype, device=q.device).transpose(1, 2)
+
+
+@define(
+    "(Tensor q, Tensor k, Tensor v, float scale, str tile) -> Tensor y",
+    fake=_fake,
+    check=_check,
+    in_rows=False,
+)
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> Tensor:
+    y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), scale=scale)
+    return _fake(q, k, v, scale, tile).copy_(y)
