@@ -713,8 +713,8 @@ class MaskUnderVmap(nn.Module):
         return nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask[None, None])
 
 
-def test_a_graph_that_cannot_be_followed_runs_as_it_is_and_says_so() -> None:
-    model, x = MaskUnderVmap().eval(), torch.randn(2, 8, 64)
+def test_a_graph_that_cannot_be_followed_runs_as_it_is_and_says_so(device: str) -> None:
+    model, x = MaskUnderVmap().eval().to(device), torch.randn(2, 8, 64, device=device)
     reports: list[Report] = []
     torch._dynamo.reset()
     run = torch.compile(model, backend="graphquant", options={"on_report": reports.append})
