@@ -59,14 +59,14 @@ class Summary:
 def environment() -> dict[str, str]:
     """Versions, processor and GPU, for a bug report."""
     found = {"python": platform.python_version(), "system": platform.platform()}
-    found |= {name: _version(name) for name in PACKAGES}
+    found |= {name: version(name) for name in PACKAGES}
     found["processor"] = f"{_processor()}, {os.cpu_count()} threads"
     found["device"] = _device()
     found["driver"] = _driver()
     return found
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

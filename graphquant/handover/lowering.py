@@ -69,9 +69,7 @@ def _lower(op: Op, *args: Any) -> Any:
         return fallback_handler(op.target, add_to_fallback_set=False)(*args)
     over = _overlay(op, args[0], fakes[0])
     buffers = [_empty(f) for f in fakes] if over is None else [over, *map(_empty, fakes[1:])]
-    given = [a for a, is_tensor in zip(args, op.tensors, strict=True) if is_tensor]
-    constants = [a for a, is_tensor in zip(args, op.tensors, strict=True) if not is_tensor]
-    _Call(op, given, constants, buffers)
+    _Call(op, *op.split(args), buffers)
     return tuple(buffers) if isinstance(results, tuple) else buffers[0]
 
 

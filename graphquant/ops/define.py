@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import compress
@@ -67,6 +67,16 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         return self.target(*args)
 
+    def split(self, args: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """(tensors and absent ones, constants) of the schema's arguments, each in order."""
+        constant = [not is_tensor for is_tensor in self.tensors]
+        return list(compress(args, self.tensors)), list(compress(args, constant))
+
+    def join(self, tensors: Iterable[Any], constants: Iterable[Any]) -> list[Any]:
+        """What was split."""
+        given, rest = iter(tensors), iter(constants)
+        return [next(given if is_tensor else rest) for is_tensor in self.tensors]
+
     def kernel(
         self, name: str, *, refuses: Callable[..., str | None] = lambda *_: None
     ) -> Callable[[Callable[..., None]], Callable[..., Any]]:
@@ -112,8 +122,7 @@ class Op:
         n_inputs = sum(self.tensors)
 
         def first(*tensors: Tensor | None) -> Any:
-            given, rest = iter(tensors[:n_inputs]), iter(constants)
-            args = [next(given if is_tensor else rest) for is_tensor in self.tensors]
+            args = self.join(tensors[:n_inputs], constants)
             load_kernels()
             self.check(*args)
             fill = self.choose(*args).fill
@@ -139,8 +148,7 @@ class Op:
             self.check(*args)
             if len(self._sites) >= MAX_SITES:
                 self._sites.clear()
-            given = zip(args, self.tensors, strict=True)
-            site = self._sites[key] = self.site(*(a for a, is_tensor in given if not is_tensor))
+            site = self._sites[key] = self.site(*self.split(args)[1])
         results = self.fake(*args)
         tensors = compress(args, self.tensors)
         site(stream_of(device), *tensors, *_as_tuple(results))

@@ -7,6 +7,7 @@ serves all layers of equal sizes, and all later processes. Host time does not co
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
@@ -72,7 +73,7 @@ class Region(NamedTuple):
         return "\n".join((*lines, ", ".join(names[n] for n in self.outputs)))
 
     def bind(self) -> Callable[[], object]:
-        """Run it on random values."""
+        """Run it on random values, made at the first call: most answers are known."""
         graph, made = Graph(), dict[Node, Node]()
         for n in self.inputs:
             made[n] = graph.placeholder(n.name)
@@ -80,8 +81,8 @@ class Region(NamedTuple):
             made[n] = graph.node_copy(n, made.__getitem__)
         graph.output(tuple(made[n] for n in self.outputs))
         module = GraphModule({}, graph)
-        values = [_value(n.meta["val"]) for n in self.inputs]
-        return lambda: module(*values)
+        values = functools.cache(lambda: [_value(n.meta["val"]) for n in self.inputs])
+        return lambda: module(*values())
 
 
 def _region(outputs: Collection[Node], inside: Callable[[Node], bool]) -> Region:

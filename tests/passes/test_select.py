@@ -197,9 +197,14 @@ def test_both_compute_nearly_the_same_on_the_models_own_values(
     def bind_real(self: Region) -> Any:
         real = iter([value(n) for n in self.inputs])
         wanted.append([value(n) for n in self.outputs])
-        with monkeypatch.context() as patch:
-            patch.setattr(select, "_value", lambda _: next(real))
-            return bind(self)
+        run = bind(self)
+
+        def call() -> object:
+            with monkeypatch.context() as patch:
+                patch.setattr(select, "_value", lambda _: next(real))
+                return run()
+
+        return call
 
     monkeypatch.setattr(Region, "bind", bind_real)
     rewrite(captured, Config())
@@ -208,6 +213,16 @@ def test_both_compute_nearly_the_same_on_the_models_own_values(
         assert all(torch.equal(r, w) for r, w in zip(results, want, strict=True))
     for got, want in zip(found["int8"], found["float"], strict=True):
         assert (got - want).norm() < 0.03 * want.norm()  # tests/small.py: 1 % of a linear
+
+
+def test_values_are_made_only_for_what_is_measured(
+    x: Tensor, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[object] = []
+    monkeypatch.setattr(select, "_value", lambda value: made.append(value))
+    monkeypatch.setattr(select, "times", lambda question, device, both: dict.fromkeys(both, 1.0))
+    rewrite(exported(MODELS["norm"][0](), x), Config())
+    assert not made
 
 
 class Layer(nn.Module):

@@ -9,7 +9,6 @@ A run is one process on one machine. Speed-ups are ratios within one run, never 
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import os
 import re
@@ -156,19 +155,12 @@ def header(argv: Sequence[str]) -> dict[str, str]:
     about = check.environment()
     found = {"card": about["device"], "driver": about["driver"]}
     found |= {name: about[name] for name in ("torch", "triton", "transformers")}
-    found["torchao"] = _version("torchao")
+    found["torchao"] = check.version("torchao")
     found["graphquant"] = graphquant.__version__
     found["python"] = about["python"]
     found["date"] = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     found["command"] = _command(argv)
     return found
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _command(argv: Sequence[str]) -> str:
