@@ -1,9 +1,4 @@
-"""Attention stays in floats. It loses masks that mask nothing and gets torch's fastest kernel.
-
-A mask that every token passes costs the fused kernels: torch computes attention with any mask in
-separate float32 steps, at twice the whole model's time. Tracing makes such masks (a model checks
-whether it may skip one only when it is not traced). Where a mask is computed from no input, it is
-evaluated here.
+"""Attention stays in floats, and gets the fastest kernel.
 
 Which of torch's kernels (cuDNN, flash, efficient) and of ours is fastest depends on the card and
 the sizes, so on CUDA it is measured, for equal sizes once (graphquant/ops/measure.py).
@@ -22,84 +17,16 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
-from torch.fx.node import map_aggregate
 
 from graphquant.ops import attention
 from graphquant.ops.attention.op import TILES, WIDEST
 from graphquant.ops.measure import times
-from graphquant.passes.graph import aten, calls, full_args, is_random, written_in_place
+from graphquant.passes.graph import SDPA, aten, calls, full_args
 from graphquant.passes.select import MEASURED, random_like
 
 log = logging.getLogger(__name__)
 
-SDPA = aten.scaled_dot_product_attention.default
-MOST_ELEMENTS = 2**28  # of a mask that is evaluated at compile time
 HALVES = (torch.float16, torch.bfloat16)
-
-
-def drop_empty_masks(graph: Graph) -> None:
-    """attn_mask=None where the mask is computed from no input and masks nothing. Exact."""
-    written = written_in_place(graph)
-    known: dict[Node, bool] = {}  # layers share a mask
-    for node in calls(graph, lambda n: n.target is SDPA):
-        mask = full_args(node)[3]
-        if mask is None:
-            continue
-        if mask not in known:
-            known[mask] = _masks_nothing(mask, written)
-        if known[mask]:
-            arguments = list(full_args(node))
-            arguments[3] = None
-            node.args, node.kwargs = _spelled(arguments)
-            log.debug("%s: its mask masks nothing", node.name)
-    graph.eliminate_dead_code()
-
-
-def _spelled(arguments: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    q, k, v, mask, dropout, causal, scale, gqa = arguments
-    return (q, k, v, mask, dropout, causal), {"scale": scale, "enable_gqa": gqa}
-
-
-def _masks_nothing(mask: Node, written: set[Node]) -> bool:
-    order = _computed_from_nothing(mask)
-    if order is None or not written.isdisjoint(order):
-        return False
-    values: dict[Node, Any] = {}
-
-    def on_cpu(argument: Any) -> Any:
-        if isinstance(argument, Node):
-            return values[argument]
-        return torch.device("cpu") if isinstance(argument, torch.device) else argument
-
-    with unset_fake_temporarily(), torch.no_grad():
-        for node in order:
-            args, kwargs = map_aggregate((node.args, node.kwargs), on_cpu)
-            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        value: Tensor = values[mask]
-        return bool(value.all()) if value.dtype == torch.bool else not bool(value.any())
-
-
-def _computed_from_nothing(mask: Node) -> list[Node] | None:
-    """All that a value is computed from, in order, if that is no input and no random number."""
-    found: set[Node] = set()
-    edge = [mask]
-    while edge:
-        node = edge.pop()
-        if node in found:
-            continue
-        if (
-            not isinstance(node.target, torch._ops.OpOverload)
-            or node.is_impure()
-            or is_random(node)
-        ):
-            return None  # vmap's own functions, say, mean nothing without their surroundings
-        value = node.meta.get("val")
-        size = value.numel() if isinstance(value, Tensor) else None
-        if not isinstance(size, int) or size > MOST_ELEMENTS:
-            return None
-        found.add(node)
-        edge += node.all_input_nodes
-    return sorted(found)
 
 
 def choose_kernels(graph: Graph, needs_gradient: set[Node]) -> None:

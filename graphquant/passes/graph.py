@@ -18,6 +18,7 @@ from torch.fx import Graph, Node
 aten = torch.ops.aten
 
 LINEAR = aten.linear.default
+SDPA = aten.scaled_dot_product_attention.default
 
 CASTS = frozenset(
     {

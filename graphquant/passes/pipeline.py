@@ -13,7 +13,7 @@ from graphquant.config import Config
 from graphquant.ops.checks import FLOATS
 from graphquant.ops.int8_linear.op import MAX_K
 from graphquant.passes.apply import Workbench, apply
-from graphquant.passes.attention import choose_kernels, drop_empty_masks
+from graphquant.passes.attention import choose_kernels
 from graphquant.passes.graph import (
     LINEAR,
     Constants,
@@ -30,6 +30,7 @@ from graphquant.passes.graph import (
     written_in_place,
 )
 from graphquant.passes.ir import Captured
+from graphquant.passes.masks import drop_empty_masks
 from graphquant.passes.normalize import merge_equal_views, normalize
 from graphquant.passes.recognize import recognize
 from graphquant.passes.record import Record
