@@ -97,7 +97,19 @@ def test_result_is_the_float64_result_up_to_rounding(
     op: Op, kernel: Kernel, device: str, heads: Heads, tile: str
 ) -> None:
     args = heads.on(device)
+    if kernel.refuses(*args, tile) is not None:
+        tile = "64x64"
     assert_right(kernel.fn(*args, tile), *args)
+
+
+def test_a_tile_that_does_not_fit_the_card_is_refused() -> None:
+    (kernel,) = attention.kernels
+    wide = Heads(D=128).on("cpu")
+    why = kernel.refuses(*wide, "128x128")
+    assert why == "tile 128x128 of heads of 128 needs 327680 bytes of shared memory, not 232448"
+    assert kernel.refuses(*wide, "64x64") is None
+    assert kernel.refuses(*Heads(D=128, dtype=torch.bfloat16).on("cpu"), "128x128") is None
+    assert "wider than 256" in str(kernel.refuses(*Heads(D=257).on("cpu"), "64x64"))
 
 
 @kernels(attention)

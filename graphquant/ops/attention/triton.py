@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from graphquant.ops.attention.op import WIDEST, attention
+from graphquant.ops.chip import chip
 from graphquant.ops.launch import launch_triton
 from graphquant.ops.triton_util import overlap, wait_for_inputs
 
@@ -158,7 +159,14 @@ def attention_kernel(
 
 
 def _refuses(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> str | None:
-    return f"heads of {q.shape[3]} are wider than {WIDEST}" if q.shape[3] > WIDEST else None
+    D = q.shape[3]
+    if D > WIDEST:
+        return f"heads of {D} are wider than {WIDEST}"
+    BM, BN, _, stages = TILES[tile]
+    need, there = (BM + 2 * stages * BN) * sum(head_parts(D)) * q.itemsize, chip(q.device).shared
+    if need > there:
+        return f"tile {tile} of heads of {D} needs {need} bytes of shared memory, not {there}"
+    return None
 
 
 @attention.kernel("triton", refuses=_refuses)
