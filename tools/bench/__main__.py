@@ -2,6 +2,7 @@
 
     python -m tools.bench siglip-so400m --batch 8 64 --variants bf16-default graphquant
     python -m tools.bench --preset headline --jobs 4 --json run.json
+    python -m tools.bench --preset grid --layers 4 --jobs 8
     python -m tools.bench ops siglip-so400m --batch 64
     python -m tools.bench write docs/performance.json --add run.json
 

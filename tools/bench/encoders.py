@@ -51,6 +51,11 @@ PRESETS: dict[str, tuple[Row, ...]] = {
         Row("dinov2-l", 64, _BASE),
         Row("clip-l-336", 1, _GRAPHS),
     ),
+    "grid": tuple(
+        Row(model, batch, ("bf16-default", "graphquant"))
+        for batch in (64, 8, 1)
+        for model in MODELS
+    ),
 }
 PRESET_LIMIT = 480.0  # seconds
 
