@@ -1,9 +1,11 @@
 """int8 for transformer encoders: `torch.compile(model, backend="graphquant")`."""
 
-from graphquant.api import explain
+from graphquant.accuracy import AccuracyReport, OutputAccuracy, SiteAccuracy
+from graphquant.api import compare, explain
 from graphquant.config import Config
 from graphquant.errors import (
     GraphquantError,
+    MissingPackageError,
     OptionError,
     ReleasedWeightError,
     RuleError,
@@ -14,14 +16,19 @@ from graphquant.report import Outcome, Report
 
 __version__ = "0.1.0"
 __all__ = [
+    "AccuracyReport",
     "Config",
     "GraphquantError",
+    "MissingPackageError",
     "OptionError",
     "Outcome",
+    "OutputAccuracy",
     "ReleasedWeightError",
     "Report",
     "RuleError",
+    "SiteAccuracy",
     "UnsupportedInputError",
+    "compare",
     "explain",
     "refresh",
 ]

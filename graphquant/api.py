@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from types import FunctionType
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import GraphModule
 
+from graphquant.accuracy import AccuracyReport
 from graphquant.capture import from_dynamo
 from graphquant.config import Config
 from graphquant.errors import CaptureError, GraphquantError, UnsupportedInputError
-from graphquant.passes.pipeline import rewrite
+from graphquant.paired import Pair
+from graphquant.passes.ir import Captured
+from graphquant.passes.pipeline import linear_path, rewrite
 from graphquant.report import Report
+from graphquant.tally import Tally, copies, each_call
 
 
 def explain(
@@ -32,37 +38,124 @@ def explain(
     if not callable(model):
         raise UnsupportedInputError(f"explain needs a torch.nn.Module, got {type(model).__name__}")
     config = Config.of(options or {})
-    reports: list[Report] = []
-    seen: set[int] = set()
 
-    def observe(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    def take(captured: Captured, gm: GraphModule) -> tuple[Report, Callable[..., Any]]:
+        return rewrite(captured, config), gm.forward
+
+    trace = _Trace(take)
+    trace(model, args, kwargs)
+    return trace.report(model)
+
+
+def compare(
+    model: nn.Module, batches: Iterable[Any], *, options: Mapping[str, Any] | None = None
+) -> AccuracyReport:
+    """How far int8 takes a model from float: at every int8 linear, and in what it returns.
+
+    model    a torch.nn.Module in eval mode; it stays as it is
+    batches  what its calls take, one after the other, each of any size: a tensor (the only
+             argument), a tuple of arguments, a dict of keyword arguments, or the tuple (tuple or
+             list of arguments, dict of keyword arguments)
+    options  as for `torch.compile(model, backend="graphquant", options=options)`
+
+    Every batch runs twice, in float and rewritten, under torch.no_grad() and by the ops as they
+    stand (no Inductor); nothing is packed. The float results of all int8 linears are kept from one
+    run to the other. Compared is what an int8 product adds to the model, y8, with what the float
+    model has in its place, y:
+
+        y    linear(x, W, bias), times the layer scale if that was folded into the int8 product
+        y8   the same in int8, without the residual that is added in its epilogue
+
+    `local`: y8 on the float model's input x, or, where a norm or an activation was fused with the
+    quantisation, on the float model's input of that. `accumulated`: y8 in the int8 model.
+    q/k/v that became one product are told apart. A model that changes its own buffers when it is
+    called sees two calls for each batch.
+
+    Raises UnsupportedInputError for a model that is no module or is in training mode, for batches
+    that hold nothing, and for a batch of another type; OptionError for options that do not exist;
+    GraphquantError if the model takes another path in int8 than in float (its control flow or its
+    sizes depend on values that int8 has changed).
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedInputError(f"compare needs a torch.nn.Module, got {type(model).__name__}")
+    if training := [n or "the model" for n, m in model.named_modules() if m.training]:
+        raise UnsupportedInputError(
+            f"compare needs a model in eval mode, but {training[0]} is in training mode: "
+            "call model.eval()"
+        )
+    config = Config.of(options or {})
+    paths = {id(p): linear_path(n) for n, p in model.named_parameters()}
+    tally = Tally()
+
+    def take(captured: Captured, gm: GraphModule) -> tuple[Report, Callable[..., Any]]:
+        pair = Pair(captured, config, paths)
+        return pair.report, partial(tally.run, pair)
+
+    trace = _Trace(take)
+    report = None
+    with torch.no_grad():
+        for args, kwargs in each_call(batches):
+            with tally.float_run():
+                want = trace(model, *copies(args, kwargs))
+            report = report or trace.report(model)
+            with tally.int8_run():
+                got = trace(model, *copies(args, kwargs))
+            tally.outputs(got, want)
+    if report is None:
+        raise UnsupportedInputError("compare needs at least one batch, got none")
+    return tally.result(report)
+
+
+class _Trace:
+    """torch.compile with a view of every graph.
+
+    take(captured, Dynamo's graph) -> (its report, what runs in its place), once for each graph
+    """
+
+    def __init__(
+        self, take: Callable[[Captured, GraphModule], tuple[Report, Callable[..., Any]]]
+    ) -> None:
+        self._take = take
+        self._reports: list[Report] = []
+        self._seen: set[int] = set()  # ids of parameters
+        # Dynamo counts compilations by code object, and runs eager after a few: this one is new,
+        # so that the model's own code is not charged (but it is where its graph breaks)
+        call = FunctionType(_call.__code__.replace(), globals())
+        self._compiled = torch.compile(call, backend=self._observe)
+
+    def __call__(
+        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        many = {"recompile_limit": 2**16, "accumulated_recompile_limit": 2**16}
+        with torch._dynamo.config.patch(many):
+            return self._compiled(model, *args, **kwargs)
+
+    def _observe(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        run: Callable[..., Any] = gm.forward
         try:
             captured = from_dynamo(gm, example_inputs)
         except CaptureError as why:
-            captured = None
-            reports.append(Report.left(why))
+            self._reports.append(Report.left(why))
+            return run
         if captured is not None:
-            seen.update(map(id, captured.parameters.values()))
-            reports.append(rewrite(captured, config))
-        run: Callable[..., Any] = gm.forward
+            self._seen.update(map(id, captured.parameters.values()))
+            report, run = self._take(captured, gm)
+            self._reports.append(report)
         return run
 
-    # Dynamo counts compilations by code object, and runs eager after a few: this one is new, so
-    # that the model's own code is not charged (but it is where its graph breaks)
-    call = FunctionType(_call.__code__.replace(), globals())
-    with torch._dynamo.config.patch(recompile_limit=2**16, accumulated_recompile_limit=2**16):
-        torch.compile(call, backend=observe)(model, *args, **kwargs)
-    if not reports:
-        raise GraphquantError(f"torch.compile found no tensor code in {type(model).__name__}")
-    report = Report.merge(reports)
-    return replace(report, notes=(*report.notes, *_unseen(model, seen)))
+    def report(self, model: Callable[..., Any]) -> Report:
+        """Of all graphs until now."""
+        if not self._reports:
+            raise GraphquantError(f"torch.compile found no tensor code in {type(model).__name__}")
+        report = Report.merge(self._reports)
+        return replace(report, notes=(*report.notes, *_unseen(model, self._seen)))
 
 
 def _unseen(model: Callable[..., Any], seen: set[int]) -> Iterator[str]:
     """A note if the model has linears that no graph holds: coverage does not count them."""
-    if not isinstance(model, torch.nn.Module):
+    if not isinstance(model, nn.Module):
         return
-    every = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    every = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     if missing := [n for n, m in every.items() if id(m.weight) not in seen]:
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         yield (

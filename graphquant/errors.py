@@ -27,3 +27,7 @@ class KernelBuildError(GraphquantError, RuntimeError):
 
 class ReleasedWeightError(GraphquantError, RuntimeError):
     """A float weight is needed that `free_weights=True` released."""
+
+
+class MissingPackageError(GraphquantError, ImportError):
+    """Something optional is not installed. The message says what to install."""

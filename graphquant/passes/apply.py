@@ -21,7 +21,7 @@ from torch.fx.node import map_arg
 from graphquant.errors import RuleError
 from graphquant.ops import int8_linear, quantize_weight
 from graphquant.ops.define import Op
-from graphquant.passes.graph import LINEAR, SIZED_VIEWS, Constants, aten, dtype, shape
+from graphquant.passes.graph import LINEAR, SIZED_VIEWS, Constants, aten, dtype, full_args, shape
 from graphquant.passes.recognize import Activation, Norm, Recognized
 from graphquant.passes.record import Record
 from graphquant.passes.rule import Linear, Refuse, Rule, Site
@@ -29,6 +29,7 @@ from graphquant.passes.select import compare
 
 log = logging.getLogger(__name__)
 
+RESIDUAL = 7  # among the arguments of int8_linear
 _CARRIERS = (LINEAR, int8_linear.target)  # a rewrite makes exactly one of these
 
 
@@ -161,7 +162,8 @@ def apply(bench: Workbench, rule: Rule[Any]) -> None:
             for key in ("nn_module_stack", "stack_trace", "custom"):
                 if key in site.outputs[0].meta:
                     node.meta.setdefault(key, site.outputs[0].meta[key])
-        bench.record.apply(rule.name, site.subjects, carriers[0], times)
+        value = _takes_over(carriers[0], dict(zip(new, site.outputs, strict=True)))
+        bench.record.apply(rule.name, site.subjects, carriers[0], times, value)
         log.debug("%s applied to %s", rule.name, site.outputs[0].name)
         for old, now in zip(site.outputs, new, strict=True):
             old.replace_all_uses_with(now)
@@ -172,6 +174,17 @@ def apply(bench: Workbench, rule: Rule[Any]) -> None:
             _erase(bench.graph, old)
         if alive := [n.name for n in site.outputs if not n._erased]:
             raise RuleError(f"{rule.name} left what it replaced alive: {', '.join(alive)}")
+
+
+def _takes_over(carrier: Node, replaced: dict[Node, Node]) -> str:
+    """The model's own node whose value the carrier computes, "" if there is none: with a residual
+    inside, or siblings beside each other, it computes what the model never had as one value."""
+    old = replaced.get(carrier)
+    if old is None or "graphquant" in old.meta:
+        return ""
+    if carrier.target is int8_linear.target and full_args(carrier)[RESIDUAL] is not None:
+        return ""
+    return old.name
 
 
 def _autocast_at(node: Node) -> ExitStack:

@@ -10,6 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from graphquant.config import Config
+from graphquant.ops import int8_linear
 from graphquant.ops.checks import FLOATS
 from graphquant.ops.int8_linear.op import MAX_K
 from graphquant.passes.apply import Workbench, apply
@@ -58,6 +59,7 @@ INT8_RULES: tuple[Rule[Any], ...] = (
 )
 
 NEEDS_GRADIENT = "its result can need a gradient"
+STANDS_FOR, LINEARS = "graphquant_stands_for", "graphquant_linears"  # see _leave_traces
 DEVICES = ("cpu", "cuda")
 
 
@@ -87,6 +89,7 @@ def rewrite(captured: Captured, config: Config) -> Report:
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
     gm.recompile()
+    _leave_traces(bench)
     report = Report(bench.record.outcomes(), notes=tuple(_notes(bench)))
     log.info("%s", report.summary())
     return report
@@ -158,11 +161,14 @@ def _why_barred(bench: Workbench, captured: Captured, config: Config, node: Node
 
 
 def _linear_path(bench: Workbench, captured: Captured, weight: Node) -> str:
-    """ "layers.0.fc1" for the weight "layers.0.fc1.weight", "attn.in_proj" for a packed one."""
     if weight not in bench.constants:
         return ""
-    name = captured.names[bench.constants.roots_of(weight)[0]]
-    return name.removesuffix(".weight").removesuffix("_weight")
+    return linear_path(captured.names[bench.constants.roots_of(weight)[0]])
+
+
+def linear_path(weight: str) -> str:
+    """ "layers.0.fc1" for the weight "layers.0.fc1.weight", "attn.in_proj" for a packed one."""
+    return weight.removesuffix(".weight").removesuffix("_weight")
 
 
 def _linears_inside(gm: GraphModule, node: Node) -> Iterator[Node]:
@@ -178,6 +184,18 @@ def _views_to_reshapes(bench: Workbench) -> None:
     for node in calls(bench.graph, lambda n: n.target is aten.view.default):
         if node not in bench.written:
             node.target = aten.reshape.default
+
+
+def _leave_traces(bench: Workbench) -> None:
+    """What ties the rewritten graph to the model's, by names: the model's nodes may be gone.
+
+    meta[STANDS_FOR]  of a node that a rule made: the node whose value it holds
+    meta[LINEARS]     of an int8_linear: Record.carried
+    """
+    for old, new in bench.replaced.items():  # in the order of the rewrites: chains are followed
+        new.meta[STANDS_FOR] = old.meta.get(STANDS_FOR, old.name)
+    for node in calls(bench.graph, lambda n: n.target is int8_linear.target):
+        node.meta[LINEARS] = bench.record.carried(node)
 
 
 def _notes(bench: Workbench) -> Iterator[str]:

@@ -36,6 +36,7 @@ class Entry:
     """One linear, norm or activation on its way through the rules."""
 
     outcome: Outcome  # its `refused` is what to say if no rule ever looks at it
+    value: str  # the node of the model whose value a linear's columns hold, a residual left out
     rules: list[str] = field(default_factory=list)
     barred: str = ""  # no rule may touch it, for this reason
     declined: dict[str, str] = field(default_factory=dict)  # rule -> its reason
@@ -56,26 +57,33 @@ class Record:
         self._at: dict[Node, list[Entry]] = {}
 
     def enter(self, node: Node, outcome: Outcome, barred: str = "") -> None:
-        entry = Entry(outcome, barred=barred)
+        entry = Entry(outcome, node.name, barred=barred)
         self._entries.append(entry)
         self._at.setdefault(node, []).append(entry)
 
     def enter_outside(self, outcome: Outcome) -> None:
         """Something no rule can reach, such as a linear inside a higher-order op."""
-        self._entries.append(Entry(outcome))
+        self._entries.append(Entry(outcome, ""))
 
     def open(self, node: Node) -> bool:
         return not any(e.barred for e in self._at.get(node, ()))
 
     def apply(
-        self, rule: str, subjects: Iterable[Node], onto: Node, times: Times | None = None
+        self,
+        rule: str,
+        subjects: Iterable[Node],
+        onto: Node,
+        times: Times | None = None,
+        value: str = "",
     ) -> None:
+        """value: the node of the model whose value `onto` computes, if that is another one now."""
         for node in subjects:
             entries = self._at.pop(node, [])
             for entry in entries:
                 entry.rules.append(rule)
                 if times is not None:
                     entry.float_us, entry.int8_us = times
+                entry.value = value or entry.value
             self._at.setdefault(onto, []).extend(e for e in entries if e.outcome.kind == "linear")
 
     def decline(
@@ -86,6 +94,11 @@ class Record:
                 entry.declined[rule] = reason
                 if times is not None:
                     entry.float_us, entry.int8_us = times
+
+    def carried(self, node: Node) -> tuple[tuple[Outcome, str], ...]:
+        """The linears whose columns this node computes, in the columns' order, and for each of them
+        the node of the model that had the same value (without the residual)."""
+        return tuple((e.done(), e.value) for e in self._at.get(node, ()))
 
     def outcomes(self) -> tuple[Outcome, ...]:
         """Every Outcome, in graph order."""

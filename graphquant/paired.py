@@ -1,0 +1,201 @@
+"""One captured graph twice: as the model computes it, in float, and rewritten to int8.
+
+Both are run node by node, so that every int8 linear can be held against the float one. What is
+compared is what the int8 product adds to the model:
+
+    y   the float model's  linear(x, W, bias), times the layer scale if a rule has folded one in
+    y8  the same from int8_linear, without the residual that it adds in its epilogue
+
+    local        y8 on what the float model computes in front of the linear: quantisers, norms and
+                 activations that were fused with them run as in the int8 graph, on float values
+    accumulated  y8 as the int8 graph computes it
+
+Nothing here knows a rule. `passes/pipeline.py` leaves on the nodes of the rewritten graph which
+value of the model each one holds; whatever holds none, a quantiser or a packed weight, is computed
+from those that do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx.node import map_arg
+
+from graphquant.config import Config
+from graphquant.errors import RuleError
+from graphquant.ops import int8_linear
+from graphquant.passes.apply import RESIDUAL
+from graphquant.passes.graph import Constants, calls, full_args
+from graphquant.passes.ir import Captured
+from graphquant.passes.normalize import normalize
+from graphquant.passes.pipeline import LINEARS, STANDS_FOR, rewrite
+from graphquant.report import Outcome
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One linear of an int8_linear.
+
+    outcome  what the report says of it
+    weight   which input of the graph its weight is
+    value    the float graph's node that holds its result
+    columns  of the int8_linear's result
+    """
+
+    outcome: Outcome
+    weight: int
+    value: Node
+    columns: slice
+
+
+@dataclass(frozen=True)
+class _Product:
+    """An int8_linear of the rewritten graph, and the linears that it computes side by side.
+
+    first   the first of them in the float graph: where all read what the model multiplied
+    leaves  the float values from which its local result is computed
+    """
+
+    node: Node
+    first: Node
+    leaves: frozenset[Node]
+    parts: tuple[_Part, ...]
+
+
+class Pair:
+    """A captured graph in float and in int8. Rewrites `captured`, as the backend does.
+
+    paths  the module path of every parameter by its id: layers may share one graph
+    """
+
+    def __init__(self, captured: Captured, config: Config, paths: Mapping[int, str]) -> None:
+        normalize(captured)  # `rewrite` will find it done: linears get their names in it
+        copies: dict[Node, Node] = {}
+        graph = Graph()
+        graph.output(graph.graph_copy(captured.gm.graph, copies))
+        self._float = GraphModule(captured.gm, graph)
+        self._names = {old.name: new for old, new in copies.items()}
+        self._inputs = {n: i for i, n in enumerate(graph.find_nodes(op="placeholder"))}
+        parameters = {copies[n]: value for n, value in captured.parameters.items()}
+        self._seen = {self._inputs[n]: value for n, value in parameters.items()}
+        self._paths = paths
+        self.report = rewrite(captured, config)
+        self._int8 = captured.gm
+        self._products = list(self._find(Constants(parameters)))
+
+    def _find(self, constants: Constants) -> Iterator[_Product]:
+        for node in calls(self._int8.graph, lambda n: n.target is int8_linear.target):
+            start, parts, linears = 0, [], []
+            for outcome, value in node.meta[LINEARS]:
+                linears.append(linear := self._names[outcome.node])
+                root = constants.roots_of(full_args(linear)[1])[0]
+                columns = slice(start, start := start + outcome.N)
+                parts.append(_Part(outcome, self._inputs[root], self._names[value], columns))
+            yield _Product(node, min(linears), frozenset(self._leaves(node)), tuple(parts))
+
+    def _of_float(self, node: Node) -> Node | None:
+        """The float graph's node with the same value. What was kept has kept its name."""
+        return self._names.get(node.meta.get(STANDS_FOR, node.name))
+
+    def _leaves(self, product: Node) -> set[Node]:
+        leaves: set[Node] = set()
+        inner = [product]
+        for node in inner:
+            arguments = _without_residual(node) if node is product else node.all_input_nodes
+            for i in (a for a in arguments if isinstance(a, Node)):
+                if (leaf := self._of_float(i)) is not None:
+                    leaves.add(leaf)
+                elif i.target is int8_linear.target:
+                    raise RuleError(f"{i.name}, in front of {product.name}, has no float value")
+                elif i not in inner:
+                    inner.append(i)
+        return leaves
+
+    def _local(self, product: Node, known: Mapping[Node, Any]) -> Tensor:
+        done: dict[Node, Any] = {}
+
+        def value(node: Node) -> Any:
+            if (leaf := self._of_float(node)) is not None:
+                return known[leaf]
+            if node not in done:
+                args, kwargs = map_arg((node.args, node.kwargs), value)
+                done[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            return done[node]
+
+        return _multiply(product, value)
+
+    def run_float(
+        self, args: Sequence[Any], found: Callable[[Outcome, Tensor, Tensor], None]
+    ) -> Any:
+        """The float graph's results. found(linear, y, local y8), in the order of the results y."""
+        to_come = list(self._products)
+        known: dict[Node, Any] = {}  # leaves, until the last product that reads them
+        made: dict[Node, list[tuple[_Part, Tensor]]] = {}  # y8, until there is its y
+
+        def after(node: Node, value: Any, env: Mapping[Node, Any]) -> None:
+            if any(node in p.leaves for p in to_come):
+                known[node] = value
+            for product in [p for p in to_come if p.first is node]:
+                y8 = self._local(product.node, known)
+                for part in product.parts:
+                    made.setdefault(part.value, []).append((part, y8[..., part.columns]))
+                to_come.remove(product)
+                for leaf in product.leaves:
+                    if not any(leaf in p.leaves for p in to_come):
+                        del known[leaf]
+            for part, y8 in made.pop(node, ()):
+                found(self._named(part, args), value, y8)
+
+        return _Watched(self._float, after).run(*args)
+
+    def run_int8(self, args: Sequence[Any], found: Callable[[Outcome, Tensor], None]) -> Any:
+        """The int8 graph's results. found(linear, y8), in graph order."""
+        products = {p.node: p for p in self._products}
+
+        def after(node: Node, value: Any, env: Mapping[Node, Any]) -> None:
+            if (product := products.get(node)) is not None:
+                y8 = value
+                if full_args(node)[RESIDUAL] is not None:
+                    y8 = _multiply(node, env.__getitem__)
+                for part in product.parts:
+                    found(self._named(part, args), y8[..., part.columns])
+
+        return _Watched(self._int8, after).run(*args)
+
+    def _named(self, part: _Part, args: Sequence[Any]) -> Outcome:
+        """The outcome, under the path of the layer whose weight this call brings."""
+        weight = args[part.weight]
+        if weight is self._seen[part.weight]:
+            return part.outcome
+        return replace(part.outcome, path=self._paths.get(id(weight), part.outcome.path))
+
+
+class _Watched(Interpreter):
+    """Runs a graph and calls after(node, value, values of its inputs) behind every node."""
+
+    def __init__(
+        self, gm: GraphModule, after: Callable[[Node, Any, Mapping[Node, Any]], None]
+    ) -> None:
+        super().__init__(gm)
+        self._after = after
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        self._after(n, value, self.env)
+        return value
+
+
+def _without_residual(product: Node) -> tuple[Any, ...]:
+    arguments = list(full_args(product))
+    arguments[RESIDUAL] = None
+    return tuple(arguments)
+
+
+def _multiply(product: Node, value: Callable[[Node], Any]) -> Tensor:
+    """int8_linear on these values, without its residual."""
+    y8: Tensor = int8_linear(*map_arg(_without_residual(product), value))
+    return y8
