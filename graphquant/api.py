@@ -84,7 +84,9 @@ def compare(
             "call model.eval()"
         )
     config = Config.of(options or {})
-    paths = {id(p): linear_path(n) for n, p in model.named_parameters()}
+    paths: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        paths.setdefault(id(parameter), []).append(linear_path(name))
     tally = Tally()
 
     def take(captured: Captured, gm: GraphModule) -> tuple[Report, Callable[..., Any]]:

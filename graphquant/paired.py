@@ -41,12 +41,14 @@ class _Part:
     """One linear of an int8_linear.
 
     outcome  what the report says of it
+    node     the linear in the float graph
     weight   which input of the graph its weight is
     value    the float graph's node that holds its result
     columns  of the int8_linear's result
     """
 
     outcome: Outcome
+    node: Node
     weight: int
     value: Node
     columns: slice
@@ -69,10 +71,13 @@ class _Product:
 class Pair:
     """A captured graph in float and in int8. Rewrites `captured`, as the backend does.
 
-    paths  the module path of every parameter by its id: layers may share one graph
+    paths  the module paths of every weight by its id. Layers may share one graph, and behind a
+           graph break the graph does not know where in the model it is.
     """
 
-    def __init__(self, captured: Captured, config: Config, paths: Mapping[int, str]) -> None:
+    def __init__(
+        self, captured: Captured, config: Config, paths: Mapping[int, Sequence[str]]
+    ) -> None:
         normalize(captured)  # `rewrite` will find it done: linears get their names in it
         copies: dict[Node, Node] = {}
         graph = Graph()
@@ -80,22 +85,25 @@ class Pair:
         self._float = GraphModule(captured.gm, graph)
         self._names = {old.name: new for old, new in copies.items()}
         self._inputs = {n: i for i, n in enumerate(graph.find_nodes(op="placeholder"))}
-        parameters = {copies[n]: value for n, value in captured.parameters.items()}
-        self._seen = {self._inputs[n]: value for n, value in parameters.items()}
+        constants = Constants(copies[n] for n in captured.parameters)
         self._paths = paths
         self.report = rewrite(captured, config)
         self._int8 = captured.gm
-        self._products = list(self._find(Constants(parameters)))
+        self._products = list(self._find(constants))
+        parts = (part for product in self._products for part in product.parts)
+        self._parts = sorted(parts, key=lambda part: part.node)
 
     def _find(self, constants: Constants) -> Iterator[_Product]:
         for node in calls(self._int8.graph, lambda n: n.target is int8_linear.target):
-            start, parts, linears = 0, [], []
+            start, parts = 0, []
             for outcome, value in node.meta[LINEARS]:
-                linears.append(linear := self._names[outcome.node])
+                linear = self._names[outcome.node]
                 root = constants.roots_of(full_args(linear)[1])[0]
                 columns = slice(start, start := start + outcome.N)
-                parts.append(_Part(outcome, self._inputs[root], self._names[value], columns))
-            yield _Product(node, min(linears), frozenset(self._leaves(node)), tuple(parts))
+                weight = self._inputs[root]
+                parts.append(_Part(outcome, linear, weight, self._names[value], columns))
+            first = min(part.node for part in parts)
+            yield _Product(node, first, frozenset(self._leaves(node)), tuple(parts))
 
     def _of_float(self, node: Node) -> Node | None:
         """The float graph's node with the same value. What was kept has kept its name."""
@@ -128,10 +136,18 @@ class Pair:
 
         return _multiply(product, value)
 
-    def run_float(
-        self, args: Sequence[Any], found: Callable[[Outcome, Tensor, Tensor], None]
-    ) -> Any:
-        """The float graph's results. found(linear, y, local y8), in the order of the results y."""
+    def linears(self, args: Sequence[Any]) -> list[Outcome]:
+        """The int8 linears in the float graph's order, as layers of the model whose weights these
+        arguments are."""
+        return [self._named(part, args) for part in self._parts]
+
+    def _named(self, part: _Part, args: Sequence[Any]) -> Outcome:
+        path = part.outcome.path
+        known = self._paths.get(id(args[part.weight]), (path,))  # several names of a tied weight
+        return part.outcome if path in known else replace(part.outcome, path=known[0])
+
+    def run_float(self, args: Sequence[Any], found: Callable[[int, Tensor, Tensor], None]) -> Any:
+        """The float graph's results. found(i, y, local y8) for the i-th of `linears`."""
         to_come = list(self._products)
         known: dict[Node, Any] = {}  # leaves, until the last product that reads them
         made: dict[Node, list[tuple[_Part, Tensor]]] = {}  # y8, until there is its y
@@ -148,12 +164,12 @@ class Pair:
                     if not any(leaf in p.leaves for p in to_come):
                         del known[leaf]
             for part, y8 in made.pop(node, ()):
-                found(self._named(part, args), value, y8)
+                found(self._parts.index(part), value, y8)
 
         return _Watched(self._float, after).run(*args)
 
-    def run_int8(self, args: Sequence[Any], found: Callable[[Outcome, Tensor], None]) -> Any:
-        """The int8 graph's results. found(linear, y8), in graph order."""
+    def run_int8(self, args: Sequence[Any], found: Callable[[int, Tensor], None]) -> Any:
+        """The int8 graph's results. found(i, y8) for the i-th of `linears`."""
         products = {p.node: p for p in self._products}
 
         def after(node: Node, value: Any, env: Mapping[Node, Any]) -> None:
@@ -162,16 +178,9 @@ class Pair:
                 if full_args(node)[RESIDUAL] is not None:
                     y8 = _multiply(node, env.__getitem__)
                 for part in product.parts:
-                    found(self._named(part, args), y8[..., part.columns])
+                    found(self._parts.index(part), y8[..., part.columns])
 
         return _Watched(self._int8, after).run(*args)
-
-    def _named(self, part: _Part, args: Sequence[Any]) -> Outcome:
-        """The outcome, under the path of the layer whose weight this call brings."""
-        weight = args[part.weight]
-        if weight is self._seen[part.weight]:
-            return part.outcome
-        return replace(part.outcome, path=self._paths.get(id(weight), part.outcome.path))
 
 
 class _Watched(Interpreter):

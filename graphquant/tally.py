@@ -66,6 +66,7 @@ class Tally:
         self._in_int8 = False
         self._calls: Counter[str] = Counter()  # of each linear, in this run
         self._kept: dict[Key, Tensor] = {}  # float results of this batch
+        self._strayed: list[str] = []  # linears that are not where they were in float
 
     @contextmanager
     def float_run(self) -> Iterator[None]:
@@ -79,57 +80,53 @@ class Tally:
         self._in_int8 = True
         with self._run():
             yield
-        if self._kept:
-            self._other_path(next(iter(self._kept)))
+        for name in (*self._strayed, *(name for name, _ in self._kept)):
+            raise _other_path(name)
 
     @contextmanager
     def _run(self) -> Iterator[None]:
         self._calls.clear()
+        self._strayed.clear()
         # both runs draw the same numbers, and the user's generators stay where they are
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             yield
 
     def run(self, pair: Pair, *args: Any) -> Any:
         """In place of one graph of the model."""
+        linears = pair.linears(args)
+        keys = [self._key(linear) for linear in linears]
         if self._in_int8:
-            return pair.run_int8(args, self._found_int8)
-        return pair.run_float(args, self._found_float)
-
-    def _found_float(self, linear: Outcome, y: Tensor, y8: Tensor) -> None:
-        key = self._key(linear)
-        self._linears.setdefault(key, linear)
-        self._local[key] = self._local.get(key, Error()) + Error.of(y8, y)
-        self._kept[key] = y.clone()  # the model may go on to write to it
-
-    def _found_int8(self, linear: Outcome, y8: Tensor) -> None:
-        key = self._key(linear)
-        y = self._kept.pop(key, None)
-        if y is None or y.shape != y8.shape:
-            self._other_path(key)
-        else:
-            self._accumulated[key] = self._accumulated.get(key, Error()) + Error.of(y8, y)
+            return pair.run_int8(args, lambda i, y8: self._found_int8(keys[i], y8))
+        for key, linear in zip(keys, linears, strict=True):
+            self._linears.setdefault(key, linear)
+        return pair.run_float(args, lambda i, y, y8: self._found_float(keys[i], y, y8))
 
     def _key(self, linear: Outcome) -> Key:
         name = linear.path or linear.node
         self._calls[name] += 1
         return name, self._calls[name] - 1
 
-    def _other_path(self, key: Key) -> None:
-        raise GraphquantError(
-            f"the model took another path in int8 than in float, seen at {key[0]}: its control "
-            "flow or its sizes depend on values that int8 has changed"
-        )
+    def _found_float(self, key: Key, y: Tensor, y8: Tensor) -> None:
+        self._local[key] = self._local.get(key, Error()) + Error.of(y8, y)
+        self._kept[key] = y.clone()  # the model may go on to write to it
+
+    def _found_int8(self, key: Key, y8: Tensor) -> None:
+        y = self._kept.pop(key, None)
+        if y is None or y.shape != y8.shape:
+            self._strayed.append(key[0])
+        else:
+            self._accumulated[key] = self._accumulated.get(key, Error()) + Error.of(y8, y)
 
     def outputs(self, got: Any, want: Any) -> None:
         """What the model returned in int8 and in float."""
         self._batches += 1
         ours, theirs = (dict(_tensors(v)) for v in (got, want))
         if ours.keys() != theirs.keys():
-            self._other_path(("its outputs", 0))
+            raise _other_path("its outputs")
         for name, y in theirs.items():
             y8 = ours[name]
             if y8.shape != y.shape:
-                self._other_path((f"its output {name}", 0))
+                raise _other_path(f"its output {name}")
             error, cosines = self._outputs.get(name, (Error(), RowCosines()))
             self._outputs[name] = error + Error.of(y8, y), cosines + RowCosines.of(y8, y)
 
@@ -140,6 +137,13 @@ class Tally:
         )
         outputs = tuple(OutputAccuracy(name, *sums) for name, sums in self._outputs.items())
         return AccuracyReport(sites, outputs, report, self._batches)
+
+
+def _other_path(where: str) -> GraphquantError:
+    return GraphquantError(
+        f"the model took another path in int8 than in float, seen at {where}: its control flow or "
+        "its sizes depend on values that int8 has changed"
+    )
 
 
 def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
