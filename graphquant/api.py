@@ -52,7 +52,7 @@ def compare(
 ) -> AccuracyReport:
     """How far int8 takes a model from float: at every int8 linear, and in what it returns.
 
-    model    a torch.nn.Module in eval mode; it stays as it is
+    model    a torch.nn.Module in eval mode, compiled or not; it stays as it is
     batches  what its calls take, one after the other, each of any size: a tensor (the only
              argument), a tuple of arguments, a dict of keyword arguments, or the tuple (tuple or
              list of arguments, dict of keyword arguments)
@@ -76,6 +76,8 @@ def compare(
     GraphquantError if the model takes another path in int8 than in float (its control flow or its
     sizes depend on values that int8 has changed).
     """
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        model = model._orig_mod  # what torch.compile returned
     if not isinstance(model, nn.Module):
         raise UnsupportedInputError(f"compare needs a torch.nn.Module, got {type(model).__name__}")
     if training := [n or "the model" for n, m in model.named_modules() if m.training]:
