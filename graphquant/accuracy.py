@@ -130,9 +130,9 @@ class RowCosines:
     @classmethod
     def of(cls, y8: Tensor, y: Tensor) -> RowCosines:
         """Of two tensors of one shape; a scalar is one row. A row that is zero in both counts 1."""
-        y8, y = (t.reshape(-1, t.shape[-1] if t.dim() else 1) for t in _comparable(y8, y))
         if not y.numel():
             return cls()
+        y8, y = (t.reshape(-1, t.shape[-1] if t.dim() else 1) for t in _comparable(y8, y))
         length = y8.norm(dim=1) * y.norm(dim=1)
         cosines = ((y8 * y).sum(1) / length).clamp(-1, 1)
         cosines = torch.where(length == 0, 0.0, cosines)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 import json
 import math
 import sys
 from collections import namedtuple
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -280,7 +280,7 @@ def test_options_are_those_of_the_backend(x: Tensor) -> None:
 Pair = namedtuple("Pair", ["left", "right"])
 
 
-@dataclass
+@dataclasses.dataclass
 class Result:
     first: Tensor
     rest: list[Tensor]
@@ -341,6 +341,7 @@ class Layer(nn.Module):
         return torch.tanh(self.fc(x))
 
 
+@torch.no_grad()
 def test_layers_that_share_one_graph_are_told_apart(x: Tensor) -> None:
     layers = nn.ModuleList(Layer() for _ in range(3))
 
@@ -351,7 +352,7 @@ def test_layers_that_share_one_graph_are_told_apart(x: Tensor) -> None:
 
     report = graphquant.compare(Model(forward, layers=layers), [x, x[:2]])
     assert [s.name for s in report.sites] == [f"layers.{i}.fc" for i in range(3)]
-    z, y8 = x.double(), x.double()
+    z = y8 = x.double()
     for site, layer in zip(report.sites, layers, strict=True):
         fc = double(layer.fc)
         both = [torch.cat([t, t[:2]]) for t in (linear8(fc, z), linear8(fc, y8), fc(z))]
@@ -538,7 +539,10 @@ def test_every_int8_linear_of_a_model_is_compared(entry: zoo.Entry) -> None:
     if entry.name == "qwen2_5_vl":  # its layers share graphs, which the Report counts once
         assert len(report.sites) > len(ours) and len(by_name(report)) == len(report.sites)
     else:
-        assert [s.outcome for s in report.sites] == ours
+        for site, outcome in zip(report.sites, ours, strict=True):
+            # behind a graph break the Report's paths begin at the module that goes on
+            assert site.outcome == dataclasses.replace(outcome, path=site.path)
+            assert site.path.endswith(outcome.path)
     for site in report.sites:
         assert 25 < site.accumulated.sqnr < site.local.sqnr + 3 and site.local.sqnr > 35
         assert 0.99 < site.accumulated.cosine < 1 and 0.99 < site.local.cosine < 1
@@ -561,6 +565,8 @@ def test_the_values_are_what_int8_costs_a_real_model_most() -> None:
     sentences = [s for group in example.read_sentences().values() for s in group[:1]]
     report = graphquant.compare(model, [tokenize(sentences)])
     assert len(report.sites) == 37 and not report.left
-    worst = [s.path.rpartition("attention.self.")[2] for s in report.ranked[:4]]
-    assert worst == ["value"] * 4
-    assert all(s.local.sqnr > 28 for s in report.sites)
+    assert report.worst is not None and report.worst.path.endswith("attention.self.value")
+    sqnr = {s.path: s.local.sqnr for s in report.sites}
+    for layer in (f"encoder.layer.{i}.attention.self" for i in range(6)):
+        assert sqnr[f"{layer}.value"] < min(sqnr[f"{layer}.query"], sqnr[f"{layer}.key"])
+    assert min(sqnr.values()) > 28

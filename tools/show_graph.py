@@ -12,16 +12,12 @@ for an unknown model or option.
 from __future__ import annotations
 
 import argparse
-import ast
-import difflib
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -33,33 +29,31 @@ if not __package__:  # run as a file, `python tools/show_graph.py`: find the fol
 from graphquant.config import Config
 from graphquant.errors import OptionError
 from graphquant.report import Report
-from tools import zoo
+from tools.arguments import (
+    BAD_USAGE,
+    UsageError,
+    add_model,
+    add_page,
+    known_models,
+    load,
+    options,
+    page,
+)
 from tools.draw_graph import NO_DOT, can_draw, dot, render
 from tools.inspect_graph import Inspected, Line, align, inspect
 
 PAGE = 180  # columns, where there is no terminal to ask
-BAD_USAGE = 2
-
-
-class UsageError(Exception):
-    """Something on the command line has no meaning. The message is for the user."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    console = Console(no_color=args.no_color, highlight=False)
-    if args.width or not console.is_terminal:
-        console.width = args.width or PAGE
+    console = page(args, PAGE)
     try:
         if args.list:
             print(known_models())
             return 0
-        if (args.name is None) == (args.model is None):
-            raise UsageError(
-                "name one model: a name of the zoo (--list), or --model module:callable"
-            )
-        config = Config.of(dict(map(_option, args.config)))
-        entry = load(args.name or args.model)
+        config = Config.of(options(args))
+        entry = load(args)
         if args.svg and not can_draw():
             raise UsageError(f"--svg: {NO_DOT}")
     except (UsageError, OptionError) as wrong:
@@ -88,51 +82,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog=more,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("name", nargs="?", metavar="MODEL", help='a name of the zoo, "module:callable"')
-    p.add_argument("--model", metavar="M:C", help="a callable that returns (module, args, kwargs)")
-    p.add_argument("--list", action="store_true", help="the names of the zoo")
-    p.add_argument(
-        "--config", nargs="+", action="extend", default=[], metavar="K=V", help="graphquant options"
-    )
-    p.add_argument("--attn", choices=zoo.BOTH, default="sdpa", help="attention implementation")
-    p.add_argument("--batch", type=int, default=2, metavar="N", help="batch size (2)")
+    add_model(p)
     p.add_argument("--export", action="store_true", help="capture by torch.export, not Dynamo")
     p.add_argument("--svg", metavar="FILE", help="draw before and after side by side")
     p.add_argument("--json", metavar="FILE", help="write lines and report as JSON")
-    p.add_argument("--width", type=int, metavar="N", help=f"columns (the terminal's, else {PAGE})")
-    p.add_argument("--no-color", action="store_true")
+    add_page(p, PAGE)
     return p
-
-
-def _option(text: str) -> tuple[str, Any]:
-    """ "quantize=False" -> ("quantize", False); what is no Python literal is text."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise UsageError(f"--config takes name=value, got {text!r}")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
-
-
-def known_models() -> str:
-    return "\n".join(f"{title}: {', '.join(entries)}" for title, entries in zoo.TABLES.items())
-
-
-def load(spec: str) -> zoo.Entry:
-    """An entry of the zoo, or the user's own."""
-    if ":" in spec:
-        try:
-            return zoo.load(spec, os.getcwd())
-        except (ModuleNotFoundError, AttributeError) as missing:
-            raise UsageError(f"cannot load {spec!r}: {missing}") from missing
-    try:
-        return zoo.load(spec)
-    except KeyError:
-        names = [name for entries in zoo.TABLES.values() for name in entries]
-        close = difflib.get_close_matches(spec, names, n=1)
-        hint = f", did you mean {close[0]!r}?" if close else "."
-        raise UsageError(f"unknown model {spec!r}{hint} Known:\n{known_models()}") from None
 
 
 def show(console: Console, found: Sequence[Inspected]) -> None:

@@ -38,7 +38,7 @@ class Entry:
 
     name: str
     build: Callable[[str], nn.Module]  # attention implementation -> eval() module in float32
-    inputs: Callable[[int], Inputs]  # batch -> (args, kwargs)
+    inputs: Callable[..., Inputs]  # batch, draw=0 -> (args, kwargs); other numbers in each draw
     family: str
     attns: tuple[str, ...] = BOTH  # attention implementations that the model really switches
 
@@ -160,9 +160,9 @@ def own(
     return Entry(name, build, partial(seeded_inputs, name, inputs), family, attns)
 
 
-def seeded_inputs(name: str, make: Callable[[int], Inputs], batch: int) -> Inputs:
-    """New tensors with the values that belong to a name and a batch."""
-    with seeded(f"{name}/{batch}"):
+def seeded_inputs(name: str, make: Callable[[int], Inputs], batch: int, draw: int = 0) -> Inputs:
+    """New tensors with the values that belong to a name, a batch and a draw."""
+    with seeded(f"{name}/{batch}" + f"/{draw}" * (draw > 0)):
         return make(batch)
 
 
@@ -1219,20 +1219,23 @@ def users(spec: str) -> Entry:
     for part in path.split("."):
         make = getattr(make, part)
     taken = inspect.signature(make).parameters
-    last: dict[int, Inputs] = {}  # of the last build, so that inputs() need not build again
+    last: dict[object, Inputs] = {}  # of the last build, so that inputs() need not build again
 
-    def call(batch: int, attn: str | None) -> nn.Module:
+    def key_of(batch: int, draw: int) -> object:
+        return (batch if "batch" in taken else 0), draw
+
+    def call(batch: int, attn: str | None, draw: int = 0) -> nn.Module:
         given = {"attn": attn, "batch": batch}
-        with seeded(spec):
+        with seeded(spec + f"/{draw}" * (draw > 0)):
             module, args, kwargs = make(**{k: v for k, v in given.items() if k in taken and v})
         last.clear()
-        last[batch if "batch" in taken else 0] = (tuple(args), dict(kwargs))
+        last[key_of(batch, draw)] = (tuple(args), dict(kwargs))
         return module.eval()
 
-    def inputs(batch: int) -> Inputs:
-        key = batch if "batch" in taken else 0
+    def inputs(batch: int, draw: int = 0) -> Inputs:
+        key = key_of(batch, draw)
         if key not in last:
-            call(batch, None)
+            call(batch, None, draw)
         return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, last[key])
 
     attns = BOTH if "attn" in taken else ("sdpa",)

@@ -1,0 +1,105 @@
+"""How far int8 takes a model from float: every int8 linear, the worst first, and the outputs.
+
+    python -m tools.accuracy vit
+    python -m tools.accuracy vit --config exclude=*.fc2 --batches 4 --json accuracy.json
+    python -m tools.accuracy --model my_module:make --data my_module:batches --plot accuracy.png
+
+MODEL is a name from tools.zoo (--list), or "module:callable" for a callable that returns (module,
+args, kwargs). Batches are random, each other numbers, unless --data names a callable that returns
+them: an iterable of what graphquant.compare takes. The exit code is 2 for an unknown model or
+option and for batches that the model cannot be called with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import graphquant
+from tools import zoo
+from tools.arguments import (
+    BAD_USAGE,
+    UsageError,
+    add_model,
+    add_page,
+    known_models,
+    load,
+    options,
+    page,
+)
+
+PAGE = 140  # columns, where there is no terminal to ask
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    console = page(args, PAGE)
+    try:
+        if args.list:
+            print(known_models())
+            return 0
+        chosen, entry = options(args), load(args)
+        if args.plot and importlib.util.find_spec("matplotlib") is None:
+            raise UsageError("--plot needs matplotlib: pip install matplotlib")
+        if args.batches < 1:
+            raise UsageError(f"--batches must be at least 1, got {args.batches}")
+        model = entry.build(args.attn)
+        batches = _given(args.data) if args.data else _random(entry, args.batch, args.batches)
+        report = graphquant.compare(model, batches, options=chosen)
+    except (UsageError, graphquant.OptionError, graphquant.UnsupportedInputError) as wrong:
+        print(wrong, file=sys.stderr)
+        return BAD_USAGE
+    console.print(report)
+    if args.json:
+        Path(args.json).write_text(report.to_json() + "\n")
+    if args.plot:
+        report.plot(args.plot)
+        console.print(f"wrote {args.plot}", markup=False)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    about, _, more = (__doc__ or "").partition("\n\n")
+    p = argparse.ArgumentParser(
+        prog="python -m tools.accuracy",
+        description=about,
+        epilog=more,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model(p)
+    p.add_argument("--batches", type=int, default=1, metavar="N", help="random batches (1)")
+    p.add_argument("--data", metavar="M:C", help="a callable that returns the batches")
+    p.add_argument("--json", metavar="FILE", help="write all numbers as JSON")
+    p.add_argument("--plot", metavar="FILE.png", help="SQNR by layer; needs matplotlib")
+    add_page(p, PAGE)
+    return p
+
+
+def _random(entry: zoo.Entry, batch: int, count: int) -> Iterator[zoo.Inputs]:
+    return (entry.inputs(batch, draw) for draw in range(count))
+
+
+def _given(spec: str) -> Iterable[Any]:
+    """What the callable "module:callable" returns. The module may lie in the working directory."""
+    module, colon, name = spec.partition(":")
+    if not colon:
+        raise UsageError(f"--data takes module:callable, got {spec!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        make = attrgetter(name)(importlib.import_module(module))
+    except (ModuleNotFoundError, AttributeError) as missing:
+        raise UsageError(f"cannot load {spec!r}: {missing}") from missing
+    batches: Iterable[Any] = make()
+    return batches
+
+
+if __name__ == "__main__":
+    sys.exit(main())
