@@ -195,7 +195,8 @@ class AccuracyReport:
 
     def summary(self) -> str:
         """One line: how many linears and batches, and the worst of them."""
-        count = f"{len(self.sites)} int8 linears on {self.batches} batch{'es' * (self.batches > 1)}"
+        linears = f"{len(self.sites)} int8 linear{'s' * (len(self.sites) != 1)}"
+        count = f"{linears} on {self.batches} batch{'es' * (self.batches != 1)}"
         if self.worst is None:
             return count
         return f"{count}; the worst, {self.worst.name}: {_db(self.worst.local)} dB locally"

@@ -84,7 +84,7 @@ def test_a_model_and_batches_of_the_user_are_compared(
     capsys: pytest.CaptureFixture[str], users: str
 ) -> None:
     out = shown(capsys, "--model", f"{users}:make", "--data", f"{users}:batches")
-    assert "1 int8 linears on 2 batches; the worst, 1: " in out
+    assert "1 int8 linear on 2 batches; the worst, 1: " in out
     random = shown(capsys, "--model", f"{users}:make", "--batch", "3", "--batches", "2")
     assert "on 2 batches" in random and random != out
 
