@@ -85,20 +85,20 @@ class Pair:
         self._float = GraphModule(captured.gm, graph)
         self._names = {old.name: new for old, new in copies.items()}
         self._inputs = {n: i for i, n in enumerate(graph.find_nodes(op="placeholder"))}
-        constants = Constants(copies[n] for n in captured.parameters)
+        self._constants = Constants(copies[n] for n in captured.parameters)
         self._paths = paths
         self.report = rewrite(captured, config)
         self._int8 = captured.gm
-        self._products = list(self._find(constants))
+        self._products = list(self._find())
         parts = (part for product in self._products for part in product.parts)
         self._parts = sorted(parts, key=lambda part: part.node)
 
-    def _find(self, constants: Constants) -> Iterator[_Product]:
+    def _find(self) -> Iterator[_Product]:
         for node in calls(self._int8.graph, lambda n: n.target is int8_linear.target):
             start, parts = 0, []
             for outcome, value in node.meta[LINEARS]:
                 linear = self._names[outcome.node]
-                root = constants.roots_of(full_args(linear)[1])[0]
+                root = self._constants.roots_of(full_args(linear)[1])[0]
                 columns = slice(start, start := start + outcome.N)
                 weight = self._inputs[root]
                 parts.append(_Part(outcome, linear, weight, self._names[value], columns))
@@ -106,8 +106,13 @@ class Pair:
             yield _Product(node, first, frozenset(self._leaves(node)), tuple(parts))
 
     def _of_float(self, node: Node) -> Node | None:
-        """The float graph's node with the same value. What was kept has kept its name."""
-        return self._names.get(node.meta.get(STANDS_FOR, node.name))
+        """The float graph's node with the same value. What was kept has kept its name.
+
+        None for what is computed from parameters: a layer scale may be, behind the linear.
+        """
+        found = self._names.get(node.meta.get(STANDS_FOR, node.name))
+        computed = found in self._constants and found not in self._constants.roots
+        return None if computed else found
 
     def _leaves(self, product: Node) -> set[Node]:
         leaves: set[Node] = set()

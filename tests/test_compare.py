@@ -121,20 +121,24 @@ def test_an_mlp_has_the_errors_that_its_equations_have(x: Tensor) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("scaled", [False, True])
-def test_a_residual_is_left_out_and_a_layer_scale_is_not(scaled: bool, x: Tensor) -> None:
+@pytest.mark.parametrize("scaled", [0, 1, 2], ids=["plain", "scale", "computed scale"])
+def test_a_residual_is_left_out_and_a_layer_scale_is_not(scaled: int, x: Tensor) -> None:
     """A residual a thousand times larger than the linear would hide all of its error."""
     gamma = nn.Parameter(torch.linspace(-1, 3, 64)) if scaled else None
-    model = Model(
-        lambda m, x: 1000 * x + (m.fc(x) if m.gamma is None else m.gamma * m.fc(x)),
-        fc=nn.Linear(64, 64),
-        gamma=gamma,
-    )
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.fc(x)
+        if scaled:
+            y = y * (m.gamma if scaled == 1 else m.gamma.exp().log1p())
+        return 1000 * x + y
+
+    model = Model(forward, fc=nn.Linear(64, 64), gamma=gamma)
     report = graphquant.compare(model, [x])
     rules = ("linear", "layer_scale", "residual") if scaled else ("linear", "residual")
     assert report.sites[0].outcome.rules == rules
     fc = double(model.fc)
     scale = 1 if gamma is None else gamma.double()
+    scale = gamma.double().exp().log1p() if scaled == 2 else scale
     want = db(linear8(fc, x.double()) * scale, fc(x.double()) * scale)
     assert report.sites[0].local.sqnr == pytest.approx(want, abs=SAME)
     assert report.sites[0].accumulated.sqnr == pytest.approx(want, abs=SAME)
