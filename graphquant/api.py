@@ -13,7 +13,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from graphquant.accuracy import AccuracyReport
-from graphquant.capture import from_dynamo
+from graphquant.capture import forgotten_afterwards, from_dynamo
 from graphquant.config import Config
 from graphquant.errors import CaptureError, GraphquantError, UnsupportedInputError
 from graphquant.paired import Pair
@@ -43,7 +43,8 @@ def explain(
         return rewrite(captured, config), gm.forward
 
     trace = _Trace(take)
-    trace(model, args, kwargs)
+    with forgotten_afterwards(trace.observe):
+        trace(model, args, kwargs)
     return trace.report(model)
 
 
@@ -97,7 +98,7 @@ def compare(
 
     trace = _Trace(take)
     report = None
-    with torch.no_grad():
+    with torch.no_grad(), forgotten_afterwards(trace.observe):
         for args, kwargs in each_call(batches):
             with tally.float_run():
                 want = trace(model, *copies(args, kwargs))
@@ -122,10 +123,9 @@ class _Trace:
         self._take = take
         self._reports: list[Report] = []
         self._seen: set[int] = set()  # ids of parameters
-        # Dynamo counts compilations by code object, and runs eager after a few: this one is new,
-        # so that the model's own code is not charged (but it is where its graph breaks)
+        # Dynamo counts compilations by code object, and runs eager after a few: this one is new
         call = FunctionType(_call.__code__.replace(), globals())
-        self._compiled = torch.compile(call, backend=self._observe)
+        self._compiled = torch.compile(call, backend=self.observe)
 
     def __call__(
         self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -134,7 +134,7 @@ class _Trace:
         with torch._dynamo.config.patch(many):
             return self._compiled(model, *args, **kwargs)
 
-    def _observe(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    def observe(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         run: Callable[..., Any] = gm.forward
         try:
             captured = from_dynamo(gm, example_inputs)

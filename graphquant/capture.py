@@ -4,20 +4,23 @@
     torch.export:   from_export(program)                 parameters are get_attr nodes
 
 The private surface of torch that capture needs (`example_value`, `grapharg`,
-`_dynamo_static_input_type`, entering autocast regions) is used in this file alone.
+`_dynamo_static_input_type`, entering autocast regions, Dynamo's cache) is used in this file alone.
 """
 
 from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
+from types import CodeType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
@@ -73,6 +76,33 @@ def from_dynamo(gm: GraphModule, example_inputs: list[Any]) -> Captured | None:
     constants = (n for n, _ in chain(retraced.named_parameters(), retraced.named_buffers()))
     retraced._param_name_to_source = {n: ConstantSource(n) for n in constants}  # type: ignore[assignment]
     return captured
+
+
+@contextmanager
+def forgotten_afterwards(backend: Callable[..., Any]) -> Iterator[None]:
+    """Dynamo forgets the functions that it compiles in here, for this backend and for no other.
+
+    Else the code behind a graph break keeps what was compiled, and at the recompile_limit Dynamo
+    runs that code as it is, whatever backend asks.
+    """
+    codes: list[CodeType] = []
+
+    def note(code: CodeType, new_code: CodeType) -> CodeType | None:
+        codes.append(code)
+        return None
+
+    hook = torch._dynamo.convert_frame.register_bytecode_hook(note)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for code in set(codes):
+            made_for = {
+                getattr(entry.backend, "compiler_fn", entry.backend)
+                for entry in _debug_get_cache_entry_list(code)
+            }
+            if made_for == {backend}:
+                reset_code(code)
 
 
 def _lost(retraced: GraphModule) -> str | None:

@@ -436,6 +436,31 @@ def test_it_can_be_called_often_and_leaves_compiled_code_alone(x: Tensor) -> Non
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("look", ["compare", "explain"])
+@pytest.mark.parametrize("first", [False, True], ids=["compiled after", "compiled before"])
+def test_graph_breaks_do_not_use_up_what_torch_compiles(look: str, first: bool, x: Tensor) -> None:
+    """Dynamo runs code as it is, without a word, once it was compiled recompile_limit times."""
+    model, reports = (
+        seeded(
+            lambda: Model(
+                broken, norm=nn.LayerNorm(64), first=nn.Linear(64, 96), second=nn.Linear(96, 8)
+            )
+        ),
+        [],
+    )
+    compiled = int8(model, reports)
+    if first:
+        compiled(x)
+    for _ in range(2 if first else 10):
+        if look == "compare":
+            assert len(graphquant.compare(model, [x]).sites) == 2
+        else:
+            assert graphquant.explain(model, x).graphs == 2
+    assert 0.001 < error(compiled(x), model(x)) < 0.1
+    assert len(reports) == 2
+
+
+@torch.no_grad()
 def test_outputs_are_as_far_off_as_those_of_the_backend(x: Tensor) -> None:
     model = seeded(Mlp).eval()
     want = error(int8(model)(x), model(x))
