@@ -13,12 +13,9 @@ option and for batches that the model cannot be called with.
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.util
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ from tools.arguments import (
     UsageError,
     add_model,
     add_page,
+    found,
     known_models,
     load,
     options,
@@ -88,16 +86,9 @@ def _random(entry: zoo.Entry, batch: int, count: int) -> Iterator[zoo.Inputs]:
 
 def _given(spec: str) -> Iterable[Any]:
     """What the callable "module:callable" returns. The module may lie in the working directory."""
-    module, colon, name = spec.partition(":")
-    if not colon:
+    if ":" not in spec:
         raise UsageError(f"--data takes module:callable, got {spec!r}")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        make = attrgetter(name)(importlib.import_module(module))
-    except (ModuleNotFoundError, AttributeError) as missing:
-        raise UsageError(f"cannot load {spec!r}: {missing}") from missing
-    batches: Iterable[Any] = make()
+    batches: Iterable[Any] = found(zoo.imported, spec)()
     return batches
 
 

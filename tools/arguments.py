@@ -6,6 +6,7 @@ import argparse
 import ast
 import difflib
 import os
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -69,10 +70,7 @@ def load(args: argparse.Namespace) -> zoo.Entry:
         raise UsageError("name one model: a name of the zoo (--list), or --model module:callable")
     spec = args.name or args.model
     if ":" in spec:
-        try:
-            return zoo.load(spec, os.getcwd())
-        except (ModuleNotFoundError, AttributeError) as missing:
-            raise UsageError(f"cannot load {spec!r}: {missing}") from missing
+        return found(zoo.load, spec)
     try:
         return zoo.load(spec)
     except KeyError:
@@ -80,3 +78,11 @@ def load(args: argparse.Namespace) -> zoo.Entry:
         close = difflib.get_close_matches(spec, names, n=1)
         hint = f", did you mean {close[0]!r}?" if close else "."
         raise UsageError(f"unknown model {spec!r}{hint} Known:\n{known_models()}") from None
+
+
+def found(load: Callable[[str, str], Any], spec: str) -> Any:
+    """load("module:callable", working directory)."""
+    try:
+        return load(spec, os.getcwd())
+    except (ModuleNotFoundError, AttributeError) as missing:
+        raise UsageError(f"cannot load {spec!r}: {missing}") from missing

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -1208,16 +1209,21 @@ TABLES = {"small": SMALL, "extra": EXTRA, "true": TRUE_WIDTH}
 # Lookup -----------------------------------------------------------------------------------------
 
 
-def users(spec: str) -> Entry:
+def imported(spec: str, folder: str | None = None) -> Any:
+    """The callable of "module:callable"; the module may lie in the folder."""
+    if folder is not None and folder not in sys.path:
+        sys.path.insert(0, folder)
+    module, _, path = spec.partition(":")
+    return attrgetter(path)(importlib.import_module(module))
+
+
+def users(spec: str, folder: str | None = None) -> Entry:
     """An entry for "module:callable", which returns (module, args, kwargs).
 
     The callable may take the keywords "attn" and "batch". Without "batch" its inputs are used as
     they are, whatever batch is asked for. Its weights are left alone.
     """
-    module_name, _, path = spec.partition(":")
-    make: Any = importlib.import_module(module_name)
-    for part in path.split("."):
-        make = getattr(make, part)
+    make = imported(spec, folder)
     taken = inspect.signature(make).parameters
     last: dict[object, Inputs] = {}  # of the last build, so that inputs() need not build again
 
@@ -1249,9 +1255,7 @@ def load(spec: str, folder: str | None = None) -> Entry:
     small, extra and true. The folder is where the module of "module:callable" may lie.
     """
     if ":" in spec:
-        if folder is not None and folder not in sys.path:
-            sys.path.insert(0, folder)
-        return users(spec)
+        return users(spec, folder)
     name, _, where = spec.partition("@")
     if where and where not in TABLES:
         raise KeyError(f"no table {where!r}: one of {', '.join(TABLES)}")

@@ -64,7 +64,7 @@ def _product(a, b, c):
 
 
 @triton.jit
-def _half(ptr, row, rows, FROM: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, STRIDE,
+def _part(ptr, row, rows, FROM: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, STRIDE,
           ALL: tl.constexpr):  # fmt: skip
     """Columns FROM to FROM + WIDTH of rows `row` [N], zeros outside of [rows, D]: [N, WIDTH]."""
     d = FROM + tl.arange(0, WIDTH)
@@ -89,10 +89,10 @@ def _step(
     times that sum. scale: of the scores, times log2(e). ALL: no key of the block is beyond T."""
     highest, total, y, y_rest = state
     n = first + tl.arange(0, BN)
-    k = _half(k_ptr, n, T, 0, WHOLE, D, K_ROW, ALL)
+    k = _part(k_ptr, n, T, 0, WHOLE, D, K_ROW, ALL)
     scores = _product(q, k.T, tl.zeros((q.shape[0], BN), tl.float32))
     if REST > 0:
-        k_rest = _half(k_ptr, n, T, WHOLE, REST, D, K_ROW, ALL)
+        k_rest = _part(k_ptr, n, T, WHOLE, REST, D, K_ROW, ALL)
         scores = _product(q_rest, k_rest.T, scores)
     if not ALL:
         scores = tl.where((n < T)[None, :], scores, float("-inf"))
@@ -101,10 +101,10 @@ def _step(
     shrink = tl.exp2(highest - higher)
     total = total * shrink + tl.sum(p, 1)
     p = p.to(q.dtype)
-    v = _half(v_ptr, n, T, 0, WHOLE, D, V_ROW, ALL)
+    v = _part(v_ptr, n, T, 0, WHOLE, D, V_ROW, ALL)
     y = _product(p, v, y * shrink[:, None])
     if REST > 0:
-        v_rest = _half(v_ptr, n, T, WHOLE, REST, D, V_ROW, ALL)
+        v_rest = _part(v_ptr, n, T, WHOLE, REST, D, V_ROW, ALL)
         y_rest = _product(p, v_rest, y_rest * shrink[:, None])
     return higher, total, y, y_rest
 
@@ -130,11 +130,11 @@ def attention_kernel(
     v_ptr += batch * V_BATCH + head * V_HEAD
     y_ptr += (batch * S * H + head) * D
     m = block * BM + tl.arange(0, BM)
-    q = _half(q_ptr, m, S, 0, WHOLE, D, Q_ROW, S % BM == 0)
+    q = _part(q_ptr, m, S, 0, WHOLE, D, Q_ROW, S % BM == 0)
     q_rest = q
     y_rest = tl.zeros((BM, REST if REST > 0 else 16), tl.float32)
     if REST > 0:
-        q_rest = _half(q_ptr, m, S, WHOLE, REST, D, Q_ROW, S % BM == 0)
+        q_rest = _part(q_ptr, m, S, WHOLE, REST, D, Q_ROW, S % BM == 0)
     state = (
         tl.full((BM,), float("-inf"), tl.float32),
         tl.zeros((BM,), tl.float32),
