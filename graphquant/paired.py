@@ -28,8 +28,7 @@ from torch.fx.node import map_arg
 from graphquant.config import Config
 from graphquant.errors import RuleError
 from graphquant.ops import int8_linear
-from graphquant.passes.apply import RESIDUAL
-from graphquant.passes.graph import Constants, calls, full_args
+from graphquant.passes.graph import RESIDUAL, Constants, calls, full_args
 from graphquant.passes.ir import Captured
 from graphquant.passes.normalize import normalize
 from graphquant.passes.pipeline import LINEARS, STANDS_FOR, rewrite

@@ -21,7 +21,16 @@ from torch.fx.node import map_arg
 from graphquant.errors import RuleError
 from graphquant.ops import int8_linear, quantize_weight
 from graphquant.ops.define import Op
-from graphquant.passes.graph import LINEAR, SIZED_VIEWS, Constants, aten, dtype, full_args, shape
+from graphquant.passes.graph import (
+    LINEAR,
+    RESIDUAL,
+    SIZED_VIEWS,
+    Constants,
+    aten,
+    dtype,
+    full_args,
+    shape,
+)
 from graphquant.passes.recognize import Activation, Norm, Recognized
 from graphquant.passes.record import Record
 from graphquant.passes.rule import Linear, Refuse, Rule, Site
@@ -29,7 +38,6 @@ from graphquant.passes.select import compare
 
 log = logging.getLogger(__name__)
 
-RESIDUAL = 7  # among the arguments of int8_linear
 _CARRIERS = (LINEAR, int8_linear.target)  # a rewrite makes exactly one of these
 
 

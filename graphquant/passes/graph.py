@@ -19,6 +19,7 @@ aten = torch.ops.aten
 
 LINEAR = aten.linear.default
 SDPA = aten.scaled_dot_product_attention.default
+RESIDUAL = 7  # among the arguments of int8_linear
 
 CASTS = frozenset(
     {

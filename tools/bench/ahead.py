@@ -28,8 +28,8 @@ from tools.bench.models import MODELS, build, inputs
 from tools.bench.records import LATE, reason
 from tools.bench.variants import MissingError, prepare, settings_kept
 
-# The longest first, so that none of them is left for the end.
-ORDER = ("torchao-int8", "torchao-fp8", "bf16-max-autotune", "bf16-max-autotune-graphs")
+# Minutes each: they come first, so that none of them is left for the end.
+SLOW = ("torchao-int8", "torchao-fp8", "bf16-max-autotune", "bf16-max-autotune-graphs")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Task:
 def tasks(rows: Sequence[Row], layers: int | None, device: str) -> list[Task]:
     found = [Task(r.model, r.batch, v, layers, device) for r in rows for v in r.variants]
     compiled = (t for t in dict.fromkeys(found) if t.variant != "eager")
-    return sorted(compiled, key=lambda t: t.variant not in ORDER)
+    return sorted(compiled, key=lambda t: t.variant not in SLOW)
 
 
 def compile_all(
@@ -99,9 +99,7 @@ def main(argv: Sequence[str]) -> int:
             with alone():
                 net, kwargs = build(model, device), inputs(model, int(batch), device)
             with compiling(), settings_kept():
-                with torch.inference_mode(False), torch.no_grad():
-                    prepared = prepare(variant, net)
-                prepared.run(**kwargs)
+                prepare(variant, net).run(**kwargs)
     except MissingError as error:
         print(error, file=sys.stderr)
         return 0  # the benchmark says so itself

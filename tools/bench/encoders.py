@@ -177,8 +177,7 @@ def _ready(
     variant: str, net: nn.Module, kwargs: dict[str, Tensor], want: Tensor, timer: Timer
 ) -> _Ready:
     with settings_kept():
-        with torch.inference_mode(False), torch.no_grad():  # copies with version counters
-            prepared = prepare(variant, net)
+        prepared = prepare(variant, net)
 
         def call() -> Any:
             return prepared.run(**kwargs)

@@ -21,7 +21,7 @@ from graphquant import ops as gq
 from tools.bench.checks import activated, linear, linear_args, norm, relative_error, steps_off
 from tools.bench.encoders import Limit
 from tools.bench.models import Model
-from tools.bench.records import OpTime, reason, short
+from tools.bench.records import LATE, OpTime, reason, short
 from tools.bench.timing import Call, Timer, host_us, interleaved
 
 BEYOND = 3  # times the last cache: the memory that rotates
@@ -144,7 +144,7 @@ def run(
                     continue
                 seen.add(shape)
                 if limit.passed:
-                    print(f"{shape} not run: the time limit had passed", file=sys.stderr)
+                    print(f"{shape} {LATE}", file=sys.stderr)
                     continue
                 done(measure(group, timer, seconds=seconds))
                 timer.forget()  # graphs and their memory

@@ -53,7 +53,8 @@ def prepare(variant: str, model: nn.Module) -> Prepared:
         mode = MODES[variant]
         return Prepared(torch.compile(model, fullgraph=True, mode=mode), model, reports)
     if variant in TORCHAO:
-        module = _torchao(variant, copy.deepcopy(model))
+        with torch.inference_mode(False), torch.no_grad():  # copies with version counters
+            module = _torchao(variant, copy.deepcopy(model))
         return Prepared(torch.compile(module, fullgraph=True), module, reports)
     if variant in GRAPHQUANT:
         options: dict[str, Any] = {"mode": GRAPHQUANT[variant], "on_report": reports.append}

@@ -21,6 +21,7 @@ NARROWEST = 16  # dimension of a product on tensor cores
 LOG2_E = 1.4426950408889634
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_NARROWEST = tl.constexpr(NARROWEST)
 
 
 class Tile(NamedTuple):
@@ -132,7 +133,7 @@ def attention_kernel(
     m = block * BM + tl.arange(0, BM)
     q = _part(q_ptr, m, S, 0, WHOLE, D, Q_ROW, S % BM == 0)
     q_rest = q
-    y_rest = tl.zeros((BM, REST if REST > 0 else 16), tl.float32)
+    y_rest = tl.zeros((BM, REST if REST > 0 else _NARROWEST), tl.float32)
     if REST > 0:
         q_rest = _part(q_ptr, m, S, WHOLE, REST, D, Q_ROW, S % BM == 0)
     state = (

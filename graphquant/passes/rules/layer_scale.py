@@ -16,7 +16,16 @@ import torch
 from torch.fx import Node
 
 from graphquant.ops import int8_linear
-from graphquant.passes.graph import aten, calls, dtype, full_args, is_call, only_user, shape
+from graphquant.passes.graph import (
+    RESIDUAL,
+    aten,
+    calls,
+    dtype,
+    full_args,
+    is_call,
+    only_user,
+    shape,
+)
 from graphquant.passes.rule import Edit, Refuse, Site, View
 
 
@@ -35,7 +44,7 @@ class LayerScale:
             for linear in fresh:  # the fold makes a new one, which may be scaled again
                 seen.add(linear)
                 product = only_user(linear)
-                if not is_call(product, aten.mul.Tensor) or full_args(linear)[-2] is not None:
+                if not is_call(product, aten.mul.Tensor) or full_args(linear)[RESIDUAL] is not None:
                     continue
                 gamma = product.args[1] if product.args[0] is linear else product.args[0]
                 if not isinstance(gamma, Node):

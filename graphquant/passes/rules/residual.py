@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from graphquant.ops import int8_linear
 from graphquant.passes.graph import (
+    RESIDUAL,
     SIZED_VIEWS,
     aten,
     calls,
@@ -41,7 +42,7 @@ class Residual:
 
     def sites(self, view: View) -> Iterator[ResidualSite]:
         for linear in calls(view.graph, lambda n: n.target is int8_linear.target):
-            if full_args(linear)[-2] is not None:
+            if full_args(linear)[RESIDUAL] is not None:
                 continue
             views, end = [], linear
             while is_call(user := only_user(end), *SIZED_VIEWS) and keeps_rows(user):
