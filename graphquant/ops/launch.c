@@ -12,7 +12,8 @@
  * params, in the kernel's order (cuda.h has the meaning of a map's numbers):
  *   ("pointer", tensor)   its address          ("null",)     0
  *   ("i32" | "i64", int)  ("f32", float)
- *   ("map", tensor, type, columns, rows, row_bytes, box_columns, box_rows, swizzle)   a CUtensorMap
+ *   ("map", tensor, type, sizes, strides, box, swizzle)      a CUtensorMap of len(sizes) dims, the
+ *       innermost first: sizes and box in elements, strides in bytes, of all dims but the innermost
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -25,6 +26,7 @@
 #define MAX_PARAMS 32
 #define MAX_BYTES 1024 /* of parameters: four maps of 128 and some */
 #define MAX_SLOTS 24
+#define MAX_DIMS 5 /* of a map */
 #define ALIGN 16
 
 static CUresult (*launch_kernel)(const CUlaunchConfig *, CUfunction, void **, void **);
@@ -100,8 +102,9 @@ typedef struct {
   CUdeviceptr last; /* what the map was encoded for */
   CUtensorMapDataType type;
   CUtensorMapSwizzle swizzle;
-  cuuint64_t sizes[2], row_bytes;
-  cuuint32_t box[2];
+  cuuint32_t dims;
+  cuuint64_t sizes[MAX_DIMS], strides[MAX_DIMS];
+  cuuint32_t box[MAX_DIMS];
 } Slot;
 
 typedef struct {
@@ -116,6 +119,44 @@ typedef struct {
   PyObject *keep; /* what owns the function */
   unsigned char bytes[MAX_BYTES];
 } Launch;
+
+/* The integers of a tuple that has `n` of them. */
+static int read_all(PyObject *tuple, Py_ssize_t n, cuuint64_t *to) {
+  if (PyTuple_GET_SIZE(tuple) != n) {
+    PyErr_Format(PyExc_ValueError, "a map has %zd numbers where %zd are needed",
+                 PyTuple_GET_SIZE(tuple), n);
+    return -1;
+  }
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    to[i] = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(tuple, i));
+    if (to[i] == (cuuint64_t)-1 && PyErr_Occurred()) return -1;
+  }
+  return 0;
+}
+
+static int read_map(PyObject *param, Slot *s) {
+  const char *kind;
+  int type, swizzle;
+  PyObject *sizes, *strides, *box;
+  cuuint64_t wide[MAX_DIMS];
+  if (!PyArg_ParseTuple(param, "sniO!O!O!i", &kind, &s->tensor, &type, &PyTuple_Type, &sizes,
+                        &PyTuple_Type, &strides, &PyTuple_Type, &box, &swizzle))
+    return -1;
+  Py_ssize_t dims = PyTuple_GET_SIZE(sizes);
+  if (dims < 1 || dims > MAX_DIMS) {
+    PyErr_Format(PyExc_ValueError, "a map has 1 to %d dims, not %zd", MAX_DIMS, dims);
+    return -1;
+  }
+  if (read_all(sizes, dims, s->sizes) || read_all(strides, dims - 1, s->strides) ||
+      read_all(box, dims, wide))
+    return -1;
+  for (Py_ssize_t i = 0; i < dims; ++i) s->box[i] = (cuuint32_t)wide[i];
+  s->type = type;
+  s->swizzle = swizzle;
+  s->dims = (cuuint32_t)dims;
+  s->is_map = 1;
+  return 0;
+}
 
 static int launch_add(Launch *self, PyObject *param, int *used) {
   const char *kind = NULL;
@@ -142,13 +183,8 @@ static int launch_add(Launch *self, PyObject *param, int *used) {
     size = align = 4;
     memcpy(value, &real, 4);
   } else if (!strcmp(kind, "map")) {
-    int type, swizzle;
-    if (!PyArg_ParseTuple(param, "sniKKKIIi", &kind, &s.tensor, &type, &s.sizes[0], &s.sizes[1],
-                          &s.row_bytes, &s.box[0], &s.box[1], &swizzle))
-      return -1;
-    s.type = type;
-    s.swizzle = swizzle;
-    s.is_map = slot = 1;
+    if (read_map(param, &s) < 0) return -1;
+    slot = 1;
     size = sizeof(CUtensorMap);
     align = 64;
   } else {
@@ -246,9 +282,9 @@ static int launch_run(Launch *self, CUstream stream, PyObject *const *tensors, P
     if (!s->is_map) {
       memcpy(self->bytes + s->at, &address, sizeof address);
     } else if (address != s->last) {
-      static const cuuint32_t steps[2] = {1, 1};
+      static const cuuint32_t steps[MAX_DIMS] = {1, 1, 1, 1, 1};
       CUtensorMap map;
-      if (failed(encode_map(&map, s->type, 2, (void *)(uintptr_t)address, s->sizes, &s->row_bytes,
+      if (failed(encode_map(&map, s->type, s->dims, (void *)(uintptr_t)address, s->sizes, s->strides,
                             s->box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, s->swizzle,
                             CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),

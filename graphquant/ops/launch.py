@@ -21,6 +21,9 @@ import torch
 from torch import Tensor
 
 ALIGNED = 16  # bytes: what launch.c asks of every address
+# CUtensorMapDataType and CUtensorMapSwizzle (by its bytes) in cuda.h
+MAP_TYPES = {torch.uint8: 0, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
+MAP_SWIZZLES = {64: 2, 128: 3}
 Param = tuple[Any, ...]  # as launch.c takes them, with tensors where it wants their positions
 
 _watching = threading.local()

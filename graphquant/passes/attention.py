@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
 
 from graphquant.ops import attention
-from graphquant.ops.attention.op import TILES, WIDEST
+from graphquant.ops.attention.hopper_tiles import TILES
 from graphquant.ops.measure import times
 from graphquant.passes.graph import SDPA, aten, calls, full_args
 from graphquant.passes.select import MEASURED, random_like
@@ -93,7 +93,7 @@ class Ours:
     tile: str
 
     def takes(self, width: int, causal: bool, scale: float) -> bool:
-        return width <= WIDEST and not causal and scale > 0
+        return not causal and scale > 0 and TILES[self.tile].refuses(width) is None
 
     def call(self, qkv: Sequence[Any], causal: bool, scale: float) -> Any:
         return attention(*qkv, scale, self.tile)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from graphquant.ops import nvrtc
 from graphquant.ops.define import Kernel, Op, load_kernels
 from graphquant.ops.numerics import MIN_ABSMAX, padded, with_pads
 
@@ -15,6 +16,10 @@ U = 2.0**-24  # float32 rounds to nearest with a relative error of at most U
 HALF = 0.5 + 127 * 5 * U  # of a step: how far x may be from what it was quantised to (assert_means)
 
 load_kernels()
+
+needs_nvrtc = pytest.mark.skipif(
+    nvrtc.missing() is not None, reason="NVRTC is not installed: pip install nvidia-cuda-nvrtc"
+)
 
 
 def runnable(op: Op) -> list[Kernel]:

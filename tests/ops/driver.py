@@ -36,8 +36,8 @@ typedef struct {
 } Launched;
 
 typedef struct {
-  unsigned long long address, sizes[2], row_bytes;
-  unsigned type, rank, box[2], steps[2], interleave, swizzle, promotion, fill;
+  unsigned long long address, sizes[5], strides[4];
+  unsigned type, rank, box[5], steps[5], interleave, swizzle, promotion, fill;
 } Encoded;
 
 Launched launched[4096];
@@ -83,8 +83,12 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
   if (answer_encode) return answer_encode;
   if ((unsigned long long)map % 64) return CUDA_ERROR_MISALIGNED_ADDRESS;
   Encoded *e = &encoded[n_encoded++ % 4096];
-  *e = (Encoded){(unsigned long long)address, {dims[0], dims[1]}, strides[0], type, rank,
-                 {box[0], box[1]}, {steps[0], steps[1]}, interleave, swizzle, promotion, fill};
+  *e = (Encoded){.address = (unsigned long long)address, .type = type, .rank = rank};
+  e->interleave = interleave, e->swizzle = swizzle, e->promotion = promotion, e->fill = fill;
+  for (unsigned i = 0; i < rank; ++i) {
+    e->sizes[i] = dims[i], e->box[i] = box[i], e->steps[i] = steps[i];
+    if (i + 1 < rank) e->strides[i] = strides[i];
+  }
   memset(map, n_encoded, sizeof *map);
   memcpy(map, &e->address, 8);
   return CUDA_SUCCESS;
@@ -171,12 +175,12 @@ class Encoded(ctypes.Structure):
 
     _fields_ = (
         ("address", ctypes.c_ulonglong),
-        ("sizes", ctypes.c_ulonglong * 2),
-        ("row_bytes", ctypes.c_ulonglong),
+        ("sizes", ctypes.c_ulonglong * 5),
+        ("strides", ctypes.c_ulonglong * 4),
         ("type", ctypes.c_uint),
         ("rank", ctypes.c_uint),
-        ("box", ctypes.c_uint * 2),
-        ("steps", ctypes.c_uint * 2),
+        ("box", ctypes.c_uint * 5),
+        ("steps", ctypes.c_uint * 5),
         ("interleave", ctypes.c_uint),
         ("swizzle", ctypes.c_uint),
         ("promotion", ctypes.c_uint),

@@ -26,13 +26,6 @@ from graphquant.ops.triton_rows import quantize_rows_kernel, row_config
 from graphquant.ops.triton_util import unit_of
 
 load_kernels()
-from graphquant.ops.attention.triton import (  # noqa: E402
-    TILES,
-    Tile,
-    attention_kernel,
-    head_parts,
-    last_width,
-)
 from graphquant.ops.int8_linear.triton import int8_linear_kernel  # noqa: E402
 from graphquant.ops.int8_linear.triton_tma import int8_linear_tma_kernel  # noqa: E402
 from graphquant.ops.norm_quantize.triton import norm_quantize_kernel  # noqa: E402
@@ -67,26 +60,6 @@ def cases(sm: int) -> Iterator[Case]:
         for tile in tiles.TMA_ODD_N:
             yield _linear_case(f"tma odd N {tile}", tile, "bf16", None)
             yield _linear_case(f"tma odd N fp32 {tile}", tile, "fp32", None)
-
-    for tile in TILES:
-        for tokens, width in ((729, 72), (1025, 64)):
-            yield _attention_case(
-                f"attention {tokens} x {width} {tile}", tokens, width, TILES[tile]
-            )
-
-
-def _attention_case(name: str, tokens: int, width: int, tile: Tile) -> Case:
-    """16 heads of queries, keys and values in one tensor."""
-    types = {**dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "y_ptr"), "*bf16"), "scale": "fp32"}
-    whole, rest = head_parts(width)
-    row = 3 * 16 * width
-    steps = {"BATCH": tokens * row, "HEAD": width, "ROW": row}
-    constants = {f"{name}_{dim}": step for name in "QKV" for dim, step in steps.items()}
-    constants |= {"S": tokens, "T": tokens, "H": 16, "D": width, "WHOLE": whole, "REST": rest}
-    last = last_width(tokens, tile.BN)
-    constants |= {"BM": tile.BM, "BN": tile.BN, "LAST": last, "num_stages": tile.num_stages}
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    return name, attention_kernel, types, constants, options
 
 
 def _row_case(

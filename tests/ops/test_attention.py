@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+import subprocess
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import event, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from graphquant.ops import attention
-from graphquant.ops.attention.op import TILES, WIDEST
-from graphquant.ops.attention.triton import TILES as SIZES
-from graphquant.ops.attention.triton import head_parts
+from graphquant.ops.attention import hopper
+from graphquant.ops.attention.hopper_tiles import ROWS, SHARED, TILES, WIDEST
 from graphquant.ops.define import Kernel, Op
-from tests.ops.bounds import U, implementations, kernels
+from tests.ops.bounds import U, implementations, kernels, needs_nvrtc
+from tests.ops.offline import CUOBJDUMP
 from tests.strategies import FLOATS
 
+HALF = {torch.float32: torch.bfloat16}  # the kernel is one for half floats
+SPILLED = 16  # bytes: a few constants, outside of the main loop
 LAYOUTS = ("heads", "tokens", "fused", "columns")
 
 
@@ -63,7 +68,7 @@ def assert_right(y: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> No
     exp turns that into a factor within exp(+-e), as does the 2^-22 of the card's own exponential.
     Weights and their sum have those factors, so y is off by 2 (e + 2^-21) of sum p |v|, and by U
     for each of its T additions. Weights are then rounded to v's type, and so is y (eps each: half
-    of it on the card; Triton's interpreter cuts to bfloat16).
+    of it on the card).
     """
     assert y.shape == q.shape and y.dtype == q.dtype
     assert y.transpose(1, 2).is_contiguous()
@@ -92,24 +97,43 @@ heads = st.builds(
 
 
 @implementations(attention)
-@given(heads=heads, tile=st.sampled_from(TILES))
+@given(heads=heads, tile=st.sampled_from(list(TILES)))
 def test_result_is_the_float64_result_up_to_rounding(
     op: Op, kernel: Kernel, device: str, heads: Heads, tile: str
 ) -> None:
+    if kernel.name == "hopper":
+        heads = replace(heads, dtype=HALF.get(heads.dtype, heads.dtype), D=-(-heads.D // 8) * 8)
     args = heads.on(device)
-    if kernel.refuses(*args, tile) is not None:
-        tile = "64x64"
+    if kernel.name == "hopper" and kernel.refuses(*args, tile) is not None:
+        event(f"refused: {kernel.refuses(*args, tile)}")
+        args = replace(heads, layout="heads", D=64).on(device)
     assert_right(kernel.fn(*args, tile), *args)
 
 
-def test_a_tile_that_does_not_fit_the_card_is_refused() -> None:
+def test_what_the_kernel_does_not_take_is_said() -> None:
     (kernel,) = attention.kernels
-    wide = Heads(D=128).on("cpu")
-    why = kernel.refuses(*wide, "128x128")
-    assert why == "tile 128x128 of heads of 128 needs 327680 bytes of shared memory, not 232448"
-    assert kernel.refuses(*wide, "64x64") is None
-    assert kernel.refuses(*Heads(D=128, dtype=torch.bfloat16).on("cpu"), "128x128") is None
-    assert "wider than 256" in str(kernel.refuses(*Heads(D=257).on("cpu"), "64x64"))
+    assert "sm_90 alone" in str(kernel.refuses(*Heads().on("cpu"), "128x128"))
+    assert TILES["128x192"].refuses(64) is None
+    assert "registers" in str(TILES["128x192"].refuses(72))
+    assert "registers" in str(TILES["192x112"].refuses(72))
+    assert "multiple of 8 up to 128" in str(TILES["128x128"].refuses(136))
+    assert "multiple of 8 up to 128" in str(TILES["128x128"].refuses(20))
+
+
+@pytest.mark.cuda
+def test_the_kernel_says_what_is_wrong_with_its_inputs() -> None:
+    (kernel,) = attention.kernels
+    half = Heads(D=72, dtype=torch.bfloat16)
+    q, k, v, scale = half.on("cuda")
+    if (why := kernel.refuses(q, k, v, scale, "128x128")) is not None:
+        pytest.skip(why)
+    for wrong, said in [
+        ((q.float(), k, v), "q is torch.float32, needs float16 or bfloat16"),
+        ((q, k[..., 1:], v), "k does not start at a multiple of 16 bytes"),
+        ((q, k, replace(half, layout="columns").on("cuda")[2]), "v with strides"),
+        ((q[:, :, :1].expand_as(q), k, v), "q with strides"),
+    ]:
+        assert said in str(kernel.refuses(*wrong, scale, "128x128"))
 
 
 @kernels(attention)
@@ -118,7 +142,8 @@ def test_a_tile_that_does_not_fit_the_card_is_refused() -> None:
 def test_every_element_is_written(
     op: Op, kernel: Kernel, device: str, tile: str, tokens: int, poisoned: None
 ) -> None:
-    args = Heads(S=tokens, T=tokens, D=72, dtype=torch.bfloat16).on(device)
+    width = 72 if TILES[tile].refuses(72) is None else 64
+    args = Heads(B=2, S=tokens, T=tokens, D=width, dtype=torch.bfloat16).on(device)
     assert_right(kernel.fn(*args, tile), *args)
 
 
@@ -127,7 +152,8 @@ def test_every_element_is_written(
 def test_a_query_that_is_not_finite_leaves_the_others_alone(
     op: Op, kernel: Kernel, device: str, tile: str
 ) -> None:
-    q, k, v, scale = Heads(S=70, T=70, layout="heads").on(device)
+    dtype = torch.bfloat16 if kernel.name == "hopper" else torch.float32
+    q, k, v, scale = Heads(S=70, T=70, dtype=dtype, layout="heads").on(device)
     clean = kernel.fn(q, k, v, scale, tile)
     q[0, 1, 7, 3] = torch.nan
     y = kernel.fn(q, k, v, scale, tile)
@@ -137,15 +163,45 @@ def test_a_query_that_is_not_finite_leaves_the_others_alone(
     assert y[0, 1, 7].isnan().all()
 
 
-def test_tiles_have_sizes_as_they_are_called() -> None:
-    assert {f"{t.BM}x{t.BN}": name for name, t in SIZES.items()} == {t: t for t in TILES}
+@pytest.mark.parametrize("name", TILES)
+@given(T=st.integers(1, 5000), S=st.integers(1, 5000), B=st.integers(1, 70), H=st.integers(1, 32))
+def test_a_launch_covers_every_query_and_every_key_once(
+    name: str, B: int, H: int, S: int, T: int
+) -> None:
+    tile = TILES[name]
+    keys, blocks, down, heads, tiles = tile.cover(B, H, S, T)
+    assert 1 <= keys <= tile.n and keys + blocks * tile.n == T
+    assert (down - 1) * tile.groups * ROWS < S <= down * tile.groups * ROWS
+    assert heads == H and tiles == down * H * B
+    assert tile.grid(B, H, S, 132) == min(tiles, 132)
+    macros = tile.defines(T, 64, "bfloat16")
+    assert keys <= macros["FIRST"] < keys + 16 and macros["FIRST"] % 16 == 0
+    assert macros["MASKED"] == (keys != macros["FIRST"])
 
 
-def test_a_head_is_computed_little_wider_than_it_is() -> None:
-    """In powers of two from 16 on, as products on tensor cores are."""
-    for D in range(1, WIDEST + 1):
-        whole, rest = head_parts(D)
-        assert whole + rest >= D and whole & (whole - 1) == rest & (rest - 1) == 0
-        assert whole >= 16 and (whole <= D or D < 16)
-        assert rest == 0 or rest >= 16
-    assert [head_parts(D) for D in (64, 72, 80, 96)] == [(64, 0), (64, 16), (64, 16), (64, 32)]
+def test_a_tile_takes_heads_only_up_to_a_width() -> None:
+    for tile in TILES.values():
+        taken = [D for D in range(8, WIDEST + 1, 8) if tile.refuses(D) is None]
+        assert taken == list(range(8, max(taken) + 1, 8)) and max(taken) >= 64
+        assert all(tile.shared(D) <= SHARED for D in taken)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("name", TILES)
+@pytest.mark.parametrize("T", [197, 729])
+def test_the_kernel_compiles_to_tensor_core_instructions(name: str, T: int, tmp_path: Path) -> None:
+    """For the widest head that the tile takes."""
+    tile, file = TILES[name], tmp_path / "tile.cubin"
+    D = max(D for D in range(8, WIDEST + 1, 8) if tile.refuses(D) is None)
+    file.write_bytes(hopper.cubin(tile, T, D, "bfloat16"))
+
+    def said(what: str) -> str:
+        command = [str(CUOBJDUMP), what, str(file)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    usage = said("-res-usage")
+    assert "attention_hopper" in usage
+    assert sum(map(int, re.findall(r"STACK:(\d+)", usage))) <= SPILLED
+    assert sum(map(int, re.findall(r"REG:(\d+)", usage))) * tile.threads <= 65_536
+    shapes = set(re.findall(r"HGMMA\.64x(\d+)x16\.F32\.BF16", said("-sass")))
+    assert shapes == {str(tile.n), str(tile.defines(T, D, "bfloat16")["FIRST"]), str(D)}

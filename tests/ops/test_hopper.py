@@ -14,16 +14,13 @@ from graphquant.ops import nvrtc
 from graphquant.ops.int8_linear import hopper_tiles
 from graphquant.ops.int8_linear.hopper_tiles import SHARED, TILES, HopperTile, choose, descriptors
 from graphquant.ops.numerics import padded
+from tests.ops.bounds import needs_nvrtc
 from tests.ops.offline import CUOBJDUMP
 
 SOURCE = Path(hopper_tiles.__file__).with_name("hopper.cu")
 PROCESSORS = 132
 SPILLED = 48  # bytes: a constant or a few that are saved outside of the main loop
 sizes = st.integers(1, 70_000)
-
-needs_nvrtc = pytest.mark.skipif(
-    nvrtc.missing() is not None, reason="NVRTC is not installed: pip install nvidia-cuda-nvrtc"
-)
 
 
 @needs_nvrtc

@@ -43,7 +43,7 @@ def launch_of(driver: Driver, *params: tuple[Any, ...], **how: Any) -> Any:
 
 
 def map_of(tensor: int) -> tuple[Any, ...]:
-    return ("map", tensor, 1, 100, 7, 112, 64, 4, 2)
+    return ("map", tensor, 1, (100, 7), (112,), (64, 4), 2)
 
 
 # --- Launch ------------------------------------------------------------------------------------
@@ -83,13 +83,25 @@ def test_every_param_is_aligned_to_its_size_and_a_map_to_64_bytes(driver: Driver
 
 @on_stub
 def test_a_map_is_encoded_from_what_it_says(driver: Driver) -> None:
-    launch_of(driver, ("map", 0, 6, 4096, 729, 8192, 64, 128, 3))(0, A)
+    launch_of(driver, ("map", 0, 6, (4096, 729), (8192,), (64, 128), 3))(0, A)
     (got,) = driver.encoded
     assert got.address == A.address
-    assert (got.type, got.rank, list(got.sizes), got.row_bytes) == (6, 2, [4096, 729], 8192)
-    assert (list(got.box), list(got.steps), got.swizzle) == ([64, 128], [1, 1], 3)
+    assert (got.type, got.rank, list(got.sizes)[:2], got.strides[0]) == (6, 2, [4096, 729], 8192)
+    assert (list(got.box)[:2], list(got.steps)[:2], got.swizzle) == ([64, 128], [1, 1], 3)
     assert (got.interleave, got.fill) == (0, 0)  # none, zeros
     assert got.promotion in (2, 3)  # to 128 or 256 bytes
+
+
+@on_stub
+def test_a_map_has_as_many_dims_as_sizes(driver: Driver) -> None:
+    for dims in (1, 3, 5):
+        firsts = ((10, dims), (160, dims - 1), (1, dims))
+        sizes, strides, box = (tuple(range(first, first + n)) for first, n in firsts)
+        launch_of(driver, ("map", 0, 9, sizes, strides, box, 3))(0, A)
+        got = driver.encoded[-1]
+        assert got.rank == dims
+        assert (tuple(got.sizes)[:dims], tuple(got.strides)[: dims - 1]) == (sizes, strides)
+        assert (tuple(got.box)[:dims], tuple(got.steps)[:dims]) == (box, (1,) * dims)
 
 
 @on_stub
@@ -167,6 +179,11 @@ def test_what_is_wrong_with_a_param_is_said(driver: Driver) -> None:
         (TypeError, "a param is a tuple", ("null",)),
         (TypeError, "", (("pointer", "x"),)),
         (TypeError, "", (("map", 0, 1),)),
+        (ValueError, "1 to 5 dims, not 0", (("map", 0, 1, (), (), (), 0),)),
+        (ValueError, "1 to 5 dims, not 6", (("map", 0, 1, (8,) * 6, (8,) * 5, (8,) * 6, 0),)),
+        (ValueError, "2 numbers where 1 ", (("map", 0, 1, (8, 8), (8, 8), (8, 8), 0),)),
+        (ValueError, "1 numbers where 2 ", (("map", 0, 1, (8, 8), (8,), (8,), 0),)),
+        (TypeError, "", (("map", 0, 1, (8, "8"), (8,), (8, 8), 0),)),
         (TypeError, "", ((1,),)),
     ]:
         raises(error, match, driver.native.Launch, 1, (1, 1, 1), 32, 0, 1, False, params, None)
@@ -486,7 +503,12 @@ def test_a_kernel_that_launched_once_is_repeated_on_other_tensors(driver: Driver
     owner = object()
 
     def run() -> None:
-        params = [("pointer", y), ("i32", 3), ("pointer", x), ("map", x, 1, 8, 8, 32, 8, 8, 0)]
+        params = [
+            ("pointer", y),
+            ("i32", 3),
+            ("pointer", x),
+            ("map", x, 1, (8, 8), (32,), (8, 8), 0),
+        ]
         launch.launch(0xF00, 11, 64, 4096, params, owner, cluster=2, pdl=True)
 
     made = launch.prepare(run, (x, None, y))

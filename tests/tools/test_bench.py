@@ -233,7 +233,8 @@ def test_a_tiny_model_goes_the_whole_way(tiny: str, tmp_path: Path) -> None:
     beside = ours.weight_bytes - eager.weight_bytes
     channels = 3 * 32 + 32 + 64 + 32 + 32
     assert beside == (3 + 1 + 1) * 32 * 32 + 2 * 32 * 64 + 8 * channels + 2 * 3 * 32
-    assert run.header["command"] == f"python -m tools.bench {tiny} --batch 2 --variants " + (
+    command = run.header["command"].removeprefix("GRAPHQUANT_SELECT=always ")  # set on CUDA
+    assert command == f"python -m tools.bench {tiny} --batch 2 --variants " + (
         " ".join(names) + " --seconds 0.01"
     )
     text = page.read_text()
@@ -677,7 +678,8 @@ def test_what_was_not_run_for_lack_of_time_is_not_shown() -> None:
     assert [n.record.variant for n in latest([late], "encoders")] == ["bf16-default"]
 
 
-def test_the_header_says_with_what_but_not_where_to() -> None:
+def test_the_header_says_with_what_but_not_where_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GRAPHQUANT_SELECT", raising=False)
     found = header(["ops", "--json", "/a/path.json", "--chart=/b/c.png", "--batch", "1"])
     assert found["command"] == "python -m tools.bench ops --batch 1"
     for name in ("card", "driver", "torch", "triton", "transformers", "torchao", "date"):
@@ -689,6 +691,7 @@ def test_settings_in_the_environment_are_part_of_the_command(
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS", "ATEN,CPP")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/somewhere")
+    monkeypatch.delenv("GRAPHQUANT_SELECT", raising=False)
     said = header(["ops"])["command"]
     assert said == "TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS=ATEN,CPP python -m tools.bench ops"
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from graphquant.ops import OPS
-from graphquant.ops.attention.op import TILES
+from graphquant.ops.attention.hopper_tiles import TILES
 from graphquant.ops.numerics import ACTIVATIONS, MIN_ABSMAX
 
 # M, N, K: nothing a multiple of anything; the widths of one layer with few and with many rows
@@ -267,10 +267,10 @@ def _int8_linear(M: int, N: int, K: int, device: str, small: bool) -> Cases:
 
 def _attention(M: int, N: int, K: int, device: str, small: bool) -> Cases:
     """M tokens of two heads, as views of one result, in every tile."""
-    for tile in TILES:
+    tokens = min(M, 577)
+    for tile, width in ((t, D) for t in TILES for D in (64, 72) if TILES[t].refuses(D) is None):
 
-        def make(tile: str = tile) -> tuple[Args, Compare]:
-            tokens, width = min(M, 577), 72
+        def make(tile: str = tile, width: int = width) -> tuple[Args, Compare]:
             qkv = torch.randn(3, 1, tokens, 2, width, device=device).to(DTYPE).transpose(2, 3)
             scale = width**-0.5
             scores = qkv[0].double() @ qkv[1].double().transpose(2, 3) * scale
@@ -283,7 +283,7 @@ def _attention(M: int, N: int, K: int, device: str, small: bool) -> Cases:
             return (*qkv, scale, tile), compare
 
         if small or K < N:
-            yield f"{min(M, 577)} x 72 {tile}", make
+            yield f"{tokens} x {width} {tile}", make
 
 
 CASES: dict[str, Callable[[int, int, int, str, bool], Cases]] = {

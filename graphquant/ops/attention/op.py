@@ -1,16 +1,18 @@
-"""Attention without a mask, in floats, for lengths and head widths that torch's kernels pad.
+"""Attention without a mask, in floats, on Hopper faster than torch's at the lengths of encoders.
 
     y = softmax(scale q k^T) v        per head, sums and softmax in float32
 
     q       [B, H, S, D]  float16 | bfloat16 | float32, any strides
     k, v    [B, H, T, D]  like q; T >= 1
     scale   of the scores, > 0, usually D ** -0.5
-    tile    a name in TILES: how a CUDA kernel cuts its work; the result is the same up to rounding
+    tile    a name in TILES, queries x keys: how the CUDA kernel cuts its work; the result is the
+            same up to rounding
     -> y    [B, H, S, D]  like q, and [B, S, H, D] in memory: heads side by side, as the linear that
             follows reads them
 
 torch's fused kernels work on blocks of 64 to 128 tokens and on heads of 64 or 128: of an image of
-257 tokens, or with heads of 72, they compute up to twice what there is.
+257 tokens, or with heads of 72, they compute up to twice what there is. The CUDA kernel is one for
+Hopper and half floats; elsewhere the rewrite does not call the op.
 """
 
 from __future__ import annotations
@@ -21,10 +23,8 @@ from torch import Tensor
 
 from graphquant.errors import UnsupportedInputError
 from graphquant.ops import checks
+from graphquant.ops.attention.hopper_tiles import TILES
 from graphquant.ops.define import define
-
-TILES = ("128x128", "128x64", "64x128", "64x64")  # queries x keys
-WIDEST = 256  # D that CUDA kernels take
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> None:
@@ -52,6 +52,7 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> Tensor:
     "(Tensor q, Tensor k, Tensor v, float scale, str tile) -> Tensor y",
     fake=_fake,
     check=_check,
+    kernels=("hopper",),
     in_rows=False,
 )
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> Tensor:

@@ -17,14 +17,11 @@ from graphquant.ops.chip import chip
 from graphquant.ops.int8_linear import hopper_tiles
 from graphquant.ops.int8_linear.hopper_tiles import Descriptor, HopperTile
 from graphquant.ops.int8_linear.tiled import Operands, Problem, Tiled, tiled
-from graphquant.ops.launch import Param, launch, native
+from graphquant.ops.launch import MAP_SWIZZLES, MAP_TYPES, Param, launch, native
 from graphquant.ops.numerics import ALIGN, row_stride
 
 MATRICES = ("xq", "wq", "residual")
 ONLY = 90  # its instructions are Hopper's own
-# CUtensorMapDataType and CUtensorMapSwizzle in cuda.h
-MAP_TYPES = {"uint8": 0, "float16": 6, "float32": 7, "bfloat16": 9}
-MAP_SWIZZLES = {64: 2, 128: 3}
 
 
 def _refuses(o: Operands, dtype: torch.dtype) -> str | None:
@@ -100,8 +97,8 @@ def _map(d: Descriptor, of: Tensor) -> Param:
     row = row_stride(of)
     assert row is not None
     return (
-        "map", of, MAP_TYPES[d.dtype], d.columns, d.rows, row * of.itemsize,
-        d.box_columns, d.box_rows, MAP_SWIZZLES[d.swizzle],
+        "map", of, MAP_TYPES[getattr(torch, d.dtype)], (d.columns, d.rows), (row * of.itemsize,),
+        (d.box_columns, d.box_rows), MAP_SWIZZLES[d.swizzle],
     )  # fmt: skip
 
 

@@ -1,0 +1,94 @@
+"""hopper.cu on sm_90a: compiled by NVRTC for the tile, the head and the keys, cached, launched.
+
+Tokens must start at multiples of 16 bytes, for the tensor memory accelerator.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from graphquant.ops import nvrtc
+from graphquant.ops.attention.hopper_tiles import HALVES, PART, ROWS, STORED, TILES, HopperTile
+from graphquant.ops.attention.op import attention
+from graphquant.ops.chip import chip
+from graphquant.ops.launch import ALIGNED, MAP_SWIZZLES, MAP_TYPES, Param, launch, native
+
+ONLY = 90  # its instructions are Hopper's own
+LOG2_E = 1.4426950408889634
+_TYPES = "typedef unsigned long long u64;\n"  # behind which the products may stand
+
+
+def _refuses(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> str | None:
+    sm, D = chip(q.device).sm, q.shape[3]
+    if q.device.type != "cuda" or sm != ONLY:
+        return f"the device is sm_{sm}, this one is for sm_{ONLY} alone"
+    if (why := nvrtc.missing()) is not None:
+        return why
+    if _name(q) not in HALVES:
+        return f"q is {q.dtype}, needs float16 or bfloat16"
+    if (why := TILES[tile].refuses(D)) is not None:
+        return f"tile {tile}: {why}"
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.data_ptr() % ALIGNED:
+            return f"{name} does not start at a multiple of {ALIGNED} bytes"
+        if t.numel() and (t.stride(3) != 1 or any(n % ALIGNED or not n for n in _strides(t))):
+            return f"{name} with strides {tuple(t.stride())} is not tokens at multiples of 16 bytes"
+    return None
+
+
+def _name(of: Tensor) -> str:
+    return str(of.dtype).removeprefix("torch.")
+
+
+def _strides(t: Tensor) -> tuple[int, ...]:
+    """Bytes from head to head, token to token, batch to batch. A dim of one has any."""
+    width = t.shape[3] * t.itemsize
+    return tuple(t.stride(i) * t.itemsize if t.shape[i] > 1 else width for i in (1, 2, 0))
+
+
+def cubin(tile: HopperTile, T: int, D: int, dtype: str) -> bytes:
+    """The kernel for T keys (or as many more as fill whole blocks) and heads of D columns."""
+    head, _, rest = Path(__file__).with_suffix(".cu").read_text().partition(_TYPES)
+    source = head + _TYPES + tile.products(T, D, dtype) + rest
+    return nvrtc.compile_cubin(source, tile.defines(T, D, dtype), "sm_90a")
+
+
+@functools.cache
+def _function(tile: HopperTile, keys: int, D: int, dtype: str, device: torch.device) -> int:
+    """The handle of a loaded specialisation. `device`: each has functions of its own."""
+    code = cubin(tile, keys, D, dtype)
+    with torch.cuda.device(device):
+        function: int = native().load(device.index, code, "attention_hopper", tile.shared(D))
+    return function
+
+
+@attention.kernel("hopper", refuses=_refuses)
+def attention_hopper(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str, out: tuple[Tensor]
+) -> None:
+    (y,) = out
+    if not y.numel():
+        return
+    (B, H, S, D), T, chosen = q.shape, k.shape[2], TILES[tile]
+    launch(
+        _function(chosen, chosen.first(T), D, _name(q), q.device),
+        chosen.grid(B, H, S, chip(q.device).processors),
+        chosen.threads,
+        chosen.shared(D),
+        (
+            *(_map(t, n) for t, n in ((q, ROWS), (k, chosen.n), (v, chosen.n), (y, STORED))),
+            *(("i32", n) for n in (S, *chosen.cover(B, H, S, T))),
+            ("f32", scale * LOG2_E),
+        ),
+        pdl=True,
+    )
+
+
+def _map(t: Tensor, tokens: int) -> Param:
+    B, H, S, D = t.shape
+    box = (PART, 1, tokens, 1)
+    return "map", t, MAP_TYPES[t.dtype], (D, H, S, B), _strides(t), box, MAP_SWIZZLES[128]
