@@ -168,7 +168,8 @@ def test_a_task_that_fails_or_is_late_says_so(monkeypatch: pytest.MonkeyPatch) -
     assert why.startswith("ValueError: no variant 'no such variant': there are eager, ")
     assert said == [f"vit-b-16 x 1 no such variant: {why}"]
     assert "time limit" in ahead.compile_all([bad], 1, Limit.after(0.2), said.append)[bad]
-    assert "time limit" in ahead.compile_all([bad], 1, Limit(0.0), said.append)[bad]
+    assert not ahead.compile_all([bad], 1, Limit(0.0), said.append)  # may be compiled later
+    assert said[-1].endswith("not compiled ahead")
 
 
 def test_one_process_at_a_time_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,6 +303,7 @@ def test_torchao_leaves_the_model_and_the_settings_alone(monkeypatch: pytest.Mon
         @staticmethod
         def quantize_(model: nn.Module, config: Any) -> None:
             torch._inductor.config.coordinate_descent_tuning = True
+            torch._inductor.config.epilogue_fusion = False
             torch.set_float32_matmul_precision("high")
             for p in model.parameters():
                 p.zero_()
@@ -310,11 +312,12 @@ def test_torchao_leaves_the_model_and_the_settings_alone(monkeypatch: pytest.Mon
     package.quantization = Quantization  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torchao", package)
     model = nn.Linear(3, 3).requires_grad_(False)
-    tuning = torch._inductor.config.coordinate_descent_tuning
+    fusion = torch._inductor.config.epilogue_fusion
     with variants.settings_kept():
         prepared = variants.prepare("torchao-int8", model)
-        assert torch._inductor.config.coordinate_descent_tuning is True
-    assert torch._inductor.config.coordinate_descent_tuning is tuning is False
+        assert torch._inductor.config.coordinate_descent_tuning is False  # mode "default"
+        assert torch._inductor.config.epilogue_fusion is False
+    assert torch._inductor.config.epilogue_fusion is fusion is True
     assert torch.get_float32_matmul_precision() == "highest"
     assert model.weight.any() and not prepared.module.weight.any()  # type: ignore[operator]
 

@@ -76,9 +76,9 @@ def _torchao(variant: str, model: nn.Module) -> nn.Module:
     precision = torch.get_float32_matmul_precision()
     try:
         ao.quantize_(model, config)
-        # Search a kernel's settings in one direction after the other, as max-autotune does. In all
-        # at once, as torchao sets it, SigLIP was not compiled after four minutes.
-        torch._inductor.config.coordinate_descent_check_all_directions = False
+        # Mode "default", as the other variants: torchao also sets a search of every kernel's
+        # settings, with which SigLIP was not compiled after four minutes. What else it sets stays.
+        torch._inductor.config.coordinate_descent_tuning = False
     finally:  # it sets "high", which Dynamo would notice, and which is nothing to a bfloat16 model
         torch.set_float32_matmul_precision(precision)
     return model
