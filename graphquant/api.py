@@ -18,9 +18,10 @@ from graphquant.config import Config
 from graphquant.errors import CaptureError, GraphquantError, UnsupportedInputError
 from graphquant.paired import Pair
 from graphquant.passes.ir import Captured
-from graphquant.passes.pipeline import linear_path, rewrite
+from graphquant.passes.pipeline import rewrite
 from graphquant.report import Report
 from graphquant.tally import Tally, copies, each_call
+from graphquant.watched import Paths
 
 
 def explain(
@@ -77,19 +78,9 @@ def compare(
     GraphquantError if the model takes another path in int8 than in float (its control flow or its
     sizes depend on values that int8 has changed).
     """
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        model = model._orig_mod  # what torch.compile returned
-    if not isinstance(model, nn.Module):
-        raise UnsupportedInputError(f"compare needs a torch.nn.Module, got {type(model).__name__}")
-    if training := [n or "the model" for n, m in model.named_modules() if m.training]:
-        raise UnsupportedInputError(
-            f"compare needs a model in eval mode, but {training[0]} is in training mode: "
-            "call model.eval()"
-        )
+    model = _in_eval_mode("compare", model)
     config = Config.of(options or {})
-    paths: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        paths.setdefault(id(parameter), []).append(linear_path(name))
+    paths = Paths(model)
     tally = Tally()
 
     def take(captured: Captured, gm: GraphModule) -> tuple[Report, Callable[..., Any]]:
@@ -109,6 +100,20 @@ def compare(
     if report is None:
         raise UnsupportedInputError("compare needs at least one batch, got none")
     return tally.result(report)
+
+
+def _in_eval_mode(entry: str, model: nn.Module) -> nn.Module:
+    """The module itself, if it is one and may be run as in inference."""
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        model = model._orig_mod  # what torch.compile returned
+    if not isinstance(model, nn.Module):
+        raise UnsupportedInputError(f"{entry} needs a torch.nn.Module, got {type(model).__name__}")
+    if training := [n or "the model" for n, m in model.named_modules() if m.training]:
+        raise UnsupportedInputError(
+            f"{entry} needs a model in eval mode, but {training[0]} is in training mode: "
+            "call model.eval()"
+        )
+    return model
 
 
 class _Trace:
