@@ -117,7 +117,7 @@ def calibrate(
     progress: bool = True,
     resume: Calibration | None = None,
 ) -> Calibration:
-    """What the model's linears read on these batches: each channel's absmax, a histogram of all.
+    """What the model's linears read on these batches: channels' absmax, a histogram, some rows.
 
     model       a torch.nn.Module in eval mode, compiled or not; it stays as it is
     batches     what its calls take, one after the other, each of any size, as for `compare`;

@@ -41,7 +41,8 @@ class Calibration:
     batches     how many were seen
 
     `Calibration(model)` has seen nothing: what a rank without data brings to `sync`.
-    Nothing of a batch is kept but sums: 64 KiB and 8 K bytes for each value that linears read.
+    What is kept does not grow with the data: for each value that linears read, of K channels, 64
+    KiB and 8 K bytes of sums, and 64 of its rows, 256 K bytes.
     """
 
     def __init__(
@@ -88,6 +89,12 @@ class Calibration:
         """
         record = self.record(path)
         return None if record is None else record.absmax
+
+    def sample(self, path: str) -> Tensor | None:
+        """Up to 64 rows that this linear read, [n, K] float32 on the CPU, none of them twice and
+        whatever the order of the data was the same; None as `record`, and if no row was finite."""
+        record = self.record(path)
+        return None if record is None or not len(record.sample) else record.sample
 
     def range(self, path: str) -> tuple[float, float] | None:
         """(low, high) for a static scale of this linear's whole input; None as `record`.
@@ -185,7 +192,7 @@ class Calibration:
         records = []
         for i, (sites, record) in enumerate(self._shared()):
             tensors |= {f"{i}.low": record.low, f"{i}.high": record.high}
-            tensors[f"{i}.counts"] = record.histogram.counts
+            tensors |= {f"{i}.sample": record.sample, f"{i}.counts": record.histogram.counts}
             numbers = {name: getattr(record, name) for name in _NUMBERS}
             exponent = record.histogram.exponent
             records.append({"sites": [s.path for s in sites], "exponent": exponent, **numbers})
@@ -240,14 +247,16 @@ class Calibration:
         made._model = {n: Parameter(d, tuple(s), v) for n, (d, s, v) in about["model"].items()}
         made._records = {}
         for i, entry in enumerate(about["records"]):
-            low, high, counts = (tensors.pop(f"{i}.{name}") for name in ("low", "high", "counts"))
-            wants = ((low, [len(low)]), (high, [len(low)]), (counts, [BINS]))
+            names = ("low", "high", "sample", "counts")
+            low, high, sample, counts = (tensors.pop(f"{i}.{name}") for name in names)
+            K = len(low)
+            wants = ((low, [K]), (high, [K]), (sample, [len(sample), K]), (counts, [BINS]))
             for tensor, shape in wants:
                 dtype = torch.int64 if tensor is counts else torch.float32
                 if tensor.dtype != dtype or [*tensor.shape] != shape:
                     raise ValueError(f"{i} has {tensor.dtype} {[*tensor.shape]}")
             numbers = {name: entry[name] for name in _NUMBERS}
-            record = Record(low, high, Histogram(counts, entry["exponent"]), **numbers)
+            record = Record(low, high, Histogram(counts, entry["exponent"]), sample, **numbers)
             made._records |= {Site(path, record.K): record for path in entry["sites"]}
         if tensors:
             raise ValueError(f"tensors without a record: {', '.join(sorted(tensors))}")

@@ -263,7 +263,7 @@ class SharedQuantState(nn.Module, ABC):
         RuntimeError); its values can, by `copy_`, for all at once. In a state_dict each quantiser
         has a copy, so that formats without shared storage can hold it.
         """
-        tied = [attr for attr in self.managed_attrs if _is_set(self._buffers[attr])]
+        tied = [attr for attr in self.managed_attrs if self._buffers[attr] is not None]
         for attr in tied:
             quantizer.__dict__.pop(attr, None)
             quantizer._buffers[attr] = self._buffers[attr]

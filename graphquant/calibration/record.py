@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from graphquant.calibration.histogram import Histogram
+from graphquant.calibration.sample import smallest
 
 METHODS = ("absmax", "percentile", "mse")
 
@@ -28,6 +29,7 @@ class Record:
 
     low, high  [K] float32, of each channel; inf and -inf where no finite value was seen
     histogram  of all finite values
+    sample     [n, K] float32, n <= 64 of the rows (sample.py says which)
     rows       how many rows, x.numel() / K
     calls      how many times a linear read such rows
     left_out   how many values were inf or nan: they are in none of the above
@@ -36,6 +38,7 @@ class Record:
     low: Tensor
     high: Tensor
     histogram: Histogram
+    sample: Tensor
     rows: int = 0
     calls: int = 0
     left_out: int = 0
@@ -43,7 +46,7 @@ class Record:
     @classmethod
     def empty(cls, K: int) -> Record:
         none = torch.full((K,), math.inf)
-        return cls(none, -none, Histogram.empty())
+        return cls(none, -none, Histogram.empty(), torch.empty(0, K))
 
     @classmethod
     def of(cls, x: Tensor) -> Record:
@@ -61,13 +64,14 @@ class Record:
         low, high = lowest.amin(0).cpu(), highest.amax(0).cpu()
         absmax = max(-low.min().item(), high.max().item(), 0.0)
         histogram = Histogram.of(values, absmax) if values.numel() else Histogram.empty()
-        return Record(low, high, histogram, len(x), 1, left_out)
+        return Record(low, high, histogram, smallest(x), len(x), 1, left_out)
 
     def __add__(self, other: Record) -> Record:
         return Record(
             torch.minimum(self.low, other.low),
             torch.maximum(self.high, other.high),
             self.histogram + other.histogram,
+            smallest(torch.cat([self.sample, other.sample])),
             self.rows + other.rows,
             self.calls + other.calls,
             self.left_out + other.left_out,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from graphquant.calibration.histogram import BINS, Histogram
 from graphquant.calibration.record import Record, Site
+from graphquant.calibration.sample import smallest
 
 Shared = Sequence[tuple[tuple[Site, ...], Record]]
 
@@ -40,6 +41,7 @@ def all_reduced(
         joined.append((merged, max([exponent, *(e for _, e in met)])))
     every = sorted((tuple(sorted(sites)), exponent) for sites, exponent in joined)
 
+    samples = gathered({sites[0]: record.sample for sites, record in shared}, group)
     ends, counts = [], [torch.tensor([batches])]
     for sites, exponent in every:
         own = (record for mine, record in shared if not set(mine).isdisjoint(sites))
@@ -57,7 +59,10 @@ def all_reduced(
         low, top = -high[to : to + K], high[to + K : to + 2 * K]
         histogram = Histogram(total[at : at + BINS].clone(), exponent)
         numbers = total[at + BINS : at + BINS + 3].tolist()
-        made.append((sites, Record(low, top.clone(), histogram, *numbers)))
+        kept = [rows for rank in samples for site, rows in rank.items() if site in sites]
+        made.append(
+            (sites, Record(low, top.clone(), histogram, smallest(torch.cat(kept)), *numbers))
+        )
         at, to = at + BINS + 3, to + 2 * K
     return batches, made
 

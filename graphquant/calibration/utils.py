@@ -64,8 +64,8 @@ _originals: dict[tuple[int, str, str], Any] = {}  # of what is replaced now
 def replace_function(
     package: Any, name: str, new_func: Callable[..., Any], og_func_cache_name: str | None = None
 ) -> Iterator[None]:
-    """Within, `package.name` is `new_func`, and `package._name` (or the name given) is the original,
-    so that the new one can call it.
+    """Within, `package.name` is `new_func`, and `package._name` (or another name) the original, so
+    that the new one can call it.
 
     package  a module, class or object; all of the process sees the change
 

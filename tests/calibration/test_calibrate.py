@@ -48,6 +48,8 @@ def holds(calibration: Calibration, path: str, x: Tensor, calls: int = 1) -> Non
     assert torch.equal(got.histogram.counts, want.histogram.counts)
     assert got.histogram.exponent == want.histogram.exponent
     assert (got.rows, got.calls) == (want.rows, calls)
+    sample = calibration.sample(path)
+    assert sample is not None and torch.equal(sample, want.sample)
     absmax = calibration.absmax(path)
     assert absmax is not None and absmax.dtype == torch.float32 and absmax.shape == x.shape[-1:]
     assert torch.equal(absmax, x.detach().abs().reshape(-1, x.shape[-1]).amax(0).float())
@@ -256,6 +258,7 @@ def same(a: Calibration, b: Calibration) -> None:
         assert torch.equal(mine.low, other.low) and torch.equal(mine.high, other.high)
         assert torch.equal(mine.histogram.counts, other.histogram.counts)
         assert mine.histogram.exponent == other.histogram.exponent
+        assert torch.equal(mine.sample, other.sample)
         assert (mine.rows, mine.calls) == (other.rows, other.calls)
         assert mine.left_out == other.left_out
 
@@ -309,6 +312,7 @@ def test_what_is_not_finite_is_left_out_and_told(x: Tensor, caplog: Any) -> None
     assert torch.equal(calibration.absmax("fc"), finite.abs().amax((0, 1)))
     assert calibration.range("fc") == (float(finite.min()), float(finite.max()))
     assert int(got.histogram.counts.sum()) == 1920 - 33
+    assert calibration.sample("fc") is None  # no row is finite
 
 
 def test_a_site_without_any_finite_value_has_nothing(x: Tensor) -> None:
@@ -400,13 +404,13 @@ def test_nothing_of_a_batch_is_kept() -> None:
     sizes = []
 
     def batches() -> Iterator[Tensor]:
-        for _ in range(12):
-            yield torch.randn(4, 64)
+        for _ in range(8):
+            yield torch.randn(70, 64)  # more rows than a sample has
             gc.collect()
             sizes.append(sum(o.numel() for o in gc.get_objects() if type(o) is Tensor))
 
     calibrate(model, batches())
-    assert len(set(sizes[4:])) == 1
+    assert len(set(sizes[3:])) == 1
 
 
 def test_the_model_the_batches_and_the_generators_are_left_as_they_were(x: Tensor) -> None:

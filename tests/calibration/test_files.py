@@ -59,6 +59,7 @@ def test_what_was_saved_is_loaded(calibration: Calibration, file: Path, model: n
             assert loaded.range(path) == calibration.range(path)
             got, want = loaded.absmax(path), calibration.absmax(path)
             assert got is not None and want is not None and torch.equal(got, want)
+            assert (loaded.sample(path) is None) == (path == "out")
             assert vars(loaded.record(path)).keys() >= {"rows", "calls", "left_out"}
         assert loaded.record("q") is loaded.record("k")
         merged = loaded.merge(calibration)  # which checks the model
@@ -71,7 +72,7 @@ def test_the_file_is_safetensors_with_json(file: Path) -> None:
     about = json.loads(header["graphquant.calibration"])
     assert about["version"] == 1
     assert [r["sites"] for r in about["records"]] == [["k", "q"], ["out"]]
-    assert len(load_file(file)) == 6  # low, high and counts, once for q and k
+    assert len(load_file(file)) == 8  # low, high, sample and counts, once for q and k
 
 
 def test_one_data_is_one_file(calibration: Calibration, file: Path, tmp_path: Path) -> None:
@@ -164,6 +165,7 @@ def damage(file: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], obj
         (lambda t, a: t.pop("0.high"), r"is damaged: KeyError\('0\.high'\)"),
         (lambda t, a: t.update({"2.low": torch.ones(3)}), r"tensors without a record: 2\.low"),
         (lambda t, a: t.update({"0.high": torch.ones(3)}), r"is damaged: .*0 has torch\.float32 "),
+        (lambda t, a: t.update({"0.sample": torch.ones(3, 5)}), r"0 has torch\.float32 \[3, 5\]"),
         (lambda t, a: t.update({"0.counts": torch.ones(8192)}), r"0 has torch\.float32 \[8192\]"),
         (lambda t, a: a.pop("records"), r"is damaged: KeyError\('records'\)"),
         (lambda t, a: a["records"][0].pop("rows"), r"is damaged: KeyError\('rows'\)"),
