@@ -1,9 +1,11 @@
 """int8 for transformer encoders: `torch.compile(model, backend="graphquant")`."""
 
 from graphquant.accuracy import AccuracyReport, OutputAccuracy, SiteAccuracy
-from graphquant.api import compare, explain
+from graphquant.api import calibrate, compare, explain
+from graphquant.calibration import Calibration
 from graphquant.config import Config
 from graphquant.errors import (
+    CalibrationError,
     GraphquantError,
     MissingPackageError,
     OptionError,
@@ -17,6 +19,8 @@ from graphquant.report import Outcome, Report
 __version__ = "0.1.0"
 __all__ = [
     "AccuracyReport",
+    "Calibration",
+    "CalibrationError",
     "Config",
     "GraphquantError",
     "MissingPackageError",
@@ -28,6 +32,7 @@ __all__ = [
     "RuleError",
     "SiteAccuracy",
     "UnsupportedInputError",
+    "calibrate",
     "compare",
     "explain",
     "refresh",

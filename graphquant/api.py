@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from functools import partial
 from types import FunctionType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
+from tqdm import tqdm
 
 from graphquant.accuracy import AccuracyReport
+from graphquant.calibration import Calibration, Record
+from graphquant.calibration.observed import Observed
 from graphquant.capture import forgotten_afterwards, from_dynamo
 from graphquant.config import Config
 from graphquant.errors import CaptureError, GraphquantError, UnsupportedInputError
 from graphquant.paired import Pair
 from graphquant.passes.ir import Captured
-from graphquant.passes.pipeline import linear_path, rewrite
+from graphquant.passes.pipeline import rewrite
 from graphquant.report import Report
-from graphquant.tally import Tally, copies, each_call
+from graphquant.tally import Tally, copies, each_call, own_generators
+from graphquant.watched import Paths
+
+log = logging.getLogger(__name__)
 
 
 def explain(
@@ -77,19 +84,9 @@ def compare(
     GraphquantError if the model takes another path in int8 than in float (its control flow or its
     sizes depend on values that int8 has changed).
     """
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        model = model._orig_mod  # what torch.compile returned
-    if not isinstance(model, nn.Module):
-        raise UnsupportedInputError(f"compare needs a torch.nn.Module, got {type(model).__name__}")
-    if training := [n or "the model" for n, m in model.named_modules() if m.training]:
-        raise UnsupportedInputError(
-            f"compare needs a model in eval mode, but {training[0]} is in training mode: "
-            "call model.eval()"
-        )
+    model = _in_eval_mode("compare", model)
     config = Config.of(options or {})
-    paths: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        paths.setdefault(id(parameter), []).append(linear_path(name))
+    paths = Paths(model)
     tally = Tally()
 
     def take(captured: Captured, gm: GraphModule) -> tuple[Report, Callable[..., Any]]:
@@ -109,6 +106,82 @@ def compare(
     if report is None:
         raise UnsupportedInputError("compare needs at least one batch, got none")
     return tally.result(report)
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    method: str = "absmax",
+    percentile: float = 99.99,
+    progress: bool = True,
+    resume: Calibration | None = None,
+) -> Calibration:
+    """What the model's linears read on these batches: channels' absmax, a histogram, some rows.
+
+    model       a torch.nn.Module in eval mode, compiled or not; it stays as it is
+    batches     what its calls take, one after the other, each of any size, as for `compare`;
+                padding counts like anything else
+    method      how Calibration.range finds a static range: "absmax", "percentile" or "mse"; all
+                three work on what is gathered, so `Calibration.using` can change it later
+    percentile  of |x|, for method "percentile"
+    progress    show a progress bar
+    resume      a Calibration of this model: its data counts as well, and its method stays as it is
+                here. Neither it nor anything else is changed.
+
+    The float model runs once for each batch under torch.no_grad(), by the ops as they stand. A
+    linear that no batch came to is not in the result, nor is one that torch.compile does not see
+    (a warning in the log says how many). Values that are inf or nan are left out, and a warning
+    says where.
+
+    Adding up is exact, so it can be done in parts: after each, `calibration = calibrate(model,
+    part, resume=calibration)` and `calibration.save(path)`. The model computes in float, and its
+    results may depend on how samples are batched in the last bits.
+
+    Raises UnsupportedInputError for a model that is no module or is in training mode, for batches
+    that hold nothing, and for a batch of another type; OptionError for a method that does not
+    exist; CalibrationError if `resume` is of another model.
+    """
+    model = _in_eval_mode("calibrate", model)
+    calibration = Calibration(model, method=method, percentile=percentile)
+    if resume is not None:
+        calibration = calibration.merge(resume)
+    paths = Paths(model)
+
+    def found(readers: Sequence[str], x: Tensor) -> None:
+        calibration.add(readers, Record.of(x))
+
+    def take(captured: Captured, gm: GraphModule) -> tuple[Report, Callable[..., Any]]:
+        return Report(()), Observed(captured, paths, found).run
+
+    trace = _Trace(take)
+    before = calibration.batches
+    total = len(batches) if isinstance(batches, Sized) else None
+    with torch.no_grad(), forgotten_afterwards(trace.observe):
+        calls = tqdm(each_call(batches), "calibrate", total, unit="batch", disable=not progress)
+        for args, kwargs in calls:
+            with own_generators():
+                trace(model, *copies(args, kwargs))
+            calibration.batches += 1
+    if calibration.batches == before:
+        raise UnsupportedInputError("calibrate needs at least one batch, got none")
+    for warning in (*trace.report(model).notes, *calibration.warnings()):
+        log.warning("%s", warning)
+    return calibration
+
+
+def _in_eval_mode(entry: str, model: nn.Module) -> nn.Module:
+    """The module itself, if it is one and may be run as in inference."""
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        model = model._orig_mod  # what torch.compile returned
+    if not isinstance(model, nn.Module):
+        raise UnsupportedInputError(f"{entry} needs a torch.nn.Module, got {type(model).__name__}")
+    if training := [n or "the model" for n, m in model.named_modules() if m.training]:
+        raise UnsupportedInputError(
+            f"{entry} needs a model in eval mode, but {training[0]} is in training mode: "
+            "call model.eval()"
+        )
+    return model
 
 
 class _Trace:

@@ -9,6 +9,10 @@ class OptionError(GraphquantError, ValueError):
     """An option is unknown or has a value it cannot have. The message lists what is valid."""
 
 
+class CalibrationError(GraphquantError, ValueError):
+    """A calibration is damaged, or of another model. The message names what differs."""
+
+
 class RuleError(GraphquantError):
     """A rule broke its contract. A bug in graphquant, never in the user's model."""
 

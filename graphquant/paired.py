@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from graphquant.config import Config
@@ -33,6 +33,7 @@ from graphquant.passes.ir import Captured
 from graphquant.passes.normalize import normalize
 from graphquant.passes.pipeline import LINEARS, STANDS_FOR, rewrite
 from graphquant.report import Outcome
+from graphquant.watched import Paths, Watched
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,10 @@ class _Product:
 class Pair:
     """A captured graph in float and in int8. Rewrites `captured`, as the backend does.
 
-    paths  the module paths of every weight by its id. Layers may share one graph, and behind a
-           graph break the graph does not know where in the model it is.
+    paths  those of the model that it was captured from
     """
 
-    def __init__(
-        self, captured: Captured, config: Config, paths: Mapping[int, Sequence[str]]
-    ) -> None:
+    def __init__(self, captured: Captured, config: Config, paths: Paths) -> None:
         normalize(captured)  # `rewrite` will find it done: linears get their names in it
         copies: dict[Node, Node] = {}
         graph = Graph()
@@ -146,9 +144,7 @@ class Pair:
         return [self._named(part, args) for part in self._parts]
 
     def _named(self, part: _Part, args: Sequence[Any]) -> Outcome:
-        path = part.outcome.path
-        known = self._paths.get(id(args[part.weight]), (path,))  # several names of a tied weight
-        return part.outcome if path in known else replace(part.outcome, path=known[0])
+        return replace(part.outcome, path=self._paths.of(args[part.weight], part.outcome.path)[0])
 
     def run_float(self, args: Sequence[Any], found: Callable[[int, Tensor, Tensor], None]) -> Any:
         """The float graph's results. found(i, y, local y8) for the i-th of `linears`."""
@@ -170,7 +166,7 @@ class Pair:
             for part, y8 in made.pop(node, ()):
                 found(self._parts.index(part), value, y8)
 
-        return _Watched(self._float, after).run(*args)
+        return Watched(self._float, after).run(*args)
 
     def run_int8(self, args: Sequence[Any], found: Callable[[int, Tensor], None]) -> Any:
         """The int8 graph's results. found(i, y8) for the i-th of `linears`."""
@@ -184,22 +180,7 @@ class Pair:
                 for part in product.parts:
                     found(self._parts.index(part), y8[..., part.columns])
 
-        return _Watched(self._int8, after).run(*args)
-
-
-class _Watched(Interpreter):
-    """Runs a graph and calls after(node, value, values of its inputs) behind every node."""
-
-    def __init__(
-        self, gm: GraphModule, after: Callable[[Node, Any, Mapping[Node, Any]], None]
-    ) -> None:
-        super().__init__(gm)
-        self._after = after
-
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        self._after(n, value, self.env)
-        return value
+        return Watched(self._int8, after).run(*args)
 
 
 def _without_residual(product: Node) -> tuple[Any, ...]:

@@ -54,6 +54,13 @@ def copies(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     return made
 
 
+@contextmanager
+def own_generators() -> Iterator[None]:
+    """The user's random generators are afterwards where they were before."""
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        yield
+
+
 class Tally:
     """Adds up one float run and one int8 run of the model for each batch, in this order."""
 
@@ -87,8 +94,7 @@ class Tally:
     def _run(self) -> Iterator[None]:
         self._calls.clear()
         self._strayed.clear()
-        # both runs draw the same numbers, and the user's generators stay where they are
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
+        with own_generators():  # both runs draw the same numbers
             yield
 
     def run(self, pair: Pair, *args: Any) -> Any:

@@ -45,6 +45,20 @@ class Scaled(nn.Module):
         return self.fc(x) * self.scale
 
 
+class Model(nn.Module):
+    """A model written on one line: Model(lambda m, x: m.fc(x), fc=...), in eval mode."""
+
+    def __init__(self, forward: Any, **parts: Any) -> None:
+        super().__init__()
+        self._forward = forward
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(self, *args, **kwargs)
+
+
 def seeded(make: Callable[[], Any], seed: int = 0) -> Any:
     """make(), the same for each seed, whatever was drawn before."""
     with torch.random.fork_rng():

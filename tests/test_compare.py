@@ -27,24 +27,10 @@ from graphquant import (
     UnsupportedInputError,
 )
 from graphquant.accuracy import Error, RowCosines
-from tests.small import Mlp, error, int8, seeded
+from tests.small import Mlp, Model, error, int8, seeded
 from tools import zoo
 
 SAME = 0.02  # dB: float32 sums and a few roundings that fall the other way
-
-
-class Model(nn.Module):
-    """A model written on one line: Model(lambda m, x: m.fc(x), fc=...), in eval mode."""
-
-    def __init__(self, forward: Any, **parts: Any) -> None:
-        super().__init__()
-        self._forward = forward
-        for name, part in parts.items():
-            setattr(self, name, part)
-        self.eval()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._forward(self, *args, **kwargs)
 
 
 @pytest.fixture(autouse=True)

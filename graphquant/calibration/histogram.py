@@ -1,0 +1,128 @@
+"""A histogram whose sums are exact, and the int8 range that fits it best.
+
+BINS bins of equal width w = 2^(exponent + 1) / BINS cover [-2^exponent, 2^exponent):
+
+    bin i holds  floor(x / w) + BINS / 2 == i,   so  (i - BINS / 2) w <= x < (i + 1 - BINS / 2) w
+
+w is a power of two, so x / w and the floor of it are exact, and floor(floor(x / w) / 2) is
+floor(x / 2w): twice the range is neighbours added in pairs, with the very counts that binning the
+values into it would give. So batches can be added in any order, and histograms of parts to that of
+the whole.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from graphquant.ops.numerics import MIN_ABSMAX, QMAX
+
+BINS = 8192  # a step of 2 absmax / 254 is 16 bins or more; 64 KiB
+MIN_EXPONENT = -66  # 2^-66 > MIN_ABSMAX: what is smaller quantises to 0
+CHUNK = 2**20  # elements that are binned at a time: in float64, then int64
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """counts [BINS] int64 on the CPU, of values x with |x| < 2^exponent."""
+
+    counts: Tensor
+    exponent: int
+
+    @classmethod
+    def empty(cls) -> Histogram:
+        return cls(torch.zeros(BINS, dtype=torch.int64), MIN_EXPONENT)
+
+    @classmethod
+    def of(cls, x: Tensor, absmax: float) -> Histogram:
+        """Of finite values in float32, |x| <= absmax, of any shape."""
+        exponent = math.frexp(max(absmax, 2.0 ** (MIN_EXPONENT - 1)))[1]
+        counts = torch.zeros(BINS, dtype=torch.int64, device=x.device)
+        for part in x.flatten().split(CHUNK):
+            # float64: small values among large ones must not become 0
+            steps = torch.floor(part.double() * (BINS * 2.0 ** -(exponent + 1)))
+            counts += torch.bincount(steps.long() + BINS // 2, minlength=BINS)
+        return cls(counts.cpu(), exponent)
+
+    def __add__(self, other: Histogram) -> Histogram:
+        exponent = max(self.exponent, other.exponent)
+        return Histogram(self.over(exponent).counts + other.over(exponent).counts, exponent)
+
+    def over(self, exponent: int) -> Histogram:
+        """The same values over the range of another exponent, which is not below this one."""
+        counts = self.counts
+        for _ in range(exponent - self.exponent):
+            if not counts.any():
+                break  # from MIN_EXPONENT it can be far
+            pairs = counts.view(-1, 2).sum(1)
+            counts = torch.zeros_like(counts)
+            counts[BINS // 4 : -BINS // 4] = pairs
+        return Histogram(counts, exponent)
+
+    @property
+    def width(self) -> float:
+        """Of a bin."""
+        return float(2.0 ** (self.exponent + 1) / BINS)
+
+    def percentile(self, percent: float) -> float:
+        """What percent % of |x| do not exceed, with x evenly spread within its bin."""
+        below, above = self.counts[: BINS // 2].flip(0), self.counts[BINS // 2 :]
+        sums = (below + above).cumsum(0).double()
+        target = sums[-1] * (percent / 100)
+        i = int(torch.searchsorted(sums, target))
+        before = float(sums[i - 1]) if i else 0.0
+        inside = float(sums[i]) - before
+        return self.width * (i + (float(target) - before) / inside if inside else i)
+
+    def error(self, low: float, high: float) -> float:
+        """The sum of (x - Q(x))^2 over all values, x evenly spread within its bin.
+
+        Q rounds to the 255 levels of the static range [low, high]: shift + n * step with
+        |n| <= 127, shift = (low + high) / 2, step = (high - low) / 254 (ops/numerics.py). In units
+        of u = (x - shift) / step, n(u) = clamp(round(u), -127, 127), the integral of (u - n(u))^2
+        is
+
+            G(u) = n / 12 + (u - n)^3 / 3,    1/12 for every whole step
+
+        continuous, and past the last level it grows like the cube of the distance: what is clipped
+        needs no case of its own. A bin from a to b, in units of u, with c values adds
+        c step^2 (G(b) - G(a)) / (b - a).
+        """
+        used = self.counts.nonzero().flatten()
+        if not len(used):
+            return 0.0
+        first, last = int(used[0]), int(used[-1])
+        step = max((high - low) / 2, MIN_ABSMAX) / QMAX
+        edges = torch.arange(first, last + 2, dtype=torch.float64) - BINS // 2
+        u = (edges * self.width - (low + high) / 2) / step
+        n = u.round().clamp(-QMAX, QMAX)
+        G = n / 12 + (u - n) ** 3 / 3
+        counts = self.counts[first : last + 1].double()
+        return float((counts * G.diff()).sum()) * step**3 / self.width
+
+    def best_range(self, low: float, high: float) -> tuple[float, float]:
+        """The range within [low, high], low <= 0 <= high, whose `error` is smallest.
+
+        Both ends shrink independently, by factors of 2 down to 1/1024, then by finer ones around
+        the best pair, down to 1 %.
+        """
+        factors = [2.0**-k for k in range(11)]
+        best = self._best(low, high, factors, factors)
+        ratio = 2**0.5
+        while ratio > 1.01:
+            around = (1.0, 1 / ratio, ratio)
+            ends = [[min(f * a, 1.0) for a in around] for f in best]
+            best = self._best(low, high, *ends)
+            ratio **= 0.5
+        return low * best[0], high * best[1]
+
+    def _best(
+        self, low: float, high: float, lows: list[float], highs: list[float]
+    ) -> tuple[float, float]:
+        """Of equal ones the first: an end at 0 stays one candidate."""
+        pairs = product(lows if low else lows[:1], highs if high else highs[:1])
+        return min(pairs, key=lambda f: self.error(low * f[0], high * f[1]))

@@ -1,0 +1,56 @@
+"""A captured graph that tells what its linears read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Node
+
+from graphquant.passes.graph import LINEAR, Constants, calls, dtype, full_args, written_in_place
+from graphquant.passes.ir import Captured
+from graphquant.passes.normalize import normalize
+from graphquant.passes.pipeline import linear_path
+from graphquant.watched import Paths, Watched
+
+Found = Callable[[Sequence[str], Tensor], None]
+
+
+class Observed:
+    """The float graph, as the rules see it before the first of them.
+
+    found(paths, x) is called for every value x [..., K] that linears read, once, with the module
+    paths of all of them. Linears are those with a floating-point input and a weight that is made
+    from parameters. If x is written to in place, each of its readers may see other numbers: then
+    each one's x counts for itself.
+    """
+
+    def __init__(self, captured: Captured, paths: Paths, found: Found) -> None:
+        normalize(captured)
+        graph = captured.gm.graph
+        self._gm = captured.gm
+        self._paths = paths
+        self._found = found
+        self._readers: dict[Node, list[tuple[str, int]]] = {}  # by the first linear that reads it
+        inputs = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
+        constants = Constants(captured.parameters)
+        written = written_in_place(graph)
+        first: dict[Node, Node] = {}
+        for node in calls(graph, lambda n: n.target is LINEAR):
+            x, weight, _ = full_args(node)
+            if weight in constants and dtype(x).is_floating_point:
+                root = constants.roots_of(weight)[0]
+                reader = linear_path(captured.names[root]), inputs[root]
+                at = node if x in written else first.setdefault(x, node)
+                self._readers.setdefault(at, []).append(reader)
+
+    def run(self, *args: Any) -> Any:
+        """The float graph's results."""
+
+        def after(node: Node, value: Any, env: Mapping[Node, Any]) -> None:
+            if readers := self._readers.get(node):
+                paths = [p for path, i in readers for p in self._paths.of(args[i], path)]
+                self._found(paths, env[full_args(node)[0]])
+
+        return Watched(self._gm, after).run(*args)
