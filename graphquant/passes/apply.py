@@ -31,6 +31,7 @@ from graphquant.passes.graph import (
     full_args,
     shape,
 )
+from graphquant.passes.ranges import Range, union, within
 from graphquant.passes.recognize import Activation, Norm, Recognized
 from graphquant.passes.record import Record
 from graphquant.passes.rule import Linear, Refuse, Rule, Site
@@ -53,6 +54,9 @@ class Workbench:
     written: set[Node]
     record: Record
     select: bool = False  # keep only what was measured to be faster
+    ranges: dict[str, Range] = field(default_factory=dict)  # static ones: ranges.static_ranges
+    clip: float | None = None
+    weight_scale: str = "absmax"
     replaced: dict[Node, Node] = field(default_factory=dict)
 
     @property
@@ -76,6 +80,19 @@ class Workbench:
     def open(self, linear: Node) -> bool:
         return self.record.open(linear)
 
+    def told(self, linear: Linear) -> list[Any]:
+        """What a quantiser in front of this linear is told besides (ops/numerics.py): factor, low,
+        high and clip, without the last ones that are None."""
+        factor: Node | None = None
+        carried = (outcome.node for outcome, _ in self.record.carried(linear.node))
+        known = [self.ranges[name] for name in carried if name in self.ranges]
+        told = [factor, None, None, self.clip]
+        if known:
+            told = [factor, *within(union(known), self.clip), None]
+        while told and told[-1] is None:
+            told.pop()
+        return told
+
 
 class Editor:
     """What a rule may do to the graph (the rules' Edit)."""
@@ -88,6 +105,10 @@ class Editor:
         """target(*args), where the site stands."""
         fn = target.target if isinstance(target, Op) else target
         return self._new(fn, args, {})
+
+    def quantized(self, op: Op, *args: Any, linear: Linear) -> Node:
+        """A quantiser of what `linear` reads, told what the options say of it."""
+        return self.call(op, *args, *self._bench.told(linear))
 
     def weigh(self, target: Any, *args: Any) -> Node:
         """target(*args) on weights alone: it stands as early as its inputs allow."""
@@ -134,7 +155,8 @@ class Editor:
     def int8_linear(self, quantized: Node, linear: Linear, views: Sequence[Node] = ()) -> Node:
         """The linear on a quantiser's result: its last three values are xq, x_scale, x_shift."""
         x = (self.replay(views, v) for v in self.unpack(quantized)[-3:])
-        packed = self.weigh(quantize_weight, linear.weight)  # once, when the weight is packed
+        method = [] if self._bench.weight_scale == "absmax" else [self._bench.weight_scale]
+        packed = self.weigh(quantize_weight, linear.weight, *method)  # once, when it is packed
         w = (self.weigh(operator.getitem, packed, i) for i in range(3))
         return self.call(int8_linear, *x, *w, linear.bias, None, dtype(linear.node))
 

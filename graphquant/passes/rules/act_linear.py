@@ -61,9 +61,10 @@ class ActLinear:
     def rewrite(self, edit: Edit, site: ActSite) -> tuple[Node, ...]:
         linear, x = site.linear, edit.replay(site.views, site.act.x)
         if site.up is None:
-            made = edit.call(act_quantize, x, site.act.act)
+            made = edit.quantized(act_quantize, x, site.act.act, linear=linear)
         else:
-            made = edit.call(glu_quantize, x, edit.replay(site.views, site.up), site.act.act)
+            up = edit.replay(site.views, site.up)
+            made = edit.quantized(glu_quantize, x, up, site.act.act, linear=linear)
         return (edit.int8_linear(made, linear),)
 
 

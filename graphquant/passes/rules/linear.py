@@ -32,4 +32,5 @@ class AnyLinear:
         return None
 
     def rewrite(self, edit: Edit, site: LinearSite) -> tuple[Node, ...]:
-        return (edit.int8_linear(edit.call(quantize, site.linear.x), site.linear),)
+        linear = site.linear
+        return (edit.int8_linear(edit.quantized(quantize, linear.x, linear=linear), linear),)

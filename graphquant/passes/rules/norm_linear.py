@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch.fx import Node
 
@@ -50,11 +51,18 @@ class NormLinear:
 
     def rewrite(self, edit: Edit, site: NormSite) -> tuple[Node, ...]:
         norm, linear = site.norm, site.linear
-        parameters = (_vector(edit, norm.gamma), _vector(edit, norm.beta), norm.eps, norm.rms)
+        parameters: tuple[Any, ...] = (
+            _vector(edit, norm.gamma),
+            _vector(edit, norm.beta),
+            norm.eps,
+            norm.rms,
+        )
         if not site.keep:
             x = edit.replay(site.views, norm.x)
-            return (edit.int8_linear(edit.call(norm_quantize, x, *parameters), linear),)
-        made = edit.call(norm_quantize_keep, norm.x, *parameters, dtype(norm.out))
+            made = edit.quantized(norm_quantize, x, *parameters, linear=linear)
+            return (edit.int8_linear(made, linear),)
+        parameters = (*parameters, dtype(norm.out))
+        made = edit.quantized(norm_quantize_keep, norm.x, *parameters, linear=linear)
         return edit.int8_linear(made, linear, site.views), edit.unpack(made)[0]
 
 
