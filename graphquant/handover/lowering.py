@@ -33,6 +33,7 @@ from graphquant.ops.define import OPS, Op
 from graphquant.ops.numerics import OVERLAID, padded, row_stride
 
 aten = torch.ops.aten
+LOW = 3  # among the arguments of act_quantize
 LARGE = 2**26  # bytes: memory counts from here, and 5 us of host time do not
 
 
@@ -106,6 +107,8 @@ def _overlay(op: Op, x: Any, fake: Tensor) -> Any | None:
     source = V.graph.current_node.args[0]
     if op is not act_quantize or not isinstance(source, Node) or len(source.users) > 1:
         return None
+    if op.full(V.graph.current_node.args)[LOW] is not None:
+        return None  # a static range: no program waits for its whole row
     floats, storage = source.meta["val"], x.data
     if source.target is not int8_linear.target or not isinstance(storage, ir.StorageBox):
         return None  # may be the caller's own memory

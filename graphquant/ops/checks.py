@@ -15,6 +15,7 @@ from graphquant.ops.numerics import ACTIVATIONS
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _FLOAT_NAMES = "float16, bfloat16 or float32"
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def rows(op: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
@@ -63,6 +64,32 @@ def vector(op: str, name: str, x: Tensor | None, length: int, why: str) -> None:
     if x is not None:
         floating(op, name, x)
         shape(op, name, x, (length,), why)
+
+
+def quantised(
+    op: str,
+    x: Tensor,
+    factor: Tensor | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    clip: float | None = None,
+) -> None:
+    """What a quantiser of x [..., K] may be told of it besides: see numerics.py."""
+    if factor is not None:
+        float32(op, "factor", factor)
+        shape(op, "factor", factor, x.shape[-1:], "[K] like x [..., K]")
+        one_device(op, x=x, factor=factor)
+    if (low is None) != (high is None):
+        raise UnsupportedInputError(f"{op}: low is {low}, high is {high}, needs both or neither")
+    for name, number in (("low", low), ("high", high), ("clip", clip)):
+        if number is not None and not abs(number) <= _FLOAT32_MAX:
+            raise UnsupportedInputError(f"{op}: {name} is {number}, needs a finite float32")
+    if low is not None and high is not None and low > high:
+        raise UnsupportedInputError(f"{op}: low is {low}, above high, {high}")
+    if clip is not None and clip <= 0.0:
+        raise UnsupportedInputError(f"{op}: clip is {clip}, needs > 0")
+    if clip is not None and low is not None:
+        raise UnsupportedInputError(f"{op}: clip is given beside low and high, which clip as well")
 
 
 def activation(op: str, act: str) -> None:

@@ -27,6 +27,8 @@ LIB = torch.library.Library("graphquant", "DEF")
 OPS: dict[str, Op] = {}
 
 
+# The last arguments of every quantiser (numerics.py).
+QUANTISED = "Tensor? factor=None, float? low=None, float? high=None, float? clip=None"
 MAX_SITES = 4096  # of one op: one for each combination of shapes it was called with
 
 
@@ -64,11 +66,20 @@ class Op:
         """Which of the schema's arguments are tensors, optional ones as well."""
         return tuple("Tensor" in str(a.type) for a in self.target._schema.arguments)
 
+    @cached_property
+    def _defaults(self) -> tuple[Any, ...]:
+        return tuple(a.default_value for a in self.target._schema.arguments)
+
     def __call__(self, *args: Any) -> Any:
         return self.target(*args)
 
+    def full(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """All of the schema's arguments: torch leaves out the last ones if they are defaults."""
+        return (*args, *self._defaults[len(args) :])
+
     def split(self, args: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         """(tensors and absent ones, constants) of the schema's arguments, each in order."""
+        args = self.full(args)
         constant = [not is_tensor for is_tensor in self.tensors]
         return list(compress(args, self.tensors)), list(compress(args, constant))
 
@@ -136,6 +147,7 @@ class Op:
         return self.reference(*args)
 
     def _on_cuda(self, *args: Any) -> Any:
+        args = self.full(args)
         device: torch.device = args[0].device
         if device.index != torch.cuda.current_device():
             with torch.cuda.device(device):  # kernels launch on the current device, not on x's

@@ -15,6 +15,20 @@ costs a linear nothing but one more product in its epilogue:
 
 A row that holds inf or nan has x_scale inf or nan and xq = 0: it dequantises to nan, and no other
 row notices. Weights are symmetric: w_scale = max_k |w| / 127, no shift.
+
+Every quantiser can be told more of what it quantises:
+
+    factor     float32 [K]: x * factor stands for x from here on (SmoothQuant's 1 / s)
+    clip       clamp(x, -clip, clip) stands for x, before its row's range is taken
+    low, high  the range of every row, from a calibration, as it is given; clamp(x, low, high)
+               stands for x, and with x_shift as above
+
+                   absmax = max(high - x_shift, x_shift - low, MIN_ABSMAX)
+
+               which is half the width, and holds where x_shift was rounded far from zero
+
+A clip lets nan through. A static range cannot: its scale is the same for every row, whatever is in
+it, so nan becomes low, and inf the end that is on its side.
 """
 
 from __future__ import annotations
@@ -113,17 +127,40 @@ def empty_triple(like: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor, Te
     )
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_rows(
+    x: Tensor,
+    factor: Tensor | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    clip: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Int8 over the last dim with a scale and a shift, as this module's head defines it.
 
     x [..., K] float, K >= 1  ->  xq [..., K] int8,  x_scale, x_shift [..., 1] float32
     """
     x = x.float()
-    high = x.amax(-1, keepdim=True).clamp_(min=0.0)
-    low = x.amin(-1, keepdim=True).clamp_(max=0.0)
-    shift = 0.5 * high + 0.5 * low  # halves first: high - low may overflow
-    absmax = (0.5 * high - 0.5 * low).clamp_(min=MIN_ABSMAX)
+    if factor is not None:
+        x = x * factor
+    if low is not None and high is not None:
+        return _in_range(x, low, high)
+    if clip is not None:
+        x = x.clamp(-clip, clip)
+    most = x.amax(-1, keepdim=True).clamp_(min=0.0)
+    least = x.amin(-1, keepdim=True).clamp_(max=0.0)
+    shift = 0.5 * most + 0.5 * least  # halves first: most - least may overflow
+    absmax = (0.5 * most - 0.5 * least).clamp_(min=MIN_ABSMAX)
     return *_in_steps(x - shift, absmax), shift
+
+
+def _in_range(x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x [..., K] float32 in the steps of a range that is given."""
+    least, most = x.new_full((1,), low), x.new_full((1,), high)
+    shift = 0.5 * most + 0.5 * least
+    absmax = torch.maximum(most - shift, shift - least).clamp_(min=MIN_ABSMAX)
+    x = torch.fmin(torch.fmax(x, least), most)  # nan becomes low
+    lead = (*x.shape[:-1], 1)
+    xq, scale = _in_steps(x - shift, absmax.expand(lead))
+    return xq, scale, shift.expand(lead).contiguous()
 
 
 def quantize_symmetric(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -189,6 +189,29 @@ def shift_and_absmax(low, high):
 
 
 @triton.jit
+def clamped(v, low, high, clip):
+    """What stands for v: within the static range (nan becomes low), or within the clip (nan
+    stays)."""
+    if low is not None:
+        # one instruction that drops nan; the interpreter's keeps it
+        v = tl.where(v > low, v, low) if _INTERPRETED else tl.maximum(v, low)
+        v = tl.minimum(v, high)
+    if clip is not None:
+        v = higher(v, -clip)
+        v = tl.minimum(v, clip, propagate_nan=tl.PropagateNan.ALL)
+    return v
+
+
+@triton.jit
+def static_shift_and_absmax(low, high, ROWS: tl.constexpr):
+    """The same middle and half width for every row: [ROWS] each, in _in_range's arithmetic."""
+    shift = 0.5 * high + 0.5 * low
+    absmax = higher(higher(high - shift, shift - low), _MIN_ABSMAX)
+    zeros = tl.zeros((ROWS,), tl.float32)
+    return zeros + shift, zeros + absmax
+
+
+@triton.jit
 def scale_of(absmax):
     return tl.div_rn(absmax, _QMAX)
 
@@ -275,13 +298,13 @@ def activate(x, ACT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def quantize_rows_kernel(
-    x_ptr, up_ptr, xq_ptr, scale_ptr, shift_ptr, M, x_row, up_row,
+    x_ptr, up_ptr, xq_ptr, scale_ptr, shift_ptr, M, x_row, up_row, factor_ptr, low, high, clip,
     K: tl.constexpr, K_PAD: tl.constexpr, XQ_ROW: tl.constexpr,
     X_UNIT: tl.constexpr, UP_UNIT: tl.constexpr,
     ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
     LANES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """xq, x_scale, x_shift = quantize_rows(act(x) [* up]), ROWS rows a program."""
+    """xq, x_scale, x_shift = quantize_rows(act(x) [* up], ...), ROWS rows a program."""
     wait_for_inputs(OVERLAP)
     row = rows_of(M, ROWS)
     x_ptr += (row * x_row * X_UNIT)[:, None]
@@ -289,46 +312,74 @@ def quantize_rows_kernel(
         up_ptr += (row * up_row * UP_UNIT)[:, None]
     xq_ptr += (row * XQ_ROW)[:, None]
     if K <= _WHOLE_ROW:
+        each = tl.zeros((ROWS, 1), tl.int32)
         v = ()
         for i in tl.static_range(0, (K + BLOCK - 1) // BLOCK):
             block = activate(load_block(x_ptr, i, K, BLOCK, TAIL, ""), ACT)
             if up_ptr is not None:
                 block = block * load_block(up_ptr, i, K, BLOCK, TAIL, "")
-            v = with_block(v, block)
-        low, high = range_of_blocks(v, LANES)
-        shift, absmax = shift_and_absmax(low, high)
+            if factor_ptr is not None:
+                block = block * load_block(factor_ptr + each, i, K, BLOCK, TAIL, "evict_last")
+            v = with_block(v, clamped(block, low, high, clip))
+        if low is not None:
+            shift, absmax = static_shift_and_absmax(low, high, ROWS)
+        else:
+            least, most = range_of_blocks(v, LANES)
+            shift, absmax = shift_and_absmax(least, most)
         store_blocks_int8(xq_ptr, v, shift, absmax, K_PAD, BLOCK, TAIL)
     else:
         k = tl.arange(0, BLOCK)[None, :]
-        low, high = range_bits(tl.zeros((ROWS, BLOCK), tl.float32))
-        for start in range(0, K, BLOCK):
-            v = _chunk(x_ptr, up_ptr, start + k, K, ACT)
-            next_low, next_high = range_bits(v)
-            low, high = tl.maximum(low, next_low), tl.maximum(high, next_high)
-        low, high = range_of_lanes(low, high, LANES)
-        shift, absmax = shift_and_absmax(low, high)
+        if low is not None:
+            shift, absmax = static_shift_and_absmax(low, high, ROWS)
+        else:
+            least, most = range_bits(tl.zeros((ROWS, BLOCK), tl.float32))
+            for start in range(0, K, BLOCK):
+                v = _chunk(x_ptr, up_ptr, factor_ptr, start + k, low, high, clip, K, ACT)
+                next_least, next_most = range_bits(v)
+                least, most = tl.maximum(least, next_least), tl.maximum(most, next_most)
+            least, most = range_of_lanes(least, most, LANES)
+            shift, absmax = shift_and_absmax(least, most)
         for start in range(0, K_PAD, BLOCK):
-            v = _chunk(x_ptr, up_ptr, start + k, K, ACT)
+            v = _chunk(x_ptr, up_ptr, factor_ptr, start + k, low, high, clip, K, ACT)
             store_int8(xq_ptr, start + k, v, shift, absmax, K_PAD, True)
     store_of_rows(scale_ptr, row, scale_of(absmax), LANES)
     store_of_rows(shift_ptr, row, shift, LANES)
 
 
 @triton.jit
-def _chunk(x_ptr, up_ptr, k, K: tl.constexpr, ACT: tl.constexpr):
+def _chunk(
+    x_ptr, up_ptr, factor_ptr, k, low, high, clip, K: tl.constexpr, ACT: tl.constexpr
+):  # fmt: skip
     v = activate(to_float32(tl.load(x_ptr + k, mask=k < K, other=0.0)), ACT)
     if up_ptr is not None:
         v = v * to_float32(tl.load(up_ptr + k, mask=k < K, other=0.0))
-    return v
+    return quantised(v, factor_ptr, k, low, high, clip, K)
+
+
+@triton.jit
+def quantised(v, factor_ptr, k, low, high, clip, K: tl.constexpr):
+    """What is quantised of v [ROWS, BLOCK] at the columns k."""
+    if factor_ptr is not None:
+        v = v * tl.load(factor_ptr + k, mask=k < K, other=0.0)
+    return clamped(v, low, high, clip)
 
 
 def launch_quantize_rows(
-    x: Tensor, up: Tensor | None, act: str, xq: Tensor, x_scale: Tensor, x_shift: Tensor
+    x: Tensor,
+    up: Tensor | None,
+    act: str,
+    factor: Tensor | None,
+    low: float | None,
+    high: float | None,
+    clip: float | None,
+    out: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """Fill an empty_triple from x (and up), both [..., K]. `act` may be "none".
 
-    xq may be `overlay(x)` for widths in OVERLAID.
+    xq may be `overlay(x)` for widths in OVERLAID, if the range is the row's own: taking it makes a
+    program read its whole row before it writes.
     """
+    xq, x_scale, x_shift = out
     K = x.shape[-1]
     M = x.numel() // K
     if M == 0:
@@ -342,6 +393,7 @@ def launch_quantize_rows(
     launch_triton(
         quantize_rows_kernel, (triton.cdiv(M, config["ROWS"]),),
         x, up, xq, x_scale, x_shift, M, x_row // x_unit, up_row // up_unit,
+        None if factor is None else factor.contiguous(), low, high, clip,
         K=K, K_PAD=vectors(K), XQ_ROW=row_stride(xq), X_UNIT=x_unit, UP_UNIT=up_unit, ACT=act,
         **config,
         **overlap(x.device),

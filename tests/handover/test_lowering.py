@@ -16,6 +16,7 @@ from graphquant.handover import lowering
 from graphquant.ops import define
 from graphquant.ops.define import Op
 from graphquant.ops.numerics import padded, row_stride
+from tests.ops.told import TOLD
 from tests.small import NEAR, error, seeded
 
 K, N = 40, 24
@@ -167,10 +168,13 @@ def test_arguments_arrive_in_the_order_of_the_schema(sites: Sites) -> None:
     model = encoder()
     compiled(model)(torch.randn(3, 5, K))
     layer_norm, qkv, _, out, rms_norm, _, glu, *_ = sites.calls
-    assert layer_norm.constants == (1e-5, False) and rms_norm.constants == (1e-3, True)
-    assert glu.constants == ("silu",)
+    untold = (None, None, None)  # low, high, clip
+    assert layer_norm.constants == (1e-5, False, *untold)
+    assert rms_norm.constants == (1e-3, True, *untold)
+    assert glu.constants == ("silu", *untold)
     assert qkv.constants == out.constants == (torch.float32,)
-    _, gamma, beta = layer_norm.given
+    _, gamma, beta, factor = layer_norm.given
+    assert factor is None
     assert gamma is not None and torch.equal(gamma, model[0].norm1.weight)
     assert beta is not None and torch.equal(beta, model[0].norm1.bias)
     assert rms_norm.given[2] is None
@@ -183,6 +187,26 @@ def test_arguments_arrive_in_the_order_of_the_schema(sites: Sites) -> None:
     assert qkv.given[7] is None
     last = sites.calls[-1]
     assert last.given[6] is None and last.given[7] is None
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_what_a_quantiser_is_told_arrives(sites: Sites, name: str) -> None:
+    factor, *numbers = TOLD[name].on(K, "cpu")
+    factor = None if factor is None else factor.contiguous()  # strided ones are copied
+
+    def fn(x: Tensor, factor: Tensor | None) -> Any:
+        kept = ops.norm_quantize_keep(x, None, None, 1e-5, True, x.dtype, factor, *numbers)
+        return *kept, *ops.act_quantize(x, "gelu", factor, *numbers)
+
+    x = torch.randn(3, 5, K)
+    got = by_inductor(fn)(x, factor)
+    norm, act = sites.calls
+    assert norm.constants == (1e-5, True, torch.float32, *numbers)
+    assert act.constants == ("gelu", *numbers)
+    for given in (norm.given[-1], act.given[-1]):
+        assert (given is None) == (factor is None)
+        assert given is None or factor is None or given.data_ptr() == factor.data_ptr()
+    assert all(map(torch.allclose, got, fn(x, factor)))
 
 
 # Layouts -----------------------------------------------------------------------------------------
@@ -242,7 +266,8 @@ def test_rows_are_read_in_place_and_all_else_is_made_contiguous(sites: Sites, na
     x = make()
     got = by_inductor(lambda x: ops.quantize(x))(x)
     (call,) = sites.calls
-    (given,) = call.given
+    given, factor = call.given
+    assert factor is None
     assert given is not None and row_stride(given) is not None
     assert (given.data_ptr() == x.data_ptr()) == in_place
     assert given.is_contiguous() or (in_place and given.stride() == x.stride())
@@ -284,7 +309,7 @@ def test_a_value_that_inductor_would_lay_out_otherwise_is_laid_out_as_traced(sit
 
     a, b = torch.randn(6, 8), torch.randn(8, K)
     got = by_inductor(fn)(a, b)
-    (given,) = sites.calls[0].given
+    given, _ = sites.calls[0].given
     assert given is not None and given.is_contiguous()
     want = ops.quantize((a @ b).transpose(0, 1).contiguous() + 1)
     assert (got[0].int() - want[0].int()).abs().max() <= 1  # products in another order
@@ -367,6 +392,28 @@ def test_int8_rows_have_memory_of_their_own_unless_all_is_right(
     torch._dynamo.reset()
     compiled(mlps().float())(x.float())
     assert overlaid(sites) == [False] * 6
+
+
+def test_a_static_range_leaves_the_floats_alone(
+    sites: Sites, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No program waits until its whole row is read: it would write over what others still read."""
+    monkeypatch.setattr(lowering, "LARGE", 0)
+    quantized = ops.quantize(torch.randn(3, 5, K))
+    w1, w2 = ops.quantize_weight(torch.randn(WIDE, K)), ops.quantize_weight(torch.randn(N, WIDE))
+
+    def mlp(*told: Any) -> Callable[..., Tensor]:
+        def fn(*q: Tensor) -> Tensor:
+            x = ops.int8_linear(*q[:6], None, None, torch.bfloat16)
+            x = ops.act_quantize(x, "gelu", *told)
+            return ops.int8_linear(*x, *q[6:], None, None, torch.bfloat16)
+
+        return fn
+
+    for told in ((), (None, None, None, 3.0), (None, -0.2, 3.0)):
+        torch._dynamo.reset()
+        by_inductor(mlp(*told))(*quantized, *w1, *w2)
+    assert overlaid(sites) == [True, True, False]
 
 
 def test_floats_that_are_read_again_are_not_written_over(

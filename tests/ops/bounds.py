@@ -10,6 +10,7 @@ from torch import Tensor
 
 from graphquant.ops.define import Kernel, Op, load_kernels
 from graphquant.ops.numerics import MIN_ABSMAX, padded, with_pads
+from tests.ops.told import Arguments, meant
 
 U = 2.0**-24  # float32 rounds to nearest with a relative error of at most U
 HALF = 0.5 + 127 * 5 * U  # of a step: how far x may be from what it was quantised to (assert_means)
@@ -62,9 +63,16 @@ def assert_layout(xq: Tensor, x_scale: Tensor, x_shift: Tensor, shape: torch.Siz
 
 
 def assert_means(
-    xq: Tensor, x_scale: Tensor, x_shift: Tensor, y: Tensor, noise: Tensor | float = 0.0
+    xq: Tensor,
+    x_scale: Tensor,
+    x_shift: Tensor,
+    y: Tensor,
+    noise: Tensor | float = 0.0,
+    told: Arguments = (None, None, None, None),
 ) -> None:
     """The triple stands for y [..., K] float64, of which the op saw v = y + e with |e| <= noise.
+
+    told: what the quantiser was told besides. Then y is `meant` of the y that is given.
 
     low <= 0 <= high are the ends of y's range with zero in it, N is the row's largest noise. Halves
     are exact (but for the last bit of a denormal: TINY), every other operation is off by U:
@@ -85,17 +93,30 @@ def assert_means(
                                       <=  x_scale (1 / 2 + 127 * 4 U (1 + 3 U))            (4)
 
     for |v - x_shift| <= absmax (1 + 2 U). HALF has 5 U, for U squared. 127 * 5 U is 3.8e-5.
+
+    A static range [low, high] has no noise, and zero may be outside: with m = (low + high) / 2,
+
+        x_shift is off by U |m|
+        absmax  = fl(max(high - x_shift, x_shift - low)) is off by U |m|, and by U of itself    (2')
+
+    and no v in the range is further from x_shift than absmax, as rounding is monotonous: (4) holds.
     Rows that are not finite have a scale that is not finite, and zeros: they dequantise to nan.
     """
     assert_layout(xq, x_scale, x_shift, y.shape)
     TINY = 2.0**-149
     xq, s, c, y = xq.cpu().double(), x_scale.cpu().double(), x_shift.cpu().double(), y.cpu()
+    y, noise = meant(y, torch.as_tensor(noise, dtype=torch.float64).expand_as(y), *told)
     finite = y.isfinite().all(-1, keepdim=True)
     assert (s.isfinite() == finite).all()
     assert ((xq == 0) | finite).all()
     assert ((xq * s + c).isnan() | finite).all()
-    noise = torch.as_tensor(noise, dtype=torch.float64).expand_as(y)
     assert (~finite | ((y - (xq * s + c)).abs() <= s * HALF + noise)).all()  # (4)
+    _, low, high, _ = told
+    if low is not None and high is not None:
+        middle, want = (low + high) / 2, max((high - low) / 2, MIN_ABSMAX) / 127
+        assert ((c - middle).abs() <= U * abs(middle) + TINY).all()  # (1)
+        assert ((s - want).abs() <= U * (2 * abs(middle) / 127 + 3 * want)).all()  # (2')
+        return
     assert (~finite | (c.abs() <= 127 * s * (1 + 4 * U))).all()  # (3)
     N = noise.amax(-1, keepdim=True) * (1 + 4 * U)
     high = y.amax(-1, keepdim=True).clamp(min=0.0)

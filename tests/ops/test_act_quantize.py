@@ -26,6 +26,7 @@ from tests.ops.bounds import (
     kernels,
     to_cpu,
 )
+from tests.ops.told import TOLD, Told, meant, told
 from tests.strategies import FINITE, Rows, rows
 
 # relu2 and a product of two must stay below float32's largest, 3.4e38
@@ -133,33 +134,39 @@ def test_activations_of_what_is_not_finite_are_not_finite(act: str, device: str)
 
 
 @implementations(act_quantize)
-@given(sample=finite_samples, act=st.sampled_from(sorted(EXACT)))
+@given(sample=finite_samples, act=st.sampled_from(sorted(EXACT)), told=told())
 def test_triple_is_within_half_a_step_of_the_activation(
-    op: Op, kernel: Kernel, device: str, sample: Rows, act: str
+    op: Op, kernel: Kernel, device: str, sample: Rows, act: str, told: Told
 ) -> None:
-    x = sample.on(device)
-    assert_means(*kernel.fn(x, act), *_exact(x, act))
+    x, arguments = sample.on(device), told.on(sample.K, device, sample.magnitude)
+    assert_means(*kernel.fn(x, act, *arguments), *_exact(x, act), told=arguments)
 
 
 @implementations(glu_quantize)
-@given(gate=finite_samples, act=st.sampled_from(sorted(EXACT)), seed=st.integers(0, 9))
+@given(gate=finite_samples, act=st.sampled_from(sorted(EXACT)), seed=st.integers(0, 9), told=told())
 def test_triple_is_within_half_a_step_of_the_gated_value(
-    op: Op, kernel: Kernel, device: str, gate: Rows, act: str, seed: int
+    op: Op, kernel: Kernel, device: str, gate: Rows, act: str, seed: int, told: Told
 ) -> None:
+    arguments = told.on(gate.K, device, gate.magnitude)
     g = gate.on(device)
     up = Rows(gate.lead, gate.K, torch.bfloat16, 3.0, layout="slice", seed=seed).on(device)
     y, noise = _exact(g, act)
     u = up.cpu().double()
-    assert_means(*kernel.fn(g, up, act), y * u, noise * u.abs() + 4 * U * (y * u).abs() + 2e-38)
+    noise = noise * u.abs() + 4 * U * (y * u).abs() + 2e-38
+    assert_means(*kernel.fn(g, up, act, *arguments), y * u, noise, told=arguments)
 
 
 @kernels(act_quantize)
-@given(sample=samples, act=st.sampled_from(sorted(EXACT)))
+@given(sample=samples, act=st.sampled_from(sorted(EXACT)), data=st.data())
 def test_kernel_is_within_a_step_of_the_reference(
-    op: Op, kernel: Kernel, device: str, sample: Rows, act: str
+    op: Op, kernel: Kernel, device: str, sample: Rows, act: str, data: st.DataObject
 ) -> None:
-    args = sample.on(device), act
-    noise = _exact(*args)[1].nan_to_num(nan=0.0, posinf=0.0)
+    """Of an infinity both are not finite, one inf and the other nan: clamped, they differ."""
+    told_of_it = data.draw(told(ranges=sample.finite))
+    arguments = told_of_it.on(sample.K, device, sample.magnitude)
+    args = sample.on(device), act, *arguments
+    _, noise = meant(*_exact(args[0], act), *arguments)
+    noise = noise.nan_to_num(nan=0.0, posinf=0.0)
     assert_within_a_step(kernel.fn(*args), op.reference(*to_cpu(args)), noise)
 
 
@@ -245,7 +252,11 @@ def test_rows_too_long_for_registers_mean_the_same(op: Op, kernel: Kernel, devic
     gate, up = torch.randn(2, 20_003, device=device), torch.randn(2, 20_003, device=device)
     y, noise = _exact(gate, "silu")
     u = up.cpu().double()
-    assert_means(*kernel.fn(gate, up, "silu"), y * u, (noise + 4 * U * y.abs()) * u.abs())
+    noise = (noise + 4 * U * y.abs()) * u.abs()
+    assert_means(*kernel.fn(gate, up, "silu"), y * u, noise)
+    for told_of_it in TOLD.values():
+        arguments = told_of_it.on(20_003, device)
+        assert_means(*kernel.fn(gate, up, "silu", *arguments), y * u, noise, told=arguments)
 
 
 @implementations(act_quantize)
@@ -261,10 +272,11 @@ def test_int8_rows_may_be_written_over_the_floats_that_they_come_from(
     op: Op, kernel: Kernel, device: str, K: int, dtype: torch.dtype
 ) -> None:
     x = torch.randn(3, 5, K, device=device).to(dtype)
-    want = kernel.fn(x, "gelu")
+    factor = torch.rand(K, device=device)
+    want = kernel.fn(x, "gelu", factor, None, None, 1.0)
     xq, x_scale, x_shift = overlay(x), *map(torch.empty_like, want[1:])
     assert kernel.fill is not None
-    kernel.fill(x, "gelu", out=(xq, x_scale, x_shift))
+    kernel.fill(x, "gelu", factor, None, None, 1.0, out=(xq, x_scale, x_shift))
     assert all(map(torch.equal, (xq, x_scale, x_shift), want))
 
 

@@ -21,6 +21,7 @@ from tests.ops.bounds import (
     kernels,
     to_cpu,
 )
+from tests.ops.told import TOLD, Told, meant, told
 from tests.strategies import FLOATS, Rows, rows
 
 # float32 squares must neither overflow nor vanish beside eps: |x|^2 < 1e36
@@ -66,9 +67,9 @@ epsilons = st.sampled_from([1e-12, 1e-6, 1e-5])
 
 
 @implementations(norm_quantize)
-@given(sample=samples, gamma=kinds, beta=kinds, eps=epsilons, rms=st.booleans())
-@example(Rows((2,), 8, content="zero row"), "none", "none", 1e-12, False)
-@example(Rows((2,), 1), "float32", "float32", 1e-5, False)
+@given(sample=samples, gamma=kinds, beta=kinds, eps=epsilons, rms=st.booleans(), told=told())
+@example(Rows((2,), 8, content="zero row"), "none", "none", 1e-12, False, Told())
+@example(Rows((2,), 1), "float32", "float32", 1e-5, False, Told())
 def test_triple_is_within_half_a_step_of_the_norm(
     op: Op,
     kernel: Kernel,
@@ -78,15 +79,16 @@ def test_triple_is_within_half_a_step_of_the_norm(
     beta: str,
     eps: float,
     rms: bool,
+    told: Told,
 ) -> None:
-    x = sample.on(device)
+    x, arguments = sample.on(device), told.on(sample.K, device)
     args = x, _vector(sample.K, gamma, device), _vector(sample.K, beta, device), eps, rms
     y, noise = _exact(*args)
-    assert_means(*kernel.fn(*args), y, noise)
+    assert_means(*kernel.fn(*args, *arguments), y, noise, told=arguments)
 
 
 @kernels(norm_quantize)
-@given(sample=samples, gamma=kinds, beta=kinds, eps=epsilons, rms=st.booleans())
+@given(sample=samples, gamma=kinds, beta=kinds, eps=epsilons, rms=st.booleans(), told=told())
 def test_kernel_is_within_a_step_of_the_reference(
     op: Op,
     kernel: Kernel,
@@ -96,28 +98,38 @@ def test_kernel_is_within_a_step_of_the_reference(
     beta: str,
     eps: float,
     rms: bool,
+    told: Told,
 ) -> None:
-    x = sample.on(device)
-    args = x, _vector(sample.K, gamma, device), _vector(sample.K, beta, device), eps, rms
-    noise = _exact(*args)[1].nan_to_num(nan=0.0, posinf=0.0)
+    x, arguments = sample.on(device), told.on(sample.K, device)
+    norm = x, _vector(sample.K, gamma, device), _vector(sample.K, beta, device), eps, rms
+    noise = meant(*_exact(*norm), *arguments)[1].nan_to_num(nan=0.0, posinf=0.0)
+    args = (*norm, *arguments)
     assert_within_a_step(kernel.fn(*args), op.reference(*to_cpu(args)), noise)
 
 
 @implementations(norm_quantize_keep)
-@given(sample=samples, gamma=kinds, rms=st.booleans(), dtype=st.sampled_from(FLOATS))
+@given(sample=samples, gamma=kinds, rms=st.booleans(), dtype=st.sampled_from(FLOATS), told=told())
 def test_kept_value_is_the_norm_rounded_to_dtype(
-    op: Op, kernel: Kernel, device: str, sample: Rows, gamma: str, rms: bool, dtype: torch.dtype
+    op: Op,
+    kernel: Kernel,
+    device: str,
+    sample: Rows,
+    gamma: str,
+    rms: bool,
+    dtype: torch.dtype,
+    told: Told,
 ) -> None:
-    x = sample.on(device)
+    """Whatever the quantiser is told."""
+    x, arguments = sample.on(device), told.on(sample.K, device)
     args = x, _vector(sample.K, gamma, device), None, 1e-6, rms
     want, noise = _exact(*args)
-    y, *triple = kernel.fn(*args, dtype)
+    y, *triple = kernel.fn(*args, dtype, *arguments)
     assert y.dtype == dtype and y.shape == x.shape and y.is_contiguous()
     # Triton's interpreter cuts float32 to bfloat16 where the card rounds: a whole unit, not half
     unit = torch.finfo(dtype).eps * want.abs() + torch.finfo(dtype).smallest_normal
     finite = want.isfinite().all(-1, keepdim=True)
     assert (~finite | ((y.cpu().double() - want).abs() <= unit + noise)).all()
-    assert_means(*triple, want, noise)
+    assert_means(*triple, want, noise, told=arguments)
 
 
 @implementations(norm_quantize)
@@ -151,6 +163,11 @@ def test_rows_too_long_for_registers_mean_the_same(
     noise = 1e-5 * (1 + want.abs())  # sums in trees: far below the worst order of _exact
     assert ((y.cpu().double() - want).abs() <= noise).all()
     assert_means(*triple, want, noise)
+    for told_of_it in TOLD.values():
+        arguments = told_of_it.on(K, device)
+        kept, *triple = kernel.fn(x, gamma, None, 1e-5, rms, torch.float32, *arguments)
+        assert torch.equal(kept, y)
+        assert_means(*triple, want, noise, told=arguments)
 
 
 @implementations(norm_quantize)

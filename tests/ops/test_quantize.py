@@ -15,43 +15,96 @@ from graphquant.ops.numerics import MIN_ABSMAX, quantize_symmetric, vectors
 from graphquant.ops.triton_rows import block_widths
 from graphquant.ops.triton_util import as_rows
 from tests.ops.bounds import (
+    HALF,
     U,
     assert_layout,
     assert_means,
     assert_within_a_step,
     implementations,
     kernels,
+    to_cpu,
 )
+from tests.ops.told import TOLD, Told, told
 from tests.strategies import CONTENTS, FINITE, FLOATS, HUGE, Rows, rows
 
 samples = rows(contents=(*CONTENTS, HUGE))
 
 
 @implementations(quantize)
-@given(sample=samples)
-@example(Rows((2,), 8, content="zero row"))
-@example(Rows((3,), 257, content="ties"))
-@example(Rows((2,), 40, torch.bfloat16, 1e30, "outlier"))
-@example(Rows((2,), 40, content=HUGE))
-@example(Rows((2,), 40, content="below the floor"))
+@given(sample=samples, told=told())
+@example(Rows((2,), 8, content="zero row"), Told())
+@example(Rows((3,), 257, content="ties"), Told())
+@example(Rows((2,), 40, torch.bfloat16, 1e30, "outlier"), Told())
+@example(Rows((2,), 40, content=HUGE), Told())
+@example(Rows((2,), 40, content="below the floor"), Told())
+@example(Rows((2,), 40), Told(low=1.0, high=1.0))
+@example(Rows((2,), 40), Told(low=2.0**24, high=2.0**24 + 2))  # the middle is no float32
+@example(Rows((2,), 40, content="inf and nan"), Told(low=-1.0, high=2.0))
+@example(Rows((2,), 40, content="inf and nan"), Told(clip=1.0))
+@example(Rows((2,), 40, content="inf and -inf"), Told(clip=1.0))
 def test_triple_is_within_half_a_step_of_x(
-    op: Op, kernel: Kernel, device: str, sample: Rows
+    op: Op, kernel: Kernel, device: str, sample: Rows, told: Told
 ) -> None:
-    x = sample.on(device)
-    assert_means(*kernel.fn(x), x.double())
+    x, arguments = sample.on(device), told.on(sample.K, device, sample.magnitude)
+    assert_means(*kernel.fn(x, *arguments), x.double(), told=arguments)
 
 
 @kernels(quantize)
-@given(sample=samples)
-@example(Rows((2,), 40, content=HUGE))
+@given(sample=samples, told=told())
+@example(Rows((2,), 40, content=HUGE), Told())
+@example(Rows((2,), 40), Told(low=0.3, high=0.7))
 def test_kernel_gives_the_reference_scale_and_shift_bit_for_bit(
-    op: Op, kernel: Kernel, device: str, sample: Rows
+    op: Op, kernel: Kernel, device: str, sample: Rows, told: Told
 ) -> None:
-    x = sample.on(device)
-    triple, want = kernel.fn(x), op.reference(x.cpu())
+    args = sample.on(device), *told.on(sample.K, device, sample.magnitude)
+    triple, want = kernel.fn(*args), op.reference(*to_cpu(args))
     for column, wanted in zip(triple[1:], want[1:], strict=True):
         torch.testing.assert_close(column.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
     assert_within_a_step(triple, want)
+
+
+@implementations(quantize)
+@given(sample=rows(contents=(*FINITE, HUGE)), clip=st.floats(2**-7, 4.0, width=32))
+def test_a_clip_is_never_passed_by_more_than_half_a_step(
+    op: Op, kernel: Kernel, device: str, sample: Rows, clip: float
+) -> None:
+    """And what it leaves alone is what it was: rows within the clip are quantised as without it."""
+    x = sample.on(device)
+    (_, _, _, clip) = Told(clip=clip).on(sample.K, device, sample.magnitude)
+    triple, free = kernel.fn(x, None, None, None, clip), kernel.fn(x)
+    xq, s, c = (t.cpu().double() for t in triple)
+    assert ((xq * s + c).abs() <= clip + s * HALF).all()
+    within = (x.float().abs() <= clip).all(-1)
+    for clipped, unclipped in zip(triple, free, strict=True):
+        assert torch.equal(clipped[within], unclipped[within])
+
+
+@implementations(quantize)
+def test_in_a_static_range_rows_share_their_scale_whatever_is_in_them(
+    op: Op, kernel: Kernel, device: str
+) -> None:
+    rows = [[-1.0, 3.0, 0.0], [9.0, -9.0, 1.0], [math.inf, -math.inf, math.nan]]
+    xq, x_scale, x_shift = kernel.fn(torch.tensor(rows, device=device), None, -1.0, 3.0)
+    assert xq.tolist() == [[-127, 127, -64], [127, -127, 0], [127, -127, -127]]  # -63.5 to even
+    assert torch.equal(x_scale.cpu(), torch.full((3, 1), 2.0) / 127)
+    assert x_shift.tolist() == [[1.0]] * 3
+
+
+@implementations(quantize)
+def test_a_factor_equals_the_product_before(op: Op, kernel: Kernel, device: str) -> None:
+    x, factor = torch.randn(5, 37, device=device), torch.rand(37, device=device)
+    for got, want in zip(kernel.fn(x, factor), kernel.fn(x * factor), strict=True):
+        assert torch.equal(got, want)
+
+
+@implementations(quantize)
+@pytest.mark.parametrize("name", TOLD)
+@pytest.mark.parametrize("K", [16_384, 16_385])
+def test_rows_too_long_for_registers_are_told_the_same(
+    op: Op, kernel: Kernel, device: str, K: int, name: str
+) -> None:
+    x, arguments = torch.randn(3, K, device=device), TOLD[name].on(K, device)
+    assert_means(*kernel.fn(x, *arguments), x.double(), told=arguments)
 
 
 @implementations(quantize)

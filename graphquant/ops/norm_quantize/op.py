@@ -2,32 +2,38 @@
 
     d = x - mean(x)                                 (rms: d = x)
     y = d / sqrt(mean(d^2) + eps) * gamma + beta    in float32, two passes: no E[x^2] - E[x]^2
-    xq, x_scale, x_shift = quantize_rows(y)
+    xq, x_scale, x_shift = quantize_rows(y, factor, low, high, clip)
 
     x           [..., K]  float16 | bfloat16 | float32, any strides
     gamma       [K]       float16 | bfloat16 | float32, or None for ones
     beta        [K]       float16 | bfloat16 | float32, or None for zeros
     eps         float     in units of x squared
+    factor, low, high, clip     of y, as in `quantize`
     -> xq       [..., K]  int8 in [-127, 127], row stride padded(K) bytes
     -> x_scale  [..., 1]  float32 > 0
     -> x_shift  [..., 1]  float32
 
 `norm_quantize_keep` also returns y [..., K] rounded to `dtype`, contiguous, for post-norm models
-whose residual is the norm's result. xq comes from the float32 y, not from the rounded one.
+whose residual is the norm's result. xq comes from the float32 y, not from the rounded one; neither
+factor nor clip nor range changes the y that is kept.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from graphquant.ops import checks
-from graphquant.ops.define import define
+from graphquant.ops.define import QUANTISED, define
 from graphquant.ops.numerics import empty_triple, quantize_rows
 
 
-def _check(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, rms: bool) -> None:
-    _check_named("norm_quantize", x, gamma, beta)
+def _check(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, rms: bool, *told: Any
+) -> None:
+    _check_named("norm_quantize", x, gamma, beta, *told)
 
 
 def _check_keep(
@@ -37,21 +43,21 @@ def _check_keep(
     eps: float,
     rms: bool,
     dtype: torch.dtype,
+    *told: Any,
 ) -> None:
-    _check_named("norm_quantize_keep", x, gamma, beta)
+    _check_named("norm_quantize_keep", x, gamma, beta, *told)
     checks.result_dtype("norm_quantize_keep", dtype)
 
 
-def _check_named(op: str, x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> None:
+def _check_named(op: str, x: Tensor, gamma: Tensor | None, beta: Tensor | None, *told: Any) -> None:
     checks.rows(op, "x", x)
     checks.vector(op, "gamma", gamma, x.shape[-1], "[K] like x [..., K]")
     checks.vector(op, "beta", beta, x.shape[-1], "[K] like x [..., K]")
     checks.one_device(op, x=x, gamma=gamma, beta=beta)
+    checks.quantised(op, x, *told)
 
 
-def _fake(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, rms: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return empty_triple(x, x.shape)
 
 
@@ -62,6 +68,7 @@ def _fake_keep(
     eps: float,
     rms: bool,
     dtype: torch.dtype,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=dtype), *empty_triple(x, x.shape)
 
@@ -79,19 +86,27 @@ def _norm(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, rms:
 
 
 @define(
-    "(Tensor x, Tensor? gamma, Tensor? beta, float eps, bool rms)"
+    f"(Tensor x, Tensor? gamma, Tensor? beta, float eps, bool rms, {QUANTISED})"
     " -> (Tensor xq, Tensor x_scale, Tensor x_shift)",
     fake=_fake,
     check=_check,
 )
 def norm_quantize(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, rms: bool
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    rms: bool,
+    factor: Tensor | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    clip: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return quantize_rows(_norm(x, gamma, beta, eps, rms))
+    return quantize_rows(_norm(x, gamma, beta, eps, rms), factor, low, high, clip)
 
 
 @define(
-    "(Tensor x, Tensor? gamma, Tensor? beta, float eps, bool rms, ScalarType dtype)"
+    f"(Tensor x, Tensor? gamma, Tensor? beta, float eps, bool rms, ScalarType dtype, {QUANTISED})"
     " -> (Tensor y, Tensor xq, Tensor x_scale, Tensor x_shift)",
     fake=_fake_keep,
     check=_check_keep,
@@ -103,6 +118,10 @@ def norm_quantize_keep(
     eps: float,
     rms: bool,
     dtype: torch.dtype,
+    factor: Tensor | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    clip: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y = _norm(x, gamma, beta, eps, rms)
-    return y.to(dtype).contiguous(), *quantize_rows(y)
+    return y.to(dtype).contiguous(), *quantize_rows(y, factor, low, high, clip)

@@ -15,8 +15,10 @@ from graphquant.ops.norm_quantize.op import norm_quantize, norm_quantize_keep
 from graphquant.ops.numerics import padded, vectors
 from graphquant.ops.triton_rows import (
     WHOLE_ROW,
+    clamped,
     columns,
     load_block,
+    quantised,
     range_bits,
     range_of_blocks,
     range_of_lanes,
@@ -24,6 +26,7 @@ from graphquant.ops.triton_rows import (
     rows_of,
     scale_of,
     shift_and_absmax,
+    static_shift_and_absmax,
     store_block,
     store_blocks_int8,
     store_int8,
@@ -79,12 +82,13 @@ def _deviations(x, K: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):
 @triton.jit(do_not_specialize=["M"])
 def norm_quantize_kernel(
     x_ptr, gamma_ptr, beta_ptr, y_ptr, xq_ptr, scale_ptr, shift_ptr, M, x_row, eps,
+    factor_ptr, low, high, clip,
     K: tl.constexpr, K_PAD: tl.constexpr, XQ_ROW: tl.constexpr,
     X_UNIT: tl.constexpr, RMS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, LANES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """xq, x_scale, x_shift = quantize_rows(y), y = norm(x), ROWS rows a program."""
+    """xq, x_scale, x_shift = quantize_rows(y, ...), y = norm(x), ROWS rows a program."""
     wait_for_inputs(OVERLAP)
     row = rows_of(M, ROWS)
     x_ptr += (row * x_row * X_UNIT)[:, None]
@@ -113,9 +117,14 @@ def norm_quantize_kernel(
                 block = block + load_block(beta_ptr + each, i, K, BLOCK, TAIL, "evict_last")
             if y_ptr is not None:
                 store_block(y_ptr, i, block.to(y_ptr.dtype.element_ty), K, BLOCK, TAIL)
-            y = with_block(y, block)
-        low, high = range_of_blocks(y, LANES)
-        shift, absmax = shift_and_absmax(low, high)
+            if factor_ptr is not None:
+                block = block * load_block(factor_ptr + each, i, K, BLOCK, TAIL, "evict_last")
+            y = with_block(y, clamped(block, low, high, clip))
+        if low is not None:
+            shift, absmax = static_shift_and_absmax(low, high, ROWS)
+        else:
+            least, most = range_of_blocks(y, LANES)
+            shift, absmax = shift_and_absmax(least, most)
         store_blocks_int8(xq_ptr, y, shift, absmax, K_PAD, BLOCK, TAIL)
     else:
         k = tl.arange(0, BLOCK)[None, :]
@@ -130,19 +139,25 @@ def norm_quantize_kernel(
             d = _centred(x_ptr, mean, start + k, K)
             total += d * d
         rstd = tl.rsqrt(tl.sum(total, 1) / K + eps)
-        low, high = range_bits(tl.zeros((ROWS, BLOCK), tl.float32))
-        for start in range(0, K, BLOCK):
-            at = start + k
-            y = _affine(_centred(x_ptr, mean, at, K) * rstd[:, None], gamma_ptr, beta_ptr, at, K)
-            next_low, next_high = range_bits(y)
-            low, high = tl.maximum(low, next_low), tl.maximum(high, next_high)
-            if y_ptr is not None:
-                tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=at < K)
-        low, high = range_of_lanes(low, high, LANES)
-        shift, absmax = shift_and_absmax(low, high)
+        least, most = range_bits(tl.zeros((ROWS, BLOCK), tl.float32))
+        if low is None or y_ptr is not None:
+            for start in range(0, K, BLOCK):
+                at = start + k
+                d = _centred(x_ptr, mean, at, K) * rstd[:, None]
+                y = _affine(d, gamma_ptr, beta_ptr, at, K)
+                next_least, next_most = range_bits(quantised(y, factor_ptr, at, low, high, clip, K))
+                least, most = tl.maximum(least, next_least), tl.maximum(most, next_most)
+                if y_ptr is not None:
+                    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=at < K)
+        if low is not None:
+            shift, absmax = static_shift_and_absmax(low, high, ROWS)
+        else:
+            least, most = range_of_lanes(least, most, LANES)
+            shift, absmax = shift_and_absmax(least, most)
         for start in range(0, K_PAD, BLOCK):
             at = start + k
             y = _affine(_centred(x_ptr, mean, at, K) * rstd[:, None], gamma_ptr, beta_ptr, at, K)
+            y = quantised(y, factor_ptr, at, low, high, clip, K)
             store_int8(xq_ptr, at, y, shift, absmax, K_PAD, True)
     store_of_rows(scale_ptr, row, scale_of(absmax), LANES)
     store_of_rows(shift_ptr, row, shift, LANES)
@@ -155,9 +170,11 @@ def _launch(
     eps: float,
     rms: bool,
     y: Tensor | None,
-    xq: Tensor,
-    x_scale: Tensor,
-    x_shift: Tensor,
+    factor: Tensor | None,
+    low: float | None,
+    high: float | None,
+    clip: float | None,
+    triple: tuple[Tensor, ...],
 ) -> None:
     K = x.shape[-1]
     M = x.numel() // K
@@ -168,7 +185,8 @@ def _launch(
     launch_triton(
         norm_quantize_kernel, (triton.cdiv(M, config["ROWS"]),),
         x, None if gamma is None else gamma.contiguous(),
-        None if beta is None else beta.contiguous(), y, xq, x_scale, x_shift, M, x_row // unit, eps,
+        None if beta is None else beta.contiguous(), y, *triple, M, x_row // unit, eps,
+        None if factor is None else factor.contiguous(), low, high, clip,
         K=K, K_PAD=vectors(K), XQ_ROW=padded(K), X_UNIT=unit, RMS=rms, **config,
         **overlap(x.device),
     )  # fmt: skip
@@ -181,9 +199,14 @@ def norm_quantize_triton(
     beta: Tensor | None,
     eps: float,
     rms: bool,
+    factor: Tensor | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    clip: float | None = None,
+    *,
     out: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    _launch(x, gamma, beta, eps, rms, None, *out)
+    _launch(x, gamma, beta, eps, rms, None, factor, low, high, clip, out)
 
 
 @norm_quantize_keep.kernel("triton")
@@ -194,6 +217,12 @@ def norm_quantize_keep_triton(
     eps: float,
     rms: bool,
     dtype: torch.dtype,
+    factor: Tensor | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    clip: float | None = None,
+    *,
     out: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> None:
-    _launch(x, gamma, beta, eps, rms, *out)
+    y, *triple = out
+    _launch(x, gamma, beta, eps, rms, y, factor, low, high, clip, tuple(triple))

@@ -9,5 +9,13 @@ from graphquant.ops.triton_rows import launch_quantize_rows
 
 
 @quantize.kernel("triton")
-def quantize_triton(x: Tensor, out: tuple[Tensor, Tensor, Tensor]) -> None:
-    launch_quantize_rows(x, None, "none", *out)
+def quantize_triton(
+    x: Tensor,
+    factor: Tensor | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    clip: float | None = None,
+    *,
+    out: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    launch_quantize_rows(x, None, "none", factor, low, high, clip, out)
