@@ -37,6 +37,13 @@ class Config:
     The environment variable GRAPHQUANT_SELECT changes the default."""
     quantize: bool = True
     """False: float only. Linears that read one value (q/k/v) become one; nothing is int8."""
+    calibration: Any = None
+    smooth: float | str | None = None
+    """SmoothQuant: size moves from an int8 linear's activation to its weight, channel by channel,
+    by the activation's absmax^smooth / the weight's absmax^(1 - smooth). 0 < smooth < 1; 0.5 is
+    usual. It needs `calibration`. "auto": the exponent, or none, that promises the least error is
+    searched for each linear, where the calibration kept rows to search on. "norm": without a
+    calibration, for linears behind a norm alone, by its parameters. Exact but for int8."""
     include: tuple[str, ...] = ()
     """Only linears whose module path matches one of these are rewritten; empty means all."""
     exclude: tuple[str, ...] = ()
@@ -60,6 +67,7 @@ class Config:
         for name in ("quantize", "free_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        self._check_smooth()
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         if self.on_report is not None and not callable(self.on_report):
@@ -77,6 +85,17 @@ class Config:
                 hint = f", did you mean {close[0]!r}?" if close else "."
                 raise OptionError(f"unknown option {name!r}{hint} Valid: {', '.join(valid)}")
         return cls(**options)
+
+    def _check_smooth(self) -> None:
+        smooth = self.smooth
+        if smooth is None or smooth == "norm":
+            return
+        if smooth != "auto" and not (isinstance(smooth, float) and 0.0 < smooth < 1.0):
+            raise OptionError(
+                f"smooth={smooth!r} is no number between 0 and 1, nor one of 'auto', 'norm'"
+            )
+        if self.calibration is None:
+            raise OptionError(f"smooth={smooth!r} needs calibration=; 'norm' does without")
 
     def wants(self, path: str) -> str | None:
         """None if the linear at this module path may be rewritten, else why not."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ from graphquant.passes.rules.norm_linear import NormLinear
 from graphquant.passes.rules.patch_linear import PatchLinear
 from graphquant.passes.rules.residual import Residual
 from graphquant.passes.rules.stack_siblings import StackSiblings
+from graphquant.passes.smooth import NO_NORM
 from graphquant.report import Outcome, Report
 
 log = logging.getLogger(__name__)
@@ -77,6 +79,7 @@ def rewrite(captured: Captured, config: Config) -> Report:
         needs_gradient=needs_gradient(gm.graph, captured.differentiable, captured.grad_enabled),
         written=written_in_place(gm.graph),
         record=Record(),
+        config=config,
         select=config.select == "faster",
     )
     _enter_all(bench, captured, config)
@@ -198,9 +201,20 @@ def _leave_traces(bench: Workbench) -> None:
         node.meta[LINEARS] = bench.record.carried(node)
 
 
+def _left_rough(linears: Sequence[Outcome]) -> Iterator[str]:
+    """Linears that the options ask to smooth, and that are not; what is behind no norm was never
+    meant by "norm", unless that is all."""
+    reasons = Counter(o.not_smoothed for o in linears if o.not_smoothed)
+    if NO_NORM in reasons and any(o.smoothed for o in linears):
+        del reasons[NO_NORM]
+    for reason, n in reasons.items():
+        yield f"{n} of {sum(o.int8 for o in linears)} int8 linears are not smoothed: {reason}"
+
+
 def _notes(bench: Workbench) -> Iterator[str]:
     outcomes = bench.record.outcomes()
     linears = [o for o in outcomes if o.kind == "linear"]
+    yield from _left_rough(linears)
     if linears and all(o.refused == NEEDS_GRADIENT for o in linears):
         yield (
             "every linear can need a gradient, so none is int8: for inference, call the model "

@@ -32,4 +32,6 @@ class AnyLinear:
         return None
 
     def rewrite(self, edit: Edit, site: LinearSite) -> tuple[Node, ...]:
-        return (edit.int8_linear(edit.call(quantize, site.linear.x), site.linear),)
+        smooth = edit.smooth(site.linear)
+        made = edit.call(quantize, site.linear.x, smooth.factor)
+        return (edit.int8_linear(made, site.linear, smooth),)
