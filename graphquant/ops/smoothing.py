@@ -12,7 +12,7 @@ stacked are of different sizes. Within the statistics x / s stays in [-1, 1], wh
 become.
 
     w       [N, K]  floating point
-    absmax  [K]     float32 >= 0, of x's channels
+    absmax  [K]     floating point, >= 0, of x's channels
     alpha   in (0, 1): how much of the size moves
     -> s    [K]     float32 > 0, finite, and so is 1 / s
 

@@ -65,17 +65,12 @@ def _sample(calibration: Any, paths: Sequence[str]) -> Tensor | None:
 
 
 def _norm_absmax(edit: Edit, norm: Norm, linear: Linear) -> Node:
-    """SIGMAS |gamma| + |beta|, [K] float32."""
-
-    def size(parameter: Node) -> Node:
-        vector = edit.weigh(aten.reshape.default, parameter, [-1])
-        return edit.weigh(aten.abs.default, edit.weigh(aten.to.dtype, vector, torch.float32))
-
+    """SIGMAS |gamma| + |beta|, [K]."""
     if norm.gamma is None:
         K = shape(linear.weight)[1]
         absmax = edit.literal(torch.full((K,), SIGMAS), linear.weight)
     else:
-        absmax = edit.weigh(aten.mul.Tensor, size(norm.gamma), SIGMAS)
-    if norm.beta is not None:
-        absmax = edit.weigh(aten.add.Tensor, absmax, size(norm.beta))
-    return absmax
+        absmax = edit.weigh(aten.mul.Tensor, edit.weigh(aten.abs.default, norm.gamma), SIGMAS)
+    if norm.beta is None:
+        return absmax
+    return edit.weigh(aten.add.Tensor, absmax, edit.weigh(aten.abs.default, norm.beta))

@@ -13,7 +13,7 @@ operands.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
@@ -54,8 +54,9 @@ class NormLinear:
         return not_floats(site.norm.x, site.norm.gamma, site.norm.beta)
 
     def rewrite(self, edit: Edit, site: NormSite) -> tuple[Node, ...]:
-        norm, linear = site.norm, site.linear
-        gamma, beta = _vector(edit, norm.gamma), _vector(edit, norm.beta)
+        linear, gamma, beta = site.linear, site.norm.gamma, site.norm.beta
+        gamma, beta = _vector(edit, gamma), _vector(edit, beta)
+        norm = replace(site.norm, gamma=gamma, beta=beta)
         smooth = edit.smooth(linear, norm if site.fixed else None)
         factor = smooth.factor
         if not site.keep:
