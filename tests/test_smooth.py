@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graphquant import Report, compare
 from graphquant.packed import is_released
-from tests.calibrations import Measured, Sampled
+from tests.seen import seen
 from tests.small import FAR, NEAR, Mlp, again, error, int8, seeded
 
 WIDTH, HEADS = 64, 4
@@ -83,8 +83,8 @@ def outliers(model: nn.Sequential) -> nn.Sequential:
 
 
 CALIBRATED: dict[str, Callable[[nn.Module, Tensor], dict[str, Any]]] = {
-    "alpha": lambda model, x: {"smooth": 0.5, "calibration": Measured(model, x)},
-    "auto": lambda model, x: {"smooth": "auto", "calibration": Sampled(model, x)},
+    "alpha": lambda model, x: {"smooth": 0.5, "calibration": seen(model, x)},
+    "auto": lambda model, x: {"smooth": "auto", "calibration": seen(model, x, rows=True)},
 }
 
 
@@ -127,7 +127,7 @@ def test_outliers_of_norms_are_undone_without_data(device: str) -> None:
 def told(model: nn.Module, x: Tensor) -> dict[str, Any]:
     """Options that move a lot: statistics of other values than the model reads."""
     f = seeded(lambda: torch.randn(x.shape[-1]).exp(), 3).to(x.device)
-    return {"smooth": 0.5, "calibration": Measured(model, x * f)}
+    return {"smooth": 0.5, "calibration": seen(model, x * f)}
 
 
 @pytest.mark.parametrize("inner", ["eager", "inductor"])

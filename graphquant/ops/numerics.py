@@ -163,18 +163,20 @@ def _in_range(x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tenso
     return xq, scale, shift.expand(lead).contiguous()
 
 
-def quantize_symmetric(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_symmetric(x: Tensor, absmax: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Int8 over the last dim with a scale alone, and zeros in the pads.
 
-    x [..., K] float, K >= 1  ->  xq [..., K] int8,  x_scale [..., 1] float32
+    x [..., K] float, K >= 1; absmax [..., 1] float32 if it shall be another than the row's own, at
+    least MIN_ABSMAX  ->  xq [..., K] int8,  x_scale [..., 1] float32
     """
     x = x.float()
-    absmax = x.abs().amax(-1, keepdim=True).clamp_(min=MIN_ABSMAX)
+    if absmax is None:
+        absmax = x.abs().amax(-1, keepdim=True).clamp_(min=MIN_ABSMAX)
     return _in_steps(x, absmax)
 
 
 def _in_steps(x: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., K], |x| <= absmax, as int8 steps of absmax / 127, and that scale."""
+    """x [..., K] as int8 steps of absmax / 127, clamped to 127 of them, and that scale."""
     # a tensor: with a number torch would take a reciprocal, in two roundings (denormal near 3e38)
     qmax = torch.full_like(absmax, QMAX)
     steps = torch.round(x * (qmax / absmax)).clamp_(-QMAX, QMAX)

@@ -35,6 +35,7 @@ from graphquant.passes.graph import (
     full_args,
     shape,
 )
+from graphquant.passes.ranges import SMOOTHED, Range, union, within
 from graphquant.passes.recognize import Activation, Norm, Recognized
 from graphquant.passes.record import Record
 from graphquant.passes.rule import Linear, Refuse, Rule, Site, Smooth
@@ -59,6 +60,7 @@ class Workbench:
     record: Record
     config: Config
     select: bool = False  # keep only what was measured to be faster
+    ranges: dict[str, Range] = field(default_factory=dict)  # static ones: ranges.static_ranges
     replaced: dict[Node, Node] = field(default_factory=dict)
 
     @property
@@ -82,6 +84,21 @@ class Workbench:
     def open(self, linear: Node) -> bool:
         return self.record.open(linear)
 
+    def told(self, linear: Linear, smooth: Smooth) -> list[Any]:
+        """What a quantiser in front of this linear is told besides (ops/numerics.py): factor, low,
+        high and clip, without the last ones that are None."""
+        factor, clip = smooth.factor, self.config.clip_range
+        carried = (outcome.node for outcome, _ in self.record.carried(linear.node))
+        known = [self.ranges[name] for name in carried if name in self.ranges]
+        if self.config.activation == "static" and smooth.scale is not None:
+            known = [SMOOTHED]
+        told = [factor, None, None, clip]
+        if known:
+            told = [factor, *within(union(known), clip), None]
+        while told and told[-1] is None:
+            told.pop()
+        return told
+
 
 class Editor:
     """What a rule may do to the graph (the rules' Edit)."""
@@ -95,6 +112,10 @@ class Editor:
         """target(*args), where the site stands."""
         fn = target.target if isinstance(target, Op) else target
         return self._new(fn, args, {})
+
+    def quantized(self, op: Op, *args: Any, linear: Linear, smooth: Smooth) -> Node:
+        """A quantiser of what `linear` reads, told what the options say of it."""
+        return self.call(op, *args, *self._bench.told(linear, smooth))
 
     def weigh(self, target: Any, *args: Any) -> Node:
         """target(*args) on weights alone: it stands as early as its inputs allow."""
@@ -173,10 +194,11 @@ class Editor:
     ) -> Node:
         """The linear on a quantiser's result: its last three values are xq, x_scale, x_shift."""
         x = (self.replay(views, v) for v in self.unpack(quantized)[-3:])
-        weight = linear.weight
+        weight, method = linear.weight, self._bench.config.weight_scale
         if smooth.scale is not None:
             weight = self.weigh(aten.mul.Tensor, weight, smooth.scale)
-        packed = self.weigh(quantize_weight, weight)  # once, when the weight is packed
+        methods = [] if method == "absmax" else [method]
+        packed = self.weigh(quantize_weight, weight, *methods)  # once, when it is packed
         w = (self.weigh(operator.getitem, packed, i) for i in range(3))
         return self.call(int8_linear, *x, *w, linear.bias, None, dtype(linear.node))
 

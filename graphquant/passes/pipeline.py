@@ -34,6 +34,7 @@ from graphquant.passes.graph import (
 from graphquant.passes.ir import Captured
 from graphquant.passes.masks import drop_empty_masks
 from graphquant.passes.normalize import merge_equal_views, normalize
+from graphquant.passes.ranges import static_ranges
 from graphquant.passes.recognize import recognize
 from graphquant.passes.record import Record
 from graphquant.passes.rule import Rule
@@ -83,6 +84,8 @@ def rewrite(captured: Captured, config: Config) -> Report:
         select=config.select == "faster",
     )
     _enter_all(bench, captured, config)
+    if config.activation == "static" and config.calibration is not None:
+        bench.ranges = static_ranges(_open_linears(bench), config.calibration)
     for rule in INT8_RULES if config.quantize else FLOAT_RULES:
         apply(bench, rule)
     _views_to_reshapes(bench)
@@ -93,7 +96,7 @@ def rewrite(captured: Captured, config: Config) -> Report:
     gm.graph.lint()
     gm.recompile()
     _leave_traces(bench)
-    report = Report(bench.record.outcomes(), notes=tuple(_notes(bench)))
+    report = Report(bench.record.outcomes(), notes=tuple(_notes(bench, config)))
     log.info("%s", report.summary())
     return report
 
@@ -130,6 +133,16 @@ def _enter_all(bench: Workbench, captured: Captured, config: Config) -> None:
                         K=hint(shape(inner.all_input_nodes[0])[-1]),
                     )
                 )
+
+
+def _open_linears(bench: Workbench) -> dict[Node, str]:
+    """The linears that rules may rewrite, and their module paths."""
+    return {
+        node: outcome.path
+        for node in calls(bench.graph, lambda n: n.target is LINEAR)
+        for outcome, _ in bench.record.carried(node)
+        if bench.open(node)
+    }
 
 
 def _why_barred(bench: Workbench, captured: Captured, config: Config, node: Node, path: str) -> str:
@@ -211,7 +224,7 @@ def _left_rough(linears: Sequence[Outcome]) -> Iterator[str]:
         yield f"{n} of {sum(o.int8 for o in linears)} int8 linears are not smoothed: {reason}"
 
 
-def _notes(bench: Workbench) -> Iterator[str]:
+def _notes(bench: Workbench, config: Config) -> Iterator[str]:
     outcomes = bench.record.outcomes()
     linears = [o for o in outcomes if o.kind == "linear"]
     yield from _left_rough(linears)
@@ -219,4 +232,15 @@ def _notes(bench: Workbench) -> Iterator[str]:
         yield (
             "every linear can need a gradient, so none is int8: for inference, call the model "
             "under torch.inference_mode() or torch.no_grad()"
+        )
+    if config.activation == "static" and (
+        unknown := [
+            o.path or o.node
+            for o in linears
+            if o.int8 and o.node not in bench.ranges and not o.smoothed
+        ]
+    ):
+        yield (
+            f"{len(unknown)} of {sum(o.int8 for o in linears)} int8 linears stay dynamic, because "
+            f"the calibration has no range for what they read: {', '.join(unknown)}"
         )

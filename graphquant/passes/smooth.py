@@ -42,14 +42,15 @@ def smooth(
             return NO_NORM
         absmax = _norm_absmax(edit, norm, linear)
         return edit.weigh(smoothing, linear.weight, absmax, ALPHA), f"norm, alpha {ALPHA}"
-    K = shape(linear.weight)[1]
-    found = [v for v in map(config.calibration.absmax, paths) if v is not None]
+    K, calibration = shape(linear.weight)[1], config.calibration
+    assert calibration is not None  # Config sees to it
+    found = [v for v in map(calibration.absmax, paths) if v is not None]
     if not found:
         return "the calibration has no statistics of it"
     if any(v.shape != (K,) for v in found):
         return f"the calibration saw {found[0].numel()} channels, it has {K}"
     absmax = edit.literal(functools.reduce(torch.maximum, found), linear.weight)
-    if config.smooth == "auto" and (rows := _sample(config.calibration, paths)) is not None:
+    if config.smooth == "auto" and (rows := _sample(calibration, paths)) is not None:
         given = (linear.weight, absmax, edit.literal(rows, linear.weight))
         return edit.weigh(searched_smoothing, *given), "alpha searched"
     alpha, why = config.smooth, ""

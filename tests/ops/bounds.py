@@ -139,8 +139,10 @@ def assert_within_a_step(triple: Any, reference: Any, noise: Tensor | float = 0.
     assert (apart.isnan() | finite).all()
 
 
-def assert_weight(wq: Tensor, w_scale: Tensor, w_sum: Tensor, w: Tensor) -> None:
-    """The triple stands for w [N, K], which the op saw exactly.
+def assert_weight(
+    wq: Tensor, w_scale: Tensor, w_sum: Tensor, w: Tensor, absmax: Tensor | None = None
+) -> None:
+    """The triple stands for w [N, K], which the op saw exactly, clamped to absmax [N] if given.
 
     absmax is exact (its floor is off by U), steps are fl(w * fl(127 / absmax)): two roundings, and
     one of w_scale = fl(absmax / 127), so |w - wq w_scale| <= w_scale (1 / 2 + 127 * 3 U (1 + 2 U)).
@@ -157,9 +159,10 @@ def assert_weight(wq: Tensor, w_scale: Tensor, w_sum: Tensor, w: Tensor) -> None
     finite, s = w.isfinite().all(-1), w_scale.double()
     assert (w_scale.isfinite() == finite).all()
     assert not wq[~finite].any() and w_sum[~finite].isnan().all()
-    error = (w - wq.double() * s[:, None]).abs()[finite]
+    absmax = w.abs().amax(-1).clamp(min=MIN_ABSMAX) if absmax is None else absmax.cpu().double()
+    error = (w.clamp(-absmax[:, None], absmax[:, None]) - wq.double() * s[:, None]).abs()[finite]
     assert (error <= s[finite, None] * (0.5 + 127 * 4 * U)).all()
-    want = w.abs().amax(-1).clamp(min=MIN_ABSMAX) / 127
+    want = absmax / 127
     assert ((s - want).abs() <= 3 * U * want)[finite].all()
     total = wq.long().sum(-1)
     assert w.shape[1] <= 132_104

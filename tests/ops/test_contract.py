@@ -24,13 +24,27 @@ from graphquant.ops.numerics import row_stride, vectors, with_pads
 from graphquant.ops.triton_rows import block_widths, row_config
 from graphquant.ops.triton_util import as_rows, unit_of
 from tests.ops.bounds import assert_weight, assert_within_a_step, kernels, to_cpu
+from tests.ops.told import TOLD, Told
 from tests.strategies import Rows, rows
 
 ALL = tuple(OPS.values())
+QUANTISERS = tuple(op for op in ALL if "factor" in op.reference.__annotations__)
+AS_IS = Told()
+
+# Every op, and every quantiser with what it can be told.
+CASES = [
+    *(pytest.param(op, AS_IS, id=op.name) for op in ALL),
+    *(pytest.param(op, TOLD[n], id=f"{op.name} {n}") for op in QUANTISERS for n in TOLD),
+]
 
 
-def _arguments(op: Op, x: Tensor) -> tuple[Any, ...]:
+def _arguments(op: Op, x: Tensor, told: Told = AS_IS) -> tuple[Any, ...]:
     """Valid arguments of an op around a float x [..., K]."""
+    plain = _plain_arguments(op, x)
+    return plain if told == AS_IS else (*plain, *told.on(x.shape[-1], x.device))
+
+
+def _plain_arguments(op: Op, x: Tensor) -> tuple[Any, ...]:
     K = x.shape[-1]
     gamma = torch.linspace(0.5, 2, K, device=x.device).to(x.dtype)
     if op is ops.quantize:
@@ -74,14 +88,14 @@ SAMPLES = {
 }
 
 
-@pytest.mark.parametrize("op", ALL, ids=lambda op: op.name)
+@pytest.mark.parametrize(("op", "told"), CASES)
 @pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES.keys())
-def test_opcheck(op: Op, sample: Rows, device: str) -> None:
-    torch.library.opcheck(op.target, _arguments(op, sample.on(device)))
+def test_opcheck(op: Op, told: Told, sample: Rows, device: str) -> None:
+    torch.library.opcheck(op.target, _arguments(op, sample.on(device), told))
 
 
-@pytest.mark.parametrize("op", ALL, ids=lambda op: op.name)
-def test_a_dynamic_batch_gets_no_guard(op: Op) -> None:
+@pytest.mark.parametrize(("op", "told"), CASES)
+def test_a_dynamic_batch_gets_no_guard(op: Op, told: Told) -> None:
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env)
 
@@ -91,7 +105,7 @@ def test_a_dynamic_batch_gets_no_guard(op: Op) -> None:
         sizes = [DimDynamic.DYNAMIC if d == 6 else DimDynamic.STATIC for d in a.shape]
         return mode.from_tensor(a, symbolic_context=StatelessSymbolicContext(sizes))
 
-    args = [fake(a) for a in _arguments(op, torch.randn(6, 40))]
+    args = [fake(a) for a in _arguments(op, torch.randn(6, 40), told)]
     with mode:
         results = op.target(*args)
     results = results if isinstance(results, tuple) else (results,)
@@ -99,9 +113,10 @@ def test_a_dynamic_batch_gets_no_guard(op: Op) -> None:
     assert not [str(g.expr) for g in env.guards]
 
 
-@pytest.mark.parametrize("op", ALL, ids=lambda op: op.name)
-def test_fullgraph_compile_keeps_the_padded_strides(op: Op) -> None:
-    args = _arguments(op, torch.randn(6, 40))
+@pytest.mark.parametrize(("op", "told"), CASES)
+def test_fullgraph_compile_keeps_the_padded_strides(op: Op, told: Told) -> None:
+    torch._dynamo.reset()  # it counts compilations of one lambda
+    args = _arguments(op, torch.randn(6, 40), told)
     want = op(*args)
     got = torch.compile(lambda *a: op.target(*a), backend="aot_eager", fullgraph=True)(*args)
     for g, w in zip(*((r if isinstance(r, tuple) else (r,)) for r in (got, want)), strict=True):
@@ -129,6 +144,30 @@ def test_what_quantisers_return_is_what_int8_linear_takes() -> None:
             assert returns[:-3] == (["y"] if op is ops.norm_quantize_keep else [])
 
 
+def test_every_quantiser_can_be_told_the_same() -> None:
+    assert {op.name for op in QUANTISERS} == {o.name for o in ALL if "quantize" in o.name} - {
+        "quantize_weight"
+    }
+    for op in QUANTISERS:
+        last = op.target._schema.arguments[-4:]
+        assert [a.name for a in last] == ["factor", "low", "high", "clip"]
+        assert [str(a.type) for a in last] == ["Optional[Tensor]", *["Optional[float]"] * 3]
+        assert [a.default_value for a in last] == [None] * 4
+
+
+@pytest.mark.parametrize("op", QUANTISERS, ids=lambda op: op.name)
+def test_what_is_not_told_stands_for_none(op: Op) -> None:
+    """torch hands an op's code no last arguments that are defaults; sites have a place for all."""
+    args = _arguments(op, torch.randn(3, 40))
+    full = (*args, None, None, None, None)
+    assert op.full(args) == op.full(full[:-2]) == full
+    tensors, constants = op.split(args)
+    assert (tensors, constants) == op.split(full)
+    assert len(tensors) == sum(op.tensors) and op.join(tensors, constants) == list(full)
+    for got, want in zip(op(*full), op(*args), strict=True):
+        assert torch.equal(got, want)
+
+
 def test_a_reference_that_differs_from_its_schema_is_refused() -> None:
     with pytest.raises(TypeError, match=r"schema \['x'\], reference \['y'\]"):
 
@@ -153,7 +192,12 @@ def test_if_no_kernel_takes_the_inputs_every_reason_is_given() -> None:
 def test_kernels_write_every_byte_of_their_results(
     op: Op, kernel: Kernel, K: int, device: str, poisoned: None
 ) -> None:
-    args = _arguments(op, torch.randn(7, K, device=device))
+    x = torch.randn(7, K, device=device)
+    for told in (AS_IS, *TOLD.values()) if op in QUANTISERS else (AS_IS,):
+        _writes_every_byte(op, kernel, _arguments(op, x, told))
+
+
+def _writes_every_byte(op: Op, kernel: Kernel, args: tuple[Any, ...]) -> None:
     if (why := kernel.refuses(*args)) is not None:
         pytest.skip(why)
     results, want = kernel.fn(*args), op.reference(*to_cpu(args))
@@ -191,7 +235,27 @@ def _attention_with(**changes: Any) -> tuple[Any, ...]:
     return tuple((args | changes).values())
 
 
+def _told(op: Op, **changes: Any) -> tuple[Any, ...]:
+    told = {"factor": None, "low": None, "high": None, "clip": None} | changes
+    return *_arguments(op, x), *told.values()
+
+
 x = torch.ones(4, 32)
+NOT_TOLD: dict[str, dict[str, Any]] = {
+    r"factor has shape \[31\], needs \[32\]: \[K\] like x": {"factor": x[0, 1:]},
+    r"factor has shape \[1, 32\], needs \[32\]": {"factor": x[:1]},
+    "factor is bfloat16, needs float32": {"factor": x[0].bfloat16()},
+    "low is -1.0, high is None, needs both or neither": {"low": -1.0},
+    "low is None, high is 1.0, needs both or neither": {"high": 1.0},
+    "low is -inf, needs a finite float32": {"low": -torch.inf, "high": 1.0},
+    "high is nan, needs a finite float32": {"low": 0.0, "high": torch.nan},
+    r"high is 1e\+39, needs a finite float32": {"low": 0.0, "high": 1e39},
+    "low is 1.0, above high, 0.5": {"low": 1.0, "high": 0.5},
+    "clip is 0.0, needs > 0": {"clip": 0.0},
+    "clip is -1.0, needs > 0": {"clip": -1.0},
+    "clip is inf, needs a finite float32": {"clip": torch.inf},
+    "clip is given beside low and high": {"low": -1.0, "high": 1.0, "clip": 1.0},
+}
 heads = torch.ones(2, 3, 5, 32)
 WRONG: list[tuple[Op, tuple[Any, ...], str]] = [
     (ops.quantize, (x.double(),), "quantize: x is float64, needs float16, bfloat16 or float32"),
@@ -201,6 +265,7 @@ WRONG: list[tuple[Op, tuple[Any, ...], str]] = [
     (ops.quantize_weight, (x[0],), r"quantize_weight: w has 1 dims, needs \[N, K\]"),
     (ops.quantize_weight, (x[None],), r"quantize_weight: w has 3 dims, needs \[N, K\]"),
     (ops.quantize_weight, (x[:, :0],), r"quantize_weight: w has shape \[4, 0\], needs K >= 1"),
+    (ops.quantize_weight, (x, "max"), "quantize_weight: method is 'max', needs one of absmax, mse"),
     (ops.act_quantize, (x, "mish"), "act is 'mish', needs one of gelu, gelu_tanh, quick_gelu, "),
     (ops.act_quantize, (x.int(), "gelu"), "act_quantize: x is int32, needs float16"),
     (ops.glu_quantize, (x, x[:, 1:], "silu"), r"up has shape \[4, 31\], needs \[4, 32\]: the sha"),
@@ -209,6 +274,11 @@ WRONG: list[tuple[Op, tuple[Any, ...], str]] = [
     (ops.norm_quantize, (x, x[0, 1:], None, 1e-5, True), r"gamma has shape \[31\], needs \[32\]"),
     (ops.norm_quantize, (x, None, x[0].int(), 1e-5, True), "beta is int32, needs float16"),
     (ops.norm_quantize_keep, (x, None, None, 1e-5, True, I8), "dtype is int8, needs float16"),
+    *(
+        (op, _told(op, **changes), f"{op.name}: {message}")
+        for op in QUANTISERS
+        for message, changes in NOT_TOLD.items()
+    ),
     (ops.int8_linear, _linear_with(xq=x), "int8_linear: xq is float32, needs int8"),
     (
         ops.int8_linear,
@@ -290,8 +360,12 @@ WRONG: list[tuple[Op, tuple[Any, ...], str]] = [
         _linear_with(bias=torch.ones(8, device="meta")),
         "bias is on meta, xq is on cpu, need one device",
     ),
+    *(
+        (op, _told(op, factor=x[0].to("meta")), "factor is on meta, x is on cpu, need one device")
+        for op in QUANTISERS
+    ),
 ]
-ON_META = 3  # the last ones: a FakeTensorMode takes them for one device
+ON_META = 3 + len(QUANTISERS)  # the last ones: a FakeTensorMode takes them for one device
 
 
 @pytest.mark.parametrize(("op", "args", "message"), WRONG, ids=[w[2][:40] for w in WRONG])

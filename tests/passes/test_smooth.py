@@ -21,10 +21,10 @@ from graphquant.passes.graph import LITERAL
 from graphquant.passes.prepack import Packing, prepack
 from graphquant.passes.record import Times
 from graphquant.passes.smooth import ALPHA, NO_NORM, SIGMAS
-from tests.calibrations import Measured, Sampled
 from tests.models import relative
 from tests.passes.graphs import Model, Rewritten, argument, compiled, parameter, rewritten
 from tests.passes.test_random_encoders import Encoder, EncoderModel, encoders
+from tests.seen import seen
 
 K, N = 40, 24
 EXACT = 1e-5
@@ -121,7 +121,7 @@ def test_a_random_encoder_is_the_same_in_float(encoder: Encoder, smooth: Any) ->
         if "norm" in name:
             p.mul_(torch.randn_like(p).exp())
     x = torch.randn(encoder.batch, encoder.tokens, encoder.inputs)
-    calibration = None if smooth == "norm" else Sampled(model, x)
+    calibration = None if smooth == "norm" else seen(model, x, rows=True)
     result = rewritten(model, x, smooth=smooth, calibration=calibration)
     smoothed = [o.smoothed for o in result.report.linears if o.int8]
     assert any(smoothed) if smooth == "norm" else all(smoothed), result.report
@@ -335,14 +335,14 @@ def test_auto_searches_where_there_are_rows(x: Tensor) -> None:
     model = norm_linear()
     told = [
         rewritten(model, x, smooth="auto", calibration=c).report.linears[0].smoothed
-        for c in (Sampled(model, x), Measured(model, x))
+        for c in (seen(model, x, rows=True), seen(model, x))
     ]
     assert told == ["alpha searched", "alpha 0.5: the calibration has no rows to search on"]
 
 
 def test_auto_packs_what_the_search_found(x: Tensor) -> None:
     model = norm_linear()
-    calibration = Sampled(model, x)
+    calibration = seen(model, x, rows=True)
     rows, absmax = calibration.sample("fc"), calibration.absmax("fc")
     assert rows is not None and absmax is not None
     result = rewritten(model, x, smooth="auto", calibration=calibration)

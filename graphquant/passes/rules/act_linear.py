@@ -62,10 +62,10 @@ class ActLinear:
         linear, x = site.linear, edit.replay(site.views, site.act.x)
         smooth = edit.smooth(linear)
         if site.up is None:
-            made = edit.call(act_quantize, x, site.act.act, smooth.factor)
+            made = edit.quantized(act_quantize, x, site.act.act, linear=linear, smooth=smooth)
         else:
             up = edit.replay(site.views, site.up)
-            made = edit.call(glu_quantize, x, up, site.act.act, smooth.factor)
+            made = edit.quantized(glu_quantize, x, up, site.act.act, linear=linear, smooth=smooth)
         return (edit.int8_linear(made, linear, smooth),)
 
 

@@ -32,6 +32,7 @@ class AnyLinear:
         return None
 
     def rewrite(self, edit: Edit, site: LinearSite) -> tuple[Node, ...]:
-        smooth = edit.smooth(site.linear)
-        made = edit.call(quantize, site.linear.x, smooth.factor)
-        return (edit.int8_linear(made, site.linear, smooth),)
+        linear = site.linear
+        smooth = edit.smooth(linear)
+        made = edit.quantized(quantize, linear.x, linear=linear, smooth=smooth)
+        return (edit.int8_linear(made, linear, smooth),)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch.fx import Node
 
@@ -54,21 +55,22 @@ class NormLinear:
         return not_floats(site.norm.x, site.norm.gamma, site.norm.beta)
 
     def rewrite(self, edit: Edit, site: NormSite) -> tuple[Node, ...]:
-        linear, gamma, beta = site.linear, site.norm.gamma, site.norm.beta
-        gamma, beta = _vector(edit, gamma), _vector(edit, beta)
+        linear = site.linear
+        gamma, beta = (_vector(edit, p) for p in (site.norm.gamma, site.norm.beta))
         norm = replace(site.norm, gamma=gamma, beta=beta)
         smooth = edit.smooth(linear, norm if site.fixed else None)
-        factor = smooth.factor
+        if smooth.factor is not None and site.fixed and not site.keep:
+            # folded into the parameters, it costs nothing when the model runs
+            gamma = edit.weigh(aten.mul.Tensor, gamma, smooth.factor) if gamma else smooth.factor
+            beta = beta and edit.weigh(aten.mul.Tensor, beta, smooth.factor)
+            smooth = smooth._replace(factor=None)
+        parameters: tuple[Any, ...] = (gamma, beta, norm.eps, norm.rms)
         if not site.keep:
             x = edit.replay(site.views, norm.x)
-            if factor is not None and site.fixed:  # then it costs nothing when the model runs
-                gamma = edit.weigh(aten.mul.Tensor, gamma, factor) if gamma else factor
-                beta = beta and edit.weigh(aten.mul.Tensor, beta, factor)
-                factor = None
-            made = edit.call(norm_quantize, x, gamma, beta, norm.eps, norm.rms, factor)
+            made = edit.quantized(norm_quantize, x, *parameters, linear=linear, smooth=smooth)
             return (edit.int8_linear(made, linear, smooth),)
-        kept = dtype(norm.out)
-        made = edit.call(norm_quantize_keep, norm.x, gamma, beta, norm.eps, norm.rms, kept, factor)
+        parameters = (*parameters, dtype(norm.out))
+        made = edit.quantized(norm_quantize_keep, norm.x, *parameters, linear=linear, smooth=smooth)
         return edit.int8_linear(made, linear, smooth, site.views), edit.unpack(made)[0]
 
 
