@@ -26,7 +26,10 @@ WEIGHT_SCALES = ("absmax", "mse")
 @runtime_checkable
 class Statistics(Protocol):
     """What a calibration knows of the inputs of linears, by the linear's module path, as in the
-    report. None for one that it has not seen."""
+    report. None for one that it has not seen.
+
+    A calibration may also have `sample(path)`: some rows, [n, K] float32, for smooth="auto".
+    """
 
     def absmax(self, path: str) -> Tensor | None:
         """[K] float32: the largest magnitude in each input channel."""

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FLOOR = 1e-3
+SIGMAS = 3.0  # a normalised value hardly ever leaves +- 3
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 _SMALLEST = torch.finfo(torch.float32).tiny  # its reciprocal is finite
 _LARGEST = 1 / _SMALLEST
@@ -39,6 +40,13 @@ _LARGEST = 1 / _SMALLEST
 def smoothing(w: Tensor, absmax: Tensor, alpha: float) -> Tensor:
     """s for this alpha."""
     return _scale(_floored(absmax), _floored(_column_sizes(w)), alpha)
+
+
+def norm_smoothing(w: Tensor, gamma: Tensor | None, beta: Tensor | None, alpha: float) -> Tensor:
+    """s by what is known of a norm's result without data: |x| <= SIGMAS |gamma| + |beta|, which are
+    [K], or None for ones and zeros."""
+    absmax = w.new_full(w.shape[1:], SIGMAS) if gamma is None else SIGMAS * gamma.abs()
+    return smoothing(w, absmax if beta is None else absmax + beta.abs(), alpha)
 
 
 def searched_smoothing(w: Tensor, absmax: Tensor, rows: Tensor) -> Tensor:

@@ -19,14 +19,13 @@ from torch import Tensor
 from torch.fx import Node
 
 from graphquant.config import Config
-from graphquant.ops.smoothing import searched_smoothing, smoothing
-from graphquant.passes.graph import aten, shape
+from graphquant.ops.smoothing import norm_smoothing, searched_smoothing, smoothing
+from graphquant.passes.graph import shape
 from graphquant.passes.recognize import Norm
 from graphquant.passes.rule import Edit, Linear
 
 ALPHA = 0.5  # where nothing says another: what the paper takes, and the best one on MiniLM
 NO_NORM = "there is no norm with parameters in front of it"
-SIGMAS = 3.0  # a normalised channel hardly ever leaves +- 3
 
 
 def smooth(
@@ -40,8 +39,8 @@ def smooth(
     if config.smooth == "norm":
         if norm is None:
             return NO_NORM
-        absmax = _norm_absmax(edit, norm, linear)
-        return edit.weigh(smoothing, linear.weight, absmax, ALPHA), f"norm, alpha {ALPHA}"
+        s = edit.weigh(norm_smoothing, linear.weight, norm.gamma, norm.beta, ALPHA)
+        return s, f"norm, alpha {ALPHA}"
     K, calibration = shape(linear.weight)[1], config.calibration
     assert calibration is not None  # Config sees to it
     found = [v for v in map(calibration.absmax, paths) if v is not None]
@@ -63,15 +62,3 @@ def _sample(calibration: Any, paths: Sequence[str]) -> Tensor | None:
     """Rows [n, K] that these linears have read, if the calibration keeps some."""
     sample = getattr(calibration, "sample", lambda path: None)
     return next((rows for rows in map(sample, paths) if rows is not None), None)
-
-
-def _norm_absmax(edit: Edit, norm: Norm, linear: Linear) -> Node:
-    """SIGMAS |gamma| + |beta|, [K]."""
-    if norm.gamma is None:
-        K = shape(linear.weight)[1]
-        absmax = edit.literal(torch.full((K,), SIGMAS), linear.weight)
-    else:
-        absmax = edit.weigh(aten.mul.Tensor, edit.weigh(aten.abs.default, norm.gamma), SIGMAS)
-    if norm.beta is None:
-        return absmax
-    return edit.weigh(aten.add.Tensor, absmax, edit.weigh(aten.abs.default, norm.beta))

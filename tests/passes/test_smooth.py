@@ -15,12 +15,12 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from graphquant import ops
 from graphquant.ops.numerics import ACTIVATIONS
-from graphquant.ops.smoothing import smoothing
+from graphquant.ops.smoothing import SIGMAS, smoothing
 from graphquant.passes import apply
 from graphquant.passes.graph import LITERAL
 from graphquant.passes.prepack import Packing, prepack
 from graphquant.passes.record import Times
-from graphquant.passes.smooth import ALPHA, NO_NORM, SIGMAS
+from graphquant.passes.smooth import ALPHA, NO_NORM
 from tests.models import relative
 from tests.passes.graphs import Model, Rewritten, argument, compiled, parameter, rewritten
 from tests.passes.test_random_encoders import Encoder, EncoderModel, encoders
@@ -420,3 +420,35 @@ def test_what_needs_a_gradient_is_left_alone(x: Tensor) -> None:
     (linear,) = result.report.linears
     assert not linear.int8 and not linear.smoothed
     assert result.got.requires_grad and torch.equal(result.got, result.want)
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["alone", "kept"])
+def test_a_static_range_is_that_of_the_smoothed_input(keep: bool, x: Tensor) -> None:
+    """What is known of a channel, however large, is in [-1, 1] when it is smoothed."""
+
+    def forward(m: Any, x: Tensor) -> Any:
+        h = m.norm(x)
+        return (m.fc(h), h) if keep else (m.fc(h),)
+
+    model = Model(forward, norm=norm(), fc=nn.Linear(K, K))
+    for p in model.norm.parameters():
+        p[3] *= 50
+    model.fc.weight[:, 3] /= 50
+    told: Any = seen(model, x)
+    result = rewritten(model, x, smooth=0.5, calibration=told, activation="static")
+    (quantiser,) = (n for n in result.graph.nodes if "norm_quantize" in str(n.target))
+    assert (argument(quantiser, "low"), argument(quantiser, "high")) == (-1.0, 1.0)
+    assert not result.report.notes
+    plain = rewritten(model, x, calibration=told, activation="static")
+    want = result.want[0]
+    assert relative(result.got[0], want) < 0.2 * relative(plain.got[0], want)
+
+
+def test_without_statistics_a_static_range_is_that_of_the_input(x: Tensor) -> None:
+    """Where linears have a range and no channels, they are not smoothed."""
+    told = seen(norm_linear(), x)
+    told.largest.clear()
+    result = rewritten(norm_linear(), x, smooth=0.5, calibration=told, activation="static")
+    assert [o.smoothed for o in result.report.linears] == [""]
+    quantiser = result.one("norm_quantize")
+    assert (argument(quantiser, "low"), argument(quantiser, "high")) == told.ranges["fc"]
