@@ -26,7 +26,10 @@ WEIGHT_SCALES = ("absmax", "mse")
 @runtime_checkable
 class Statistics(Protocol):
     """What a calibration knows of the inputs of linears, by the linear's module path, as in the
-    report. None for one that it has not seen."""
+    report. None for one that it has not seen.
+
+    A calibration may also have `sample(path)`: some rows, [n, K] float32, for smooth="auto".
+    """
 
     def absmax(self, path: str) -> Tensor | None:
         """[K] float32: the largest magnitude in each input channel."""
@@ -75,8 +78,14 @@ class Config:
     error least."""
     wbits: int = 8
     """Bits of a weight. There are no products of other widths than 8."""
+    smooth: float | str | None = None
+    """SmoothQuant: what an int8 linear reads is divided, channel by channel, by the channel's
+    absmax^smooth / its weights' size^(1 - smooth), and the weights multiplied: exact but for int8.
+    0 < smooth < 1 (0.5 is usual) and "auto" need `calibration`; with "auto" the exponent, or not to
+    smooth, is searched for each linear of which the calibration keeps a sample of rows. "norm":
+    only linears behind a norm, by its parameters, without data."""
     calibration: Statistics | None = None
-    """What calibration data has shown, for activation="static"."""
+    """What calibration data has shown, for activation="static" and for `smooth`."""
     on_report: Callable[[Any], object] | None = None
     """Called with the Report of each graph that is compiled, e.g. `print`."""
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -112,6 +121,8 @@ class Config:
                 'activation="static" takes its ranges from calibration data: give '
                 "calibration=graphquant.calibrate(model, batches)"
             )
+        if self.smooth is not None:
+            self._check_smooth()
         if self.on_report is not None and not callable(self.on_report):
             raise OptionError(f"on_report must be callable, got {self.on_report!r}")
         if not isinstance(self.inductor, Mapping):
@@ -127,6 +138,27 @@ class Config:
                 hint = f", did you mean {close[0]!r}?" if close else "."
                 raise OptionError(f"unknown option {name!r}{hint} Valid: {', '.join(valid)}")
         return cls(**options)
+
+    def _check_smooth(self) -> None:
+        smooth = self.smooth
+        if self.clip_range is not None:
+            raise OptionError(
+                f"smooth={smooth!r} beside clip_range: what is smoothed has other units than what "
+                "it is clipped to"
+            )
+        if smooth == "norm":
+            if self.activation == "static":
+                raise OptionError("smooth='norm' knows no range for activation='static'")
+            return
+        if smooth != "auto" and not (isinstance(smooth, float) and 0.0 < smooth < 1.0):
+            raise OptionError(
+                f"smooth={smooth!r} is no number between 0 and 1, nor one of 'auto', 'norm'"
+            )
+        if self.calibration is None:
+            raise OptionError(
+                f"smooth={smooth!r} takes its channels from calibration data: give "
+                "calibration=graphquant.calibrate(model, batches), or smooth='norm'"
+            )
 
     def wants(self, path: str) -> str | None:
         """None if the linear at this module path may be rewritten, else why not."""

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 @dataclass
 class Seen:
-    """graphquant.config.Statistics from two dicts by module path."""
+    """graphquant.config.Statistics from dicts by module path; with `rows`, also to search on."""
 
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
     largest: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
 
     def range(self, path: str) -> tuple[float, float] | None:
         return self.ranges.get(path)
@@ -22,9 +23,12 @@ class Seen:
     def absmax(self, path: str) -> Tensor | None:
         return self.largest.get(path)
 
+    def sample(self, path: str) -> Tensor | None:
+        return self.rows.get(path)
 
-def seen(model: nn.Module, *args: Any) -> Seen:
-    """What the nn.Linear modules of a model read in one call, in float."""
+
+def seen(model: nn.Module, *args: Any, rows: bool = False) -> Seen:
+    """What the nn.Linear modules of a model read in one call, in float; with the rows, or not."""
     found, hooks = Seen(), []
 
     def look(path: str) -> Any:
@@ -32,6 +36,8 @@ def seen(model: nn.Module, *args: Any) -> Seen:
             x = inputs[0].detach().float()
             found.ranges[path] = float(x.min()), float(x.max())
             found.largest[path] = x.abs().flatten(0, -2).amax(0)
+            if rows:
+                found.rows[path] = x.flatten(0, -2)
 
         return hook
 

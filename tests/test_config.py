@@ -10,6 +10,7 @@ import pytest
 from graphquant import Config, GraphquantError, OptionError
 from graphquant.config import WEIGHT_SCALES
 from graphquant.ops.quantize_weight.op import METHODS
+from tests.seen import Seen
 
 PATH = "encoder.layers.0.mlp.fc1"
 
@@ -165,3 +166,32 @@ def test_a_config_does_not_share_the_list_it_was_given() -> None:
     config = Config(exclude=patterns)  # type: ignore[arg-type]
     patterns.append("*")
     assert config.wants("b") is None
+
+
+@pytest.mark.parametrize("smooth", [0.01, 0.5, 0.99, "auto"])
+def test_smoothing_by_channels_needs_a_calibration(smooth: Any) -> None:
+    with pytest.raises(OptionError, match=rf"smooth={smooth!r} takes its channels from calibrat"):
+        Config(smooth=smooth)
+    assert Config(smooth=smooth, calibration=Seen()).smooth == smooth
+
+
+def test_smoothing_by_norms_needs_nothing() -> None:
+    assert Config(smooth="norm").calibration is None
+    assert Config().smooth is None
+
+
+@pytest.mark.parametrize(
+    "smooth", [0.0, 1.0, -0.5, 1, True, False, "0.5", "gptq", "", float("nan")]
+)
+def test_smooth_is_a_number_between_0_and_1_or_a_name(smooth: Any) -> None:
+    with pytest.raises(
+        OptionError, match="is no number between 0 and 1, nor one of 'auto', 'norm'"
+    ):
+        Config(smooth=smooth, calibration=Seen())
+
+
+def test_smoothing_goes_with_no_clip_and_by_norms_with_no_static_range() -> None:
+    with pytest.raises(OptionError, match=r"smooth=0\.5 beside clip_range"):
+        Config(smooth=0.5, calibration=Seen(), clip_range=3)
+    with pytest.raises(OptionError, match="smooth='norm' knows no range for activation='static'"):
+        Config(smooth="norm", calibration=Seen(), activation="static")

@@ -18,6 +18,8 @@ from graphquant.passes.graph import full_args, origin
 
 Range = tuple[float, float]
 
+SMOOTHED = (-1.0, 1.0)  # of x / s, whatever x's channels and the weights are: ops/smoothing.py
+
 
 def static_ranges(linears: Mapping[Node, str], calibration: Statistics) -> dict[str, Range]:
     """The range of each linear's input, by the name of its node; none for inputs not known.

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+from torch import Tensor
 from torch.fx import Graph, Node
 
 from graphquant.ops.checks import FLOATS
@@ -33,6 +34,16 @@ class Linear(NamedTuple):
     x: Node
     weight: Node
     bias: Node | None
+
+
+class Smooth(NamedTuple):
+    """How a linear's input channels are smoothed: x W^T = (x factor) (W scale)^T.
+
+    Both [K] float32, and None if they are not. A quantiser takes the factor, int8_linear the scale.
+    """
+
+    scale: Node | None = None
+    factor: Node | None = None
 
 
 @dataclass(frozen=True)
@@ -76,12 +87,18 @@ class Edit(Protocol):
     """What a rule may do to the graph: add calls, each with its fake value."""
 
     def call(self, target: Any, *args: Any) -> Node: ...
-    def quantized(self, op: Op, *args: Any, linear: Linear) -> Node: ...
+    def quantized(self, op: Op, *args: Any, linear: Linear, smooth: Smooth) -> Node: ...
     def weigh(self, target: Any, *args: Any) -> Node: ...
+    def literal(self, value: Tensor, like: Node) -> Node: ...
+    def smooth(
+        self, linear: Linear, norm: Norm | None = None, *, one_sided: bool = False
+    ) -> Smooth: ...
     def unpack(self, node: Node) -> tuple[Node, ...]: ...
     def replay(self, views: Sequence[Node], x: Node) -> Node: ...
     def sizes(self, node: Node) -> list[Any]: ...
-    def int8_linear(self, quantized: Node, linear: Linear, views: Sequence[Node] = ()) -> Node: ...
+    def int8_linear(
+        self, quantized: Node, linear: Linear, smooth: Smooth, views: Sequence[Node] = ()
+    ) -> Node: ...
 
 
 S = TypeVar("S", bound=Site)

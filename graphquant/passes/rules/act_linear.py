@@ -60,12 +60,13 @@ class ActLinear:
 
     def rewrite(self, edit: Edit, site: ActSite) -> tuple[Node, ...]:
         linear, x = site.linear, edit.replay(site.views, site.act.x)
+        smooth = edit.smooth(linear, one_sided=site.up is None)
         if site.up is None:
-            made = edit.quantized(act_quantize, x, site.act.act, linear=linear)
+            made = edit.quantized(act_quantize, x, site.act.act, linear=linear, smooth=smooth)
         else:
             up = edit.replay(site.views, site.up)
-            made = edit.quantized(glu_quantize, x, up, site.act.act, linear=linear)
-        return (edit.int8_linear(made, linear),)
+            made = edit.quantized(glu_quantize, x, up, site.act.act, linear=linear, smooth=smooth)
+        return (edit.int8_linear(made, linear, smooth),)
 
 
 def _activation(view: View, out: Node) -> tuple[Activation, Node | None] | None:

@@ -33,4 +33,6 @@ class AnyLinear:
 
     def rewrite(self, edit: Edit, site: LinearSite) -> tuple[Node, ...]:
         linear = site.linear
-        return (edit.int8_linear(edit.quantized(quantize, linear.x, linear=linear), linear),)
+        smooth = edit.smooth(linear)
+        made = edit.quantized(quantize, linear.x, linear=linear, smooth=smooth)
+        return (edit.int8_linear(made, linear, smooth),)
