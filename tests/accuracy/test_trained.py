@@ -1,8 +1,8 @@
 """Encoders that have learnt something: int8 keeps their answers on data they have not seen.
 
 Trained here, in ten seconds or so: a ViT and a DINOv2 with layer scale on scikit-learn's digits, a
-BERT on sentences of a made-up language. Trained weights have what random ones lack: channels and tokens
-that stand out, answers that depend on small differences.
+BERT on sentences of a made-up language. Trained weights have what random ones lack: channels and
+tokens that stand out, answers that depend on small differences.
 """
 
 from __future__ import annotations
