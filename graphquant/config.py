@@ -5,17 +5,39 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
 
 from graphquant.errors import OptionError
 
 INNERS = ("inductor", "eager", "aot_eager")
 SELECTS = ("faster", "always")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+ACTIVATIONS = ("dynamic", "static")
+WEIGHT_SCALES = ("absmax", "mse")
+
+
+@runtime_checkable
+class Statistics(Protocol):
+    """What a calibration knows of the inputs of linears, by the linear's module path, as in the
+    report. None for one that it has not seen.
+
+    A calibration may also have `sample(path)`: some rows, [n, K] float32, for smooth="auto".
+    """
+
+    def absmax(self, path: str) -> Tensor | None:
+        """[K] float32: the largest magnitude in each input channel."""
+        ...
+
+    def range(self, path: str) -> tuple[float, float] | None:
+        """(low, high): the range of the whole input that static scales shall cover."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -45,6 +67,25 @@ class Config:
     """Release the float storage of every weight that only int8 linears read. From then on the eager
     module, its state_dict and in-place updates of those weights do not work (torch may crash on
     them); `load_state_dict(..., assign=True)` does."""
+    activation: str = "dynamic"
+    """With "dynamic" every row (token) of a linear's input has a scale and a shift of its own, with
+    "static" all have the same, from the range in `calibration`. A linear that the calibration does
+    not know stays dynamic; the report says so."""
+    clip_range: float | None = None
+    """Nothing that a linear reads in int8 is further from zero than this."""
+    weight_scale: str = "absmax"
+    """The scale of a weight's output channel: "absmax", or "mse", which makes its squared rounding
+    error least."""
+    wbits: int = 8
+    """Bits of a weight. There are no products of other widths than 8."""
+    smooth: float | str | None = None
+    """SmoothQuant: what an int8 linear reads is divided, channel by channel, by the channel's
+    absmax^smooth / its weights' size^(1 - smooth), and the weights multiplied: exact but for int8.
+    0 < smooth < 1 (0.5 is usual) and "auto" need `calibration`; with "auto" the exponent, or not to
+    smooth, is searched for each linear of which the calibration keeps a sample of rows. "norm":
+    only linears behind a norm, by its parameters, without data."""
+    calibration: Statistics | None = None
+    """What calibration data has shown, for activation="static" and for `smooth`."""
     on_report: Callable[[Any], object] | None = None
     """Called with the Report of each graph that is compiled, e.g. `print`."""
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -62,6 +103,26 @@ class Config:
                 raise OptionError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+        _one_of("activation", self.activation, ACTIVATIONS)
+        _one_of("weight_scale", self.weight_scale, WEIGHT_SCALES)
+        if self.wbits != 8 or isinstance(self.wbits, bool):
+            raise OptionError(
+                f"wbits={self.wbits!r}: weights have 8 bits; graphquant has no products of others"
+            )
+        if self.clip_range is not None:
+            object.__setattr__(self, "clip_range", _positive("clip_range", self.clip_range))
+        if self.calibration is not None and not isinstance(self.calibration, Statistics):
+            raise OptionError(
+                "calibration must have the methods absmax(path) and range(path), as what "
+                f"graphquant.calibrate returns, got {self.calibration!r}"
+            )
+        if self.activation == "static" and self.calibration is None:
+            raise OptionError(
+                'activation="static" takes its ranges from calibration data: give '
+                "calibration=graphquant.calibrate(model, batches)"
+            )
+        if self.smooth is not None:
+            self._check_smooth()
         if self.on_report is not None and not callable(self.on_report):
             raise OptionError(f"on_report must be callable, got {self.on_report!r}")
         if not isinstance(self.inductor, Mapping):
@@ -78,6 +139,27 @@ class Config:
                 raise OptionError(f"unknown option {name!r}{hint} Valid: {', '.join(valid)}")
         return cls(**options)
 
+    def _check_smooth(self) -> None:
+        smooth = self.smooth
+        if self.clip_range is not None:
+            raise OptionError(
+                f"smooth={smooth!r} beside clip_range: what is smoothed has other units than what "
+                "it is clipped to"
+            )
+        if smooth == "norm":
+            if self.activation == "static":
+                raise OptionError("smooth='norm' knows no range for activation='static'")
+            return
+        if smooth != "auto" and not (isinstance(smooth, float) and 0.0 < smooth < 1.0):
+            raise OptionError(
+                f"smooth={smooth!r} is no number between 0 and 1, nor one of 'auto', 'norm'"
+            )
+        if self.calibration is None:
+            raise OptionError(
+                f"smooth={smooth!r} takes its channels from calibration data: give "
+                "calibration=graphquant.calibrate(model, batches), or smooth='norm'"
+            )
+
     def wants(self, path: str) -> str | None:
         """None if the linear at this module path may be rewritten, else why not."""
         if self.include and not any(_matches(p, path) for p in self.include):
@@ -90,6 +172,13 @@ class Config:
 def _one_of(name: str, value: object, valid: tuple[str, ...]) -> None:
     if value not in valid:
         raise OptionError(f"{name}={value!r} is not one of {', '.join(map(repr, valid))}")
+
+
+def _positive(name: str, value: object) -> float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0.0 < value < math.inf:  # type: ignore[operator]
+        raise OptionError(f"{name} must be a number above 0, got {value!r}")
+    return float(value)  # type: ignore[arg-type]
 
 
 def _patterns(name: str, value: object) -> tuple[str, ...]:

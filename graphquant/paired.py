@@ -28,7 +28,7 @@ from torch.fx.node import map_arg
 from graphquant.config import Config
 from graphquant.errors import RuleError
 from graphquant.ops import int8_linear
-from graphquant.passes.graph import RESIDUAL, Constants, calls, full_args
+from graphquant.passes.graph import LITERAL, RESIDUAL, Constants, calls, full_args
 from graphquant.passes.ir import Captured
 from graphquant.passes.normalize import normalize
 from graphquant.passes.pipeline import LINEARS, STANDS_FOR, rewrite
@@ -131,6 +131,8 @@ class Pair:
         def value(node: Node) -> Any:
             if (leaf := self._of_float(node)) is not None:
                 return known[leaf]
+            if LITERAL in node.meta:
+                return node.meta[LITERAL]
             if node not in done:
                 args, kwargs = map_arg((node.args, node.kwargs), value)
                 done[node] = node.target(*args, **kwargs)  # type: ignore[operator]

@@ -25,6 +25,8 @@ class Outcome:
     rules    the rules that rewrote it, in order; empty if none did
     refused  why no rule took it; empty if one did
     M, N, K  of a linear [M, K] x [N, K]^T at the sizes seen at compile time; K alone for a norm
+    smoothed how the input channels of an int8 linear were smoothed, "alpha 0.5"; "" if not
+    not_smoothed  why not, if the options ask for it
     float_us, int8_us  microseconds of the chain that it is part of, with its norm or activation and
              its siblings, in float and in int8, as measured; 0 where nothing was
     """
@@ -37,6 +39,8 @@ class Outcome:
     M: int = 0
     N: int = 0
     K: int = 0
+    smoothed: str = ""
+    not_smoothed: str = ""
     float_us: float = 0.0
     int8_us: float = 0.0
 
@@ -56,8 +60,15 @@ class Outcome:
 
     def __str__(self) -> str:
         size = f" {self.M}x{self.N}x{self.K}" if self.kind == "linear" else ""
-        what = " + ".join(self.rules) if self.rules else f"refused: {self.refused}"
-        return f"{self.kind} {self.path or self.node}{size}: {what}{self._timed()}"
+        what = self.taken if self.rules else f"refused: {self.refused}"
+        return f"{self.kind} {self.path or self.node}{size}: {what}"
+
+    @property
+    def taken(self) -> str:
+        """The rules, how it was smoothed and its times: "norm_linear, smoothed (alpha 0.5)"."""
+        smoothed = f", smoothed ({self.smoothed})" if self.smoothed else ""
+        smoothed += f", not smoothed: {self.not_smoothed}" if self.not_smoothed else ""
+        return " + ".join(self.rules) + smoothed + self._timed()
 
     def _timed(self) -> str:
         if not self.applied or not self.float_us:
@@ -151,8 +162,7 @@ class Report:
         table.add_column("outcome", overflow="fold")
         for o in self.outcomes:
             size = f"{o.M} x {o.N} x {o.K}" if o.kind == "linear" else ""
-            taken, refused = " + ".join(o.rules), escape(o.refused)
-            taken += o._timed()
+            taken, refused = escape(o.taken), escape(o.refused)
             what = f"[green]{taken}[/]" if o.applied else f"[yellow]refused:[/] {refused}"
             table.add_row(escape(o.path or o.node), o.kind, size, what)
         notes = (f"note: {n}" for n in self.notes)

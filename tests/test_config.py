@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 
 from graphquant import Config, GraphquantError, OptionError
+from graphquant.config import WEIGHT_SCALES
+from graphquant.ops.quantize_weight.op import METHODS
+from tests.seen import Seen
 
 PATH = "encoder.layers.0.mlp.fc1"
 
@@ -71,6 +74,24 @@ def test_one_pattern_may_stand_alone(given: Any) -> None:
         ({"include": 3}, r"include must be a pattern or a list of patterns, got 3"),
         ({"exclude": ["a", 3]}, r"exclude must be a pattern or a list of patterns"),
         ({"include": "re:["}, r"include: 're:\[' is not a regular expression: "),
+        ({"activation": "int8"}, r"activation='int8' is not one of 'dynamic', 'static'"),
+        ({"activation": "static"}, r'activation="static" takes its ranges from calibration data'),
+        ({"weight_scale": "max"}, r"weight_scale='max' is not one of 'absmax', 'mse'"),
+        (
+            {"wbits": 4},
+            r"wbits=4: weights have 8 bits; graphquant has no products",
+        ),
+        ({"wbits": "8"}, r"wbits='8': weights have 8 bits"),
+        ({"clip_range": 0}, r"clip_range must be a number above 0, got 0"),
+        ({"clip_range": -1.5}, r"clip_range must be a number above 0, got -1.5"),
+        ({"clip_range": float("inf")}, r"clip_range must be a number above 0, got inf"),
+        ({"clip_range": float("nan")}, r"clip_range must be a number above 0, got nan"),
+        ({"clip_range": True}, r"clip_range must be a number above 0, got True"),
+        ({"clip_range": "5"}, r"clip_range must be a number above 0, got '5'"),
+        (
+            {"calibration": {"fc1": (0, 1)}},
+            r"calibration must have the methods absmax\(path\)",
+        ),
         ({"on_report": "print"}, r"on_report must be callable, got 'print'"),
         ({"inductor": ["max_autotune"]}, r"inductor must be a dict of Inductor options"),
     ],
@@ -107,6 +128,26 @@ def test_a_wrong_default_in_the_environment_is_refused(monkeypatch: pytest.Monke
         Config()
 
 
+def test_the_methods_of_weights_are_those_of_the_op() -> None:
+    assert WEIGHT_SCALES == METHODS
+
+
+def test_a_clip_range_becomes_a_float() -> None:
+    """The ops' graphs hold it as it is, and a kernel takes no int in its place."""
+    assert isinstance(Config(clip_range=5).clip_range, float)
+
+
+def test_whatever_has_the_two_methods_is_a_calibration() -> None:
+    class Seen:
+        def absmax(self, path: str) -> None:
+            return None
+
+        def range(self, path: str) -> tuple[float, float]:
+            return 0.0, 1.0
+
+    assert Config(calibration=Seen(), activation="static").activation == "static"
+
+
 def test_every_field_is_an_option_with_a_default() -> None:
     default = Config()
     fields = {f.name: getattr(default, f.name) for f in dataclasses.fields(Config)}
@@ -125,3 +166,32 @@ def test_a_config_does_not_share_the_list_it_was_given() -> None:
     config = Config(exclude=patterns)  # type: ignore[arg-type]
     patterns.append("*")
     assert config.wants("b") is None
+
+
+@pytest.mark.parametrize("smooth", [0.01, 0.5, 0.99, "auto"])
+def test_smoothing_by_channels_needs_a_calibration(smooth: Any) -> None:
+    with pytest.raises(OptionError, match=rf"smooth={smooth!r} takes its channels from calibrat"):
+        Config(smooth=smooth)
+    assert Config(smooth=smooth, calibration=Seen()).smooth == smooth
+
+
+def test_smoothing_by_norms_needs_nothing() -> None:
+    assert Config(smooth="norm").calibration is None
+    assert Config().smooth is None
+
+
+@pytest.mark.parametrize(
+    "smooth", [0.0, 1.0, -0.5, 1, True, False, "0.5", "gptq", "", float("nan")]
+)
+def test_smooth_is_a_number_between_0_and_1_or_a_name(smooth: Any) -> None:
+    with pytest.raises(
+        OptionError, match="is no number between 0 and 1, nor one of 'auto', 'norm'"
+    ):
+        Config(smooth=smooth, calibration=Seen())
+
+
+def test_smoothing_goes_with_no_clip_and_by_norms_with_no_static_range() -> None:
+    with pytest.raises(OptionError, match=r"smooth=0\.5 beside clip_range"):
+        Config(smooth=0.5, calibration=Seen(), clip_range=3)
+    with pytest.raises(OptionError, match="smooth='norm' knows no range for activation='static'"):
+        Config(smooth="norm", calibration=Seen(), activation="static")

@@ -5,6 +5,7 @@
 
 Parameters and what is computed from them for a linear have no line: they stand inside the line of
 the linear, `int8({q,k,v}_proj.weight)`, as they do in the compiled graph, where they are packed.
+SmoothQuant's scale is called s: `int8(fc1.weight * s)`, behind `norm.weight * 1/s`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from torch.fx import GraphModule, Node
 
 from graphquant.capture import from_dynamo, from_export
 from graphquant.config import Config
-from graphquant.ops import int8_linear, quantize_weight
+from graphquant.ops import OPS, quantize_weight
+from graphquant.ops.smoothing import norm_smoothing, searched_smoothing, smoothing
 from graphquant.passes.graph import CASTS, LINEAR, ROW_VIEWS, Constants, aten, is_call, module_path
 from graphquant.passes.ir import Captured
 from graphquant.passes.pipeline import rewrite
@@ -284,6 +286,10 @@ class _Writer:
             return "0"
         if is_call(node, aten.cat.default):
             return self._braces(node.args[0])
+        if is_call(node, norm_smoothing, searched_smoothing, smoothing):
+            return "s"
+        if is_call(node, aten.reciprocal.default):
+            return f"1/{self._text(inputs[0])}"
         if is_call(node, aten.mul.Tensor):
             return " * ".join(map(self._text, node.args))
         return self._call(node)
@@ -323,13 +329,14 @@ def _head(texts: Sequence[str]) -> str:
 
 
 def _folded(captured: Captured) -> set[Node]:
-    """What is computed from parameters for linears alone: prepack will take it out of the graph."""
+    """What is computed from parameters for linears and our ops: prepack will take it out."""
     constants = Constants(captured.parameters)
+    readers_of_packed = {LINEAR, *(op.target for op in OPS.values())}
     folded: set[Node] = set()
     for node in reversed(captured.gm.graph.nodes):
         if node in constants and node not in constants.roots and node.users:
             readers = node.users
-            if all(u in folded or u.target in (LINEAR, int8_linear.target) for u in readers):
+            if all(u in folded or u.target in readers_of_packed for u in readers):
                 folded.add(node)
     return folded
 

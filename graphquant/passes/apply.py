@@ -6,6 +6,7 @@ as before, what was replaced is gone afterwards, and every decision is on record
 
 from __future__ import annotations
 
+import itertools
 import logging
 import operator
 from collections.abc import Sequence
@@ -14,15 +15,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from graphquant.config import Config
 from graphquant.errors import RuleError
 from graphquant.ops import int8_linear, quantize_weight
 from graphquant.ops.define import Op
 from graphquant.passes.graph import (
     LINEAR,
+    LITERAL,
     RESIDUAL,
     SIZED_VIEWS,
     Constants,
@@ -31,10 +35,12 @@ from graphquant.passes.graph import (
     full_args,
     shape,
 )
+from graphquant.passes.ranges import SMOOTHED, Range, union, within
 from graphquant.passes.recognize import Activation, Norm, Recognized
 from graphquant.passes.record import Record
-from graphquant.passes.rule import Linear, Refuse, Rule, Site
+from graphquant.passes.rule import Linear, Refuse, Rule, Site, Smooth
 from graphquant.passes.select import compare
+from graphquant.passes.smooth import smooth
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +58,9 @@ class Workbench:
     needs_gradient: set[Node]
     written: set[Node]
     record: Record
+    config: Config
     select: bool = False  # keep only what was measured to be faster
+    ranges: dict[str, Range] = field(default_factory=dict)  # static ones: ranges.static_ranges
     replaced: dict[Node, Node] = field(default_factory=dict)
 
     @property
@@ -76,6 +84,21 @@ class Workbench:
     def open(self, linear: Node) -> bool:
         return self.record.open(linear)
 
+    def told(self, linear: Linear, smooth: Smooth) -> list[Any]:
+        """What a quantiser in front of this linear is told besides (ops/numerics.py): factor, low,
+        high and clip, without the last ones that are None."""
+        factor, clip = smooth.factor, self.config.clip_range
+        carried = (outcome.node for outcome, _ in self.record.carried(linear.node))
+        known = [self.ranges[name] for name in carried if name in self.ranges]
+        if self.config.activation == "static" and smooth.scale is not None:
+            known = [SMOOTHED]
+        told = [factor, None, None, clip]
+        if known:
+            told = [factor, *within(union(known), clip), None]
+        while told and told[-1] is None:
+            told.pop()
+        return told
+
 
 class Editor:
     """What a rule may do to the graph (the rules' Edit)."""
@@ -83,11 +106,16 @@ class Editor:
     def __init__(self, bench: Workbench) -> None:
         self._bench = bench
         self.made: list[Node] = []
+        self.smoothed = self.not_smoothed = ""
 
     def call(self, target: Any, *args: Any) -> Node:
         """target(*args), where the site stands."""
         fn = target.target if isinstance(target, Op) else target
         return self._new(fn, args, {})
+
+    def quantized(self, op: Op, *args: Any, linear: Linear, smooth: Smooth) -> Node:
+        """A quantiser of what `linear` reads, told what the options say of it."""
+        return self.call(op, *args, *self._bench.told(linear, smooth))
 
     def weigh(self, target: Any, *args: Any) -> Node:
         """target(*args) on weights alone: it stands as early as its inputs allow."""
@@ -99,6 +127,36 @@ class Editor:
         else:
             last.append(node)
         return node
+
+    def literal(self, value: Tensor, like: Node) -> Node:
+        """A tensor of this value, float32, on the device of `like`: for weights to be computed
+        with."""
+        gm, graph, device = self._bench.gm, self._bench.graph, like.meta["val"].device
+        names = (f"graphquant_literal_{i}" for i in itertools.count())
+        name = next(n for n in names if not hasattr(gm, n))
+        with unset_fake_temporarily():
+            value = value.detach().to(device, torch.float32, copy=True)
+        gm.register_buffer(name, value, persistent=False)
+        first = next(n for n in graph.nodes if n.op == "call_function")
+        with graph.inserting_before(first):
+            node = graph.get_attr(name)
+        node.meta["val"] = self._bench.fake_mode.from_tensor(value, static_shapes=True)
+        node.meta[LITERAL] = value
+        self.made.append(node)
+        return node
+
+    def smooth(self, linear: Linear, norm: Norm | None = None) -> Smooth:
+        """How the options have this linear smoothed; `norm` computes what it reads."""
+        config = self._bench.config
+        if config.smooth is None:
+            return Smooth()
+        carried = self._bench.record.carried(linear.node)
+        found = smooth(self, config, [outcome.path for outcome, _ in carried], linear, norm)
+        if isinstance(found, str):
+            self.not_smoothed = found
+            return Smooth()
+        scale, self.smoothed = found
+        return Smooth(scale, self.weigh(aten.reciprocal.default, scale))
 
     def _new(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
         node = self._bench.graph.call_function(target, args, kwargs)
@@ -131,10 +189,16 @@ class Editor:
             x = self._new(target, (x, *args), dict(view.kwargs))
         return x
 
-    def int8_linear(self, quantized: Node, linear: Linear, views: Sequence[Node] = ()) -> Node:
+    def int8_linear(
+        self, quantized: Node, linear: Linear, smooth: Smooth, views: Sequence[Node] = ()
+    ) -> Node:
         """The linear on a quantiser's result: its last three values are xq, x_scale, x_shift."""
         x = (self.replay(views, v) for v in self.unpack(quantized)[-3:])
-        packed = self.weigh(quantize_weight, linear.weight)  # once, when the weight is packed
+        weight, method = linear.weight, self._bench.config.weight_scale
+        if smooth.scale is not None:
+            weight = self.weigh(aten.mul.Tensor, weight, smooth.scale)
+        methods = [] if method == "absmax" else [method]
+        packed = self.weigh(quantize_weight, weight, *methods)  # once, when it is packed
         w = (self.weigh(operator.getitem, packed, i) for i in range(3))
         return self.call(int8_linear, *x, *w, linear.bias, None, dtype(linear.node))
 
@@ -164,6 +228,8 @@ def apply(bench: Workbench, rule: Rule[Any]) -> None:
             bench.record.decline(rule.name, site.subjects, times.why_not, times)
             for node in reversed(editor.made):
                 bench.graph.erase_node(node)
+                if LITERAL in node.meta:
+                    delattr(bench.gm, str(node.target))
             continue
         for node in editor.made:
             node.meta.setdefault("graphquant", rule.name)
@@ -171,6 +237,7 @@ def apply(bench: Workbench, rule: Rule[Any]) -> None:
                 if key in site.outputs[0].meta:
                     node.meta.setdefault(key, site.outputs[0].meta[key])
         value = _takes_over(carriers[0], dict(zip(new, site.outputs, strict=True)))
+        bench.record.smooth(site.subjects, editor.smoothed, editor.not_smoothed)
         bench.record.apply(rule.name, site.subjects, carriers[0], times, value)
         log.debug("%s applied to %s", rule.name, site.outputs[0].name)
         for old, now in zip(site.outputs, new, strict=True):

@@ -20,6 +20,7 @@ aten = torch.ops.aten
 LINEAR = aten.linear.default
 SDPA = aten.scaled_dot_product_attention.default
 RESIDUAL = 7  # among the arguments of int8_linear
+LITERAL = "graphquant_literal"  # meta of an attribute that a rule made: its tensor
 
 CASTS = frozenset(
     {
@@ -152,7 +153,10 @@ def leads_only_to(node: Node, goal: Node) -> bool:
 
 
 class Constants:
-    """Which nodes depend on parameters and buffers only. `roots` are those themselves."""
+    """Which nodes depend on parameters and buffers only. `roots` are those themselves.
+
+    Tensors that rules bring along (LITERAL) are constant as well.
+    """
 
     def __init__(self, roots: Iterable[Node]) -> None:
         self.roots = frozenset(roots)
@@ -163,7 +167,7 @@ class Constants:
             return False
         if node not in self._known:
             inputs = node.all_input_nodes
-            self._known[node] = (
+            self._known[node] = LITERAL in node.meta or (
                 node.op == "call_function"
                 and bool(inputs)
                 and not node.is_impure()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from graphquant.passes.graph import (
 from graphquant.passes.ir import Captured
 from graphquant.passes.masks import drop_empty_masks
 from graphquant.passes.normalize import merge_equal_views, normalize
+from graphquant.passes.ranges import static_ranges
 from graphquant.passes.recognize import recognize
 from graphquant.passes.record import Record
 from graphquant.passes.rule import Rule
@@ -43,6 +45,7 @@ from graphquant.passes.rules.norm_linear import NormLinear
 from graphquant.passes.rules.patch_linear import PatchLinear
 from graphquant.passes.rules.residual import Residual
 from graphquant.passes.rules.stack_siblings import StackSiblings
+from graphquant.passes.smooth import NO_NORM
 from graphquant.report import Outcome, Report
 
 log = logging.getLogger(__name__)
@@ -77,9 +80,12 @@ def rewrite(captured: Captured, config: Config) -> Report:
         needs_gradient=needs_gradient(gm.graph, captured.differentiable, captured.grad_enabled),
         written=written_in_place(gm.graph),
         record=Record(),
+        config=config,
         select=config.select == "faster",
     )
     _enter_all(bench, captured, config)
+    if config.activation == "static" and config.calibration is not None:
+        bench.ranges = static_ranges(_open_linears(bench), config.calibration)
     for rule in INT8_RULES if config.quantize else FLOAT_RULES:
         apply(bench, rule)
     _views_to_reshapes(bench)
@@ -90,7 +96,7 @@ def rewrite(captured: Captured, config: Config) -> Report:
     gm.graph.lint()
     gm.recompile()
     _leave_traces(bench)
-    report = Report(bench.record.outcomes(), notes=tuple(_notes(bench)))
+    report = Report(bench.record.outcomes(), notes=tuple(_notes(bench, config)))
     log.info("%s", report.summary())
     return report
 
@@ -127,6 +133,16 @@ def _enter_all(bench: Workbench, captured: Captured, config: Config) -> None:
                         K=hint(shape(inner.all_input_nodes[0])[-1]),
                     )
                 )
+
+
+def _open_linears(bench: Workbench) -> dict[Node, str]:
+    """The linears that rules may rewrite, and their module paths."""
+    return {
+        node: outcome.path
+        for node in calls(bench.graph, lambda n: n.target is LINEAR)
+        for outcome, _ in bench.record.carried(node)
+        if bench.open(node)
+    }
 
 
 def _why_barred(bench: Workbench, captured: Captured, config: Config, node: Node, path: str) -> str:
@@ -198,11 +214,33 @@ def _leave_traces(bench: Workbench) -> None:
         node.meta[LINEARS] = bench.record.carried(node)
 
 
-def _notes(bench: Workbench) -> Iterator[str]:
+def _left_rough(linears: Sequence[Outcome]) -> Iterator[str]:
+    """Linears that the options ask to smooth, and that are not; what is behind no norm was never
+    meant by "norm", unless that is all."""
+    reasons = Counter(o.not_smoothed for o in linears if o.not_smoothed)
+    if NO_NORM in reasons and any(o.smoothed for o in linears):
+        del reasons[NO_NORM]
+    for reason, n in reasons.items():
+        yield f"{n} of {sum(o.int8 for o in linears)} int8 linears are not smoothed: {reason}"
+
+
+def _notes(bench: Workbench, config: Config) -> Iterator[str]:
     outcomes = bench.record.outcomes()
     linears = [o for o in outcomes if o.kind == "linear"]
+    yield from _left_rough(linears)
     if linears and all(o.refused == NEEDS_GRADIENT for o in linears):
         yield (
             "every linear can need a gradient, so none is int8: for inference, call the model "
             "under torch.inference_mode() or torch.no_grad()"
+        )
+    if config.activation == "static" and (
+        unknown := [
+            o.path or o.node
+            for o in linears
+            if o.int8 and o.node not in bench.ranges and not o.smoothed
+        ]
+    ):
+        yield (
+            f"{len(unknown)} of {sum(o.int8 for o in linears)} int8 linears stay dynamic, because "
+            f"the calibration has no range for what they read: {', '.join(unknown)}"
         )

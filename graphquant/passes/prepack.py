@@ -1,14 +1,16 @@
 """What is computed from parameters alone becomes a packed input of the graph.
 
 The rules leave weights as expressions, `quantize(cat(Wq, Wk, Wv))`, so that the graph is right
-after every rule. Here each linear's expressions are taken out: the graph gets an input for each,
-and a Recipe that computes them from the parameters.
+after every rule. Here the expressions of each linear, and of the quantiser in front of it, are
+taken out: the graph gets an input for each, and a Recipe that computes them from the parameters.
 """
 
 from __future__ import annotations
 
+import hashlib
+import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +18,15 @@ from torch import Tensor
 from torch.fx import Node
 
 from graphquant.ops import int8_linear
-from graphquant.passes.graph import LINEAR, SIZED_VIEWS, Constants, calls, is_call
+from graphquant.passes.graph import (
+    LINEAR,
+    LITERAL,
+    SIZED_VIEWS,
+    Constants,
+    calls,
+    is_call,
+    keeps_rows,
+)
 from graphquant.passes.ir import Captured
 
 
@@ -28,8 +38,24 @@ class Root:
 
 
 @dataclass(frozen=True)
+class Literal:
+    """A tensor that is no parameter, such as statistics of a calibration. Equal if its values are:
+    a graph that is compiled again finds what was packed before."""
+
+    shape: tuple[int, ...]
+    digest: bytes
+    value: Tensor = field(compare=False, repr=False)
+
+    @classmethod
+    def of(cls, value: Tensor) -> Literal:
+        digest = hashlib.sha256(value.cpu().numpy().tobytes())
+        return cls(tuple(value.shape), digest.digest(), value)
+
+
+@dataclass(frozen=True)
 class Call:
-    """target(*args, **kwargs); arguments are Root, Call, tuples of them, or plain values."""
+    """target(*args, **kwargs); arguments are Root, Literal, Call, tuples of them, or plain
+    values."""
 
     target: Any
     args: tuple[Any, ...]
@@ -51,6 +77,8 @@ class Recipe:
         def value(e: Any) -> Any:
             if isinstance(e, Root):
                 return roots[e.index].detach()
+            if isinstance(e, Literal):
+                return e.value
             if isinstance(e, tuple):
                 return tuple(map(value, e))
             if not isinstance(e, Call):
@@ -69,7 +97,8 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Packing:
-    """One linear's packed inputs: their recipe, and the parameters that it reads."""
+    """The packed inputs of one linear and its quantiser: their recipe, and the parameters that it
+    reads."""
 
     recipe: Recipe
     roots: tuple[Node, ...]
@@ -83,9 +112,9 @@ def prepack(captured: Captured, new_input: Callable[[str], Node]) -> list[Packin
     graph, constants = captured.gm.graph, Constants(captured.parameters)
     packings: list[Packing] = []
     for linear in calls(graph, _is_rewritten):
-        outputs = [
-            a for a in linear.all_input_nodes if a in constants and not _is_root(a, constants)
-        ]
+        readers = _readers(linear)
+        read = dict.fromkeys(a for reader in readers for a in reader.all_input_nodes)
+        outputs = [a for a in read if a in constants and not _is_root(a, constants)]
         if not outputs:
             continue
         roots = list(dict.fromkeys(r for o in outputs for r in constants.roots_of(o)))
@@ -94,9 +123,14 @@ def prepack(captured: Captured, new_input: Callable[[str], Node]) -> list[Packin
         for i, old in enumerate(outputs):
             new = new_input(f"packed{len(packings)}_{i}")
             new.meta["val"] = old.meta["val"]
-            linear.replace_input_with(old, new)
+            for reader in readers:
+                reader.replace_input_with(old, new)
         packings.append(Packing(recipe, tuple(roots)))
+    literals = [n for n in graph.find_nodes(op="get_attr") if LITERAL in n.meta]
     graph.eliminate_dead_code()
+    for node in literals:
+        if node._erased:
+            delattr(captured.gm, str(node.target))
     graph.lint()
     captured.gm.recompile()
     return packings
@@ -107,6 +141,16 @@ def _is_root(node: Node, constants: Constants) -> bool:
     if is_call(node, *SIZED_VIEWS):
         return _is_root(node.all_input_nodes[0], constants)
     return node in constants.roots
+
+
+def _readers(linear: Node) -> tuple[Node, ...]:
+    """A rewritten linear, and what quantises its input."""
+    if linear.target is LINEAR:
+        return (linear,)
+    x = linear.all_input_nodes[0]
+    while is_call(x, operator.getitem) or keeps_rows(x):
+        x = x.all_input_nodes[0]
+    return linear, x
 
 
 def _is_rewritten(node: Node) -> bool:
@@ -125,6 +169,8 @@ class _Expressions:
     def of(self, node: Node) -> Any:
         if node in self._index:
             return self._index[node]
+        if LITERAL in node.meta:
+            return Literal.of(node.meta[LITERAL])
         if node not in self._made:
             args = tuple(map(self._argument, node.args))
             kwargs = tuple((k, self._argument(v)) for k, v in sorted(node.kwargs.items()))

@@ -86,6 +86,12 @@ class Record:
                 entry.value = value or entry.value
             self._at.setdefault(onto, []).extend(e for e in entries if e.outcome.kind == "linear")
 
+    def smooth(self, subjects: Iterable[Node], smoothed: str, not_smoothed: str) -> None:
+        """How the linears among these were smoothed, or why they were not."""
+        for entry in (e for node in subjects for e in self._at.get(node, ())):
+            if (smoothed or not_smoothed) and entry.outcome.kind == "linear":
+                entry.outcome = replace(entry.outcome, smoothed=smoothed, not_smoothed=not_smoothed)
+
     def decline(
         self, rule: str, subjects: Iterable[Node], reason: str, times: Times | None = None
     ) -> None:

@@ -11,9 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+from torch import Tensor
 from torch.fx import Graph, Node
 
 from graphquant.ops.checks import FLOATS
+from graphquant.ops.define import Op
 from graphquant.passes.graph import LINEAR, Constants, calls, dtype, full_args
 from graphquant.passes.recognize import Activation, Norm
 
@@ -32,6 +34,16 @@ class Linear(NamedTuple):
     x: Node
     weight: Node
     bias: Node | None
+
+
+class Smooth(NamedTuple):
+    """How a linear's input channels are smoothed: x W^T = (x factor) (W scale)^T.
+
+    Both [K] float32, and None if they are not. A quantiser takes the factor, int8_linear the scale.
+    """
+
+    scale: Node | None = None
+    factor: Node | None = None
 
 
 @dataclass(frozen=True)
@@ -75,11 +87,16 @@ class Edit(Protocol):
     """What a rule may do to the graph: add calls, each with its fake value."""
 
     def call(self, target: Any, *args: Any) -> Node: ...
+    def quantized(self, op: Op, *args: Any, linear: Linear, smooth: Smooth) -> Node: ...
     def weigh(self, target: Any, *args: Any) -> Node: ...
+    def literal(self, value: Tensor, like: Node) -> Node: ...
+    def smooth(self, linear: Linear, norm: Norm | None = None) -> Smooth: ...
     def unpack(self, node: Node) -> tuple[Node, ...]: ...
     def replay(self, views: Sequence[Node], x: Node) -> Node: ...
     def sizes(self, node: Node) -> list[Any]: ...
-    def int8_linear(self, quantized: Node, linear: Linear, views: Sequence[Node] = ()) -> Node: ...
+    def int8_linear(
+        self, quantized: Node, linear: Linear, smooth: Smooth, views: Sequence[Node] = ()
+    ) -> Node: ...
 
 
 S = TypeVar("S", bound=Site)

@@ -8,8 +8,8 @@ serves all layers of equal sizes, and all later processes. Host time does not co
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class Region(NamedTuple):
         names = {n: f"%{i}" for i, n in enumerate((*self.inputs, *self.nodes))}
         lines = [f"{names[n]} = {_spec(n.meta['val'])}" for n in self.inputs]
         for n in self.nodes:
-            args = torch.fx.node.map_arg((n.args, n.kwargs), lambda a: names[a])
+            args = torch.fx.node.map_aggregate((n.args, n.kwargs), lambda a: _shown(a, names))
             lines.append(f"{names[n]} = {n.target}{args}")
         return "\n".join((*lines, ", ".join(names[n] for n in self.outputs)))
 
@@ -83,6 +83,13 @@ class Region(NamedTuple):
         module = GraphModule({}, graph)
         values = functools.cache(lambda: [_value(n.meta["val"]) for n in self.inputs])
         return lambda: module(*values())
+
+
+def _shown(argument: Any, names: Mapping[Node, str]) -> Any:
+    """In a region's text. No kernel takes longer for another eps or range, which each layer has."""
+    if isinstance(argument, Node):
+        return names[argument]
+    return float if isinstance(argument, float) else argument
 
 
 def _region(outputs: Collection[Node], inside: Callable[[Node], bool]) -> Region:

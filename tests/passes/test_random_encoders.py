@@ -201,7 +201,7 @@ class _Block(nn.Module):
         return y.view(B, S, D)
 
 
-class _Model(nn.Module):
+class EncoderModel(nn.Module):
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.autocast = encoder.autocast and encoder.dtype == torch.float32
@@ -243,7 +243,7 @@ class _Int8Linears(TorchFunctionMode):
 def test_a_random_encoder_is_rewritten_whole_and_right(encoder: Encoder) -> None:
     torch._dynamo.reset()
     torch.manual_seed(encoder.seed)
-    model = _Model(encoder).to(encoder.dtype).eval()
+    model = EncoderModel(encoder).to(encoder.dtype).eval()
     x = torch.randn(encoder.batch, encoder.tokens, encoder.inputs, dtype=encoder.dtype)
     with _Int8Linears() as mode:
         simulated = model(x)

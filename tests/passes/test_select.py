@@ -19,6 +19,7 @@ from graphquant.passes.ir import Captured
 from graphquant.passes.pipeline import rewrite
 from graphquant.passes.select import Region, random_like
 from tests.passes.graphs import Model, compiled, exported, honest, rewritten, text
+from tests.seen import Seen
 
 K, N = 40, 24
 
@@ -251,6 +252,25 @@ def test_equal_layers_ask_four_questions_however_many_they_are(x: Tensor, clock:
         "stack_siblings + norm_linear": 15, "linear + residual": 5,
         "norm_linear": 5, "act_linear + residual": 5,
     }  # fmt: skip
+
+
+def test_layers_with_ranges_of_their_own_ask_no_more_questions(x: Tensor, clock: Clock) -> None:
+    ranges = {
+        f"{i}.{name}": (-1.0 - i, 2.0 + n)
+        for i in range(3)
+        for n, name in enumerate(("q", "k", "v", "out", "fc1", "fc2"))
+    }
+    options: Any = {"activation": "static", "calibration": Seen(ranges), "clip_range": 5.0}
+    captured = exported(nn.Sequential(*(Layer() for _ in range(3))), x)
+    report = rewrite(captured, Config(**options))
+    assert not report.notes
+    assert len(clock.questions) == 3 * 4
+    static = set(clock.questions)
+    assert len(static) == 4
+    clock.questions.clear()
+    rewrite(exported(Layer(), x), Config())
+    assert len(clock.questions) == 4
+    assert not static & set(clock.questions), "a static kernel is another one than a dynamic one"
 
 
 def test_float_fusing_and_epilogues_are_not_measured(x: Tensor, clock: Clock) -> None:

@@ -72,6 +72,14 @@ def test_rules_shapes_and_coverage_are_printed(capsys: pytest.CaptureFixture[str
     assert "read by select, the output" in out  # why the last norm stays
 
 
+def test_smoothing_stands_inside_what_it_scales(capsys: pytest.CaptureFixture[str]) -> None:
+    out = shown(capsys, "vit", "--config", "smooth=norm")
+    assert "norm_quantize(add, layernorm_before.weight * 1/s, layernorm_before.bias * 1/s," in out
+    assert "int8({q,k,v}_proj.weight * s)" in out
+    assert "stack_siblings + norm_linear, smoothed (norm, alpha 0.5)" in out
+    assert "linear + residual, not smoothed: there is no norm with parameters in front of it" in out
+
+
 def test_layer_scale_is_named_where_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert "layer_scale" in shown(capsys, "dinov2")
 

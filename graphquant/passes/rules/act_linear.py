@@ -60,11 +60,13 @@ class ActLinear:
 
     def rewrite(self, edit: Edit, site: ActSite) -> tuple[Node, ...]:
         linear, x = site.linear, edit.replay(site.views, site.act.x)
+        smooth = edit.smooth(linear)
         if site.up is None:
-            made = edit.call(act_quantize, x, site.act.act)
+            made = edit.quantized(act_quantize, x, site.act.act, linear=linear, smooth=smooth)
         else:
-            made = edit.call(glu_quantize, x, edit.replay(site.views, site.up), site.act.act)
-        return (edit.int8_linear(made, linear),)
+            up = edit.replay(site.views, site.up)
+            made = edit.quantized(glu_quantize, x, up, site.act.act, linear=linear, smooth=smooth)
+        return (edit.int8_linear(made, linear, smooth),)
 
 
 def _activation(view: View, out: Node) -> tuple[Activation, Node | None] | None:

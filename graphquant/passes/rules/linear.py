@@ -32,4 +32,7 @@ class AnyLinear:
         return None
 
     def rewrite(self, edit: Edit, site: LinearSite) -> tuple[Node, ...]:
-        return (edit.int8_linear(edit.call(quantize, site.linear.x), site.linear),)
+        linear = site.linear
+        smooth = edit.smooth(linear)
+        made = edit.quantized(quantize, linear.x, linear=linear, smooth=smooth)
+        return (edit.int8_linear(made, linear, smooth),)

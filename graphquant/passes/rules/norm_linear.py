@@ -13,7 +13,8 @@ operands.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch.fx import Node
 
@@ -29,6 +30,7 @@ class NormSite(Site):
     views: tuple[Node, ...]
     linear: Linear
     keep: bool
+    fixed: bool  # gamma and beta are parameters, or computed from such
 
 
 class NormLinear:
@@ -42,20 +44,34 @@ class NormLinear:
             keep = not leads_only_to(out, linear.node)
             outputs = (linear.node, out) if keep else (linear.node,)
             both = (linear.node, out)
-            read = tuple(v for v in (norm.x, out, norm.gamma, norm.beta) if v is not None)
-            yield NormSite(outputs, both, read, norm, tuple(views), linear, keep)
+            parameters = [p for p in (norm.gamma, norm.beta) if p is not None]
+            fixed = all(p in view.constants for p in parameters)
+            made_from = view.constants.made_from  # what is folded is read when it is packed
+            parameters = [n for p in parameters for n in (made_from(p) if fixed else [p])]
+            read = (norm.x, out, *parameters)
+            yield NormSite(outputs, both, read, norm, tuple(views), linear, keep, fixed)
 
     def check(self, view: View, site: NormSite) -> Refuse | None:
         return not_floats(site.norm.x, site.norm.gamma, site.norm.beta)
 
     def rewrite(self, edit: Edit, site: NormSite) -> tuple[Node, ...]:
-        norm, linear = site.norm, site.linear
-        parameters = (_vector(edit, norm.gamma), _vector(edit, norm.beta), norm.eps, norm.rms)
+        linear = site.linear
+        gamma, beta = (_vector(edit, p) for p in (site.norm.gamma, site.norm.beta))
+        norm = replace(site.norm, gamma=gamma, beta=beta)
+        smooth = edit.smooth(linear, norm if site.fixed else None)
+        if smooth.factor is not None and site.fixed and not site.keep:
+            # folded into the parameters, it costs nothing when the model runs
+            gamma = edit.weigh(aten.mul.Tensor, gamma, smooth.factor) if gamma else smooth.factor
+            beta = beta and edit.weigh(aten.mul.Tensor, beta, smooth.factor)
+            smooth = smooth._replace(factor=None)
+        parameters: tuple[Any, ...] = (gamma, beta, norm.eps, norm.rms)
         if not site.keep:
             x = edit.replay(site.views, norm.x)
-            return (edit.int8_linear(edit.call(norm_quantize, x, *parameters), linear),)
-        made = edit.call(norm_quantize_keep, norm.x, *parameters, dtype(norm.out))
-        return edit.int8_linear(made, linear, site.views), edit.unpack(made)[0]
+            made = edit.quantized(norm_quantize, x, *parameters, linear=linear, smooth=smooth)
+            return (edit.int8_linear(made, linear, smooth),)
+        parameters = (*parameters, dtype(norm.out))
+        made = edit.quantized(norm_quantize_keep, norm.x, *parameters, linear=linear, smooth=smooth)
+        return edit.int8_linear(made, linear, smooth, site.views), edit.unpack(made)[0]
 
 
 def _vector(edit: Edit, parameter: Node | None) -> Node | None:
