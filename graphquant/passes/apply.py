@@ -164,10 +164,19 @@ class Editor:
         self.made.append(node)
         return node
 
-    def smooth(self, linear: Linear, norm: Norm | None = None) -> Smooth:
-        """How the options have this linear smoothed; `norm` computes what it reads."""
+    def smooth(
+        self, linear: Linear, norm: Norm | None = None, *, one_sided: bool = False
+    ) -> Smooth:
+        """How the options have this linear smoothed.
+
+        norm       what computes the value that it reads, with parameters alone
+        one_sided  that value hardly goes below zero, which SMOOTHED does not know
+        """
         config = self._bench.config
         if config.smooth is None:
+            return Smooth()
+        if one_sided and config.activation == "static":
+            self.not_smoothed = f"static, an activation would be spread over all of {SMOOTHED}"
             return Smooth()
         carried = self._bench.record.carried(linear.node)
         found = smooth(self, config, [outcome.path for outcome, _ in carried], linear, norm)

@@ -799,6 +799,45 @@ def test_eager_calls_of_equal_shapes_share_a_site(driver: Driver) -> None:
 
 
 @on_stub
+def test_last_arguments_that_torch_leaves_out_have_their_places(driver: Driver) -> None:
+    """It hands over (x,) for (x, None, None), and (x, None, 2.0) as it is."""
+    import torch
+
+    from graphquant.ops import define
+
+    launch, (x, factor, *_) = watching()
+    driver.sizes(8, 8, 4, 8)
+    define.stream_of = launch.stream_of
+    torch.cuda.current_device = lambda: None
+    schema = "(Tensor x, Tensor? factor=None, float? clip=None) -> Tensor y"
+    runs: list[Any] = []
+
+    def make(x: Any, *_: Any) -> Any:
+        return x.new_empty(x.shape)
+
+    @define.define(schema, fake=make, check=lambda *_: None, kernels=())
+    def demo_of_defaults(x: Any, factor: Any = None, clip: Any = None) -> Any:
+        return x
+
+    @demo_of_defaults.kernel("only")
+    def only(x: Any, factor: Any = None, clip: Any = None, *, out: Any) -> None:
+        runs.append((factor, clip))
+        first = ("null",) if factor is None else ("pointer", factor)
+        params = [("pointer", x), first, ("f32", clip or 0.0), ("pointer", out[0])]
+        launch.launch(0xF00, 1, 32, 0, params)
+
+    call = demo_of_defaults._on_cuda
+    for args in [(x,), (x, None), (x, None, None), (x, factor), (x, None, 2.0), (x, factor, 2.0)]:
+        y = call(*args)
+        again = call(*args)
+        got = driver.launched[-1]
+        at = factor.data_ptr() if len(args) > 1 and args[1] is factor else 0
+        assert (got.number(1), got.number(3)) == (at, again.data_ptr()), y
+        assert bytes(got.bytes[2])[:4] == struct.pack("<f", 2.0 if args[2:] == (2.0,) else 0.0)
+    assert len(runs) == 4  # the first three are one site
+
+
+@on_stub
 def test_an_eager_call_on_one_tensor_twice_does_not_bind_the_next_to_it(driver: Driver) -> None:
     import torch
 

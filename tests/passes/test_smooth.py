@@ -452,3 +452,17 @@ def test_without_statistics_a_static_range_is_that_of_the_input(x: Tensor) -> No
     assert [o.smoothed for o in result.report.linears] == [""]
     quantiser = result.one("norm_quantize")
     assert (argument(quantiser, "low"), argument(quantiser, "high")) == told.ranges["fc"]
+
+
+def test_an_activation_keeps_its_static_range(x: Tensor) -> None:
+    """It uses one side of it; smoothed, nobody knows how far it goes to the other."""
+    model = Model(lambda m, x: m.fc(F.gelu(x)), fc=nn.Linear(K, N))
+    told = seen(model, x)
+    told.ranges["fc"] = (-0.17, 7.0)
+    options: Any = {"smooth": 0.5, "calibration": told}
+    static = rewritten(model, x, activation="static", **options)
+    assert [o.smoothed for o in static.report.linears] == [""]
+    assert "an activation would be spread over all of (-1.0, 1.0)" in static.report.notes[0]
+    quantiser = static.one("act_quantize")
+    assert (argument(quantiser, "low"), argument(quantiser, "high")) == (-0.17, 7.0)
+    assert [o.smoothed for o in rewritten(model, x, **options).report.linears] == ["alpha 0.5"]

@@ -60,7 +60,7 @@ class ActLinear:
 
     def rewrite(self, edit: Edit, site: ActSite) -> tuple[Node, ...]:
         linear, x = site.linear, edit.replay(site.views, site.act.x)
-        smooth = edit.smooth(linear)
+        smooth = edit.smooth(linear, one_sided=site.up is None)
         if site.up is None:
             made = edit.quantized(act_quantize, x, site.act.act, linear=linear, smooth=smooth)
         else:
