@@ -181,6 +181,12 @@ class Config:
         return None
 
 
+def literally(path: str) -> str:
+    """A pattern that matches this module path alone, whatever characters are in it."""
+    pattern = re.sub(r"[*?[]", r"[\g<0>]", path)
+    return f"[{pattern[0]}]{pattern[1:]}" if pattern.startswith("re:") else pattern
+
+
 def _one_of(name: str, value: object, valid: tuple[str, ...]) -> None:
     if value not in valid:
         raise OptionError(f"{name}={value!r} is not one of {', '.join(map(repr, valid))}")
