@@ -1,7 +1,8 @@
 """int8 for transformer encoders: `torch.compile(model, backend="graphquant")`."""
 
 from graphquant.accuracy import AccuracyReport, OutputAccuracy, SiteAccuracy
-from graphquant.api import calibrate, compare, explain
+from graphquant.api import calibrate, compare, explain, fit_budget
+from graphquant.budget import Budget, LeftInFloat
 from graphquant.calibration import Calibration
 from graphquant.config import Config
 from graphquant.errors import (
@@ -19,10 +20,12 @@ from graphquant.report import Outcome, Report
 __version__ = "0.1.0"
 __all__ = [
     "AccuracyReport",
+    "Budget",
     "Calibration",
     "CalibrationError",
     "Config",
     "GraphquantError",
+    "LeftInFloat",
     "MissingPackageError",
     "OptionError",
     "Outcome",
@@ -35,5 +38,6 @@ __all__ = [
     "calibrate",
     "compare",
     "explain",
+    "fit_budget",
     "refresh",
 ]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from functools import partial
-from types import FunctionType
+from itertools import count
 from typing import Any
 
 import torch
@@ -15,16 +14,19 @@ from torch.fx import GraphModule
 from tqdm import tqdm
 
 from graphquant.accuracy import AccuracyReport
+from graphquant.budget import Budget, LeftInFloat, goal
 from graphquant.calibration import Calibration, Record
 from graphquant.calibration.observed import Observed
-from graphquant.capture import forgotten_afterwards, from_dynamo
-from graphquant.config import Config
-from graphquant.errors import CaptureError, GraphquantError, UnsupportedInputError
+from graphquant.capture import forgotten_afterwards
+from graphquant.config import Config, literally
+from graphquant.errors import GraphquantError, UnsupportedInputError
+from graphquant.fit import Trials
 from graphquant.paired import Pair
 from graphquant.passes.ir import Captured
 from graphquant.passes.pipeline import rewrite
 from graphquant.report import Report
 from graphquant.tally import Tally, copies, each_call, own_generators
+from graphquant.trace import Trace
 from graphquant.watched import Paths
 
 log = logging.getLogger(__name__)
@@ -49,7 +51,7 @@ def explain(
     def take(captured: Captured, gm: GraphModule) -> tuple[Report, Callable[..., Any]]:
         return rewrite(captured, config), gm.forward
 
-    trace = _Trace(take)
+    trace = Trace(take)
     with forgotten_afterwards(trace.observe):
         trace(model, args, kwargs)
     return trace.report(model)
@@ -93,7 +95,7 @@ def compare(
         pair = Pair(captured, config, paths)
         return pair.report, partial(tally.run, pair)
 
-    trace = _Trace(take)
+    trace = Trace(take)
     report = None
     with torch.no_grad(), forgotten_afterwards(trace.observe):
         for args, kwargs in each_call(batches):
@@ -154,7 +156,7 @@ def calibrate(
     def take(captured: Captured, gm: GraphModule) -> tuple[Report, Callable[..., Any]]:
         return Report(()), Observed(captured, paths, found).run
 
-    trace = _Trace(take)
+    trace = Trace(take)
     before = calibration.batches
     total = len(batches) if isinstance(batches, Sized) else None
     with torch.no_grad(), forgotten_afterwards(trace.observe):
@@ -170,6 +172,85 @@ def calibrate(
     return calibration
 
 
+def fit_budget(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    cosine: float | None = None,
+    worst_cosine: float | None = None,
+    sqnr: float | None = None,
+    options: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Budget:
+    """Options under which the outputs are this exact: the linears that cost most stay in float.
+
+    model         a torch.nn.Module in eval mode, compiled or not; it stays as it is
+    batches       what its calls take, as for `compare`; all are kept, and run again and again
+    cosine        the least mean of the cosines of the outputs' rows (slices along the last dim)
+    worst_cosine  the least cosine of any row
+    sqnr          the least SQNR of the outputs, in dB
+    options       as for `torch.compile(model, backend="graphquant", options=options)`
+    progress      show a progress bar
+
+    One of the three budgets is given. Each floating-point tensor that the model returns has to keep
+    it: wrap the model in a module that returns what counts, such as its pooled embeddings. With a
+    `calibration` and no word of `smooth` among the options, smooth="auto" is tried first, and taken
+    if the outputs are nearer with it.
+
+    First the outputs are compared with each linear alone in int8. Those that cost most for the time
+    that they save (as measured on CUDA; else for their FLOPs) are left in float, as few as suffice,
+    in runs of the whole model; and what turns out not to be needed is given back. It takes about
+    n + log2(n) + m runs over the batches for n linears of which m stay in float. The result is
+    compared at last as it will be compiled.
+
+    Linears are told apart by the module path in the report, so layers that share one graph go
+    together. On other data, or with other weights, the outputs may be less exact.
+
+    Raises OptionError unless one budget is given and can be met by a number; GraphquantError if not
+    even float keeps it, which is so for a model that computes something else at every call; and as
+    `compare` does.
+    """
+    model = _in_eval_mode("fit_budget", model)
+    metric, least = goal(cosine=cosine, worst_cosine=worst_cosine, sqnr=sqnr)
+    calls = list(each_call(batches))
+    chosen = dict(options or {})
+    report = compare(model, calls, options=chosen)
+    before = after = metric(report.outputs)
+    if after < least and chosen.get("calibration") is not None and "smooth" not in chosen:
+        smoothed = {**chosen, "smooth": "auto"}
+        tried = compare(model, calls, options=smoothed)
+        if (reached := metric(tried.outputs)) > after:
+            chosen, report, after = smoothed, tried, reached
+    left: list[LeftInFloat] = []
+    if after < least:
+        trials = Trials(model, calls, Config.of(chosen))
+        with forgotten_afterwards(trials.trace.observe):
+            found = trials.search(metric, least, progress=progress)
+        every = sum(o.flops for o in report.report.linears) or 1
+        paths, more = found.left, found.others
+        for step in count():  # one try, if it holds as it is compiled
+            fitted = {**chosen, "exclude": _excluded(chosen, paths)}
+            report = compare(model, calls, options=fitted)
+            if (after := metric(report.outputs)) >= least or not more:
+                break
+            paths, more = paths + more[: 2**step], more[2**step :]
+        if not after >= least:
+            raise GraphquantError(
+                f"this budget cannot be kept: with every linear in float the outputs reach "
+                f"{metric.shown(after)}, less than {metric.shown(least)}"
+            )
+        chosen = fitted
+        left = [LeftInFloat(p, found.alone[p], trials.flops(p) / every) for p in paths]
+    order = sorted(left, key=lambda site: site.alone)
+    share = 1 - report.report.coverage
+    return Budget(metric.name, least, before, after, tuple(order), share, chosen)
+
+
+def _excluded(options: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
+    """The option `exclude`, and these paths."""
+    return [*Config.of(options).exclude, *map(literally, paths)]
+
+
 def _in_eval_mode(entry: str, model: nn.Module) -> nn.Module:
     """The module itself, if it is one and may be run as in inference."""
     if isinstance(model, torch._dynamo.OptimizedModule):
@@ -182,65 +263,3 @@ def _in_eval_mode(entry: str, model: nn.Module) -> nn.Module:
             "call model.eval()"
         )
     return model
-
-
-class _Trace:
-    """torch.compile with a view of every graph.
-
-    take(captured, Dynamo's graph) -> (its report, what runs in its place), once for each graph
-    """
-
-    def __init__(
-        self, take: Callable[[Captured, GraphModule], tuple[Report, Callable[..., Any]]]
-    ) -> None:
-        self._take = take
-        self._reports: list[Report] = []
-        self._seen: set[int] = set()  # ids of parameters
-        # Dynamo counts compilations by code object, and runs eager after a few: this one is new
-        call = FunctionType(_call.__code__.replace(), globals())
-        self._compiled = torch.compile(call, backend=self.observe)
-
-    def __call__(
-        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        many = {"recompile_limit": 2**16, "accumulated_recompile_limit": 2**16}
-        with torch._dynamo.config.patch(many):
-            return self._compiled(model, *args, **kwargs)
-
-    def observe(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        run: Callable[..., Any] = gm.forward
-        try:
-            captured = from_dynamo(gm, example_inputs)
-        except CaptureError as why:
-            self._reports.append(Report.left(why))
-            return run
-        if captured is not None:
-            self._seen.update(map(id, captured.parameters.values()))
-            report, run = self._take(captured, gm)
-            self._reports.append(report)
-        return run
-
-    def report(self, model: Callable[..., Any]) -> Report:
-        """Of all graphs until now."""
-        if not self._reports:
-            raise GraphquantError(f"torch.compile found no tensor code in {type(model).__name__}")
-        report = Report.merge(self._reports)
-        return replace(report, notes=(*report.notes, *_unseen(model, self._seen)))
-
-
-def _unseen(model: Callable[..., Any], seen: set[int]) -> Iterator[str]:
-    """A note if the model has linears that no graph holds: coverage does not count them."""
-    if not isinstance(model, nn.Module):
-        return
-    every = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    if missing := [n for n, m in every.items() if id(m.weight) not in seen]:
-        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        yield (
-            f"{len(missing)} of {len(every)} nn.Linear modules are in no captured graph and not "
-            f"counted ({names}): this call did not reach them, torch.compile skipped their code, "
-            "or they share another layer's graph"
-        )
-
-
-def _call(self: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return self(*args, **kwargs)  # named as in a method: paths in the report begin behind it

@@ -28,7 +28,8 @@ class Statistics(Protocol):
     """What a calibration knows of the inputs of linears, by the linear's module path, as in the
     report. None for one that it has not seen.
 
-    A calibration may also have `sample(path)`: some rows, [n, K] float32, for smooth="auto".
+    A calibration may also have `sample(path)`: some rows, [n, K] float32, for smooth="auto" and for
+    `min_sqnr`.
     """
 
     def absmax(self, path: str) -> Tensor | None:
@@ -84,8 +85,12 @@ class Config:
     0 < smooth < 1 (0.5 is usual) and "auto" need `calibration`; with "auto" the exponent, or not to
     smooth, is searched for each linear of which the calibration keeps a sample of rows. "norm":
     only linears behind a norm, by its parameters, without data."""
+    min_sqnr: float | None = None
+    """In dB. A linear whose int8 product is less exact than this, on the rows that `calibration`
+    has of its input, stays in float; q/k/v that are one product all do if one of them is. Without
+    rows it is int8. Judged when the model is compiled, not again when weights change."""
     calibration: Statistics | None = None
-    """What calibration data has shown, for activation="static" and for `smooth`."""
+    """What calibration data has shown, for activation="static", `smooth` and `min_sqnr`."""
     on_report: Callable[[Any], object] | None = None
     """Called with the Report of each graph that is compiled, e.g. `print`."""
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -123,6 +128,13 @@ class Config:
             )
         if self.smooth is not None:
             self._check_smooth()
+        if self.min_sqnr is not None:
+            object.__setattr__(self, "min_sqnr", _positive("min_sqnr", self.min_sqnr))
+            if not hasattr(self.calibration, "sample"):
+                raise OptionError(
+                    f"min_sqnr={self.min_sqnr:g} is judged on rows of calibration data: give "
+                    "calibration=graphquant.calibrate(model, batches)"
+                )
         if self.on_report is not None and not callable(self.on_report):
             raise OptionError(f"on_report must be callable, got {self.on_report!r}")
         if not isinstance(self.inductor, Mapping):
@@ -167,6 +179,12 @@ class Config:
         if hit := next((p for p in self.exclude if _matches(p, path)), None):
             return f"excluded by {hit!r}"
         return None
+
+
+def literally(path: str) -> str:
+    """A pattern that matches this module path alone, whatever characters are in it."""
+    pattern = re.sub(r"[*?[]", r"[\g<0>]", path)
+    return f"[{pattern[0]}]{pattern[1:]}" if pattern.startswith("re:") else pattern
 
 
 def _one_of(name: str, value: object, valid: tuple[str, ...]) -> None:

@@ -10,6 +10,8 @@ compared is what the int8 product adds to the model:
                  activations that were fused with them run as in the int8 graph, on float values
     accumulated  y8 as the int8 graph computes it
 
+Or any of the linears are int8 and the others are not: y8 takes the place of y in the float graph.
+
 Nothing here knows a rule. `passes/pipeline.py` leaves on the nodes of the rewritten graph which
 value of the model each one holds; whatever holds none, a quantiser or a packed weight, is computed
 from those that do.
@@ -86,6 +88,8 @@ class Pair:
         self._paths = paths
         self.report = rewrite(captured, config)
         self._int8 = captured.gm
+        self._weights = Constants(captured.parameters)
+        self._packed: dict[tuple[Node, tuple[int, ...]], Any] = {}  # what no run changes
         self._products = list(self._find())
         parts = (part for product in self._products for part in product.parts)
         self._parts = sorted(parts, key=lambda part: part.node)
@@ -125,20 +129,34 @@ class Pair:
                     inner.append(i)
         return leaves
 
-    def _local(self, product: Node, known: Mapping[Node, Any]) -> Tensor:
+    def _local(self, product: Node, known: Mapping[Node, Any], layer: tuple[int, ...]) -> Tensor:
+        """layer: which weights the graph runs with."""
         done: dict[Node, Any] = {}
 
-        def value(node: Node) -> Any:
+        def computed(node: Node) -> Any:
             if (leaf := self._of_float(node)) is not None:
                 return known[leaf]
             if LITERAL in node.meta:
                 return node.meta[LITERAL]
             if node not in done:
-                args, kwargs = map_arg((node.args, node.kwargs), value)
+                of = computed if node in self._weights else value
+                args, kwargs = map_arg((node.args, node.kwargs), of)
                 done[node] = node.target(*args, **kwargs)  # type: ignore[operator]
             return done[node]
 
+        def value(node: Node) -> Any:
+            if node not in self._weights or self._of_float(node) is not None:
+                return computed(node)
+            if (node, layer) not in self._packed:
+                self._packed[node, layer] = computed(node)
+            return self._packed[node, layer]
+
         return _multiply(product, value)
+
+    @property
+    def products(self) -> list[tuple[Outcome, ...]]:
+        """The linears of each int8 product, by their paths in the graph."""
+        return [tuple(part.outcome for part in product.parts) for product in self._products]
 
     def linears(self, args: Sequence[Any]) -> list[Outcome]:
         """The int8 linears in the float graph's order, as layers of the model whose weights these
@@ -150,23 +168,43 @@ class Pair:
 
     def run_float(self, args: Sequence[Any], found: Callable[[int, Tensor, Tensor], None]) -> Any:
         """The float graph's results. found(i, y, local y8) for the i-th of `linears`."""
-        to_come = list(self._products)
+        return self._run(args, self._products, found)
+
+    def run_mixed(self, args: Sequence[Any], int8: Callable[[Outcome], bool]) -> Any:
+        """The float graph's results with those linears in int8 for which int8(its outcome, by its
+        path in the graph) is true. Siblings of one product may be of both kinds."""
+        chosen = {i for i, part in enumerate(self._parts) if int8(part.outcome)}
+        parts = {self._parts[i].node for i in chosen}
+        products = [p for p in self._products if any(part.node in parts for part in p.parts)]
+        return self._run(args, products, lambda i, y, y8: y8.clone() if i in chosen else None)
+
+    def _run(
+        self,
+        args: Sequence[Any],
+        products: Sequence[_Product],
+        found: Callable[[int, Tensor, Tensor], Tensor | None],
+    ) -> Any:
+        """The float graph. What found(i, y, y8) returns stands for y from there on."""
+        to_come = list(products)
+        layer = tuple(id(args[self._inputs[root]]) for root in self._constants.roots)
         known: dict[Node, Any] = {}  # leaves, until the last product that reads them
         made: dict[Node, list[tuple[_Part, Tensor]]] = {}  # y8, until there is its y
 
-        def after(node: Node, value: Any, env: Mapping[Node, Any]) -> None:
-            if any(node in p.leaves for p in to_come):
-                known[node] = value
+        def after(node: Node, value: Any, env: Mapping[Node, Any]) -> Tensor | None:
             for product in [p for p in to_come if p.first is node]:
-                y8 = self._local(product.node, known)
+                y8 = self._local(product.node, known, layer)
                 for part in product.parts:
                     made.setdefault(part.value, []).append((part, y8[..., part.columns]))
                 to_come.remove(product)
                 for leaf in product.leaves:
                     if not any(leaf in p.leaves for p in to_come):
                         del known[leaf]
+            instead = None
             for part, y8 in made.pop(node, ()):
-                found(self._parts.index(part), value, y8)
+                instead = found(self._parts.index(part), value, y8)
+            if any(node in p.leaves for p in to_come):
+                known[node] = value if instead is None else instead
+            return instead
 
         return Watched(self._float, after).run(*args)
 

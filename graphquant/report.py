@@ -23,7 +23,7 @@ class Outcome:
     path     its module path, e.g. "encoder.layers.0.self_attn.q_proj"
     node     its name in the traced graph
     rules    the rules that rewrote it, in order; empty if none did
-    refused  why no rule took it; empty if one did
+    refused  why no rule took it, or why a linear is in float that is stacked with others; else ""
     M, N, K  of a linear [M, K] x [N, K]^T at the sizes seen at compile time; K alone for a norm
     smoothed how the input channels of an int8 linear were smoothed, "alpha 0.5"; "" if not
     not_smoothed  why not, if the options ask for it
@@ -60,8 +60,9 @@ class Outcome:
 
     def __str__(self) -> str:
         size = f" {self.M}x{self.N}x{self.K}" if self.kind == "linear" else ""
-        what = self.taken if self.rules else f"refused: {self.refused}"
-        return f"{self.kind} {self.path or self.node}{size}: {what}"
+        taken = [self.taken] * self.applied
+        refused = [f"refused: {self.refused}"] * (not self.applied or self.refused != "")
+        return f"{self.kind} {self.path or self.node}{size}: {'; '.join((*taken, *refused))}"
 
     @property
     def taken(self) -> str:
@@ -71,7 +72,7 @@ class Outcome:
         return " + ".join(self.rules) + smoothed + self._timed()
 
     def _timed(self) -> str:
-        if not self.applied or not self.float_us:
+        if not self.applied or self.refused or not self.float_us:
             return ""  # a refusal for speed says it in its reason
         return f" ({self.int8_us:.1f} us, float {self.float_us:.1f} us)"
 
@@ -121,7 +122,7 @@ class Report:
 
     def reasons(self) -> dict[str, int]:
         """How many linears were refused for each reason."""
-        return dict(Counter(o.refused for o in self.linears if not o.rules))
+        return dict(Counter(o.refused for o in self.linears if o.refused or not o.rules))
 
     def summary(self) -> str:
         """One line: how much is int8, by which rules, and what was refused."""
@@ -162,9 +163,10 @@ class Report:
         table.add_column("outcome", overflow="fold")
         for o in self.outcomes:
             size = f"{o.M} x {o.N} x {o.K}" if o.kind == "linear" else ""
-            taken, refused = escape(o.taken), escape(o.refused)
-            what = f"[green]{taken}[/]" if o.applied else f"[yellow]refused:[/] {refused}"
-            table.add_row(escape(o.path or o.node), o.kind, size, what)
+            taken = [f"[green]{escape(o.taken)}[/]"] * o.applied
+            refused = [f"[yellow]refused:[/] {escape(o.refused)}"]
+            refused *= not o.applied or o.refused != ""
+            table.add_row(escape(o.path or o.node), o.kind, size, "; ".join((*taken, *refused)))
         notes = (f"note: {n}" for n in self.notes)
         return Group(table, *map(escape, (self.summary(), *notes)))
 

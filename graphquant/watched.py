@@ -13,18 +13,19 @@ from graphquant.passes.pipeline import linear_path
 
 
 class Watched(Interpreter):
-    """Runs a graph and calls after(node, value, values of its inputs) behind every node."""
+    """Runs a graph and calls after(node, value, values of its inputs) behind every node. What that
+    returns, if it is not None, stands for the node's value from there on."""
 
     def __init__(
-        self, gm: GraphModule, after: Callable[[Node, Any, Mapping[Node, Any]], None]
+        self, gm: GraphModule, after: Callable[[Node, Any, Mapping[Node, Any]], Any]
     ) -> None:
         super().__init__(gm)
         self._after = after
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
-        self._after(n, value, self.env)
-        return value
+        instead = self._after(n, value, self.env)
+        return value if instead is None else instead
 
 
 class Paths:

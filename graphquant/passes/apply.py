@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -35,12 +35,13 @@ from graphquant.passes.graph import (
     full_args,
     shape,
 )
+from graphquant.passes.judge import Product, judge, too_rough
 from graphquant.passes.ranges import SMOOTHED, Range, union, within
 from graphquant.passes.recognize import Activation, Norm, Recognized
 from graphquant.passes.record import Record
 from graphquant.passes.rule import Linear, Refuse, Rule, Site, Smooth
 from graphquant.passes.select import compare
-from graphquant.passes.smooth import smooth
+from graphquant.passes.smooth import sample, smooth
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +60,10 @@ class Workbench:
     written: set[Node]
     record: Record
     config: Config
+    parameters: Mapping[Node, Tensor]
     select: bool = False  # keep only what was measured to be faster
     ranges: dict[str, Range] = field(default_factory=dict)  # static ones: ranges.static_ranges
+    unjudged: set[str] = field(default_factory=set)  # nodes of which min_sqnr has no rows
     replaced: dict[Node, Node] = field(default_factory=dict)
 
     @property
@@ -99,6 +102,21 @@ class Workbench:
             told.pop()
         return told
 
+    def why_rough(self, product: Product) -> str:
+        """Why this int8 product is not exact enough for the options, or ""."""
+        least, linear = self.config.min_sqnr, product.linear
+        if least is None:
+            return ""
+        carried = [outcome for outcome, _ in self.record.carried(linear.node)]
+        rows = sample(self.config.calibration, [outcome.path for outcome in carried])
+        told = self.told(linear, product.smooth._replace(factor=None))[1:]
+        widths = [outcome.N for outcome in carried]
+        found = judge(product, rows, told, widths, self.constants, self.parameters)
+        if found is None:
+            self.unjudged.update(outcome.node for outcome in carried)
+            return ""
+        return too_rough([outcome.path for outcome in carried], found, least)
+
 
 class Editor:
     """What a rule may do to the graph (the rules' Edit)."""
@@ -106,6 +124,7 @@ class Editor:
     def __init__(self, bench: Workbench) -> None:
         self._bench = bench
         self.made: list[Node] = []
+        self.product: Product | None = None
         self.smoothed = self.not_smoothed = ""
 
     def call(self, target: Any, *args: Any) -> Node:
@@ -208,8 +227,9 @@ class Editor:
             weight = self.weigh(aten.mul.Tensor, weight, smooth.scale)
         methods = [] if method == "absmax" else [method]
         packed = self.weigh(quantize_weight, weight, *methods)  # once, when it is packed
-        w = (self.weigh(operator.getitem, packed, i) for i in range(3))
-        return self.call(int8_linear, *x, *w, linear.bias, None, dtype(linear.node))
+        wq, *w = (self.weigh(operator.getitem, packed, i) for i in range(3))
+        self.product = Product(linear, smooth, wq, w[0])
+        return self.call(int8_linear, *x, wq, *w, linear.bias, None, dtype(linear.node))
 
 
 def apply(bench: Workbench, rule: Rule[Any]) -> None:
@@ -223,18 +243,20 @@ def apply(bench: Workbench, rule: Rule[Any]) -> None:
         first = min(site.outputs)  # in graph order
         with bench.graph.inserting_before(first), _autocast_at(first):
             new = rule.rewrite(editor, site)
-            times = (
-                compare(site.outputs, new, editor.made, bench.constants) if bench.select else None
-            )
+            rough = bench.why_rough(editor.product) if editor.product else ""
+            measured = bench.select and not rough
+            times = compare(site.outputs, new, editor.made, bench.constants) if measured else None
         for old, now in zip(site.outputs, new, strict=True):
             if (want := _spec(old)) != (got := _spec(now)):
                 raise RuleError(f"{rule.name} turned {old.name} {want} into {got}")
         carriers = [n for n in editor.made if n.target in _CARRIERS]
         if len(carriers) != 1:
             raise RuleError(f"{rule.name} made {len(carriers)} linears of one site, not one")
-        if times is not None and times.why_not:
-            log.debug("%s left %s: %s", rule.name, site.outputs[0].name, times.why_not)
-            bench.record.decline(rule.name, site.subjects, times.why_not, times)
+        if why_not := rough or (times.why_not if times is not None else ""):
+            log.debug("%s left %s: %s", rule.name, site.outputs[0].name, why_not)
+            bench.record.decline(rule.name, site.subjects, why_not, times)
+            if rough and editor.product:
+                bench.record.bar(editor.product.linear.node, rough)
             for node in reversed(editor.made):
                 bench.graph.erase_node(node)
                 if LITERAL in node.meta:

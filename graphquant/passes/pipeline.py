@@ -81,6 +81,7 @@ def rewrite(captured: Captured, config: Config) -> Report:
         written=written_in_place(gm.graph),
         record=Record(),
         config=config,
+        parameters=captured.parameters,
         select=config.select == "faster",
     )
     _enter_all(bench, captured, config)
@@ -232,6 +233,11 @@ def _notes(bench: Workbench, config: Config) -> Iterator[str]:
         yield (
             "every linear can need a gradient, so none is int8: for inference, call the model "
             "under torch.inference_mode() or torch.no_grad()"
+        )
+    if unjudged := sum(o.int8 and o.node in bench.unjudged for o in linears):
+        yield (
+            f"min_sqnr did not judge {unjudged} of {sum(o.int8 for o in linears)} int8 linears: "
+            "the calibration has no rows of what they read"
         )
     if config.activation == "static" and (
         unknown := [

@@ -117,15 +117,13 @@ def prepack(captured: Captured, new_input: Callable[[str], Node]) -> list[Packin
         outputs = [a for a in read if a in constants and not _is_root(a, constants)]
         if not outputs:
             continue
-        roots = list(dict.fromkeys(r for o in outputs for r in constants.roots_of(o)))
-        expressions = _Expressions(roots)
-        recipe = Recipe(tuple(expressions.of(o) for o in outputs))
+        packing = packing_of(outputs, constants)
         for i, old in enumerate(outputs):
             new = new_input(f"packed{len(packings)}_{i}")
             new.meta["val"] = old.meta["val"]
             for reader in readers:
                 reader.replace_input_with(old, new)
-        packings.append(Packing(recipe, tuple(roots)))
+        packings.append(packing)
     literals = [n for n in graph.find_nodes(op="get_attr") if LITERAL in n.meta]
     graph.eliminate_dead_code()
     for node in literals:
@@ -134,6 +132,13 @@ def prepack(captured: Captured, new_input: Callable[[str], Node]) -> list[Packin
     graph.lint()
     captured.gm.recompile()
     return packings
+
+
+def packing_of(outputs: Sequence[Node], constants: Constants) -> Packing:
+    """How these nodes are computed from parameters, on which alone they depend."""
+    roots = list(dict.fromkeys(r for o in outputs for r in constants.roots_of(o)))
+    expressions = _Expressions(roots)
+    return Packing(Recipe(tuple(expressions.of(o) for o in outputs)), tuple(roots))
 
 
 def _is_root(node: Node, constants: Constants) -> bool:

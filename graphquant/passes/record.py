@@ -45,10 +45,12 @@ class Entry:
 
     def done(self) -> Outcome:
         timed = replace(self.outcome, float_us=self.float_us, int8_us=self.int8_us)
-        if self.rules:
-            return replace(timed, rules=tuple(self.rules), refused="")
-        said = self.barred or "; ".join(self.declined.values()) or self.outcome.refused
-        return replace(timed, refused=said)
+        why_not = self.barred or "; ".join(self.declined.values())
+        if not self.rules:
+            return replace(timed, refused=why_not or self.outcome.refused)
+        taken = replace(timed, rules=tuple(self.rules), refused="")
+        in_float = taken.kind == "linear" and not taken.int8
+        return replace(taken, refused=why_not) if in_float else taken
 
 
 class Record:
@@ -100,6 +102,11 @@ class Record:
                 entry.declined[rule] = reason
                 if times is not None:
                     entry.float_us, entry.int8_us = times
+
+    def bar(self, linear: Node, reason: str) -> None:
+        """From now on no rule may touch it."""
+        for entry in self._at.get(linear, ()):
+            entry.barred = reason
 
     def carried(self, node: Node) -> tuple[tuple[Outcome, str], ...]:
         """The linears whose columns this node computes, in the columns' order, and for each of them

@@ -49,7 +49,7 @@ def smooth(
     if any(v.shape != (K,) for v in found):
         return f"the calibration saw {found[0].numel()} channels, it has {K}"
     absmax = edit.literal(functools.reduce(torch.maximum, found), linear.weight)
-    if config.smooth == "auto" and (rows := _sample(calibration, paths)) is not None:
+    if config.smooth == "auto" and (rows := sample(calibration, paths)) is not None:
         given = (linear.weight, absmax, edit.literal(rows, linear.weight))
         return edit.weigh(searched_smoothing, *given), "alpha searched"
     alpha, why = config.smooth, ""
@@ -58,7 +58,8 @@ def smooth(
     return edit.weigh(smoothing, linear.weight, absmax, alpha), f"alpha {alpha}{why}"
 
 
-def _sample(calibration: Any, paths: Sequence[str]) -> Tensor | None:
-    """Rows [n, K] that these linears have read, if the calibration keeps some."""
-    sample = getattr(calibration, "sample", lambda path: None)
-    return next((rows for rows in map(sample, paths) if rows is not None), None)
+def sample(calibration: Any, paths: Sequence[str]) -> Tensor | None:
+    """Rows [n, K] that these linears, which read one value, have read, if the calibration keeps
+    some."""
+    known = getattr(calibration, "sample", lambda path: None)
+    return next((rows for rows in map(known, paths) if rows is not None), None)

@@ -1,0 +1,79 @@
+"""torch.compile with a view of every graph: how the entries beside the backend run a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from graphquant.capture import from_dynamo
+from graphquant.errors import CaptureError, GraphquantError
+from graphquant.passes.ir import Captured
+from graphquant.report import Report
+
+
+class Trace:
+    """Calls of a model.
+
+    take(captured, Dynamo's graph) -> (its report, what runs in its place), once for each graph
+    """
+
+    def __init__(
+        self, take: Callable[[Captured, GraphModule], tuple[Report, Callable[..., Any]]]
+    ) -> None:
+        self._take = take
+        self._reports: list[Report] = []
+        self._seen: set[int] = set()  # ids of parameters
+        # Dynamo counts compilations by code object, and runs eager after a few: this one is new
+        call = FunctionType(_call.__code__.replace(), globals())
+        self._compiled = torch.compile(call, backend=self.observe)
+
+    def __call__(
+        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        many = {"recompile_limit": 2**16, "accumulated_recompile_limit": 2**16}
+        with torch._dynamo.config.patch(many):
+            return self._compiled(model, *args, **kwargs)
+
+    def observe(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        run: Callable[..., Any] = gm.forward
+        try:
+            captured = from_dynamo(gm, example_inputs)
+        except CaptureError as why:
+            self._reports.append(Report.left(why))
+            return run
+        if captured is not None:
+            self._seen.update(map(id, captured.parameters.values()))
+            report, run = self._take(captured, gm)
+            self._reports.append(report)
+        return run
+
+    def report(self, model: Callable[..., Any]) -> Report:
+        """Of all graphs until now."""
+        if not self._reports:
+            raise GraphquantError(f"torch.compile found no tensor code in {type(model).__name__}")
+        report = Report.merge(self._reports)
+        return replace(report, notes=(*report.notes, *_unseen(model, self._seen)))
+
+
+def _unseen(model: Callable[..., Any], seen: set[int]) -> Iterator[str]:
+    """A note if the model has linears that no graph holds: coverage does not count them."""
+    if not isinstance(model, nn.Module):
+        return
+    every = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    if missing := [n for n, m in every.items() if id(m.weight) not in seen]:
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        yield (
+            f"{len(missing)} of {len(every)} nn.Linear modules are in no captured graph and not "
+            f"counted ({names}): this call did not reach them, torch.compile skipped their code, "
+            "or they share another layer's graph"
+        )
+
+
+def _call(self: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return self(*args, **kwargs)  # named as in a method: paths in the report begin behind it
