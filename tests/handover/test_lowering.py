@@ -280,12 +280,12 @@ def test_attention_reads_heads_in_place_and_writes_them_side_by_side(sites: Site
 
     def fn(qkv: Tensor) -> Any:
         q, k, v = (t.unflatten(-1, (4, 16)).transpose(1, 2) for t in qkv.split(64, -1))
-        return ops.attention(q, k, v, 0.25, "64x64").transpose(1, 2).flatten(2)
+        return ops.attention(q, k, v, 0.25, "128x128").transpose(1, 2).flatten(2)
 
     qkv = torch.randn(3, 5, 192)
     got = by_inductor(fn)(qkv)
     (call,) = sites.calls
-    assert call.constants == (0.25, "64x64")
+    assert call.constants == (0.25, "128x128")
     for i, given in enumerate(call.given):
         assert given is not None and given.data_ptr() == qkv[..., 64 * i :].data_ptr()
         assert given.stride() == (5 * 192, 16, 192, 1)
@@ -295,7 +295,7 @@ def test_attention_reads_heads_in_place_and_writes_them_side_by_side(sites: Site
 
 def test_heads_whose_columns_are_apart_are_copied(sites: Sites) -> None:
     x = torch.randn(2, 3, 16, 5)
-    by_inductor(lambda x: ops.attention(*[x.transpose(2, 3)] * 3, 0.25, "64x64"))(x)
+    by_inductor(lambda x: ops.attention(*[x.transpose(2, 3)] * 3, 0.25, "128x128"))(x)
     (call,) = sites.calls
     assert all(given is not None and given.is_contiguous() for given in call.given)
 
