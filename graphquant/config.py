@@ -176,7 +176,7 @@ class Config:
         """None if the linear at this module path may be rewritten, else why not."""
         if self.include and not any(_matches(p, path) for p in self.include):
             return "not named by include"
-        if hit := next((p for p in self.exclude if _matches(p, path)), None):
+        if (hit := next((p for p in self.exclude if _matches(p, path)), None)) is not None:
             return f"excluded by {hit!r}"
         return None
 

