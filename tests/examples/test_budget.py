@@ -44,7 +44,6 @@ def batches(tokenize: Any, sentences: list[str]) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_budget_brings_the_real_model_as_near_as_is_asked(example: Any) -> None:
     model, tokenize = example.load_model(torch.device("cpu"))
     embedder = Embedder(model).eval()
