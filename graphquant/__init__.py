@@ -1,7 +1,7 @@
 """int8 for transformer encoders: `torch.compile(model, backend="graphquant")`."""
 
 from graphquant.accuracy import AccuracyReport, OutputAccuracy, SiteAccuracy
-from graphquant.api import calibrate, compare, explain, fit_budget
+from graphquant.api import calibrate, compare, explain, export, fit_budget
 from graphquant.budget import Budget, LeftInFloat
 from graphquant.calibration import Calibration
 from graphquant.config import Config
@@ -38,6 +38,7 @@ __all__ = [
     "calibrate",
     "compare",
     "explain",
+    "export",
     "fit_budget",
     "refresh",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from tqdm import tqdm
 
@@ -19,8 +20,9 @@ from graphquant.calibration import Calibration, Record
 from graphquant.calibration.observed import Observed
 from graphquant.capture import forgotten_afterwards
 from graphquant.config import Config, literally
-from graphquant.errors import GraphquantError, UnsupportedInputError
+from graphquant.errors import GraphquantError, OptionError, UnsupportedInputError
 from graphquant.fit import Trials
+from graphquant.handover.exported import to_program
 from graphquant.paired import Pair
 from graphquant.passes.ir import Captured
 from graphquant.passes.pipeline import rewrite
@@ -30,6 +32,8 @@ from graphquant.trace import Trace
 from graphquant.watched import Paths
 
 log = logging.getLogger(__name__)
+
+OF_COMPILATION = ("inner", "mode", "inductor", "free_weights")
 
 
 def explain(
@@ -55,6 +59,46 @@ def explain(
     with forgotten_afterwards(trace.observe):
         trace(model, args, kwargs)
     return trace.report(model)
+
+
+def export(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    **options: Any,
+) -> ExportedProgram:
+    """The model in int8 as a torch.export program, to be saved, compiled ahead or converted.
+
+    model           a torch.nn.Module in eval mode; it stays as it is
+    args, kwargs    what one call takes, as for torch.export.export: its dtypes and device are those
+                    of the program, and its sizes where `dynamic_shapes` does not say otherwise
+    dynamic_shapes  as for torch.export.export: {"pixel_values": {0: torch.export.Dim("batch")}}
+    options         as for `torch.compile(model, backend="graphquant", options=options)`, but for
+                    those of compilation; `on_report` gets the Report
+
+    The same rules rewrite it as under torch.compile. Int8 weights are buffers of the program, named
+    after the linears ("layers.0.fc1.wq", "w_scale", "w_sum"), and float weights that nothing reads
+    any more are not in it. Weights are those of now: the program does not follow the model.
+
+    A process that loads the file has to import graphquant first, for its ops.
+
+    Raises UnsupportedInputError for a model that is no module or is in training mode; OptionError
+    for options that do not exist or say nothing here; and what torch.export raises for a model that
+    it cannot trace into one graph.
+    """
+    model = _in_eval_mode("export", model)
+    for name in OF_COMPILATION:
+        if name in options:
+            raise OptionError(f"{name} is an option of torch.compile: an export compiles nothing")
+    config = Config.of(options)
+    program, report = to_program(model, args, kwargs or {}, dynamic_shapes, config)
+    for note in report.notes:
+        log.warning("%s", note)
+    if config.on_report is not None:
+        config.on_report(report)
+    return program
 
 
 def compare(

@@ -64,6 +64,14 @@ def full_args(node: Node) -> tuple[Any, ...]:
     )
 
 
+def operand(value: Node) -> str:
+    """What its first reader calls it: "wq"."""
+    reader = next(iter(value.users))
+    assert isinstance(reader.target, torch._ops.OpOverload), reader
+    names = (a.name for a in reader.target._schema.arguments)
+    return next(name for name, a in zip(names, full_args(reader), strict=True) if a is value)
+
+
 def is_tensor(node: Node) -> bool:
     return isinstance(node.meta.get("val"), Tensor)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from graphquant.passes.graph import (
     calls,
     is_call,
     keeps_rows,
+    operand,
 )
 from graphquant.passes.ir import Captured
 
@@ -97,11 +98,12 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Packing:
-    """The packed inputs of one linear and its quantiser: their recipe, and the parameters that it
-    reads."""
+    """The packed inputs of one linear and its quantiser: their recipe, the parameters that it
+    reads, weights first, and the graph's inputs that take the results."""
 
     recipe: Recipe
     roots: tuple[Node, ...]
+    inputs: tuple[Node, ...] = ()
 
 
 def prepack(captured: Captured, new_input: Callable[[str], Node]) -> list[Packing]:
@@ -118,12 +120,12 @@ def prepack(captured: Captured, new_input: Callable[[str], Node]) -> list[Packin
         if not outputs:
             continue
         packing = packing_of(outputs, constants)
-        for i, old in enumerate(outputs):
-            new = new_input(f"packed{len(packings)}_{i}")
+        inputs = tuple(new_input(f"packed{len(packings)}_{operand(old)}") for old in outputs)
+        for old, new in zip(outputs, inputs, strict=True):
             new.meta["val"] = old.meta["val"]
             for reader in readers:
                 reader.replace_input_with(old, new)
-        packings.append(packing)
+        packings.append(replace(packing, inputs=inputs))
     literals = [n for n in graph.find_nodes(op="get_attr") if LITERAL in n.meta]
     graph.eliminate_dead_code()
     for node in literals:
