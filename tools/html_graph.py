@@ -246,7 +246,7 @@ def _looks(module: Module, graph: _Graph) -> object:
     """The same for two layers that differ in nothing but their names."""
     above = len(module.path)
     return tuple(
-        (line.path[above:], line.op, line.values, cell.rules, _fate(line, graph))
+        (line.path[above:], line.op, line.values, _fate(line, graph))
         for row in module.rows()
         for cell in _cells(row, graph)
         if cell and (line := cell.line)
