@@ -1,5 +1,6 @@
 """int8 for transformer encoders: `torch.compile(model, backend="graphquant")`."""
 
+from graphquant import tensorrt
 from graphquant.accuracy import AccuracyReport, OutputAccuracy, SiteAccuracy
 from graphquant.api import calibrate, compare, explain, export, fit_budget
 from graphquant.budget import Budget, LeftInFloat
@@ -41,4 +42,5 @@ __all__ = [
     "export",
     "fit_budget",
     "refresh",
+    "tensorrt",
 ]

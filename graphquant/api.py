@@ -33,7 +33,7 @@ from graphquant.watched import Paths
 
 log = logging.getLogger(__name__)
 
-OF_COMPILATION = ("inner", "mode", "inductor", "free_weights")
+OF_COMPILATION = ("inner", "mode", "inductor", "tensorrt", "free_weights")
 
 
 def explain(
