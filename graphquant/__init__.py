@@ -14,6 +14,7 @@ from graphquant.errors import (
     RuleError,
     UnsupportedInputError,
 )
+from graphquant.inplace import LiveReport, optimize_, restore_
 from graphquant.packed import refresh
 from graphquant.report import Outcome, Report
 
@@ -26,6 +27,7 @@ __all__ = [
     "Config",
     "GraphquantError",
     "LeftInFloat",
+    "LiveReport",
     "MissingPackageError",
     "OptionError",
     "Outcome",
@@ -39,5 +41,7 @@ __all__ = [
     "compare",
     "explain",
     "fit_budget",
+    "optimize_",
     "refresh",
+    "restore_",
 ]
