@@ -7,6 +7,7 @@ import gc
 import logging
 import pickle
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import ref
@@ -172,6 +173,28 @@ def test_hooks_that_come_and_go_are_seen(device: str) -> None:
     assert torch.equal(model(x), plain)
 
 
+class Broken(nn.Module):
+    """Its forward is compiled by itself, as code that all modules of the class share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(x)
+
+
+def test_hooks_behind_a_graph_break_are_seen(device: str, x: Tensor) -> None:
+    model = nn.Sequential(seeded(Broken)).to(device)
+    quick(model)
+    plain = model(x)
+    with model[0].second.register_forward_hook(lambda m, args, y: y + 1):
+        assert error(model(x), plain + 1) < 1e-6
+    assert torch.equal(model(x), plain)
+
+
 def test_hooks_that_always_change_keep_no_more_than_eight_compilations(device: str) -> None:
     model, x = nn.Sequential(nn.Linear(64, 64)).to(device), torch.randn(3, 64, device=device)
     quick(model)
@@ -260,6 +283,16 @@ def test_a_graph_that_is_compiled_again_is_not_counted_twice(device: str) -> Non
     assert len(sizes) == 2 and report.graphs == 1
     assert [o.path for o in report.linears] == ["fc1", "fc2"]
     assert [o.M for o in report.linears] == sizes[-1]
+
+
+def test_a_graph_that_falls_into_parts_is_replaced_by_them(device: str, x: Tensor) -> None:
+    model = nn.Sequential(small(device), small(device))
+    report = quick(model)
+    model(x)
+    assert (report.graphs, len(report.linears)) == (1, 4)
+    model[0].register_forward_hook(lambda m, args, y: torch._dynamo.graph_break())
+    model(x)
+    assert 2 <= len(report.linears) <= 4  # equal layers may share a graph
 
 
 def test_graphs_of_other_layers_are_added_and_what_they_do_not_hold_is_named(
@@ -553,12 +586,19 @@ def test_threads_do_not_disturb_each_other(device: str) -> None:
     _, encoder, _ = vision("siglip", device)
     inputs = [torch.randn(1 + n % 3, 8 + n, 64, device=device) for n in range(8)]
     reports: list[Report] = []
-    quick(encoder, on_report=reports.append)
+
+    def slowly(report: Report) -> None:
+        reports.append(report)
+        time.sleep(0.5)  # all others are there meanwhile
+
+    quick(encoder, on_report=slowly)
     got: dict[int, list[Tensor]] = {n: [] for n in range(len(inputs))}
+    together = threading.Barrier(len(inputs))
 
     def work(n: int) -> None:
         with torch.no_grad():
-            for _ in range(5):
+            together.wait()
+            for _ in range(3):
                 got[n].append(encoder(inputs[n]).last_hidden_state)
 
     threads = [threading.Thread(target=work, args=(n,)) for n in got]
@@ -569,9 +609,32 @@ def test_threads_do_not_disturb_each_other(device: str) -> None:
     assert len(reports) < len(inputs)  # they wait for what others compile
     for n, results in got.items():
         want = encoder(inputs[n]).last_hidden_state
-        assert len(results) == 5
+        assert len(results) == 3
         for result in results:
             assert torch.equal(result, want)
+
+
+def test_a_call_while_another_thread_compiles_is_int8(device: str, x: Tensor) -> None:
+    """torch.compiler.is_compiling() speaks of the whole process."""
+    model, compiling, called = small(device), threading.Event(), threading.Event()
+    quick(model)
+    want = model(x)
+    assert torch.equal(model(x), want)
+
+    def slow(gm: Any, inputs: Any) -> Any:
+        compiling.set()
+        called.wait(60)
+        return gm.forward
+
+    thread = threading.Thread(target=torch.compile(lambda y: y + 1, backend=slow), args=(x,))
+    thread.start()
+    assert compiling.wait(60)
+    try:
+        assert torch.compiler.is_compiling()
+        assert torch.equal(model(x), want)
+    finally:
+        called.set()
+        thread.join()
 
 
 def test_a_module_may_call_itself(device: str, x: Tensor) -> None:
@@ -582,6 +645,13 @@ def test_a_module_may_call_itself(device: str, x: Tensor) -> None:
     want = model(x)
     quick(model)
     assert 1e-4 < error(model(x), want) < NEAR
+
+
+class Called(Mlp):
+    """As transformers' layers do it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
 
 
 def test_a_compilation_around_it_takes_it_in(device: str, x: Tensor) -> None:
@@ -596,6 +666,8 @@ def test_a_compilation_around_it_takes_it_in(device: str, x: Tensor) -> None:
     assert [(s.path, s.local) for s in now.sites] == [(s.path, s.local) for s in measured.sites]
     seen = graphquant.calibrate(model, [x], progress=False)
     assert seen.sites == ("0.fc1", "0.fc2", "1")
+    model[0].__class__ = Called
+    assert graphquant.explain(model, x).linears == plain.linears
     exported = torch.export.export(model, (x,)).module()
     assert error(exported(x), again(model)(x)) < 1e-6
 
