@@ -15,6 +15,7 @@ from graphquant.errors import (
     RuleError,
     UnsupportedInputError,
 )
+from graphquant.inplace import LiveReport, optimize_, restore_
 from graphquant.packed import refresh
 from graphquant.report import Outcome, Report
 
@@ -27,6 +28,7 @@ __all__ = [
     "Config",
     "GraphquantError",
     "LeftInFloat",
+    "LiveReport",
     "MissingPackageError",
     "OptionError",
     "Outcome",
@@ -41,6 +43,8 @@ __all__ = [
     "explain",
     "export",
     "fit_budget",
+    "optimize_",
     "refresh",
+    "restore_",
     "tensorrt",
 ]
