@@ -1,5 +1,6 @@
 """int8 for transformer encoders: `torch.compile(model, backend="graphquant")`."""
 
+from graphquant import onnx
 from graphquant.accuracy import AccuracyReport, OutputAccuracy, SiteAccuracy
 from graphquant.api import calibrate, compare, explain, export, fit_budget
 from graphquant.budget import Budget, LeftInFloat
@@ -40,5 +41,6 @@ __all__ = [
     "explain",
     "export",
     "fit_budget",
+    "onnx",
     "refresh",
 ]

@@ -12,7 +12,9 @@ from tools import zoo
 
 
 def test_a_weight_that_is_a_parameter_of_the_model_itself_is_exported() -> None:
-    model = seeded(lambda: Model(lambda m, x: F.linear(x, m.w), w=nn.Parameter(torch.randn(32, 64))))
+    model = seeded(
+        lambda: Model(lambda m, x: F.linear(x, m.w), w=nn.Parameter(torch.randn(32, 64)))
+    )
     x = torch.randn(4, 64)
     program = graphquant.export(model, (x,))
     assert list(program.state_dict) == ["w_1.wq", "w_1.w_scale", "w_1.w_sum"]
