@@ -15,6 +15,7 @@ from graphquant.errors import (
     RuleError,
     UnsupportedInputError,
 )
+from graphquant.handover.torchscript import torchscript
 from graphquant.packed import refresh
 from graphquant.report import Outcome, Report
 
@@ -43,4 +44,5 @@ __all__ = [
     "fit_budget",
     "onnx",
     "refresh",
+    "torchscript",
 ]
