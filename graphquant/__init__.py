@@ -1,6 +1,6 @@
 """int8 for transformer encoders: `torch.compile(model, backend="graphquant")`."""
 
-from graphquant import tensorrt
+from graphquant import onnx, tensorrt
 from graphquant.accuracy import AccuracyReport, OutputAccuracy, SiteAccuracy
 from graphquant.api import calibrate, compare, explain, export, fit_budget
 from graphquant.budget import Budget, LeftInFloat
@@ -15,6 +15,7 @@ from graphquant.errors import (
     RuleError,
     UnsupportedInputError,
 )
+from graphquant.handover.torchscript import torchscript
 from graphquant.inplace import LiveReport, optimize_, restore_
 from graphquant.packed import refresh
 from graphquant.report import Outcome, Report
@@ -43,8 +44,10 @@ __all__ = [
     "explain",
     "export",
     "fit_budget",
+    "onnx",
     "optimize_",
     "refresh",
     "restore_",
     "tensorrt",
+    "torchscript",
 ]

@@ -6,7 +6,7 @@ what comes out is a program like any other, with torch's own checks of its input
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, count
 from typing import Any
 
@@ -68,7 +68,9 @@ def packed(captured: Captured) -> GraphModule:
 
 def _path(weights: Sequence[str]) -> str:
     """Of linears that are one product: "layers.0.q_proj_k_proj_v_proj"."""
-    paths = [linear_path(name) for name in weights]
+    # an input may be a parameter too, as the probe of a pooling head is
+    named = [name for name in weights if name.endswith("weight")] or weights
+    paths = [linear_path(name) for name in named]
     parents = {path.rpartition(".")[0] for path in paths}
     if len(parents) > 1:
         return paths[0]
@@ -79,11 +81,19 @@ def _keep(root: nn.Module, name: str, value: Tensor) -> str:
     """Make it a buffer, under this name if that is free."""
     path, _, last = name.rpartition(".")
     owner = root
+    kept = []
     for part in filter(None, path.split(".")):
-        if not isinstance(getattr(owner, part, None), nn.Module):
-            owner.add_module(part, nn.Module())
-        owner = owner.get_submodule(part)
-    names = chain([last], (f"{last}_{i}" for i in count(1)))
-    free = next(n for n in names if not hasattr(owner, n))
+        # a weight may be a parameter of that name itself
+        free = next(n for n in _names(part) if isinstance(getattr(owner, n, owner), nn.Module))
+        if not hasattr(owner, free):
+            owner.add_module(free, nn.Module())
+        owner = owner.get_submodule(free)
+        kept.append(free)
+    free = next(n for n in _names(last) if not hasattr(owner, n))
     owner.register_buffer(free, value)
-    return ".".join(filter(None, (path, free)))
+    return ".".join((*kept, free))
+
+
+def _names(wanted: str) -> Iterator[str]:
+    """That name, and others like it."""
+    return chain([wanted], (f"{wanted}_{i}" for i in count(1)))

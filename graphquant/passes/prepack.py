@@ -114,7 +114,8 @@ def prepack(captured: Captured, new_input: Callable[[str], Node]) -> list[Packin
     graph, constants = captured.gm.graph, Constants(captured.parameters)
     packings: list[Packing] = []
     for linear in calls(graph, _is_rewritten):
-        readers = _readers(linear)
+        # a quantiser of a constant is an expression itself, and reads nothing that is left
+        readers = [r for r in _readers(linear) if r is linear or r not in constants]
         read = dict.fromkeys(a for reader in readers for a in reader.all_input_nodes)
         outputs = [a for a in read if a in constants and not _is_root(a, constants)]
         if not outputs:

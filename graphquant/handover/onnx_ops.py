@@ -1,0 +1,275 @@
+"""graphquant's ops in ONNX operators: one method an op, called with the values of the graph.
+
+Profiles "cpu" and "portable", a quantiser and the linear behind it:
+
+    xq  = QuantizeLinear(x - x_shift, x_scale, zero)    on [M, K]: it takes a scale for each index
+                                                        of one axis
+    acc = MatMulInteger(xq, wq^T, zero)                 exact int32
+    y   = float(acc) * (x_scale * w_scale) + (x_shift * w_sum + bias) + residual
+
+with xq uint8 and zero = 128 ("cpu") or xq int8 and zero = 0 ("portable"). onnxruntime makes one
+kernel (MatMulIntegerToFloat) of MatMulInteger, the cast and the product with a product of two
+scales. A constant vector that is added next goes into it as well, and there is added *before* the
+scales of rows are multiplied in, which is wrong (1.32). So the bias joins the shifts, which are no
+constants, and what is left to add is none.
+
+Profile "qdq", for engines that look for QuantizeLinear and DequantizeLinear around float products,
+has one scale for all rows and no shift:
+
+    scale = max(-low, high, MIN_ABSMAX) / 127
+    y     = Dequantize(Quantize(x, scale)) @ Dequantize(wq^T, w_scale) + bias + residual
+
+A row that holds inf or nan is not promised to come out as it does from the ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from graphquant.errors import UnsupportedInputError
+from graphquant.ops.define import OPS, Op
+from graphquant.ops.numerics import MIN_ABSMAX, QMAX
+
+QMAX7 = 64  # of 7-bit weights: two products with uint8 add up to 255 * 64 * 2 < 2^15 at most
+
+Value = Any  # onnxscript.ir.Value
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a profile makes of the ops."""
+
+    unsigned: bool = False  # xq is uint8, 128 more than it was
+    weight_bits: int = 8
+    static: bool = False  # float products between QuantizeLinear and DequantizeLinear
+
+
+def translations(form: Form, op: Any) -> Mapping[Callable[..., Any], Callable[..., Any]]:
+    """torch.onnx.export's custom_translation_table. op: an onnxscript opset, of 20 or later."""
+    made = _Translation(form, op)
+    found = ((o, getattr(made, o.name, None)) for o in OPS.values())
+    return {o.target: _positional(o, method) for o, method in found if method is not None}
+
+
+def _positional(op: Op, method: Callable[..., Any]) -> Callable[..., Any]:
+    """A function, on which torch.onnx may set attributes, of the op's arguments as a node has them:
+    the last ones by name, or left out."""
+
+    def translate(*args: Any, **named: Any) -> Any:
+        rest = op.target._schema.arguments[len(args) :]
+        return method(*args, *(named.get(a.name, a.default_value) for a in rest))
+
+    return translate
+
+
+class _Translation:
+    """Methods have the names and the arguments of the ops."""
+
+    def __init__(self, form: Form, op: Any) -> None:
+        from onnxscript import ir
+
+        self.form, self.op, self.ir = form, op, ir
+
+    # --- the ops ---------------------------------------------------------------------------------
+
+    def quantize(self, x: Value, *told: Any) -> tuple[Value, Value, Value]:
+        return self._quantized(self._float(x), *told)
+
+    def norm_quantize(
+        self, x: Value, gamma: Value, beta: Value, eps: float, rms: bool, *told: Any
+    ) -> tuple[Value, Value, Value]:
+        return self._quantized(self._norm(x, gamma, beta, eps, rms), *told)
+
+    def norm_quantize_keep(
+        self, x: Value, gamma: Value, beta: Value, eps: float, rms: bool, dtype: int, *told: Any
+    ) -> tuple[Value, Value, Value, Value]:
+        y = self._norm(x, gamma, beta, eps, rms)
+        return self._cast(y, dtype), *self._quantized(y, *told)
+
+    def act_quantize(self, x: Value, act: str, *told: Any) -> tuple[Value, Value, Value]:
+        return self._quantized(self._act(self._float(x), act), *told)
+
+    def glu_quantize(
+        self, gate: Value, up: Value, act: str, *told: Any
+    ) -> tuple[Value, Value, Value]:
+        y = self.op.Mul(self._act(self._float(gate), act), self._float(up))
+        return self._quantized(y, *told)
+
+    def int8_linear(
+        self,
+        xq: Value,
+        x_scale: Value,
+        x_shift: Value,
+        wq: Value,
+        w_scale: Value,
+        w_sum: Value,
+        bias: Value | None,
+        residual: Value | None,
+        dtype: int,
+    ) -> Value:
+        op, added = self.op, None if bias is None else self._float(bias)
+        if self.form.static:
+            w = op.DequantizeLinear(op.Transpose(wq, perm=[1, 0]), w_scale, axis=1)
+            y = op.MatMul(self._dequantized(xq, x_scale, x_shift), w)
+        else:
+            if self.form.weight_bits == 7:
+                wq, w_scale, w_sum = self._seven_bits(wq, w_scale)
+            acc = self._product(xq, op.Transpose(wq, perm=[1, 0]))
+            y = op.Mul(op.Cast(acc, to=self.ir.DataType.FLOAT), op.Mul(x_scale, w_scale))
+            shifted = op.Mul(x_shift, w_sum)
+            added = shifted if added is None else op.Add(shifted, added)
+        if added is not None:
+            y = op.Add(y, added)
+        if residual is not None:
+            y = op.Add(y, self._float(residual))
+        return self._cast(y, dtype)
+
+    def attention(self, q: Value, k: Value, v: Value, scale: float, tile: str) -> Value:
+        op = self.op
+        kT = op.Transpose(self._float(k), perm=[0, 1, 3, 2])
+        scores = op.MatMul(op.Mul(self._float(q), self._f32(scale)), kT)
+        return self._cast(op.MatMul(op.Softmax(scores, axis=-1), self._float(v)), q.dtype)
+
+    # --- their parts -----------------------------------------------------------------------------
+
+    def _quantized(
+        self,
+        x: Value,
+        factor: Value | None = None,
+        low: float | None = None,
+        high: float | None = None,
+        clip: float | None = None,
+    ) -> tuple[Value, Value, Value]:
+        """numerics.quantize_rows: (xq, x_scale, x_shift)."""
+        op = self.op
+        if factor is not None:
+            x = op.Mul(x, factor)
+        if low is not None and high is not None:
+            return self._in_range(x, low, high)
+        if clip is not None:
+            x = op.Clip(x, self._f32(-clip), self._f32(clip))
+        half, last = self._f32(0.5), self._const(np.array([-1]))
+        most = op.Mul(op.Max(op.ReduceMax(x, last), self._f32(0.0)), half)
+        least = op.Mul(op.Min(op.ReduceMin(x, last), self._f32(0.0)), half)
+        x_shift = op.Add(most, least)
+        absmax = op.Max(op.Sub(most, least), self._f32(MIN_ABSMAX))
+        x_scale = op.Div(absmax, self._f32(QMAX))
+        rows = op.Flatten(op.Sub(x, x_shift), axis=-1)
+        scales = op.Reshape(x_scale, last)
+        zeros = op.Expand(self._zero([1]), op.Shape(scales))
+        xq = op.Reshape(op.QuantizeLinear(rows, scales, zeros, axis=0), op.Shape(x))
+        return self._steps(xq), x_scale, x_shift
+
+    def _in_range(self, x: Value, low: float, high: float) -> tuple[Value, Value, Value]:
+        """The same with one range for all rows."""
+        op = self.op
+        column = op.Concat(op.Shape(x, end=-1), self._const(np.array([1])), axis=0)
+        if self.form.static:
+            shift, absmax = np.float32(0), np.float32(max(-low, high, MIN_ABSMAX))
+        else:  # in float32, as the op has it
+            least, most, half = np.float32(low), np.float32(high), np.float32(0.5)
+            shift = half * most + half * least
+            absmax = max(most - shift, shift - least, np.float32(MIN_ABSMAX))
+            x = op.Sub(op.Clip(x, self._f32(least), self._f32(most)), self._f32(shift))
+        scale = self._f32(absmax / np.float32(QMAX))
+        xq = op.QuantizeLinear(x, scale, self._zero([]))
+        return self._steps(xq), op.Expand(scale, column), op.Expand(self._f32(shift), column)
+
+    def _product(self, xq: Value, wT: Value) -> Value:
+        """Exact int32 sums over xq [..., K] and wT [K, N]."""
+        op = self.op
+        if not self.form.unsigned:
+            return op.MatMulInteger(xq, wT)
+        if self._quantizer(xq) is None:  # a constant, which was quantised to int8 before
+            wide = op.Cast(xq, to=self.ir.DataType.INT32)
+            wide = op.Add(wide, self._const(np.array(128, np.int32)))
+            xq = op.Cast(wide, to=self.ir.DataType.UINT8)
+        return op.MatMulInteger(xq, wT, self._zero([]))
+
+    def _dequantized(self, xq: Value, x_scale: Value, x_shift: Value) -> Value:
+        """x in float again; of a constant, as its rows have it."""
+        op, quantizer = self.op, self._quantizer(xq)
+        if quantizer is not None:
+            return op.DequantizeLinear(xq, *quantizer.inputs[1:])
+        x = op.Mul(op.Cast(xq, to=self.ir.DataType.FLOAT), x_scale)
+        return op.Add(x, x_shift)
+
+    def _quantizer(self, xq: Value) -> Any | None:
+        """The QuantizeLinear that xq comes from through views of its rows. Those were declared
+        int8, which is what the op returns, and have the type of xq from here on."""
+        views, node = [xq], xq.producer()
+        while node is not None and node.op_type != "QuantizeLinear":
+            views.append(node.inputs[0])
+            node = node.inputs[0].producer()
+        if node is not None:
+            for view in views:
+                view.dtype = node.outputs[0].dtype
+        return node
+
+    def _seven_bits(self, wq: Value, w_scale: Value) -> tuple[Value, Value, Value]:
+        """wq, w_scale, w_sum with 64 steps instead of 127."""
+        op, types = self.op, self.ir.DataType
+        steps = op.Mul(op.Cast(wq, to=types.FLOAT), self._f32(QMAX7 / QMAX))
+        steps = op.Round(steps)
+        w_scale = op.Mul(w_scale, self._f32(QMAX / QMAX7))
+        sums = op.ReduceSum(steps, self._const(np.array([-1])), keepdims=0)
+        return op.Cast(steps, to=types.INT8), w_scale, op.Mul(sums, w_scale)
+
+    def _norm(self, x: Value, gamma: Value, beta: Value, eps: float, rms: bool) -> Value:
+        op, K, x = self.op, x.shape[-1], self._float(x)
+        gamma = self._const(np.ones(K, np.float32)) if gamma is None else self._float(gamma)
+        beta = None if beta is None else self._float(beta)
+        if not rms:
+            return op.LayerNormalization(x, gamma, beta, axis=-1, epsilon=eps)[0]
+        # spelled as onnxruntime's SimplifiedLayerNormFusion wants it; opset 23 has an operator
+        squares = op.ReduceMean(op.Pow(x, self._f32(2.0)), self._const(np.array([-1])))
+        y = op.Mul(op.Div(x, op.Sqrt(op.Add(squares, self._f32(eps)))), gamma)
+        return y if beta is None else op.Add(y, beta)
+
+    def _act(self, x: Value, act: str) -> Value:
+        """numerics.ACTIVATIONS"""
+        op = self.op
+        match act:
+            case "gelu":
+                return op.Gelu(x)
+            case "gelu_tanh":
+                return op.Gelu(x, approximate="tanh")
+            case "quick_gelu":
+                return op.Mul(x, op.Sigmoid(op.Mul(x, self._f32(1.702))))
+            case "silu":
+                return op.Mul(x, op.Sigmoid(x))
+            case "relu":
+                return op.Relu(x)
+            case "relu2":
+                return op.Mul(op.Relu(x), op.Relu(x))
+        raise UnsupportedInputError(f"no ONNX translation of the activation {act!r}")
+
+    # --- words -----------------------------------------------------------------------------------
+
+    def _float(self, x: Value) -> Value:
+        return self._cast(x, self.ir.DataType.FLOAT)
+
+    def _cast(self, x: Value, dtype: int) -> Value:
+        made_here = self.ir.DataType.FLOAT  # and not declared yet
+        return x if (x.dtype or made_here) == dtype else self.op.Cast(x, to=int(dtype))
+
+    def _steps(self, xq: Value) -> Value:
+        """Say what xq is: torch.onnx would take the op's word for it, int8."""
+        if self.form.unsigned:
+            xq.dtype = self.ir.DataType.UINT8
+        return xq
+
+    def _zero(self, shape: list[int]) -> Value:
+        """The step that stands for zero."""
+        zero = (128, np.uint8) if self.form.unsigned else (0, np.int8)
+        return self._const(np.full(shape, *zero))
+
+    def _f32(self, number: float | np.float32) -> Value:
+        return self._const(np.array(number, np.float32))
+
+    def _const(self, array: np.ndarray[Any, Any]) -> Value:
+        return self.op.Constant(value=self.ir.tensor(array))
