@@ -1,7 +1,7 @@
 """int8 for transformer encoders: `torch.compile(model, backend="graphquant")`."""
 
 from graphquant.accuracy import AccuracyReport, OutputAccuracy, SiteAccuracy
-from graphquant.api import calibrate, compare, explain, export, fit_budget
+from graphquant.api import calibrate, compare, explain, export, fit_budget, standalone
 from graphquant.budget import Budget, LeftInFloat
 from graphquant.calibration import Calibration
 from graphquant.config import Config
@@ -41,4 +41,5 @@ __all__ = [
     "export",
     "fit_budget",
     "refresh",
+    "standalone",
 ]
