@@ -2,7 +2,7 @@
 
 from graphquant import onnx, tensorrt
 from graphquant.accuracy import AccuracyReport, OutputAccuracy, SiteAccuracy
-from graphquant.api import calibrate, compare, explain, export, fit_budget
+from graphquant.api import calibrate, compare, explain, export, fit_budget, standalone
 from graphquant.budget import Budget, LeftInFloat
 from graphquant.calibration import Calibration
 from graphquant.config import Config
@@ -48,6 +48,7 @@ __all__ = [
     "optimize_",
     "refresh",
     "restore_",
+    "standalone",
     "tensorrt",
     "torchscript",
 ]
