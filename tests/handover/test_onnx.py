@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper  # noqa: TID253
 from torch import Tensor, nn
@@ -212,15 +212,21 @@ class Quantised(nn.Module):
             "transposed": tuple(t.transpose(0, 1) for t in ops.quantize(x.transpose(0, 1))),
         }
 
+    def keep(self, x: Tensor) -> tuple[Tensor, ...]:
+        y: tuple[Tensor, ...] = ops.norm_quantize_keep(
+            x, self.gamma, self.beta, 1e-5, False, torch.float32
+        )
+        return y
+
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         weight = self.one, self.scale, self.sum
         out = {
             name: ops.int8_linear(*quantised, *weight, None, None, torch.float32)
             for name, quantised in self.calls(x).items()
         }
-        keep = ops.norm_quantize_keep(x, self.gamma, self.beta, 1e-5, False, torch.float32)
-        out["kept"] = keep[0]
-        out["kept, residual"] = ops.int8_linear(*keep[1:], *weight, self.beta, x, torch.float32)
+        y, *kept = self.keep(x)
+        out["kept"] = y
+        out["kept, residual"] = ops.int8_linear(*kept, *weight, self.beta, x, torch.float32)
         constant = self.cq, self.c_scale, self.c_shift
         out["constant"] = x + ops.int8_linear(*constant, *weight, self.beta, None, torch.float32)
         return out
@@ -239,7 +245,6 @@ def quantised(
     return model, session(path)
 
 
-@settings(max_examples=30)
 @given(
     batch=st.integers(1, 5),
     length=st.integers(1, 9),
@@ -262,18 +267,18 @@ def test_every_op_means_the_same(
     x = size * (torch.randn(batch, length, K, generator=generator) + middle)
     got = made.run(None, {"x": x.numpy()})
     with torch.no_grad():
-        want, calls = model(x), model.calls(x)
+        want = model(x)
+        steps = {name: x_scale for name, (_, x_scale, _) in model.calls(x).items()}
+        steps["kept, residual"] = model.keep(x)[2]
     for output, g in zip(made.get_outputs(), got, strict=True):
-        off = (torch.from_numpy(g) - want[output.name]).abs()
-        # silu, tanh and the norm of almost equal values are known to 1e-5 of what they are made of
-        noise = 2e-5 * (want[output.name].abs().amax() + size * (1 + abs(middle)))
-        scale = calls[output.name][1] if output.name in calls else off.amax() / 1.0
-        if output.name in ("kept", "constant"):
-            assert (off <= 5e-4).all(), output.name
-            continue
-        assert (off <= scale * 1.001 + noise).all(), output.name
-        if size >= 1e-2:
-            assert (off > 0.5 * scale + noise).float().mean() < 0.05, output.name
+        name = output.name
+        off = (torch.from_numpy(g) - want[name]).abs()
+        # of float32, in x, in a norm of almost equal values, or in what is not quantised here
+        noise = 2e-5 * (want[name].abs().amax() + size * (1 + abs(middle)))
+        step = steps.get(name, torch.zeros(1))
+        assert (off <= 1.001 * step + noise).all(), name
+        if size >= 1e-2:  # below, a norm's eps leaves few steps, and ties are not rare
+            assert (off > 0.5 * step + noise).float().mean() < 0.05, name
 
 
 # --- onnxruntime's traps -------------------------------------------------------------------------
