@@ -37,6 +37,7 @@ WEIGHT = 3  # among the arguments of int8_linear
 QUANTISERS = tuple(
     op.target for op in (quantize, norm_quantize, norm_quantize_keep, act_quantize, glu_quantize)
 )
+ROUNDING = ("Cast", "Mul", "Round")  # what makes 7 bits of 8, in a translated graph
 KEPT = {"namespace", "pkg.torch.onnx.name_scopes"}  # of an operator's notes: the modules it is in
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -122,10 +123,12 @@ def save(
 def _name_weights(graph: Any) -> None:
     """ "layers.0.fc1.wq.T" for what a weight will be when it is turned."""
     for node in graph:
-        value = node.inputs[0] if node.op_type == "Transpose" else None
-        while value is not None and (made_by := value.producer()) is not None:
-            value = made_by.inputs[0] if made_by.inputs else None
-        if value is not None and value.is_initializer():
+        if node.op_type != "Transpose":
+            continue
+        value, made_by = node.inputs[0], node.inputs[0].producer()
+        while made_by is not None and made_by.op_type in ROUNDING:
+            value, made_by = made_by.inputs[0], made_by.inputs[0].producer()
+        if value.is_initializer() and value.dtype.name == "INT8":
             node.outputs[0].name = f"{value.name}.T"
 
 

@@ -99,6 +99,8 @@ def test_a_model_gives_what_graphquant_gives(name: str, profile: str, tmp_path: 
     with torch.no_grad():
         floats, own = model(*args, **kwargs), program.module()(*args, **kwargs)
     made = session(path, optimized=tmp_path / "optimized.onnx")
+    names = Counter(o for n in onnx.load(path).graph.node for o in n.output)
+    assert set(names.values()) == {1}
     assert [i.name for i in made.get_inputs()] == list(MODELS[name])
     assert [o.name for o in made.get_outputs()] == list(own)
     for got, ours, want in zip(
@@ -368,7 +370,8 @@ def test_seven_bits_cannot_overflow_16(tmp_path: Path) -> None:
     for bits in (8, 7):
         path = tmp_path / f"{bits}.onnx"
         graphquant.onnx.save(program, path, weight_bits=bits)
-        (w,) = weights(path).values()
+        ((name, w),) = weights(path).items()
+        assert name == "fc.wq.T"
         pairs = np.abs(w.astype(np.int32)).reshape(32, 2, 32).sum(1)  # rows k and k + 1
         assert (255 * pairs.max() < 2**15) == (bits == 7)
         (got,) = run(path, x)
