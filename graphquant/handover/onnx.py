@@ -37,6 +37,8 @@ WEIGHT = 3  # among the arguments of int8_linear
 QUANTISERS = tuple(
     op.target for op in (quantize, norm_quantize, norm_quantize_keep, act_quantize, glu_quantize)
 )
+ROUNDING = ("Cast", "Mul", "Round")  # what makes 7 bits of 8, in a translated graph
+KEPT = {"namespace", "pkg.torch.onnx.name_scopes"}  # of an operator's notes: the modules it is in
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -106,35 +108,57 @@ def save(
         opset_version=OPSET,
         custom_translation_table=dict(translations(form, opset20)),
         output_names=_output_names(program),
+        optimize=False,  # names first
         verbose=False,
     )
     assert made is not None
-    _weights_are_constants(made.model)
+    _name_weights(made.model.graph)
+    made.optimize()
+    if weight_bits == 7:
+        _round_weights(made.model)
+    _forget_sources(made.model.graph)
     made.save(path, external_data=external_data)
 
 
-def _weights_are_constants(model: Any) -> None:
-    """What the translation computes from weights is computed here, once."""
+def _name_weights(graph: Any) -> None:
+    """ "layers.0.fc1.wq.T" for what a weight will be when it is turned."""
+    for node in graph:
+        if node.op_type != "Transpose":
+            continue
+        value, made_by = node.inputs[0], node.inputs[0].producer()
+        while made_by is not None and made_by.op_type in ROUNDING:
+            value, made_by = made_by.inputs[0], made_by.inputs[0].producer()
+        if value.is_initializer() and value.dtype.name == "INT8":
+            node.outputs[0].name = f"{value.name}.T"
+
+
+def _round_weights(model: Any) -> None:
+    """Compute 7-bit weights: optimisers leave what is large to the runtime."""
     from onnxscript.optimizer import fold_constants
 
     fold_constants(model, input_size_limit=sys.maxsize, output_size_limit=sys.maxsize)
 
 
+def _forget_sources(graph: Any) -> None:
+    """torch.onnx notes with every operator the lines of Python it comes from, in the words and by
+    the paths of this machine: most of a small file, and nobody else's business."""
+    for node in graph:
+        for key in node.metadata_props.keys() - KEPT:
+            del node.metadata_props[key]
+
+
 def _output_names(program: ExportedProgram) -> list[str]:
     """One for each tensor among the outputs: "last_hidden_state", "hidden_states.0"."""
     signature, spec = program.graph_signature, program.call_spec.out_spec
-    specs = [s.arg for s in signature.output_specs if s.kind is OutputKind.USER_OUTPUT]
     assert spec is not None
-    tree = tree_unflatten(specs, spec)
-    names = {
-        path: ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
-        for path, arg in tree_leaves_with_path(tree)
-        if isinstance(arg, TensorArgument)
-    }
-    return [
-        f"output_{name}".strip("_") if not name or name[0].isdigit() else name
-        for name in names.values()
+    outputs = [s.arg for s in signature.output_specs if s.kind is OutputKind.USER_OUTPUT]
+    paths = [
+        ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+        for path, output in tree_leaves_with_path(tree_unflatten(outputs, spec))
+        if isinstance(output, TensorArgument)
     ]
+    names = [f"output_{p}".rstrip("_") if not p or p[0].isdigit() else p for p in paths]
+    return [f"{name}_out" if name in signature.user_inputs else name for name in names]
 
 
 def _only_float32(program: ExportedProgram, profile: str) -> None:

@@ -73,6 +73,7 @@ class _Translation:
         from onnxscript import ir
 
         self.form, self.op, self.ir = form, op, ir
+        self.weights: dict[int, tuple[Value, Value, Value]] = {}  # by what they are made of
 
     # --- the ops ---------------------------------------------------------------------------------
 
@@ -112,14 +113,13 @@ class _Translation:
         dtype: int,
     ) -> Value:
         op, added = self.op, None if bias is None else self._float(bias)
+        wT, w_scale, w_sum = self._weight(wq, w_scale, w_sum)
         if self.form.static:
-            w = op.DequantizeLinear(op.Transpose(wq, perm=[1, 0]), w_scale, axis=1)
+            w = op.DequantizeLinear(wT, w_scale, axis=1)
             y = op.MatMul(self._dequantized(xq, x_scale, x_shift), w)
         else:
-            if self.form.weight_bits == 7:
-                wq, w_scale, w_sum = self._seven_bits(wq, w_scale)
-            acc = self._product(xq, op.Transpose(wq, perm=[1, 0]))
-            y = op.Mul(op.Cast(acc, to=self.ir.DataType.FLOAT), op.Mul(x_scale, w_scale))
+            acc = op.Cast(self._product(xq, wT), to=self.ir.DataType.FLOAT)
+            y = op.Mul(acc, op.Mul(x_scale, w_scale))
             shifted = op.Mul(x_shift, w_sum)
             added = shifted if added is None else op.Add(shifted, added)
         if added is not None:
@@ -210,14 +210,21 @@ class _Translation:
                 view.dtype = node.outputs[0].dtype
         return node
 
+    def _weight(self, wq: Value, w_scale: Value, w_sum: Value) -> tuple[Value, Value, Value]:
+        """wT [K, N], w_scale, w_sum in the file's bits; the same for all linears that read wq."""
+        if (weight := self.weights.get(id(wq))) is None:
+            seven = self.form.weight_bits == 7
+            q, w_scale, w_sum = self._seven_bits(wq, w_scale) if seven else (wq, w_scale, w_sum)
+            weight = self.weights[id(wq)] = self.op.Transpose(q, perm=[1, 0]), w_scale, w_sum
+        return weight
+
     def _seven_bits(self, wq: Value, w_scale: Value) -> tuple[Value, Value, Value]:
-        """wq, w_scale, w_sum with 64 steps instead of 127."""
+        """64 steps instead of 127."""
         op, types = self.op, self.ir.DataType
-        steps = op.Mul(op.Cast(wq, to=types.FLOAT), self._f32(QMAX7 / QMAX))
-        steps = op.Round(steps)
+        steps = op.Round(op.Mul(op.Cast(wq, to=types.FLOAT), self._f32(QMAX7 / QMAX)))
         w_scale = op.Mul(w_scale, self._f32(QMAX / QMAX7))
-        sums = op.ReduceSum(steps, self._const(np.array([-1])), keepdims=0)
-        return op.Cast(steps, to=types.INT8), w_scale, op.Mul(sums, w_scale)
+        w_sum = op.Mul(op.ReduceSum(steps, self._const(np.array([-1])), keepdims=0), w_scale)
+        return op.Cast(steps, to=types.INT8), w_scale, w_sum
 
     def _norm(self, x: Value, gamma: Value, beta: Value, eps: float, rms: bool) -> Value:
         op, K, x = self.op, x.shape[-1], self._float(x)
