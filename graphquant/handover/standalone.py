@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from graphquant.ops import OPS, attention, int8_linear
@@ -50,10 +51,15 @@ def _plain(spec: TreeSpec) -> TreeSpec:
 
 
 def _int8_linear(xq: Tensor, *args: Any) -> Tensor:
-    if xq.device.type != "cuda":
-        return int8_linear.reference(xq, *args)  # type: ignore[no-any-return]
-    acc = int_mm(xq.reshape(-1, xq.shape[-1]), args[2]).float()
-    return epilogue(acc, xq, *args)
+    fn = by_int_mm if xq.device.type == "cuda" else int8_linear.reference
+    y: Tensor = fn(xq, *args)
+    return y
+
+
+def by_int_mm(xq: Tensor, *args: Any) -> Tensor:
+    """int8_linear.reference by one int8 product."""
+    wq = args[2]
+    return epilogue(int_mm(xq.reshape(-1, xq.shape[-1]), wq).float(), xq, *args)
 
 
 def int_mm(xq: Tensor, wq: Tensor) -> Tensor:
@@ -61,11 +67,16 @@ def int_mm(xq: Tensor, wq: Tensor) -> Tensor:
     M, K = xq.shape
     N = wq.shape[0]
     k, n = -K % MULTIPLE, -N % MULTIPLE
-    m = torch.sym_max(LEAST_M - M, 0)
-    return torch._int_mm(F.pad(xq, (0, k, 0, m)), F.pad(wq, (0, k, 0, n)).T)[:M, :N]
+    m = 0 if statically_known_true(M >= LEAST_M) else torch.sym_max(LEAST_M - M, 0)
+    if k or isinstance(m, torch.SymInt) or m:
+        xq = F.pad(xq, (0, k, 0, m))
+    if k or n:
+        wq = F.pad(wq, (0, k, 0, n))
+    return torch._int_mm(xq, wq.t())[:M, :N]
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> Tensor:
-    if q.device.type != "cuda":
-        return attention.reference(q, k, v, scale, tile)  # type: ignore[no-any-return]
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    if q.device.type == "cuda":  # the op is one for half floats, and so are torch's fast kernels
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    y: Tensor = attention.reference(q, k, v, scale, tile)
+    return y

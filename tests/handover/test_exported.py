@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import graphquant
 from graphquant import OptionError, Report, UnsupportedInputError
 from graphquant.passes.pipeline import linear_path
+from tests.handover.processes import in_a_new_process
 from tests.models import BREAKS, error, pairs, run_entry, same_structure
 from tests.models import on as moved
 from tests.small import Mlp, Model, again, seeded
@@ -264,12 +263,6 @@ with torch.no_grad():
     assert torch.equal(program.module()(x), want)
 print("equal")
 """
-
-
-def in_a_new_process(code: str, *args: object) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-c", code, *map(str, args)]
-    root = Path(graphquant.__file__).parents[1]
-    return subprocess.run(words, capture_output=True, text=True, cwd=root, timeout=300)
 
 
 def test_a_file_loads_in_a_new_process_that_has_imported_graphquant(tmp_path: Path) -> None:
