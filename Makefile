@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 # The model comes out of a package; nothing asks a model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test check nightly gpu clean
+.PHONY: help demo test check docs nightly gpu clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -23,6 +23,7 @@ help:
 	@echo "make demo     embed real sentences in float and in int8, and compare"
 	@echo "make test     all tests but the slow ones"
 	@echo "make check    ruff, mypy, import-linter"
+	@echo "make docs     the pages of docs/ as a site, in build/docs"
 	@echo "make nightly  all tests, with many more random examples"
 	@echo "make gpu      the tests that need an NVIDIA GPU; says so when there is none"
 	@echo "make clean    remove .venv and everything generated"
@@ -43,6 +44,10 @@ check: $(VENV)/.lint
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+docs: $(VENV)/.docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
+	@echo "open build/docs/index.html, or with its search: python3 -m http.server -d build/docs"
 
 gpu: $(VENV)/.test
 	@$(BIN)/python -m tools.check --gpu $(ARGS)
@@ -76,10 +81,15 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	@echo "installing graphquant and what the tests need"
-	@$(PIP) -e '.[test,demo]'
+	@$(PIP) -e '.[test,demo,docs]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.torch pyproject.toml
 	@echo "installing graphquant and what the checks need"
 	@$(PIP) -e '.[lint]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	@echo "installing graphquant and what builds the site"
+	@$(PIP) -e '.[docs]'
 	@touch $@

@@ -1,8 +1,8 @@
 """int8 for transformer encoders: `torch.compile(model, backend="graphquant")`."""
 
-from graphquant import onnx
+from graphquant import onnx, tensorrt
 from graphquant.accuracy import AccuracyReport, OutputAccuracy, SiteAccuracy
-from graphquant.api import calibrate, compare, explain, export, fit_budget
+from graphquant.api import calibrate, compare, explain, export, fit_budget, standalone
 from graphquant.budget import Budget, LeftInFloat
 from graphquant.calibration import Calibration
 from graphquant.config import Config
@@ -16,6 +16,7 @@ from graphquant.errors import (
     UnsupportedInputError,
 )
 from graphquant.handover.torchscript import torchscript
+from graphquant.inplace import LiveReport, optimize_, restore_
 from graphquant.packed import refresh
 from graphquant.report import Outcome, Report
 
@@ -28,6 +29,7 @@ __all__ = [
     "Config",
     "GraphquantError",
     "LeftInFloat",
+    "LiveReport",
     "MissingPackageError",
     "OptionError",
     "Outcome",
@@ -43,6 +45,10 @@ __all__ = [
     "export",
     "fit_budget",
     "onnx",
+    "optimize_",
     "refresh",
+    "restore_",
+    "standalone",
+    "tensorrt",
     "torchscript",
 ]

@@ -23,6 +23,7 @@ from graphquant.config import Config, literally
 from graphquant.errors import GraphquantError, OptionError, UnsupportedInputError
 from graphquant.fit import Trials
 from graphquant.handover.exported import to_program
+from graphquant.handover.standalone import without_ops
 from graphquant.paired import Pair
 from graphquant.passes.ir import Captured
 from graphquant.passes.pipeline import rewrite
@@ -33,7 +34,7 @@ from graphquant.watched import Paths
 
 log = logging.getLogger(__name__)
 
-OF_COMPILATION = ("inner", "mode", "inductor", "free_weights")
+OF_COMPILATION = ("inner", "mode", "inductor", "tensorrt", "free_weights")
 
 
 def explain(
@@ -99,6 +100,28 @@ def export(
     if config.on_report is not None:
         config.on_report(report)
     return program
+
+
+def standalone(program: ExportedProgram) -> ExportedProgram:
+    """The same program without graphquant's ops: it runs where graphquant is not.
+
+    program  what `export` returned, or `torch.export.load` of it; it stays as it is
+
+    Every op of graphquant is replaced by what it means in torch's own ops. torch.export.load needs
+    no import of graphquant then, nor of the model's library: what the model returned as a class of
+    its own is a dict with the same names, or a tuple. AOTInductor compiles it to a package that a
+    C++ program runs without Python.
+
+    On the CPU the results are the same, bit for bit. On CUDA the int8 products are
+    `torch._int_mm`, and what Inductor makes of the rest takes the place of graphquant's kernels.
+
+    Raises UnsupportedInputError for anything but an ExportedProgram.
+    """
+    if not isinstance(program, ExportedProgram):
+        raise UnsupportedInputError(
+            f"standalone needs what graphquant.export returned, got {type(program).__name__}"
+        )
+    return without_ops(program)
 
 
 def compare(

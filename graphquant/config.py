@@ -16,7 +16,7 @@ from torch import Tensor
 
 from graphquant.errors import OptionError
 
-INNERS = ("inductor", "eager", "aot_eager")
+INNERS = ("inductor", "eager", "aot_eager", "torch_tensorrt")
 SELECTS = ("faster", "always")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 ACTIVATIONS = ("dynamic", "static")
@@ -51,7 +51,8 @@ class Config:
     """
 
     inner: str = "inductor"
-    """What runs the rewritten graph: "inductor", "eager" (as it stands) or "aot_eager"."""
+    """What runs the rewritten graph: "inductor", "eager" (as it stands), "aot_eager", or
+    "torch_tensorrt": engines around the int8 ops, which stay with PyTorch."""
     mode: str | None = None
     """Inductor's mode: torch.compile's own `mode=` cannot be given next to `options=`."""
     select: str = ""
@@ -95,6 +96,8 @@ class Config:
     """Called with the Report of each graph that is compiled, e.g. `print`."""
     inductor: Mapping[str, Any] = field(default_factory=dict)
     """Options handed to Inductor for this compilation, e.g. {"max_autotune": True}."""
+    tensorrt: Mapping[str, Any] = field(default_factory=dict)
+    """Options handed to Torch-TensorRT with inner="torch_tensorrt", e.g. {"min_block_size": 1}."""
 
     def __post_init__(self) -> None:
         _one_of("inner", self.inner, INNERS)
@@ -139,6 +142,10 @@ class Config:
             raise OptionError(f"on_report must be callable, got {self.on_report!r}")
         if not isinstance(self.inductor, Mapping):
             raise OptionError(f"inductor must be a dict of Inductor options, got {self.inductor!r}")
+        if not isinstance(self.tensorrt, Mapping):
+            raise OptionError(
+                f"tensorrt must be a dict of Torch-TensorRT's options, got {self.tensorrt!r}"
+            )
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Config:

@@ -255,6 +255,13 @@ def refresh(module: torch.nn.Module | None = None) -> None:
             _renew(chain(module.parameters(), module.buffers()))
 
 
+def forget(module: torch.nn.Module) -> None:
+    """Let go of all that was packed for this module. Who still uses it packs it again."""
+    with _lock:
+        for t in chain(module.parameters(), module.buffers()):
+            t.__dict__.pop(_MARK, None)
+
+
 def _renew(tensors: Any) -> None:
     for t in tensors:
         mark = t.__dict__.get(_MARK)

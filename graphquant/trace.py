@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from types import FunctionType
 from typing import Any
@@ -58,10 +58,10 @@ class Trace:
         if not self._reports:
             raise GraphquantError(f"torch.compile found no tensor code in {type(model).__name__}")
         report = Report.merge(self._reports)
-        return replace(report, notes=(*report.notes, *_unseen(model, self._seen)))
+        return replace(report, notes=(*report.notes, *unseen(model, self._seen)))
 
 
-def _unseen(model: Callable[..., Any], seen: set[int]) -> Iterator[str]:
+def unseen(model: Callable[..., Any], seen: Collection[Any]) -> Iterator[str]:
     """A note if the model has linears that no graph holds: coverage does not count them."""
     if not isinstance(model, nn.Module):
         return

@@ -15,17 +15,14 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
-from graphquant.passes.pipeline import INT8_RULES
 from graphquant.report import Report
 from tools.inspect_graph import Inspected, Line, align
+from tools.rule_colors import COLORS, GONE, rules_of
 
 NO_DOT = (
     "drawing needs Graphviz's program `dot`, which is not on the PATH: apt-get install graphviz"
 )
 
-FILLS = ("#8ecae6", "#a7d49b", "#ffd166", "#f4a6b7", "#cdb4db", "#f7b267", "#9ad9d2", "#d9c5a0")
-COLORS = {rule.name: FILLS[i % len(FILLS)] for i, rule in enumerate(INT8_RULES)}
-GONE = "#e2e2e2"  # dropped by normalisation, or moved into an epilogue
 LEGEND_WIDTH = 4  # cells in a row
 
 
@@ -61,14 +58,9 @@ def _graph(name: str, one: Inspected) -> Iterator[str]:
         for row in align(one.before, one.after)
         if row.kind != "replaced" and row.before is not None
     ]
-    taken = {o.node: o.rules for o in one.report.outcomes}
+    taken, made = rules_of(one)
     gone = {line.node: taken.get(line.node) or (GONE,) for line in one.before}
     gone |= dict.fromkeys(kept, ())
-    made = {line.node: (line.rule,) for line in one.after if line.rule}
-    for line in one.after:
-        if line.op == "int8_linear":  # what quantises its input tells how it came about
-            first = made.get(line.reads[0], ()) if line.reads else ()
-            made[line.node] = tuple(dict.fromkeys((*first, line.rule)))
     yield from _side(f"{name}_before", f"before: {len(one.before)} operations", one.before, gone)
     yield from _side(f"{name}_after", f"after: {len(one.after)} operations", one.after, made)
     for i, node in enumerate(kept):

@@ -41,7 +41,7 @@ class Line:
     op      "linear", "int8_linear", ..., "input" or "return"
     call    "linear(layer_norm, q_proj.weight, q_proj.bias)"
     values  shape and dtype of each result, "[2, 50, 64] float32"
-    rule    the rule that made it; "" for what the model brought
+    rule    the rule that made it; "" for what the model brought; an ONNX node's kind
     path    the module that called it, "encoder.layers.0.mlp"
     reads   the `node` of every line whose results it reads
     weights parameters and packed weights among its arguments, as they stand in `call`
@@ -178,7 +178,7 @@ class _Writer:
 
     def __init__(self, captured: Captured, inputs: Mapping[Node, str]) -> None:
         self._captured = captured
-        self._labels: dict[Node, str] = {n: _short(name) for n, name in captured.names.items()}
+        self._labels: dict[Node, str] = {n: short(name) for n, name in captured.names.items()}
         self._used = {n.name for n in captured.gm.graph.nodes}
         self._owner: dict[Node, str] = {}  # node -> the line that shows it
         for node, name in inputs.items():
@@ -317,7 +317,7 @@ class _Writer:
         return str(value).removeprefix("torch.")
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
     """ "layers.0.attention.q_proj.weight" -> "q_proj.weight"."""
     return ".".join(name.split(".")[-2:])
 

@@ -6,17 +6,21 @@ what comes out is a program like any other, with torch's own checks of its input
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain, count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
+from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.utils._pytree import tree_leaves
+from torch.utils._sympy.numbers import int_oo
 
 from graphquant.capture import from_export
 from graphquant.config import Config
+from graphquant.handover import lowering
 from graphquant.passes.graph import operand, shape
 from graphquant.passes.ir import Captured
 from graphquant.passes.pipeline import linear_path, rewrite
@@ -33,23 +37,52 @@ def to_program(
 ) -> tuple[ExportedProgram, Report]:
     """Export, rewrite, pack, and export what came of it."""
 
-    def exported(module: nn.Module) -> ExportedProgram:
+    def exported(module: nn.Module, sizes: Any) -> ExportedProgram:
         return torch.export.export(
-            module, tuple(args), dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False
+            module, tuple(args), dict(kwargs), dynamic_shapes=sizes, strict=False
         )
 
     with torch.no_grad():
-        program = exported(model)
+        program = exported(model, dynamic_shapes)
         captured = from_export(program)
         if captured is None:  # a program of numbers only
             return program, Report(())
+        sizes = _sizes(program, tree_leaves((tuple(args), dict(kwargs))))
         report = rewrite(captured, config)
-        return exported(packed(captured)), report
+        int8 = exported(packed(captured), sizes)
+    lowering.register()  # for AOTInductor, which torch calls by itself
+    return int8, report
+
+
+def _sizes(program: ExportedProgram, inputs: Sequence[Any]) -> ShapesCollection:
+    """Which sizes of the inputs may be others, as the program found: it may have narrowed what it
+    was told, and its graph is right for those sizes alone."""
+    placeholders = program.graph.find_nodes(op="placeholder")[-len(inputs) or None :]
+    dims: dict[Any, Any] = {}
+
+    def dim(size: torch.SymInt) -> Any:
+        """A Dim, or a * Dim + b."""
+        (symbol,) = (expr := size.node.expr).free_symbols
+        if symbol not in dims:
+            found = program.range_constraints[symbol]
+            top = None if found.upper >= int_oo else int(found.upper)
+            dims[symbol] = Dim(str(symbol), min=int(found.lower), max=top)
+        if expr == symbol:
+            return dims[symbol]
+        return int(expr.coeff(symbol, 1)) * dims[symbol] + int(expr.coeff(symbol, 0))
+
+    sizes = ShapesCollection()
+    for node, value in zip(placeholders, inputs, strict=True):
+        if isinstance(value, Tensor):
+            found = enumerate(node.meta["val"].shape)
+            sizes[value] = {i: dim(n) for i, n in found if not is_concrete_int(n)}
+    return sizes
 
 
 def packed(captured: Captured) -> GraphModule:
     """The rewritten graph as a module with packed weights in buffers: "layers.0.fc1.wq"."""
     gm, graph = captured.gm, captured.gm.graph
+    theirs = {id(t) for t in chain(gm.parameters(), gm.buffers())}
     first = next(iter(graph.nodes))
 
     def new_input(name: str) -> Node:
@@ -59,11 +92,15 @@ def packed(captured: Captured) -> GraphModule:
 
     for packing in prepack(captured, new_input):
         values = packing.recipe.compute([captured.parameters[r].detach() for r in packing.roots])
-        path = _path([captured.names[r] for r in packing.roots if len(shape(r)) > 1])
+        path = _path([captured.names[r] for r in packing.roots if len(shape(r)) == 2])
         for node, value in zip(packing.inputs, values, strict=True):
-            node.target = _keep(gm, f"{path}.{operand(node)}", value)
+            if node.users:  # a quantiser of nothing but weights was packed with its result
+                node.target = _keep(gm, f"{path}.{operand(node)}", value)
+    graph.eliminate_dead_code()
     graph.lint()
-    return GraphModule(gm, graph)  # holds what the graph reads, and nothing else
+    module = GraphModule(gm, graph)  # holds what the graph reads, and nothing else
+    _copy(module, theirs)
+    return module
 
 
 def _path(weights: Sequence[str]) -> str:
@@ -79,21 +116,38 @@ def _path(weights: Sequence[str]) -> str:
 
 def _keep(root: nn.Module, name: str, value: Tensor) -> str:
     """Make it a buffer, under this name if that is free."""
-    path, _, last = name.rpartition(".")
+    *path, last = name.split(".")
+    taken: list[str] = []
     owner = root
-    kept = []
-    for part in filter(None, path.split(".")):
-        # a weight may be a parameter of that name itself
-        free = next(n for n in _names(part) if isinstance(getattr(owner, n, owner), nn.Module))
-        if not hasattr(owner, free):
-            owner.add_module(free, nn.Module())
-        owner = owner.get_submodule(free)
-        kept.append(free)
-    free = next(n for n in _names(last) if not hasattr(owner, n))
+    for part in path:
+        found = (n for n in _numbered(part) if isinstance(getattr(owner, n, owner), nn.Module))
+        taken.append(next(found))
+        if not hasattr(owner, taken[-1]):
+            owner.add_module(taken[-1], nn.Module())
+        owner = owner.get_submodule(taken[-1])
+    free = next(n for n in _numbered(last) if not hasattr(owner, n))
     owner.register_buffer(free, value)
-    return ".".join((*kept, free))
+    return ".".join((*taken, free))
 
 
-def _names(wanted: str) -> Iterator[str]:
-    """That name, and others like it."""
-    return chain([wanted], (f"{wanted}_{i}" for i in count(1)))
+def _numbered(name: str) -> chain[str]:
+    return chain([name], (f"{name}_{i}" for i in count(1)))
+
+
+def _copy(module: nn.Module, theirs: set[int]) -> None:
+    """Copies of these tensors, for which no gradient is kept, in place of them: the module does not
+    follow a model that changes."""
+    copies: dict[int, Tensor] = {}
+    held: list[dict[str, Any]] = []
+    for owner in module.modules():
+        held += (owner._parameters, owner._buffers)
+    for table in held:
+        for name, tensor in table.items():
+            if id(tensor) not in theirs:
+                continue
+            if id(tensor) not in copies:
+                with torch.inference_mode(False):
+                    copy = tensor.detach().clone()
+                is_parameter = isinstance(tensor, nn.Parameter)
+                copies[id(tensor)] = nn.Parameter(copy, False) if is_parameter else copy
+            table[name] = copies[id(tensor)]

@@ -1,4 +1,4 @@
-"""What runs the rewritten graph under torch.compile: Inductor, aot_eager or plain eager."""
+"""What runs the rewritten graph under torch.compile: Inductor, TensorRT, aot_eager or eager."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule, Node
 
 from graphquant.config import Config
-from graphquant.handover import lowering
+from graphquant.handover import lowering, tensorrt
 from graphquant.ops import int8_linear
 from graphquant.ops.int8_linear.tiled import Operands, Problem, tune
 from graphquant.passes.graph import full_args
@@ -28,6 +28,8 @@ def compile_graph(
     if config.inner == "aot_eager":
         aot_eager = torch._dynamo.lookup_backend("aot_eager")
         return aot_eager(gm, list(example_inputs))
+    if config.inner == "torch_tensorrt":
+        return tensorrt.compile_graph(gm, example_inputs, config)
     lowering.register()
     mode = config.mode or "default"
     if mode.startswith("max-autotune"):

@@ -66,6 +66,9 @@ def _constrain(op: Op, node: Node, *args: Any) -> tuple[tuple[Any, ...], dict[st
 def _lower(op: Op, *args: Any) -> Any:
     results = V.graph.current_node.meta["val"]
     fakes = results if isinstance(results, tuple) else (results,)
+    if V.graph.aot_mode:
+        overload, args = op.typed(args)
+        return fallback_handler(overload, add_to_fallback_set=False)(*args)
     if V.graph.cpp_wrapper or not _has_sites(fakes[0].device) or not all(map(_is_static, fakes)):
         return fallback_handler(op.target, add_to_fallback_set=False)(*args)
     over = _overlay(op, args[0], fakes[0])

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from graphquant.errors import UnsupportedInputError
+from graphquant.ops.checks import FLOATS
 from graphquant.ops.launch import native, prepare, stream_of
 
 # Library.define + impl costs 3 us a call; torch.library.custom_op 15 to 24.
@@ -29,6 +30,7 @@ OPS: dict[str, Op] = {}
 
 # The last arguments of every quantiser (numerics.py).
 QUANTISED = "Tensor? factor=None, float? low=None, float? high=None, float? clip=None"
+DTYPE = "dtype"
 MAX_SITES = 4096  # of one op: one for each combination of shapes it was called with
 
 
@@ -72,6 +74,15 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         return self.target(*args)
+
+    def typed(self, args: Sequence[Any]) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
+        """The same call without a dtype among its arguments: an overload is named after it."""
+        names = [a.name for a in self.target._schema.arguments]
+        if DTYPE not in names:
+            return self.target, tuple(args)
+        i = names.index(DTYPE)
+        overload = getattr(getattr(torch.ops.graphquant, self.name), _overload(args[i]))
+        return overload, (*args[:i], *args[i + 1 :])
 
     def full(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """All of the schema's arguments: torch leaves out the last ones if they are defaults."""
@@ -196,6 +207,8 @@ def define(
             check(*args)
             return fake(*args)
 
+        if DTYPE in declared:
+            _define_typed(op, schema, declared.index(DTYPE))
         LIB.impl(op.name, op._by_reference, "CPU")
         LIB.impl(op.name, op._on_cuda if kernels else op._by_reference, "CUDA")
         torch.library.register_fake(f"graphquant::{op.name}", checked_fake, lib=LIB)
@@ -203,6 +216,27 @@ def define(
         return op
 
     return make
+
+
+def _define_typed(op: Op, schema: str, at: int) -> None:
+    """An overload for each dtype that the op's argument no. `at` can be: `int8_linear.float32`.
+
+    AOTInductor of torch 2.11 hands another dtype to a Python op than the graph says.
+    """
+    for dtype in FLOATS:
+
+        def call(*args: Any, dtype: torch.dtype = dtype) -> Any:
+            return op.target(*args[:at], dtype, *args[at:])
+
+        name = f"{op.name}.{_overload(dtype)}"
+        LIB.define(
+            name + schema.replace(f", ScalarType {DTYPE}", ""), tags=(torch.Tag.pt2_compliant_tag,)
+        )
+        LIB.impl(name, call, "CompositeImplicitAutograd")
+
+
+def _overload(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def site(name: str, *constants: Any) -> Any:

@@ -145,10 +145,10 @@ def quantize_rows(
         return _in_range(x, low, high)
     if clip is not None:
         x = x.clamp(-clip, clip)
-    most = x.amax(-1, keepdim=True).clamp_(min=0.0)
-    least = x.amin(-1, keepdim=True).clamp_(max=0.0)
+    most = x.amax(-1, keepdim=True).clamp(min=0.0)
+    least = x.amin(-1, keepdim=True).clamp(max=0.0)
     shift = 0.5 * most + 0.5 * least  # halves first: most - least may overflow
-    absmax = (0.5 * most - 0.5 * least).clamp_(min=MIN_ABSMAX)
+    absmax = (0.5 * most - 0.5 * least).clamp(min=MIN_ABSMAX)
     return *_in_steps(x - shift, absmax), shift
 
 
@@ -156,7 +156,7 @@ def _in_range(x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tenso
     """x [..., K] float32 in the steps of a range that is given."""
     least, most = x.new_full((1,), low), x.new_full((1,), high)
     shift = 0.5 * most + 0.5 * least
-    absmax = torch.maximum(most - shift, shift - least).clamp_(min=MIN_ABSMAX)
+    absmax = torch.maximum(most - shift, shift - least).clamp(min=MIN_ABSMAX)
     x = torch.fmin(torch.fmax(x, least), most)  # nan becomes low
     lead = (*x.shape[:-1], 1)
     xq, scale = _in_steps(x - shift, absmax.expand(lead))
@@ -179,7 +179,8 @@ def _in_steps(x: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
     """x [..., K] as int8 steps of absmax / 127, clamped to 127 of them, and that scale."""
     # a tensor: with a number torch would take a reciprocal, in two roundings (denormal near 3e38)
     qmax = torch.full_like(absmax, QMAX)
-    steps = torch.round(x * (qmax / absmax)).clamp_(-QMAX, QMAX)
-    xq = empty_rows(x, x.shape)
-    with_pads(xq)[..., x.shape[-1] :] = 0
-    return xq.copy_(steps.nan_to_num_(nan=0.0)), absmax / qmax  # nan: absmax is inf or nan
+    steps = torch.round(x * (qmax / absmax)).clamp(-QMAX, QMAX)
+    xq = steps.nan_to_num(nan=0.0)  # nan: absmax is inf or nan
+    xq = xq.to(torch.int8, memory_format=torch.contiguous_format)
+    K = x.shape[-1]
+    return F.pad(xq, (0, padded(K) - K))[..., :K], absmax / qmax

@@ -187,6 +187,31 @@ def test_svg_without_graphviz_says_what_to_install(
     assert not list(tmp_path.iterdir())
 
 
+def test_compare_is_printed_and_stands_in_the_page_and_in_json(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    page, data = tmp_path / "graph.html", tmp_path / "graph.json"
+    out = shown(capsys, "timm_block", "--compare", "--html", str(page), "--json", str(data))
+    assert f"wrote {page}" in out
+    sites = json.loads(data.read_text())["accuracy"]["sites"]
+    assert len(sites) == 8
+    text = page.read_text(encoding="utf-8")
+    for site in sites:
+        assert f"{site['local']['sqnr_db']:.1f} dB local" in text
+        assert f"│ {site['path']} " in out
+
+
+def test_a_page_can_be_had_without_errors(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, user_module: str
+) -> None:
+    page = tmp_path / "graph.html"
+    argv = ["--model", f"{user_module}:make", "--html", str(page), "--config", "quantize=False"]
+    shown(capsys, *argv)
+    text = page.read_text(encoding="utf-8")
+    assert "graph 2 of 2" in text and "quantize=False" in text
+    assert "dB" not in text.partition("<script>")[0].partition("<header>")[2]
+
+
 def test_both_capture_routes_find_the_same(vit: dict[str, Inspected]) -> None:
     compiled, exported = vit["compile"].report, vit["export"].report
     assert compiled.counts() == exported.counts()

@@ -19,6 +19,8 @@ The layouts that the quantisers write are the fast ones; any strides are right.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -94,14 +96,14 @@ def _exact_matmul(xq: Tensor, wq: Tensor) -> Tensor:
     By float32 GEMMs over chunks of K, each exact. torch._int_mm is 25 to 50 times slower on the
     CPU, and oneDNN's int8 saturates without VNNI.
     """
-    part = xq.new_empty((xq.shape[0], wq.shape[0]), dtype=torch.float32)
-    acc = None if xq.shape[1] <= EXACT_K else torch.zeros_like(part, dtype=torch.int32)
-    for k in range(0, xq.shape[1], EXACT_K):
-        x, w = (t[:, k : k + EXACT_K].float() for t in (xq, wq))
-        torch.mm(x, w.T, out=part)  # with out=: autocast leaves it in float32
-        if acc is not None:
-            acc += part.to(torch.int32)
-    return part if acc is None else acc.float()
+    with torch.autocast(xq.device.type, enabled=False):  # it would make the operands bfloat16
+        sums = [
+            torch.mm(xq[:, k : k + EXACT_K].float(), wq[:, k : k + EXACT_K].float().T)
+            for k in range(0, xq.shape[1], EXACT_K)
+        ]
+    if len(sums) == 1:
+        return sums[0]
+    return functools.reduce(torch.add, (s.to(torch.int32) for s in sums)).float()
 
 
 @define(
@@ -123,10 +125,26 @@ def int8_linear(
     dtype: torch.dtype,
 ) -> Tensor:
     acc = _exact_matmul(xq.reshape(-1, xq.shape[-1]), wq)
+    return epilogue(acc, xq, x_scale, x_shift, wq, w_scale, w_sum, bias, residual, dtype)
+
+
+def epilogue(
+    acc: Tensor,
+    xq: Tensor,
+    x_scale: Tensor,
+    x_shift: Tensor,
+    wq: Tensor,
+    w_scale: Tensor,
+    w_sum: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """y from the sums, acc [M, N] float32, and the op's arguments."""
     y = acc.view(*xq.shape[:-1], wq.shape[0])
-    y.mul_(x_scale).mul_(w_scale).addcmul_(x_shift, w_sum)
+    y = (y * x_scale * w_scale).addcmul(x_shift, w_sum)
     if bias is not None:
-        y += bias.float()
+        y = y + bias.float()
     if residual is not None:
-        y += residual.float()
+        y = y + residual.float()
     return y.to(dtype)

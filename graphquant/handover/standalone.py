@@ -1,0 +1,71 @@
+"""An exported program without graphquant's ops: their meaning, written in torch's own.
+
+A process that knows no graphquant can load what comes out, and AOTInductor compiles it to C++ and
+to kernels that need no Python. On a CPU every op becomes its reference, so nothing changes in the
+numbers. On CUDA an int8 product becomes `torch._int_mm`, as exact as ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from graphquant.ops import OPS, attention, int8_linear
+from graphquant.ops.int8_linear.op import epilogue
+
+# What torch._int_mm asks of [M, K] @ [K, N] on CUDA.
+LEAST_M = 17
+MULTIPLE = 8  # of K and N
+
+
+def without_ops(program: ExportedProgram) -> ExportedProgram:
+    """The program with every op of graphquant decomposed, and only torch's types in its result."""
+    table = {op.target: op.reference for op in OPS.values()}
+    table |= {int8_linear.target: _int8_linear, attention.target: _attention}
+    done: ExportedProgram = program.run_decompositions(table)
+    signature = done.module_call_graph[0].signature
+    if signature is not None:
+        signature.out_spec = _plain(signature.out_spec)
+    return done
+
+
+def _plain(spec: TreeSpec) -> TreeSpec:
+    """Dicts and tuples in place of a library's own, as transformers' outputs are: torch has to know
+    every type in a program that it loads."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, (tuple, list)):
+            return (list if type(value) is list else tuple)(map(plain, value))
+        return value
+
+    return tree_flatten(plain(tree_unflatten(range(spec.num_leaves), spec)))[1]
+
+
+def _int8_linear(xq: Tensor, *args: Any) -> Tensor:
+    if xq.device.type != "cuda":
+        return int8_linear.reference(xq, *args)  # type: ignore[no-any-return]
+    acc = int_mm(xq.reshape(-1, xq.shape[-1]), args[2]).float()
+    return epilogue(acc, xq, *args)
+
+
+def int_mm(xq: Tensor, wq: Tensor) -> Tensor:
+    """xq [M, K] @ wq [N, K].T, exact int32 [M, N], of any size."""
+    M, K = xq.shape
+    N = wq.shape[0]
+    k, n = -K % MULTIPLE, -N % MULTIPLE
+    m = torch.sym_max(LEAST_M - M, 0)
+    return torch._int_mm(F.pad(xq, (0, k, 0, m)), F.pad(wq, (0, k, 0, n)).T)[:M, :N]
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> Tensor:
+    if q.device.type != "cuda":
+        return attention.reference(q, k, v, scale, tile)  # type: ignore[no-any-return]
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)

@@ -1,0 +1,29 @@
+"""The colour of each rule, in every picture, and which rules a line of a graph stands for."""
+
+from __future__ import annotations
+
+from graphquant.passes.pipeline import INT8_RULES
+from tools.inspect_graph import Inspected
+
+FILLS = ("#8ecae6", "#a7d49b", "#ffd166", "#f4a6b7", "#cdb4db", "#f7b267", "#9ad9d2", "#d9c5a0")
+COLORS = {rule.name: FILLS[i % len(FILLS)] for i, rule in enumerate(INT8_RULES)}
+KIND_COLORS = {  # of nodes of an ONNX graph, see tools.onnx_graph
+    "int8 product": FILLS[1],
+    "quantise": FILLS[0],
+    "dequantise": FILLS[4],
+    "float product": FILLS[5],
+}
+GONE = "#e2e2e2"  # dropped by normalisation, or moved into an epilogue
+
+Rules = dict[str, tuple[str, ...]]  # by the `node` of a line
+
+
+def rules_of(one: Inspected) -> tuple[Rules, Rules]:
+    """The rules that took a line before, and those that made a line after."""
+    taken = {o.node: o.rules for o in one.report.outcomes if o.rules}
+    made = {line.node: (line.rule,) for line in one.after if line.rule}
+    for line in one.after:
+        if line.op == "int8_linear":  # what quantises its input tells how it came about
+            first = made.get(line.reads[0], ()) if line.reads else ()
+            made[line.node] = tuple(dict.fromkeys((*first, line.rule)))
+    return taken, made
