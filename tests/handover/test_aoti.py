@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +116,16 @@ def test_without_graphquant_torch_names_the_op_that_it_does_not_know(
     done = in_a_new_process(WITHOUT + RUN, packages.ops, device, packages.x, packages.folder / "no")
     assert done.returncode
     assert "Could not find schema for graphquant::norm_quantize" in done.stderr
+
+
+def test_calls_in_a_package_hand_over_no_dtype(packages: Packages) -> None:
+    with zipfile.ZipFile(packages.ops) as archive:
+        listed = [n for n in archive.namelist() if n.endswith("wrapper.json")]
+        calls = "".join(archive.read(n).decode() for n in listed)
+    assert {"graphquant::int8_linear.float32", "graphquant::norm_quantize_keep.float32"} <= {
+        node["node"]["target"] for node in json.loads(calls)["nodes"]
+    }
+    assert "as_scalar_type" not in calls  # torch 2.11 reads float64 where float32 was written
 
 
 def test_a_standalone_package_runs_where_graphquant_is_not(packages: Packages, device: str) -> None:
