@@ -119,8 +119,7 @@ def _lost(retraced: GraphModule) -> str | None:
 
 def from_export(program: ExportedProgram) -> Captured | None:
     """The module of an exported program, without its input checks. None if it has no tensors."""
-    module = program.module(check_guards=False)
-    gm = GraphModule(module, module.graph)  # a plain copy: the checks are hooks of `module`
+    gm = without_checks(program)
     attributes = {
         n: value
         for n in gm.graph.find_nodes(op="get_attr")
@@ -133,6 +132,12 @@ def from_export(program: ExportedProgram) -> Captured | None:
     for node, value in attributes.items():
         node.meta.setdefault("val", fake_mode.from_tensor(value, static_shapes=True))
     return Captured(gm, fake_mode, attributes, {n: str(n.target) for n in attributes})
+
+
+def without_checks(program: ExportedProgram) -> GraphModule:
+    """The program's module, which does not check its inputs."""
+    module = program.module(check_guards=False)
+    return GraphModule(module, module.graph)  # a plain copy: the checks are hooks of `module`
 
 
 def _is_parameter(value: Tensor) -> bool:

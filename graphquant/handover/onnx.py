@@ -6,37 +6,23 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind, TensorArgument
-from torch.fx import Node
 from torch.utils._pytree import tree_leaves_with_path, tree_unflatten
 
 from graphquant.errors import MissingPackageError, OptionError, UnsupportedInputError
 from graphquant.handover.onnx_ops import Form, translations
-from graphquant.ops import (
-    act_quantize,
-    glu_quantize,
-    int8_linear,
-    norm_quantize,
-    norm_quantize_keep,
-    quantize,
-)
-from graphquant.passes.graph import full_args, is_call
+from graphquant.handover.scales import dynamic_linears
 
 log = logging.getLogger(__name__)
 
 PROFILES = ("cpu", "portable", "qdq")
 WEIGHT_BITS = (7, 8)
 OPSET = 20  # the first with Gelu
-WEIGHT = 3  # among the arguments of int8_linear
-QUANTISERS = tuple(
-    op.target for op in (quantize, norm_quantize, norm_quantize_keep, act_quantize, glu_quantize)
-)
 ROUNDING = ("Cast", "Mul", "Round")  # what makes 7 bits of 8, in a translated graph
 KEPT = {"namespace", "pkg.torch.onnx.name_scopes"}  # of an operator's notes: the modules it is in
 _HALVES = (torch.float16, torch.bfloat16)
@@ -175,37 +161,12 @@ def _only_float32(program: ExportedProgram, profile: str) -> None:
 
 def _only_static(program: ExportedProgram) -> None:
     """Refuse scales that depend on the data, and say where they are."""
-    dynamic = [
-        path
-        for linear, path in int8_linears(program)
-        if (found := _quantiser(linear)) is not None and not _has_range(found)
-    ]
-    if dynamic:
+    if dynamic := list(dynamic_linears(program)):
         raise UnsupportedInputError(
             f"profile 'qdq' needs static scales, but those of {', '.join(dynamic)} are dynamic: "
             'export with activation="static" and a calibration that has seen them, or with '
             "exclude= to leave them in float"
         )
-
-
-def int8_linears(program: ExportedProgram) -> Iterator[tuple[Node, str]]:
-    """Every int8 linear of an exported program, and its path: "layers.0.fc1"."""
-    buffers = program.graph_signature.inputs_to_buffers
-    for node in program.graph.find_nodes(op="call_function", target=int8_linear.target):
-        yield node, buffers[full_args(node)[WEIGHT].name].rpartition(".")[0]
-
-
-def _quantiser(linear: Node) -> Node | None:
-    """The op that quantises what a linear reads. None if that is a constant."""
-    node = full_args(linear)[0]
-    while node.op == "call_function" and not is_call(node, *QUANTISERS):
-        node = node.all_input_nodes[0]
-    return node if node.op == "call_function" else None
-
-
-def _has_range(quantiser: Node) -> bool:
-    names = [a.name for a in quantiser.target._schema.arguments]  # type: ignore[union-attr]
-    return full_args(quantiser)[names.index("low")] is not None
 
 
 def _overflows_here() -> bool:

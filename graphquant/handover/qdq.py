@@ -21,7 +21,7 @@ longer in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from graphquant.errors import MissingPackageError, OptionError, UnsupportedInputError
+from graphquant.handover.scales import dynamic_linears
 from graphquant.ops import (
     act_quantize,
     attention,
@@ -41,11 +42,8 @@ from graphquant.ops import (
     quantize,
 )
 from graphquant.ops.numerics import MIN_ABSMAX, QMAX
-from graphquant.passes.graph import calls, full_args
 
 QMIN = -128  # TensorRT's, of activations; weights have none below -127
-LOW = -3  # among the arguments of a quantiser, which end with factor, low, high, clip
-WQ = 3  # among those of int8_linear
 
 # in ops that converters know: those of numerics.ACTIVATIONS are written to be exact
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -81,7 +79,7 @@ def qdq(program: ExportedProgram, *, ops: str = "modelopt") -> ExportedProgram:
         )
     if ops not in _NODES:
         raise OptionError(f"ops={ops!r} is not one of {', '.join(map(repr, _NODES))}")
-    if dynamic := list(_dynamic(program)):
+    if dynamic := list(dynamic_linears(program)):
         named = ", ".join(dynamic[:3]) + (", ..." if len(dynamic) > 3 else "")
         raise UnsupportedInputError(
             f"{len(dynamic)} int8 linears have a scale for each token ({named}), "
@@ -91,23 +89,6 @@ def qdq(program: ExportedProgram, *, ops: str = "modelopt") -> ExportedProgram:
         )
     converted: ExportedProgram = program.run_decompositions(_Floats(_NODES[ops]()).table())
     return converted
-
-
-def _dynamic(program: ExportedProgram) -> Iterator[str]:
-    """The int8 linears whose input has a scale for each token."""
-    buffers = program.graph_signature.inputs_to_buffers
-    for linear in calls(program.graph, lambda n: n.target is int8_linear.target):
-        xq = linear.all_input_nodes[0]
-        while xq.target not in _QUANTISERS and xq.all_input_nodes:
-            xq = xq.all_input_nodes[0]  # items, and views of rows
-        if xq.target in _QUANTISERS and full_args(xq)[LOW] is None:
-            wq = full_args(linear)[WQ].name
-            yield buffers.get(wq, wq).removesuffix(".wq")
-
-
-_QUANTISERS = {
-    op.target for op in (quantize, norm_quantize, norm_quantize_keep, act_quantize, glu_quantize)
-}
 
 
 class _Nodes(Protocol):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
+from graphquant.capture import without_checks
 from graphquant.errors import UnsupportedInputError
 from graphquant.passes.graph import aten, is_call
 
@@ -44,8 +45,7 @@ def torchscript(program: ExportedProgram) -> torch.jit.ScriptModule:
     """
     if program.example_inputs is None:
         raise UnsupportedInputError("torchscript needs a program with example inputs")
-    module = program.module(check_guards=False)
-    gm = GraphModule(module, module.graph)  # a plain copy: checks of inputs are hooks of `module`
+    gm = without_checks(program)
     _with_traced_sizes(gm)
     args, kwargs = program.example_inputs
     inputs = {**dict(zip(inspect.signature(gm.forward).parameters, args, strict=False)), **kwargs}
