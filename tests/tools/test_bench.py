@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -848,6 +849,18 @@ def test_every_variant_is_known_to_prepare() -> None:
         assert variants.prepare(name, nn.Linear(2, 2)).module
     with pytest.raises(ValueError, match="no variant 'x': there are eager, bf16-default"):
         variants.prepare("x", nn.Linear(2, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="NOT RUN: needs g++")
+def test_packages_are_measured_like_other_variants(tiny: str, tmp_path: Path) -> None:
+    out = tmp_path / "run.json"
+    names = ["bf16-aoti", "graphquant-aoti", "graphquant-standalone"]
+    assert measured(tiny, "--batch", "2", "--variants", *names, "--json", str(out)) == 0
+    floats, ops_, alone = load(out)[0].encoders
+    assert all(r.right for r in (floats, ops_, alone))
+    assert ops_.int8 == alone.int8 == 7 and floats.int8 is None
+    assert floats.weight_bytes > ops_.weight_bytes == alone.weight_bytes > 0
 
 
 @pytest.mark.parametrize("name", MODELS)

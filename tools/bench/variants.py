@@ -1,4 +1,4 @@
-"""How a model is made faster: torch.compile in its modes, torchao, graphquant."""
+"""How a model is made faster: torch.compile in its modes, torchao, graphquant, AOTInductor."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from graphquant import Report, packed
 from graphquant.backend import graphquant as graphquant_backend
+from tools.bench.packages import FLOAT_PACKAGES, INT8_PACKAGES, PACKAGES, Package
 
 MODES = {
     "bf16-default": "default",
@@ -23,9 +24,9 @@ MODES = {
 }
 TORCHAO = ("torchao-int8", "torchao-fp8")
 GRAPHQUANT = {"graphquant": None, "graphquant-reduce-overhead": "reduce-overhead"}
-FLOAT = ("eager", *MODES)  # what a speed-up may be measured against
-VARIANTS = (*FLOAT, *TORCHAO, *GRAPHQUANT)
-USUAL = tuple(v for v in VARIANTS if v != "bf16-max-autotune-graphs")
+FLOAT = ("eager", *MODES, *FLOAT_PACKAGES)  # what a speed-up may be measured against
+VARIANTS = (*FLOAT, *TORCHAO, *GRAPHQUANT, *INT8_PACKAGES)
+USUAL = ("eager", *(m for m in MODES if m != "bf16-max-autotune-graphs"), *TORCHAO, *GRAPHQUANT)
 
 
 class MissingError(Exception):
@@ -61,6 +62,8 @@ def prepare(variant: str, model: nn.Module) -> Prepared:
         # what backend="graphquant" finds, but also where the package is not installed
         run = torch.compile(model, fullgraph=True, backend=graphquant_backend, options=options)
         return Prepared(run, model, reports)
+    if variant in PACKAGES:
+        return Prepared(Package(variant, model, reports), model, reports)
     raise ValueError(f"no variant {variant!r}: there are {', '.join(VARIANTS)}")
 
 
@@ -95,8 +98,11 @@ def settings_kept() -> Iterator[None]:
 def weight_bytes(prepared: Prepared) -> int:
     """What the variant keeps on the device between calls: parameters, buffers, packed weights.
 
-    graphquant keeps the float weights beside the int8 ones, unless told to free them.
+    graphquant keeps the float weights beside the int8 ones, unless told to free them. A package
+    has the weights that its program has.
     """
+    if isinstance(prepared.run, Package):
+        return prepared.run.weight_bytes
     tensors = [*prepared.module.parameters(), *prepared.module.buffers()]
     packs = _packs(tensors) if prepared.reports else []
     sizes: dict[tuple[torch.device, int], int] = {}
