@@ -15,10 +15,13 @@ from graphquant.errors import (
     RuleError,
     UnsupportedInputError,
 )
+from graphquant.handover import lowering
 from graphquant.handover.torchscript import torchscript
 from graphquant.inplace import LiveReport, optimize_, restore_
 from graphquant.packed import refresh
 from graphquant.report import Outcome, Report
+
+lowering.register()  # AOTInductor may compile a program that this process has only loaded
 
 __version__ = "0.1.0"
 __all__ = [

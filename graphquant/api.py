@@ -109,11 +109,12 @@ def standalone(program: ExportedProgram) -> ExportedProgram:
 
     Every op of graphquant is replaced by what it means in torch's own ops. torch.export.load needs
     no import of graphquant then, nor of the model's library: what the model returned as a class of
-    its own is a dict with the same names, or a tuple. AOTInductor compiles it to a package that a
-    C++ program runs without Python.
+    its own is a dict with the same names, or a tuple.
 
-    On the CPU the results are the same, bit for bit. On CUDA the int8 products are
-    `torch._int_mm`, and what Inductor makes of the rest takes the place of graphquant's kernels.
+    For a CPU: the results are the same, bit for bit, and AOTInductor compiles it to a package that
+    a C++ program runs without Python. On CUDA the int8 products are `torch._int_mm`, and it is
+    slower than a float model; there AOTInductor compiles the program as it is, with graphquant's
+    Triton kernels, to such a package.
 
     Raises UnsupportedInputError for anything but an ExportedProgram.
     """

@@ -1,4 +1,5 @@
-// Runs a package that AOTInductor made of graphquant.standalone(program): no Python in the process.
+// Runs a package that AOTInductor made of an exported program, without Python in the process. On a CPU
+// that is graphquant.standalone(program).
 //
 //   ./run model.pt2 results.pt input.pt [input.pt ...]
 //

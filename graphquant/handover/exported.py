@@ -20,7 +20,6 @@ from torch.utils._sympy.numbers import int_oo
 
 from graphquant.capture import from_export
 from graphquant.config import Config
-from graphquant.handover import lowering
 from graphquant.passes.graph import operand, shape
 from graphquant.passes.ir import Captured
 from graphquant.passes.pipeline import linear_path, rewrite
@@ -50,7 +49,6 @@ def to_program(
         sizes = _sizes(program, tree_leaves((tuple(args), dict(kwargs))))
         report = rewrite(captured, config)
         int8 = exported(packed(captured), sizes)
-    lowering.register()  # for AOTInductor, which torch calls by itself
     return int8, report
 
 

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule, Node
 
 from graphquant.config import Config
-from graphquant.handover import lowering, tensorrt
+from graphquant.handover import tensorrt
 from graphquant.ops import int8_linear
 from graphquant.ops.int8_linear.tiled import Operands, Problem, tune
 from graphquant.passes.graph import full_args
@@ -30,7 +30,6 @@ def compile_graph(
         return aot_eager(gm, list(example_inputs))
     if config.inner == "torch_tensorrt":
         return tensorrt.compile_graph(gm, example_inputs, config)
-    lowering.register()
     mode = config.mode or "default"
     if mode.startswith("max-autotune"):
         _tune(gm)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._inductor import ir
+from torch._inductor.decomposition import register_decomposition
 from torch._inductor.lowering import (
     add_layout_constraint,
     fallback_handler,
@@ -28,7 +29,8 @@ from torch._inductor.lowering import (
 from torch._inductor.virtualized import V
 from torch.fx import Node
 
-from graphquant.ops import act_quantize, int8_linear
+from graphquant.handover import packaged
+from graphquant.ops import act_quantize, attention, int8_linear
 from graphquant.ops.define import OPS, Op
 from graphquant.ops.numerics import OVERLAID, padded, row_stride
 
@@ -44,6 +46,7 @@ def register() -> None:
         if op.files:
             add_layout_constraint(op.target, functools.partial(_constrain, op))
             register_lowering(op.target, type_promotion_kind=None)(functools.partial(_lower, op))
+    register_decomposition([attention.target])(packaged.attention_of_torch)
 
 
 def _constrain(op: Op, node: Node, *args: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -55,8 +58,7 @@ def _constrain(op: Op, node: Node, *args: Any) -> tuple[tuple[Any, ...], dict[st
         fake = traced.meta["val"]
         if isinstance(getattr(value, "data", None), _Overlay):
             return value
-        in_place = row_stride(fake) is not None if op.in_rows else fake.stride(-1) == 1
-        if not in_place:
+        if not _in_place(op, fake):
             return ir.ExternKernel.require_contiguous(value)
         return ir.ExternKernel.require_exact_strides(value, fake.stride())
 
@@ -67,6 +69,12 @@ def _lower(op: Op, *args: Any) -> Any:
     results = V.graph.current_node.meta["val"]
     fakes = results if isinstance(results, tuple) else (results,)
     if V.graph.aot_mode:
+        if _has_triton(fakes[0].device):
+            given = [a.meta["val"] if isinstance(a, Node) else a for a in V.graph.current_node.args]
+            given = [_as_read(op, a) for a in op.full(given)]
+            made = packaged.lower(op, given, op.full(args), fakes)
+            if made is not None:
+                return tuple(made) if isinstance(results, tuple) else made[0]
         overload, args = op.typed(args)
         return fallback_handler(overload, add_to_fallback_set=False)(*args)
     if V.graph.cpp_wrapper or not _has_sites(fakes[0].device) or not all(map(_is_static, fakes)):
@@ -79,6 +87,21 @@ def _lower(op: Op, *args: Any) -> Any:
 
 def _has_sites(device: torch.device) -> bool:
     return device.type == "cuda"
+
+
+def _has_triton(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _as_read(op: Op, value: Any) -> Any:
+    """A traced argument as `_constrain` has Inductor hand it over."""
+    if not isinstance(value, Tensor) or _in_place(op, value):
+        return value
+    return aten.clone.default(value, memory_format=torch.contiguous_format)
+
+
+def _in_place(op: Op, fake: Tensor) -> bool:
+    return row_stride(fake) is not None if op.in_rows else fake.stride(-1) == 1
 
 
 def _is_static(fake: Tensor) -> bool:

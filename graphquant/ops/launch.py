@@ -99,9 +99,51 @@ def launch(
     _tell(make)
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """An argument of a Triton kernel: a matrix [rows, columns] that it reads or writes in blocks,
+    by the tensor memory accelerator. `rows` may be a symbol. `optional`: None will do as well."""
+
+    base: Tensor  # its first element is the matrix's
+    shape: tuple[int, int]
+    row: int  # elements from row to row
+    block: tuple[int, int]
+    optional: bool = False
+
+    def descriptor(self) -> Any:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return TensorDescriptor(self.base, list(self.shape), [self.row, 1], list(self.block))
+
+
+@dataclass(frozen=True)
+class TritonCall:
+    """A launch of a Triton kernel, as it was asked for."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]  # the kernel's first arguments
+    meta: dict[str, Any]  # the rest, and how it is compiled
+
+
+def recorded(run: Callable[[], None]) -> list[TritonCall]:
+    """What `run` would launch by `launch_triton`; nothing is launched, and tensors may be fake."""
+    calls: list[TritonCall] = []
+    _watching.calls = calls
+    try:
+        run()
+    finally:
+        _watching.calls = None
+    return calls
+
+
 def launch_triton(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """`kernel[grid](*args, **meta)`, watched."""
-    compiled = kernel[grid](*args, **meta)
+    calls: list[TritonCall] | None = getattr(_watching, "calls", None)
+    if calls is not None:
+        calls.append(TritonCall(kernel, grid, args, meta))
+        return
+    compiled = kernel[grid](*(a.descriptor() if isinstance(a, Blocks) else a for a in args), **meta)
     if getattr(_watching, "now", None) is None or not hasattr(compiled, "metadata"):
         return  # the interpreter returns nothing
 

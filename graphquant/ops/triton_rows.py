@@ -193,10 +193,15 @@ def clamped(v, low, high, clip):
     """What stands for v: within the static range (nan becomes low), or within the clip (nan
     stays)."""
     if low is not None:
+        low, high = (
+            tl.cast(low, tl.float32),
+            tl.cast(high, tl.float32),
+        )  # Inductor hands over float64
         # one instruction that drops nan; the interpreter's keeps it
         v = tl.where(v > low, v, low) if _INTERPRETED else tl.maximum(v, low)
         v = tl.minimum(v, high)
     if clip is not None:
+        clip = tl.cast(clip, tl.float32)
         v = higher(v, -clip)
         v = tl.minimum(v, clip, propagate_nan=tl.PropagateNan.ALL)
     return v
@@ -205,6 +210,7 @@ def clamped(v, low, high, clip):
 @triton.jit
 def static_shift_and_absmax(low, high, ROWS: tl.constexpr):
     """The same middle and half width for every row: [ROWS] each, in _in_range's arithmetic."""
+    low, high = tl.cast(low, tl.float32), tl.cast(high, tl.float32)
     shift = 0.5 * high + 0.5 * low
     absmax = higher(higher(high - shift, shift - low), _MIN_ABSMAX)
     zeros = tl.zeros((ROWS,), tl.float32)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from graphquant.ops.chip import chip
@@ -18,6 +22,11 @@ def as_rows(x: Tensor) -> tuple[Tensor, int]:
     return (x.contiguous(), x.shape[-1]) if row is None else (x, row)
 
 
+def misaligned(x: Tensor) -> int:
+    """Bytes from the last multiple of ALIGN to x; 0 for a fake tensor, which has no address yet."""
+    return 0 if isinstance(x, FakeTensor) else x.data_ptr() % ALIGN
+
+
 def unit_of(row: int) -> int:
     """The largest power of two up to ALIGN that divides a row stride.
 
@@ -25,6 +34,18 @@ def unit_of(row: int) -> int:
     of rows whose stride is no multiple of 16, and one stride more does not mean one compile more.
     """
     return min(row & -row, ALIGN) or ALIGN
+
+
+@functools.cache
+def compiled_with(kernel: Any, warps: int, stages: int) -> Any:
+    """The kernel with these settings as a part of it.
+
+    As it is, if those are the defaults: Inductor knows two such calls with descriptors for calls of
+    one kernel, and compiles it once.
+    """
+    if (warps, stages) == (4, 3):
+        return kernel
+    return triton.autotune([triton.Config({}, num_warps=warps, num_stages=stages)], key=[])(kernel)
 
 
 def overlap(device: torch.device) -> dict[str, bool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,7 +21,8 @@ from torch.fx.experimental.symbolic_shapes import (
 
 from graphquant import ops
 from graphquant.errors import UnsupportedInputError
-from graphquant.ops.define import OPS, Kernel, Op, define
+from graphquant.ops.define import OPS, Kernel, Op, _as_tuple, define
+from graphquant.ops.launch import Blocks, recorded
 from graphquant.ops.numerics import row_stride, vectors, with_pads
 from graphquant.ops.triton_rows import block_widths, row_config
 from graphquant.ops.triton_util import as_rows, unit_of
@@ -213,6 +215,63 @@ def _writes_every_byte(op: Op, kernel: Kernel, args: tuple[Any, ...]) -> None:
         torch.testing.assert_close(got.cpu(), value, rtol=2**-7, atol=1e-3)
     if not isinstance(results, Tensor):  # floats of about 1, two orders of summation: 1e-4 is ample
         assert_within_a_step(results[-3:], want[-3:], noise=1e-4)
+
+
+@kernels(*ALL)
+@pytest.mark.parametrize("K", [40, 48])
+def test_what_a_triton_kernel_would_launch_is_all_that_it_does(
+    op: Op, kernel: Kernel, K: int, device: str, poisoned: None
+) -> None:
+    """`recorded` launches nothing; its call, launched by hand, fills the results."""
+    if not kernel.name.startswith("triton"):
+        pytest.skip("written in CUDA C++")
+    x = torch.randn(7, K, device=device)
+    for told in (AS_IS, *TOLD.values()) if op in QUANTISERS else (AS_IS,):
+        args = _arguments(op, x, told)
+        results = op.fake(*args)
+        out = _as_tuple(results)
+        before = [t.clone() for t in out]
+        (call,) = recorded(partial(kernel.fill, *args, out=out))
+        for t, same in zip(out, before, strict=True):
+            assert torch.equal(t.nan_to_num(), same.nan_to_num()), "nothing was launched"
+        call.kernel[call.grid](
+            *(a.descriptor() if isinstance(a, Blocks) else a for a in call.args), **call.meta
+        )
+        want = kernel.fn(*args)
+        for got, value in zip(out, _as_tuple(want), strict=True):
+            torch.testing.assert_close(got, value, rtol=0, atol=0)
+
+
+@kernels(*ALL)
+def test_what_a_triton_kernel_would_launch_is_known_of_fake_tensors(
+    op: Op, kernel: Kernel, device: str
+) -> None:
+    """With a symbol for the rows, in the grid and among the numbers."""
+    if not kernel.name.startswith("triton"):
+        pytest.skip("written in CUDA C++")
+    args = _arguments(op, torch.randn(6, 48, device=device))
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    rows = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    (x, *_) = (a for a in args if isinstance(a, Tensor))
+    M = mode.from_tensor(x, symbolic_context=rows).shape[0]
+
+    def faked(a: Any) -> Any:
+        if not isinstance(a, Tensor):
+            return a
+        size = [M if n == 6 else n for n in a.shape]
+        return torch.empty_strided(size, a.stride(), dtype=a.dtype, device=a.device)
+
+    with mode:
+        fakes = [faked(a) for a in args]
+        assert kernel.refuses(*fakes) is None
+        results = op.fake(*fakes)
+    out = _as_tuple(results)
+    (call,) = recorded(partial(kernel.fill, *fakes, out=out))
+    assert isinstance(call.grid[0], torch.SymInt)
+    assert any(a is M or (isinstance(a, torch.SymInt) and str(a) == str(M)) for a in call.args)
+    (real,) = recorded(partial(kernel.fill, *args, out=_as_tuple(op.fake(*args))))
+    assert int(call.grid[0].node.hint) == real.grid[0]
+    assert call.meta == real.meta
 
 
 F32, I8 = torch.float32, torch.int8

@@ -47,7 +47,9 @@ class Problem:
     def of(cls, o: Operands, dtype: torch.dtype) -> Problem:
         N, K = o.wq.shape
         bias = None if o.bias is None else o.bias.dtype
-        return cls(o.xq.numel() // K, N, K, dtype, bias, o.residual is not None)
+        M = o.xq.numel() // K
+        M = M if isinstance(M, int) else int(M.node.hint)  # a symbol: what it was traced with
+        return cls(M, N, K, dtype, bias, o.residual is not None)
 
     def question(self, kernel: str) -> str:
         return f"int8_linear {kernel} {astuple(self)}"

@@ -23,7 +23,7 @@ class Tile:
         return (self.m + self.n) * self.k * self.stages
 
     def count(self, M: int, N: int) -> int:
-        return -(-M // self.m) * -(-N // self.n)
+        return (M + self.m - 1) // self.m * ((N + self.n - 1) // self.n)
 
 
 GROUP = 8  # tiles down before one right

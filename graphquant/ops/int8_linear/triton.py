@@ -17,7 +17,7 @@ from graphquant.ops.int8_linear.tiles import Tile
 from graphquant.ops.int8_linear.triton_tile import dequantize, tile_of
 from graphquant.ops.launch import launch_triton
 from graphquant.ops.numerics import ALIGN, empty_rows, padded, row_stride, vectors
-from graphquant.ops.triton_util import as_rows, unit_of
+from graphquant.ops.triton_util import as_rows, misaligned, unit_of
 
 OLDEST = 80  # Ampere: int8 tensor cores with asynchronous copies
 
@@ -61,7 +61,7 @@ def _aligned_rows(q: Tensor) -> tuple[Tensor, int]:
     """(q or a copy, row stride): rows of vectors(K) readable bytes, each at a multiple of 16."""
     K = q.shape[-1]
     row = row_stride(q)
-    if row is not None and row % ALIGN == 0 and q.data_ptr() % ALIGN == 0:
+    if row is not None and row % ALIGN == 0 and misaligned(q) == 0:
         end = q.storage_offset() + (q.numel() // K - 1) * row + vectors(K)
         if end <= q.untyped_storage().nbytes():
             return q, row

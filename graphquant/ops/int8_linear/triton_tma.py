@@ -10,15 +10,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from graphquant.ops.chip import chip
 from graphquant.ops.int8_linear import tiles
 from graphquant.ops.int8_linear.tiled import Operands, Problem, Tiled, tiled
 from graphquant.ops.int8_linear.tiles import Tile
 from graphquant.ops.int8_linear.triton_tile import dequantize, tile_of
+from graphquant.ops.launch import Blocks, launch_triton
 from graphquant.ops.numerics import ALIGN, row_stride
-from graphquant.ops.triton_util import as_rows, unit_of
+from graphquant.ops.triton_util import as_rows, misaligned, unit_of
 
 OLDEST = 90  # Hopper: the first with TMA
 
@@ -61,8 +61,8 @@ def _refuses(o: Operands, dtype: torch.dtype) -> str | None:
             return f"{name} with strides {tuple(q.stride())} is not rows of consecutive bytes"
         if row % ALIGN or row < q.shape[-1]:
             return f"{name} has rows {row} bytes apart, TMA needs a multiple of {ALIGN}"
-        if q.data_ptr() % ALIGN:
-            return f"{name} starts {q.data_ptr() % ALIGN} bytes after a multiple of {ALIGN}"
+        if off := misaligned(q):
+            return f"{name} starts {off} bytes after a multiple of {ALIGN}"
     return None
 
 
@@ -79,11 +79,12 @@ def _run(tile: Tile, o: Operands, y: Tensor) -> None:
     unit = unit_of(residual_row)
     xq, x_row = as_rows(o.xq)
     wq, w_row = as_rows(o.wq)
-    y_desc = TensorDescriptor(y, [M, N], [N, 1], [tile.m, tile.n]) if _by_tma(N, y.dtype) else None
-    int8_linear_tma_kernel[(tile.count(M, N),)](
-        TensorDescriptor(xq, [M, K], [x_row, 1], [tile.m, tile.k]),
+    y_desc = Blocks(y, (M, N), N, (tile.m, tile.n), optional=True) if _by_tma(N, y.dtype) else None
+    launch_triton(
+        int8_linear_tma_kernel, (tile.count(M, N),),
+        Blocks(xq, (M, K), x_row, (tile.m, tile.k)),
         o.x_scale.contiguous(), o.x_shift.contiguous(),
-        TensorDescriptor(wq, [N, K], [w_row, 1], [tile.n, tile.k]),
+        Blocks(wq, (N, K), w_row, (tile.n, tile.k)),
         o.w_scale.contiguous(), o.w_sum.contiguous(),
         None if o.bias is None else o.bias.contiguous(), residual, y, y_desc,
         M, N, K, residual_row // unit,

@@ -90,6 +90,7 @@ def norm_quantize_kernel(
 ):  # fmt: skip
     """xq, x_scale, x_shift = quantize_rows(y, ...), y = norm(x), ROWS rows a program."""
     wait_for_inputs(OVERLAP)
+    eps = tl.cast(eps, tl.float32)  # Inductor hands over float64
     row = rows_of(M, ROWS)
     x_ptr += (row * x_row * X_UNIT)[:, None]
     xq_ptr += (row * XQ_ROW)[:, None]
