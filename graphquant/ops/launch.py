@@ -3,7 +3,7 @@
 Triton's own launch takes 20 to 100 us of host time, more than many of our kernels run. So the first
 call of a kernel, on tensors of given shapes, goes its way through Python and is watched; if it was
 one launch that read the caller's own tensors, all 16-byte aligned, it can be repeated with new
-addresses and nothing else.
+addresses and nothing else. Or it is not launched at all but written down, for a package.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
 
 from graphquant.ops import attention
-from graphquant.ops.attention.hopper_tiles import TILES
+from graphquant.ops.attention.hopper_tiles import ONLY, TILES
+from graphquant.ops.chip import chip
 from graphquant.ops.measure import times
 from graphquant.passes.graph import SDPA, aten, calls, full_args
 from graphquant.passes.select import MEASURED, random_like
@@ -39,7 +40,8 @@ def choose_kernels(graph: Graph, needs_gradient: set[Node]) -> None:
         if not _fits_together(values, causal):
             continue
         scale = values[0].shape[-1] ** -0.5 if scale is None else scale
-        allowed = {n: k for n, k in KERNELS.items() if k.takes(values[0].shape[-1], causal, scale)}
+        width, sm = values[0].shape[-1], chip(values[0].device).sm
+        allowed = {n: k for n, k in KERNELS.items() if k.takes(width, causal, scale, sm)}
         if len(allowed) < 2:
             continue
         question = f"attention {[_layout(t) for t in values]} causal={causal}"
@@ -68,7 +70,7 @@ class OfTorch:
     allowed: Callable[[], bool]
     extra: tuple[Any, ...]
 
-    def takes(self, width: int, causal: bool, scale: float) -> bool:
+    def takes(self, width: int, causal: bool, scale: float, sm: int) -> bool:
         return self.allowed()
 
     def call(self, qkv: Sequence[Any], causal: bool, scale: float) -> Any:
@@ -92,8 +94,9 @@ class Ours:
 
     tile: str
 
-    def takes(self, width: int, causal: bool, scale: float) -> bool:
-        return not causal and scale > 0 and TILES[self.tile].refuses(width) is None
+    def takes(self, width: int, causal: bool, scale: float, sm: int) -> bool:
+        fits = sm == ONLY and TILES[self.tile].refuses(width) is None
+        return fits and not causal and scale > 0
 
     def call(self, qkv: Sequence[Any], causal: bool, scale: float) -> Any:
         return attention(*qkv, scale, self.tile)

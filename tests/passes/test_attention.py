@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphquant import ops
+from graphquant.ops.chip import Chip
 from graphquant.passes import attention
 from graphquant.passes.attention import KERNELS, choose_kernels
 from graphquant.passes.graph import SDPA
@@ -100,6 +101,15 @@ def test_the_fastest_kernel_is_called_in_place_of_the_choice_that_torch_would_ma
     assert (out.shape, out.dtype) == (first.meta["val"].shape, first.meta["val"].dtype)
     assert first.args == (node, 0) and len(first.users) == 1
     assert list(clock.bound[0]) == (OF_TORCH if causal else list(KERNELS))
+
+
+@pytest.mark.parametrize("sm", [80, 89, 100])
+def test_our_kernel_is_for_hopper_alone(
+    clock: Clock, sm: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "chip", lambda device: Chip(sm, 108, 166_912))
+    chosen(*(t.transpose(1, 2) for t in qkv(B, T, H, D)))
+    assert list(clock.bound[0]) == OF_TORCH
 
 
 @pytest.mark.parametrize("clock", OURS, indirect=True)

@@ -12,12 +12,19 @@ import torch
 from torch import Tensor
 
 from graphquant.ops import nvrtc
-from graphquant.ops.attention.hopper_tiles import HALVES, PART, ROWS, STORED, TILES, HopperTile
+from graphquant.ops.attention.hopper_tiles import (
+    HALVES,
+    ONLY,
+    PART,
+    ROWS,
+    STORED,
+    TILES,
+    HopperTile,
+)
 from graphquant.ops.attention.op import attention
 from graphquant.ops.chip import chip
 from graphquant.ops.launch import ALIGNED, MAP_SWIZZLES, MAP_TYPES, Param, launch, native
 
-ONLY = 90  # its instructions are Hopper's own
 LOG2_E = 1.4426950408889634
 _TYPES = "typedef unsigned long long u64;\n"  # behind which the products may stand
 

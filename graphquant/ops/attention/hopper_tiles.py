@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+ONLY = 90  # sm: its instructions are Hopper's own
 PART = 64  # columns of a head in a box: the 128 bytes of the swizzle
 ROWS = 64  # queries of a consumer
 STORED = 16  # rows of y that one warp stores

@@ -12,7 +12,8 @@
 
 torch's fused kernels work on blocks of 64 to 128 tokens and on heads of 64 or 128: of an image of
 257 tokens, or with heads of 72, they compute up to twice what there is. The CUDA kernel is one for
-Hopper and half floats; elsewhere the rewrite does not call the op.
+Hopper and half floats; elsewhere the rewrite does not call the op, and where a program brings it
+along, it is torch's.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> Tensor:
     "(Tensor q, Tensor k, Tensor v, float scale, str tile) -> Tensor y",
     fake=_fake,
     check=_check,
-    kernels=("hopper",),
+    kernels=("hopper", "sdpa"),
     in_rows=False,
 )
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> Tensor:

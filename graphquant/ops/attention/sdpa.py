@@ -1,0 +1,17 @@
+"""torch's own attention, where hopper.cu does not run: a program that was exported on a Hopper card
+stays right elsewhere."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from graphquant.ops.attention.op import attention
+
+
+@attention.kernel("sdpa")
+def attention_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str, out: tuple[Tensor]
+) -> None:
+    (y,) = out
+    y.copy_(F.scaled_dot_product_attention(q, k, v, scale=scale))
