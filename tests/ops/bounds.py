@@ -39,9 +39,14 @@ def implementations(*ops: Op) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("op", "kernel"), cases)
 
 
-def kernels(*ops: Op) -> pytest.MarkDecorator:
-    """Parametrise over (op, kernel) of the kernels alone."""
-    cases = [pytest.param(op, k, id=f"{op.name}-{k.name}") for op in ops for k in runnable(op)]
+def kernels(*ops: Op, named: str = "") -> pytest.MarkDecorator:
+    """Parametrise over (op, kernel) of the kernels alone, or of those whose names begin so."""
+    cases = [
+        pytest.param(op, k, id=f"{op.name}-{k.name}")
+        for op in ops
+        for k in runnable(op)
+        if k.name.startswith(named)
+    ]
     return pytest.mark.parametrize(("op", "kernel"), cases)
 
 

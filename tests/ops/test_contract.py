@@ -217,14 +217,12 @@ def _writes_every_byte(op: Op, kernel: Kernel, args: tuple[Any, ...]) -> None:
         assert_within_a_step(results[-3:], want[-3:], noise=1e-4)
 
 
-@kernels(*ALL)
+@kernels(*ALL, named="triton")
 @pytest.mark.parametrize("K", [40, 48])
 def test_what_a_triton_kernel_would_launch_is_all_that_it_does(
     op: Op, kernel: Kernel, K: int, device: str, poisoned: None
 ) -> None:
     """`recorded` launches nothing; its call, launched by hand, fills the results."""
-    if not kernel.name.startswith("triton"):
-        pytest.skip("written in CUDA C++")
     x = torch.randn(7, K, device=device)
     for told in (AS_IS, *TOLD.values()) if op in QUANTISERS else (AS_IS,):
         args = _arguments(op, x, told)
@@ -242,13 +240,11 @@ def test_what_a_triton_kernel_would_launch_is_all_that_it_does(
             torch.testing.assert_close(got, value, rtol=0, atol=0)
 
 
-@kernels(*ALL)
+@kernels(*ALL, named="triton")
 def test_what_a_triton_kernel_would_launch_is_known_of_fake_tensors(
     op: Op, kernel: Kernel, device: str
 ) -> None:
     """With a symbol for the rows, in the grid and among the numbers."""
-    if not kernel.name.startswith("triton"):
-        pytest.skip("written in CUDA C++")
     args = _arguments(op, torch.randn(6, 48, device=device))
     mode = FakeTensorMode(shape_env=ShapeEnv())
     rows = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
