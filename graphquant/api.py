@@ -22,7 +22,7 @@ from graphquant.capture import forgotten_afterwards
 from graphquant.config import Config, literally
 from graphquant.errors import GraphquantError, OptionError, UnsupportedInputError
 from graphquant.fit import Trials
-from graphquant.handover.exported import to_program
+from graphquant.handover.exported import require_program, to_program
 from graphquant.handover.standalone import without_ops
 from graphquant.paired import Pair
 from graphquant.passes.ir import Captured
@@ -118,10 +118,7 @@ def standalone(program: ExportedProgram) -> ExportedProgram:
 
     Raises UnsupportedInputError for anything but an ExportedProgram.
     """
-    if not isinstance(program, ExportedProgram):
-        raise UnsupportedInputError(
-            f"standalone needs what graphquant.export returned, got {type(program).__name__}"
-        )
+    require_program("standalone", program)
     return without_ops(program)
 
 

@@ -20,6 +20,7 @@ from torch.utils._sympy.numbers import int_oo
 
 from graphquant.capture import from_export
 from graphquant.config import Config
+from graphquant.errors import UnsupportedInputError
 from graphquant.passes.graph import operand, shape
 from graphquant.passes.ir import Captured
 from graphquant.passes.pipeline import linear_path, rewrite
@@ -75,6 +76,14 @@ def _sizes(program: ExportedProgram, inputs: Sequence[Any]) -> ShapesCollection:
             found = enumerate(node.meta["val"].shape)
             sizes[value] = {i: dim(n) for i, n in found if not is_concrete_int(n)}
     return sizes
+
+
+def require_program(entry: str, program: object) -> None:
+    """Raises UnsupportedInputError, in the name of an entry, for what is no exported program."""
+    if not isinstance(program, ExportedProgram):
+        raise UnsupportedInputError(
+            f"{entry} needs what graphquant.export returned, got {type(program).__name__}"
+        )
 
 
 def packed(captured: Captured) -> GraphModule:

@@ -15,6 +15,7 @@ from torch.export.graph_signature import OutputKind, TensorArgument
 from torch.utils._pytree import tree_leaves_with_path, tree_unflatten
 
 from graphquant.errors import MissingPackageError, OptionError, UnsupportedInputError
+from graphquant.handover.exported import require_program
 from graphquant.handover.onnx_ops import Form, translations
 from graphquant.handover.scales import dynamic_linears
 
@@ -63,9 +64,9 @@ def save(
     is such a one.
 
     Raises OptionError for an option's value that does not exist or says nothing for this profile;
-    UnsupportedInputError for float16 or bfloat16 where float32 is needed, and for linears under
-    "qdq" whose scale is dynamic; MissingPackageError without onnxscript; and what torch.onnx.export
-    raises for operators that it cannot translate.
+    UnsupportedInputError for what is no ExportedProgram, for float16 or bfloat16 where float32 is
+    needed, and for linears under "qdq" whose scale is dynamic; MissingPackageError without
+    onnxscript; and what torch.onnx.export raises for operators that it cannot translate.
     """
     if profile not in PROFILES:
         raise OptionError(f"profile={profile!r} is not one of {', '.join(map(repr, PROFILES))}")
@@ -73,6 +74,7 @@ def save(
         raise OptionError(f"weight_bits={weight_bits!r} is neither 7 nor 8")
     if weight_bits == 7 and profile != "cpu":
         raise OptionError(f"weight_bits=7 is for profile 'cpu', not {profile!r}: nothing overflows")
+    require_program("onnx.save", program)
     if profile != "portable":
         _only_float32(program, profile)
     if profile == "qdq":

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from graphquant.errors import MissingPackageError, OptionError, UnsupportedInputError
+from graphquant.handover.exported import require_program
 from graphquant.handover.scales import dynamic_linears
 from graphquant.ops import (
     act_quantize,
@@ -73,10 +74,7 @@ def qdq(program: ExportedProgram, *, ops: str = "modelopt") -> ExportedProgram:
     token, which TensorRT's nodes cannot have; OptionError for other `ops`; MissingPackageError
     where ModelOpt is not installed.
     """
-    if not isinstance(program, ExportedProgram):
-        raise UnsupportedInputError(
-            f"qdq needs what graphquant.export returns, got {type(program).__name__}"
-        )
+    require_program("tensorrt.qdq", program)
     if ops not in _NODES:
         raise OptionError(f"ops={ops!r} is not one of {', '.join(map(repr, _NODES))}")
     if dynamic := list(dynamic_linears(program)):

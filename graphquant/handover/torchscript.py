@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 
 from graphquant.capture import without_checks
 from graphquant.errors import UnsupportedInputError
+from graphquant.handover.exported import require_program
 from graphquant.passes.graph import aten, is_call
 
 CHECKS = (
@@ -40,9 +41,10 @@ def torchscript(program: ExportedProgram) -> torch.jit.ScriptModule:
     A process that loads the file has to import graphquant first, for its ops; so it needs Python.
     torch itself deprecates TorchScript: where you can choose, save the program.
 
-    Raises UnsupportedInputError for a program without example inputs or with ones that are not
-    tensors; and what torch.jit.trace raises.
+    Raises UnsupportedInputError for what is no ExportedProgram, and for one without example inputs
+    or with ones that are not tensors; and what torch.jit.trace raises.
     """
+    require_program("torchscript", program)
     if program.example_inputs is None:
         raise UnsupportedInputError("torchscript needs a program with example inputs")
     gm = without_checks(program)

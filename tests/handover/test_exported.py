@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import operator
+import re
 from pathlib import Path
 from typing import Any
 
@@ -328,3 +330,20 @@ def test_so400m_takes_half_of_its_bfloat16(tmp_path: Path) -> None:
     model = so400m(27)
     _, file = saved(model, tmp_path / "27.pt2")
     assert file / bytes_of(dict(model.state_dict())) < AT_MOST
+
+
+@pytest.mark.parametrize(
+    ("entry", "given"),
+    [
+        ("standalone", ()),
+        ("torchscript", ()),
+        ("onnx.save", ("never.onnx",)),
+        ("tensorrt.qdq", ()),
+    ],
+)
+def test_what_is_no_program_is_refused_by_every_entry(entry: str, given: tuple[str, ...]) -> None:
+    model = Mlp()
+    message = f"^{re.escape(entry)} needs what graphquant.export returned, got Mlp$"
+    with pytest.raises(UnsupportedInputError, match=message):
+        operator.attrgetter(entry)(graphquant)(model, *given)
+    assert not Path("never.onnx").exists()

@@ -249,11 +249,7 @@ def test_scales_for_each_token_are_refused_by_name(encoder: nn.Module, x: Tensor
         qdq(graphquant.export(encoder, (x,)), ops="torch")
 
 
-def test_what_is_no_program_and_other_ops_are_refused(
-    encoder: nn.Module, program: ExportedProgram
-) -> None:
-    with pytest.raises(UnsupportedInputError, match="got Sequential"):
-        qdq(encoder)  # type: ignore[arg-type]
+def test_other_ops_are_refused(program: ExportedProgram) -> None:
     with pytest.raises(OptionError, match="'modelopt', 'torch'"):
         qdq(program, ops="onnx")
 
