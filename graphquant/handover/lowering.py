@@ -101,7 +101,9 @@ def _as_read(op: Op, value: Any) -> Any:
 
 
 def _in_place(op: Op, fake: Tensor) -> bool:
-    return row_stride(fake) is not None if op.in_rows else fake.stride(-1) == 1
+    """Do kernels read it as it lies? Not rows whose distance is a symbol: in a package they are
+    compiled for what divides it."""
+    return isinstance(row_stride(fake), int) if op.in_rows else fake.stride(-1) == 1
 
 
 def _is_static(fake: Tensor) -> bool:

@@ -38,6 +38,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 QMAX = 127  # symmetric: -128 is never produced, so |xq| * x_scale never exceeds absmax
 MIN_ABSMAX = 1e-20  # rows below this quantise to 0; a floor, not `== 0`: the scale is continuous
@@ -80,23 +81,23 @@ def row_stride(x: Tensor) -> int | None:
     """Elements from row to row when x [..., K] is [M, K] in memory, last stride 1; else None.
 
     Slices x[..., a:b] of a wider tensor have one. Where M is 1 any would do: an aligned one is
-    given.
+    given. Of sizes that are symbols, only what holds for all their values counts.
     """
     K = x.shape[-1]
-    if x.stride(-1) != 1 and K > 1:
+    if K > 1 and not statically_known_true(x.stride(-1) == 1):
         return None
     row = span = 0
-    rows = 1
+    rows: int | None = 1  # None: a symbol
     for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
-        if size == 1:
+        if statically_known_true(size == 1):
             continue
         if rows == 1:
             row = stride
-        elif stride != span:
+        elif not statically_known_true(stride == span):
             return None
-        rows *= size
+        rows = rows * size if rows is not None and isinstance(size, int) else None
         span = size * stride
-    return row if rows > 1 else padded(K)
+    return row if rows is None or rows > 1 else padded(K)
 
 
 def empty_rows(like: Tensor, shape: Sequence[int]) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -43,23 +44,23 @@ def kernels(launches: Launches) -> list[str]:
     return [launch["kernel"] for launch in launches]
 
 
-@pytest.mark.parametrize("batch", ["static", "dynamic"])
+@pytest.mark.parametrize("sizes", ["static", "dynamic"])
 def test_every_op_is_one_launch_that_writes_its_results_and_nothing_else(
-    told: dict[str, Launches], batch: str
+    told: dict[str, Launches], sizes: str
 ) -> None:
     linear = "int8_linear_tma_kernel"
-    mlp, gated = told[f"mlp {batch}"], told[f"gated {batch}"]
+    mlp, gated = told[f"mlp {sizes}"], told[f"gated {sizes}"]
     assert kernels(mlp) == ["norm_quantize_kernel", linear, "quantize_rows_kernel", linear]
     assert [launch["written"] for launch in mlp] == [4, 1, 3, 1]
     assert kernels(gated) == ["quantize_rows_kernel", linear] * 2
     assert [launch["written"] for launch in gated] == [3, 1, 3, 1]
 
 
-def test_a_dynamic_batch_is_followed(told: dict[str, Launches]) -> None:
+def test_dynamic_sizes_are_followed(told: dict[str, Launches]) -> None:
     static, dynamic = told["mlp static"], told["mlp dynamic"]
     assert [launch["numbers"]["M"] for launch in static] == ["46"] * 4
     (rows,) = {launch["numbers"]["M"] for launch in dynamic}
-    assert rows.startswith("23*s")
+    assert re.fullmatch(r"s\d+\*s\d+", rows)
     for one, other in zip(static, dynamic, strict=True):
         assert one["grid"][0].isdecimal() and rows in other["grid"][0]
         # tiles and settings are those of the size that it was traced with
@@ -91,19 +92,26 @@ def test_what_the_op_was_told_arrives(told: dict[str, Launches]) -> None:
     assert norm["warps"] == 2
 
 
-@pytest.mark.parametrize("batch", ["static", "dynamic"])
-def test_rows_are_copied_if_they_are_none_in_memory(told: dict[str, Launches], batch: str) -> None:
-    assert kernels(told[f"transposed {batch}"]) == [
+def test_rows_are_copied_if_their_distance_is_a_symbol(told: dict[str, Launches]) -> None:
+    """The kernel is compiled for what divides it."""
+    static, dynamic = (told[f"first {sizes}"][0]["numbers"] for sizes in ("static", "dynamic"))
+    assert int(static["x_row"]) * int(static["X_UNIT"]) == 23 * 64
+    assert int(dynamic["x_row"]) * int(dynamic["X_UNIT"]) == 64
+
+
+@pytest.mark.parametrize("sizes", ["static", "dynamic"])
+def test_rows_are_copied_if_they_are_none_in_memory(told: dict[str, Launches], sizes: str) -> None:
+    assert kernels(told[f"transposed {sizes}"]) == [
         "quantize_rows_kernel",
         "int8_linear_tma_kernel",
     ]
 
 
-@pytest.mark.parametrize("batch", ["static", "dynamic"])
+@pytest.mark.parametrize("sizes", ["static", "dynamic"])
 def test_a_part_of_a_buffer_has_the_kernel_that_takes_pointers(
-    told: dict[str, Launches], batch: str
+    told: dict[str, Launches], sizes: str
 ) -> None:
-    (launch,) = [k for k in told[f"part {batch}"] if k["kernel"] != "aten.view.dtype"]
+    (launch,) = [k for k in told[f"part {sizes}"] if k["kernel"] != "aten.view.dtype"]
     assert launch["kernel"] == "int8_linear_kernel"
     assert launch["numbers"]["x_row"] == "128" and launch["written"] == 1
 

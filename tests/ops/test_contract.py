@@ -522,6 +522,25 @@ def test_row_stride_reads_the_rows_in_place(sample: Rows) -> None:
     assert torch.equal(seen.nan_to_num(7.0), x.reshape(M, x.shape[-1]).nan_to_num(7.0))
 
 
+def test_of_symbols_only_what_always_holds_counts() -> None:
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    sizes = StatelessSymbolicContext([DimDynamic.DYNAMIC] * 2)
+    s, t = mode.from_tensor(torch.empty(5, 7), symbolic_context=sizes).shape
+    u, _ = mode.from_tensor(torch.empty(7, 7), symbolic_context=sizes).shape
+    assert u.node.hint == t.node.hint and mode.shape_env is not None
+
+    def of(shape: tuple[Any, ...], strides: tuple[Any, ...]) -> int | None:
+        with mode:
+            return row_stride(torch.empty_strided(shape, strides))
+
+    assert of((s, t, 48), (t * 48, 48, 1)) == 48
+    assert of((s, t, 48), (u * 48, 48, 1)) is None, "the same today, and no more"
+    assert of((s, 48), (t * 48, 1)) == t * 48
+    assert of((s, 1, 48), (64, 48, 1)) == 64
+    assert of((s, 48), (48, t)) is None
+    assert not mode.shape_env.guards
+
+
 def test_slices_of_a_wider_result_are_read_without_a_copy() -> None:
     fused = torch.randn(2, 3, 96)
     part = fused[..., 32:64]
