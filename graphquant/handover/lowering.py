@@ -3,7 +3,8 @@
 Left to itself, Inductor calls a custom op through torch's dispatcher and lets it allocate: 20 us of
 host time where a kernel runs 5. Here every call gets a Site of its own (graphquant/ops/launch.py):
 after the first, a few lines of C read the addresses and launch. Results are Inductor's buffers, so
-its memory planning covers them. Symbolic sizes and C++ wrappers take the usual way.
+its memory planning covers them. Symbolic sizes and C++ wrappers take the usual way,
+AOTInductor's packages that of packaged.py.
 
 What an activation's quantiser writes goes over what it reads, if that is large and read by nothing
 else: between two linears of an MLP the floats and the int8 of the widest value would stand side by
@@ -69,9 +70,8 @@ def _lower(op: Op, *args: Any) -> Any:
     results = V.graph.current_node.meta["val"]
     fakes = results if isinstance(results, tuple) else (results,)
     if V.graph.aot_mode:
-        if _has_triton(fakes[0].device):
-            given = [a.meta["val"] if isinstance(a, Node) else a for a in V.graph.current_node.args]
-            given = [_as_read(op, a) for a in op.full(given)]
+        if fakes[0].device.type == "cuda":
+            given = [_as_read(op, a) for a in op.full(V.graph.current_node.args)]
             made = packaged.lower(op, given, op.full(args), fakes)
             if made is not None:
                 return tuple(made) if isinstance(results, tuple) else made[0]
@@ -89,12 +89,9 @@ def _has_sites(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _has_triton(device: torch.device) -> bool:
-    return device.type == "cuda"
-
-
-def _as_read(op: Op, value: Any) -> Any:
-    """A traced argument as `_constrain` has Inductor hand it over."""
+def _as_read(op: Op, traced: Any) -> Any:
+    """The fake value of an argument as `_constrain` has Inductor hand it over."""
+    value = traced.meta["val"] if isinstance(traced, Node) else traced
     if not isinstance(value, Tensor) or _in_place(op, value):
         return value
     return aten.clone.default(value, memory_format=torch.contiguous_format)
