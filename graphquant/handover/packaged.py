@@ -32,24 +32,26 @@ aten = torch.ops.aten
 BOX = 128  # bytes of a row: the widest swizzle
 
 
-def lower(op: Op, given: Sequence[Any], values: Sequence[Any], fakes: Sequence[Tensor]) -> Any:
+def lower(
+    op: Op, given: Sequence[Any], values: Sequence[Any], fakes: Sequence[Tensor]
+) -> list[Any] | None:
     """Have Inductor launch the op's Triton kernel: its results, or None if no kernel will do.
 
     given, fakes  the arguments and results as they were traced, with fake tensors
     values        the arguments for Inductor
     """
     load_kernels()
+    out = [_rows(fake) for fake in fakes]
+    boxes = {
+        id(fake): box
+        for fake, box in zip((*given, *fakes), (*values, *out), strict=True)
+        if isinstance(fake, Tensor)
+    }
     for kernel in op.kernels:
         if not kernel.name.startswith("triton") or kernel.refuses(*given) is not None:
             continue
         assert kernel.fill is not None
         calls = recorded(partial(kernel.fill, *given, out=tuple(fakes)))
-        out = [_rows(fake) for fake in fakes]
-        boxes = {
-            id(fake): box
-            for fake, box in zip((*given, *fakes), (*values, *out), strict=True)
-            if isinstance(fake, Tensor)
-        }
         if len(calls) == 1 and _launch(calls[0], boxes):
             return [_shaped(box, fake) for box, fake in zip(out, fakes, strict=True)]
     return None

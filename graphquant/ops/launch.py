@@ -125,6 +125,11 @@ class TritonCall:
     args: tuple[Any, ...]  # the kernel's first arguments
     meta: dict[str, Any]  # the rest, and how it is compiled
 
+    def launch(self) -> Any:
+        """What `kernel[grid]` returns: the compiled kernel, but for the interpreter's nothing."""
+        args = (a.descriptor() if isinstance(a, Blocks) else a for a in self.args)
+        return self.kernel[self.grid](*args, **self.meta)
+
 
 def recorded(run: Callable[[], None]) -> list[TritonCall]:
     """What `run` would launch by `launch_triton`; nothing is launched, and tensors may be fake."""
@@ -139,11 +144,12 @@ def recorded(run: Callable[[], None]) -> list[TritonCall]:
 
 def launch_triton(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """`kernel[grid](*args, **meta)`, watched."""
+    call = TritonCall(kernel, grid, args, meta)
     calls: list[TritonCall] | None = getattr(_watching, "calls", None)
     if calls is not None:
-        calls.append(TritonCall(kernel, grid, args, meta))
+        calls.append(call)
         return
-    compiled = kernel[grid](*(a.descriptor() if isinstance(a, Blocks) else a for a in args), **meta)
+    compiled = call.launch()
     if getattr(_watching, "now", None) is None or not hasattr(compiled, "metadata"):
         return  # the interpreter returns nothing
 

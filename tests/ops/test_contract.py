@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import (
 from graphquant import ops
 from graphquant.errors import UnsupportedInputError
 from graphquant.ops.define import OPS, Kernel, Op, _as_tuple, define
-from graphquant.ops.launch import Blocks, recorded
+from graphquant.ops.launch import recorded
 from graphquant.ops.numerics import row_stride, vectors, with_pads
 from graphquant.ops.triton_rows import block_widths, row_config
 from graphquant.ops.triton_util import as_rows, unit_of
@@ -232,9 +232,7 @@ def test_what_a_triton_kernel_would_launch_is_all_that_it_does(
         (call,) = recorded(partial(kernel.fill, *args, out=out))
         for t, same in zip(out, before, strict=True):
             assert torch.equal(t.nan_to_num(), same.nan_to_num()), "nothing was launched"
-        call.kernel[call.grid](
-            *(a.descriptor() if isinstance(a, Blocks) else a for a in call.args), **call.meta
-        )
+        call.launch()
         want = kernel.fn(*args)
         for got, value in zip(out, _as_tuple(want), strict=True):
             torch.testing.assert_close(got, value, rtol=0, atol=0)
