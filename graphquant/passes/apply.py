@@ -1,7 +1,8 @@
 """Run one rule over a graph. The only module in which rules change one.
 
 It keeps the graph honest for them: fake values on new nodes, the same shape, dtype and device out
-as before, what was replaced is gone afterwards, and every decision is on record.
+as before (strides: layout.py), what was replaced is gone afterwards, and every decision is on
+record.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import itertools
 import logging
 import operator
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,11 +31,14 @@ from graphquant.passes.graph import (
     SIZED_VIEWS,
     Constants,
     aten,
+    autocast_at,
+    described,
     dtype,
     full_args,
     shape,
 )
 from graphquant.passes.judge import Product, judge, too_rough
+from graphquant.passes.layout import stands_for
 from graphquant.passes.ranges import SMOOTHED, Range, union, within
 from graphquant.passes.recognize import Activation, Norm, Recognized
 from graphquant.passes.record import Record
@@ -61,6 +64,7 @@ class Workbench:
     record: Record
     config: Config
     parameters: Mapping[Node, Tensor]
+    names: Mapping[Node, str]  # of parameters
     select: bool = False  # keep only what was measured to be faster
     ranges: dict[str, Range] = field(default_factory=dict)  # static ones: ranges.static_ranges
     unjudged: set[str] = field(default_factory=set)  # nodes of which min_sqnr has no rows
@@ -241,7 +245,7 @@ def apply(bench: Workbench, rule: Rule[Any]) -> None:
             continue
         editor = Editor(bench)
         first = min(site.outputs)  # in graph order
-        with bench.graph.inserting_before(first), _autocast_at(first):
+        with bench.graph.inserting_before(first), autocast_at(first):
             new = rule.rewrite(editor, site)
             rough = bench.why_rough(editor.product) if editor.product else ""
             measured = bench.select and not rough
@@ -272,6 +276,7 @@ def apply(bench: Workbench, rule: Rule[Any]) -> None:
         bench.record.apply(rule.name, site.subjects, carriers[0], times, value)
         log.debug("%s applied to %s", rule.name, site.outputs[0].name)
         for old, now in zip(site.outputs, new, strict=True):
+            stands_for(now, old)
             old.replace_all_uses_with(now)
             bench.replaced[old] = now
             if old in bench.written:
@@ -293,28 +298,12 @@ def _takes_over(carrier: Node, replaced: dict[Node, Node]) -> str:
     return old.name
 
 
-def _autocast_at(node: Node) -> ExitStack:
-    """The autocast regions that a node stands in: new fake values get the types of a real run."""
-    opened: dict[Node, Any] = {}
-    for n in node.graph.nodes:
-        if n is node:
-            break
-        if n.target is torch.amp.autocast_mode._enter_autocast:
-            opened[n] = torch.autocast(*n.args)
-        elif n.target is torch.amp.autocast_mode._exit_autocast:
-            del opened[n.args[0]]
-    with ExitStack() as regions:
-        for region in opened.values():
-            regions.enter_context(region)
-        return regions.pop_all()
-
-
 def _refusal(bench: Workbench, rule: Rule[Any], site: Site) -> Refuse | None:
     no = rule.check(bench, site)
     if no is not None and not isinstance(no, Refuse):
         raise RuleError(f"{rule.name}.check returned {no!r}; it must return None or a Refuse")
     if no is None and (hit := next((x for x in site.moved if x in bench.written), None)):
-        return Refuse(f"{hit.name} is written in place", hit)
+        return Refuse(f"{described(hit, bench.names)} is written in place", hit)
     return no
 
 

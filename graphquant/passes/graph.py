@@ -7,13 +7,17 @@ every node carries a fake tensor in `meta["val"]`.
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 
@@ -70,6 +74,21 @@ def operand(value: Node) -> str:
     assert isinstance(reader.target, torch._ops.OpOverload), reader
     names = (a.name for a in reader.target._schema.arguments)
     return next(name for name, a in zip(names, full_args(reader), strict=True) if a is value)
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Do two fake values lie in memory alike: sizes, strides, offset, and how much there is of it?
+
+    Of sizes that are symbols: only what is known without a guard.
+    """
+    return a.dim() == b.dim() and all(
+        statically_known_true(m == n) for m, n in zip(_layout(a), _layout(b), strict=True)
+    )
+
+
+def _layout(value: Tensor) -> tuple[Any, ...]:
+    storage = value.untyped_storage().nbytes() if _storage(value) is not None else 0
+    return (*value.shape, *value.stride(), value.storage_offset(), storage)
 
 
 def is_tensor(node: Node) -> bool:
@@ -148,6 +167,21 @@ def origin(node: Node, found: Callable[[Node], object]) -> tuple[Node, list[Node
     return node, views[::-1]
 
 
+def between(out: Node, x: Node) -> list[Node]:
+    """What is computed on the way from x to out, without these two."""
+    found: dict[Node, bool] = {x: True, out: False}
+
+    def from_x(node: Node) -> bool:
+        if node not in found:
+            inputs = node.all_input_nodes if node > x else []
+            found[node] = sum(map(from_x, inputs)) > 0  # all of them, not up to the first
+        return found[node]
+
+    for i in out.all_input_nodes:
+        from_x(i)
+    return [n for n, is_ in found.items() if is_ and n is not x]
+
+
 def only_user(node: Node) -> Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
@@ -163,12 +197,17 @@ def leads_only_to(node: Node, goal: Node) -> bool:
 class Constants:
     """Which nodes depend on parameters and buffers only. `roots` are those themselves.
 
-    Tensors that rules bring along (LITERAL) are constant as well.
+    What the graph writes to while it runs is no constant, under whatever name: it has one value
+    before the write and another after it, and the next run starts from that one. Tensors that
+    rules bring along (LITERAL) are constant.
     """
 
     def __init__(self, roots: Iterable[Node]) -> None:
         self.roots = frozenset(roots)
-        self._known: dict[Node, bool] = dict.fromkeys(self.roots, True)
+        self._written = {
+            n for graph in {r.graph for r in self.roots} for n in written_in_place(graph)
+        }
+        self._known = {root: root not in self._written for root in self.roots}
 
     def __contains__(self, node: object) -> bool:
         if not isinstance(node, Node):
@@ -178,6 +217,7 @@ class Constants:
             self._known[node] = LITERAL in node.meta or (
                 node.op == "call_function"
                 and bool(inputs)
+                and node not in self._written
                 and not node.is_impure()
                 and not is_random(node)
                 and all(i in self for i in inputs)
@@ -199,41 +239,104 @@ class Constants:
                 found += [i for i in value.all_input_nodes if i not in found]
         return found
 
+    def written_in(self, node: Node) -> Node | None:
+        """What the graph writes to, if that is why this value is no constant: a parameter, or a
+        value that is made of such."""
+        edge, seen = [node], {node}
+        for value in edge:
+            if value not in self.roots and (value.op != "call_function" or is_random(value)):
+                return None
+            fresh = [i for i in value.all_input_nodes if i not in self and i not in seen]
+            seen.update(fresh)
+            edge += fresh
+        return min((n for n in edge if n in self._written), default=None)
+
 
 def is_random(node: Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def writes(node: Node) -> list[Node]:
-    """The arguments this node writes to in place."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    """The arguments whose memory this node writes to."""
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return _written_inside(node)
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target in _WRITES_NO_VALUE:
         return []
-    schema = node.target._schema
-    if not schema.is_mutable:
-        return []
+    schema, arguments = node.target._schema, full_args(node)
+    named = {a.name: value for a, value in zip(schema.arguments, arguments, strict=True)}
     found: list[Any] = []
-    for argument, value in zip(schema.arguments, full_args(node), strict=True):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            found += value if isinstance(value, (list, tuple)) else [value]
+    if schema.is_mutable:
+        for argument in schema.arguments:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = named[argument.name]
+                found += value if isinstance(value, (list, tuple)) else [value]
+    elif any(named.get(flag) is True for flag in _UPDATES_STATISTICS):
+        found += [named.get(name) for name in _STATISTICS]
     return [v for v in found if isinstance(v, Node)]
 
 
+_WRITES_NO_VALUE = frozenset({aten.detach_.default})  # it changes what autograd knows
+
+# batch_norm, instance_norm and their kin update these without a word of it in their schemas
+_STATISTICS = ("running_mean", "running_var")
+_UPDATES_STATISTICS = ("training", "train", "use_input_stats")
+
+
+def _written_inside(node: Node) -> list[Node]:
+    """What a higher-order op writes to: all that it reads, if any of its graphs writes at all."""
+    root = node.graph.owning_module
+    read = [n for n in node.all_input_nodes if is_tensor(n)]
+    names = [n.target for n in node.all_input_nodes if n.op == "get_attr"]
+    inner = [g for name in names if isinstance(g := getattr(root, str(name), None), GraphModule)]
+    if any(writes(n) for g in inner for n in g.graph.nodes):
+        return read
+    return read if "mutation" in node.target.name() else []  # type: ignore[union-attr]  # Triton's
+
+
+def memory(node: Node) -> frozenset[int]:
+    """The storages in which the value of a node lies. Empty where none is known."""
+    return memory_of(node.meta.get("val"))
+
+
+def memory_of(value: object) -> frozenset[int]:
+    """The storages of a fake value, or of several."""
+    values = [value] if isinstance(value, Tensor) else tree_leaves(value)
+    return frozenset(at for v in values if (at := _storage(v)) is not None)
+
+
+def _storage(value: object) -> int | None:
+    if not isinstance(value, Tensor):
+        return None
+    try:
+        return int(value.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse tensors and subclasses have none
+        return None
+
+
 def may_alias(node: Node) -> list[Node]:
-    """The inputs whose memory this node's value may share."""
+    """The inputs whose memory this node's value may share.
+
+    What its fake value lies in says so, and the schema: einsum, meshgrid or broadcast_tensors
+    return views that their schemas do not declare; and a reshape that copied when the model was
+    traced may return a view once a rule has changed how its input lies in memory.
+    """
     if node.op != "call_function":
         return []
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return node.all_input_nodes if node.target.__name__ == "getitem" else []  # type: ignore[union-attr]
-    return [
-        value
-        for argument, value in zip(node.target._schema.arguments, full_args(node), strict=True)
-        if argument.alias_info is not None and isinstance(value, Node)
-    ]
+    declared: list[Any] = []
+    if isinstance(node.target, torch._ops.OpOverload):
+        for argument, value in zip(node.target._schema.arguments, full_args(node), strict=True):
+            if argument.alias_info is not None:
+                declared += value if isinstance(value, (list, tuple)) else [value]
+    elif node.target is operator.getitem:
+        declared = node.all_input_nodes
+    own = memory(node)
+    return [i for i in node.all_input_nodes if i in declared or not own.isdisjoint(memory(i))]
 
 
-def _families(graph: Graph) -> Callable[[Node], Node]:
+def families(graph: Graph) -> Callable[[Node], Node]:
     """Values that may share memory have one head."""
     family: dict[Node, Node] = {}
+    first: dict[int, Node] = {}
 
     def head(n: Node) -> Node:
         while n in family:
@@ -241,7 +344,8 @@ def _families(graph: Graph) -> Callable[[Node], Node]:
         return n
 
     for node in graph.nodes:
-        for other in may_alias(node):
+        here = (first.setdefault(at, node) for at in memory(node))  # inputs share memory as well
+        for other in (*may_alias(node), *here):
             if head(node) is not head(other):
                 family[head(node)] = head(other)
     return head
@@ -249,9 +353,19 @@ def _families(graph: Graph) -> Callable[[Node], Node]:
 
 def written_in_place(graph: Graph) -> set[Node]:
     """Every value whose memory some node of the graph writes to, through any alias of it."""
-    head = _families(graph)
-    written = {head(n) for node in graph.nodes for n in writes(node)}
-    return {n for n in graph.nodes if head(n) in written} if written else set()
+    targets = [n for node in graph.nodes for n in writes(node)]
+    if not targets:
+        return set()
+    head = families(graph)
+    written = {head(n) for n in targets}
+    return {n for n in graph.nodes if head(n) in written}
+
+
+def leaving(graph: Graph) -> set[Node]:
+    """Every value whose memory the caller gets to see, through any alias of it."""
+    head = families(graph)
+    returned = {head(n) for n in graph.output_node().all_input_nodes}
+    return {n for n in graph.nodes if head(n) in returned}
 
 
 def needs_gradient(graph: Graph, differentiable: Iterable[Node], grad_enabled: bool) -> set[Node]:
@@ -259,7 +373,7 @@ def needs_gradient(graph: Graph, differentiable: Iterable[Node], grad_enabled: b
     found = set(differentiable)
     if not found:
         return found
-    head = _families(graph)
+    head = families(graph)
     enabled = grad_enabled
     for node in graph.nodes:
         if node.target is torch._C._set_grad_enabled:
@@ -285,6 +399,22 @@ def _can_need_gradient(node: Node) -> bool:
     return not isinstance(value, (int, torch.SymInt, torch.SymFloat, torch.SymBool, bool, float))
 
 
+def autocast_at(node: Node) -> ExitStack:
+    """The autocast regions that a node stands in: new fake values get the types of a real run."""
+    opened: dict[Node, Any] = {}
+    for n in node.graph.nodes:
+        if n is node:
+            break
+        if n.target is torch.amp.autocast_mode._enter_autocast:
+            opened[n] = torch.autocast(*n.args)
+        elif n.target is torch.amp.autocast_mode._exit_autocast:
+            del opened[n.args[0]]
+    with ExitStack() as regions:
+        for region in opened.values():
+            regions.enter_context(region)
+        return regions.pop_all()
+
+
 def readers(node: Node) -> str:
     """Who reads this value, for a sentence: "add, scaled_dot_product_attention"."""
     names = dict.fromkeys(
@@ -294,6 +424,17 @@ def readers(node: Node) -> str:
         for u in node.users
     )
     return ", ".join(names) or "nothing"
+
+
+def described(node: Node, names: Mapping[Node, str]) -> str:
+    """What a value is, for a sentence: "bias" or "the result of gelu in encoder.layers.0"."""
+    if node in names:
+        return names[node]
+    if node.op != "call_function":
+        return "an input of the model"
+    op = getattr(node.target, "__name__", str(node.target)).split(".")[0]
+    path = module_path(node)
+    return f"the result of {op} in {path}" if path else f"the result of {op}"
 
 
 def module_path(node: Node) -> str:

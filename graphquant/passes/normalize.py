@@ -1,8 +1,9 @@
 """Many spellings become one. Nothing here changes a number that the model computes.
 
 In order: traces of tracing go (assertions on metadata, eval-mode dropout, casts to the same type);
-in-place ops on values of their own become plain ones; equal views become one; a product with a
-constant matrix becomes `aten.linear`; what is computed from parameters alone moves to the top.
+writes in place to what the graph made become plain values (functional.py); equal views become one;
+a product with a constant matrix becomes `aten.linear`; what is computed from parameters alone moves
+to the top.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
 
+from graphquant.passes.functional import make_functional
 from graphquant.passes.graph import (
     CASTS,
     LINEAR,
@@ -23,29 +24,27 @@ from graphquant.passes.graph import (
     dtype,
     full_args,
     is_call,
-    may_alias,
+    leaving,
+    memory,
     shape,
     written_in_place,
 )
 from graphquant.passes.ir import Captured
 
-_DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
-_FUNCTIONAL = {
-    getattr(getattr(aten, f"{op}_"), overload): getattr(getattr(aten, op), overload)
-    for ops, overloads in (
-        (("add", "sub", "mul", "div"), ("Tensor", "Scalar")),
-        (("relu", "silu", "gelu", "sigmoid", "tanh"), ("default",)),
-    )
-    for op in ops
-    for overload in overloads
-    if overload in getattr(aten, f"{op}_").overloads()
-}
+_DROPOUTS = frozenset(
+    getattr(aten, f"{kind}dropout{in_place}").default
+    for kind in ("", "feature_", "alpha_")
+    for in_place in ("", "_")
+)
+# They return what they are given, whatever the fake values of some of them say.
+_ALIASES = frozenset({aten.alias.default, aten.lift.default, aten.lift_fresh.default})
 
 
 def normalize(captured: Captured) -> None:
     graph = captured.gm.graph
     _drop_no_ops(graph, differentiable=bool(captured.differentiable))
-    _make_functional(captured)
+    make_functional(captured)
+    _drop_copies_of_constants(graph)
     merge_equal_views(graph)
     constants = Constants(captured.parameters)
     _spell_linear(graph, constants)
@@ -60,9 +59,17 @@ def _drop_no_ops(graph: Graph, *, differentiable: bool) -> None:
         elif _is_no_op(node, differentiable):
             node.replace_all_uses_with(node.all_input_nodes[0])
             graph.erase_node(node)
-    written = written_in_place(graph)
-    for node in calls(graph, lambda n: n.target is aten.lift_fresh_copy.default):
-        if node not in written:  # else the constant itself would be written, once per call
+
+
+def _drop_copies_of_constants(graph: Graph) -> None:
+    """A constant of the forward, torch.tensor(0.5), is copied at every call: in vain, unless the
+    copy is written, or handed to the caller, who may do so."""
+    copies = list(calls(graph, lambda n: n.target is aten.lift_fresh_copy.default))
+    if not copies:
+        return
+    kept = written_in_place(graph) | leaving(graph)
+    for node in copies:
+        if node not in kept:
             node.replace_all_uses_with(node.all_input_nodes[0])
             graph.erase_node(node)
 
@@ -71,9 +78,9 @@ def _is_no_op(node: Node, differentiable: bool) -> bool:
     if is_call(node, *_DROPOUTS):
         _, p, train = full_args(node)
         return not train or p == 0
-    if is_call(node, aten.alias.default):
+    if is_call(node, *_ALIASES):
         return True
-    if is_call(node, aten.detach.default):
+    if is_call(node, aten.detach.default, aten.detach_.default):
         return not differentiable
     if is_call(node, *CASTS):
         source = node.all_input_nodes[0]
@@ -86,37 +93,19 @@ def _is_no_op(node: Node, differentiable: bool) -> bool:
     return False
 
 
-def _make_functional(captured: Captured) -> None:
-    """`y.add_(z)` on a value that has no other name becomes `y = y + z`."""
-    graph = captured.gm.graph
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    for node in calls(graph, lambda n: n.target in _FUNCTIONAL):
-        target = node.args[0]
-        assert isinstance(target, Node)
-        if target.op != "call_function" or may_alias(target):
-            continue
-        if any(target in may_alias(user) for user in target.users if user is not node):
-            continue
-        plain = _FUNCTIONAL[node.target]
-        args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with captured.fake_mode:
-            value = plain(*args, **kwargs)
-        if value.dtype != dtype(target):
-            continue  # in place keeps the type that the plain op would widen
-        node.target = plain
-        for user in list(target.users):
-            if order.get(user, 0) > order[node]:
-                user.replace_input_with(target, node)
-
-
 def merge_equal_views(graph: Graph) -> None:
-    """Siblings often make the same view of their input each: one is enough."""
+    """Siblings often make the same view of their input each: one is enough.
+
+    A reshape may copy. Two copies are not one if they are written, or if the caller gets them.
+    """
     seen: dict[Any, Node] = {}
-    written = written_in_place(graph)  # a reshape may copy: two copies of such are not one
+    written, returned = written_in_place(graph), leaving(graph)
     for node in calls(
         graph,
         lambda n: n.target in ROW_VIEWS and n.target is not aten.clone.default and n not in written,
     ):
+        if node in returned and memory(node).isdisjoint(memory(node.all_input_nodes[0])):
+            continue
         key = (node.target, repr(node.args), repr(node.kwargs), node.all_input_nodes[0])
         if (first := seen.setdefault(key, node)) is not node:
             node.replace_all_uses_with(first)
@@ -162,8 +151,6 @@ def _hoist_weights(graph: Graph, constants: Constants) -> None:
         if isinstance(value, Node) and value in constants and value not in wanted:
             wanted.add(value)
             edge += value.all_input_nodes
-    if written := written_in_place(graph):  # it matters when such a weight is read
-        wanted = {n for n in wanted if written.isdisjoint(constants.made_from(n))}
     first = next((n for n in graph.nodes if n.op == "call_function" and n not in wanted), None)
     if first is not None:
         for node in [n for n in graph.nodes if n in wanted and n.op != "placeholder"]:
