@@ -21,7 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
-from torch._dynamo.source import ConstantSource
+from torch._dynamo.source import (
+    ConstantSource,
+    ParamBufferSource,
+    UnspecializedParamBufferSource,
+)
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
@@ -35,6 +39,8 @@ from graphquant.passes.ir import Captured
 
 _ENTER = torch.amp.autocast_mode._enter_autocast
 _EXIT = torch.amp.autocast_mode._exit_autocast
+
+_HELD = (ParamBufferSource, UnspecializedParamBufferSource)  # an entry of a module's tables
 
 _VMAP = "torch._functorch.predispatch"
 
@@ -145,6 +151,28 @@ def _is_parameter(value: Tensor) -> bool:
     return isinstance(value, torch.nn.Parameter) or bool(
         getattr(value, "_dynamo_static_input_type", None)
     )
+
+
+def belong_to_modules(gm: GraphModule) -> list[bool]:
+    """Of each input of Dynamo's graph: is it a parameter or buffer that a module holds? Arguments
+    of the call are none, be they Parameters or marked static."""
+    return [_is_held(n) for n in gm.graph.find_nodes(op="placeholder")]
+
+
+def _is_held(placeholder: Node) -> bool:
+    argument = placeholder.meta.get("grapharg")
+    source = argument.source if argument is not None else None
+    while source is not None and not isinstance(source, _HELD):
+        source = getattr(source, "base", None)
+    return source is not None
+
+
+def linears_of(gm: GraphModule) -> Iterator[tuple[Node, str]]:
+    """The linears of Dynamo's graph, and their module paths where a module holds the weight."""
+    for node in gm.graph.find_nodes(op="call_function", target=F.linear):
+        weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+        held = isinstance(weight, Node) and _is_held(weight)
+        yield node, _module_name(weight) if held else ""
 
 
 def _module_name(placeholder: Node) -> str:

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphquant.errors import KernelBuildError, UnsupportedInputError
+
 ALIGNED = 16  # bytes: what launch.c asks of every address
 # CUtensorMapDataType and CUtensorMapSwizzle (by its bytes) in cuda.h
 MAP_TYPES = {torch.uint8: 0, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
@@ -31,16 +33,42 @@ _watching = threading.local()
 
 @functools.cache
 def native() -> ModuleType:
-    """launch.c, built by the C compiler that Triton needs as well, and cached where Triton does."""
-    import triton
-    from triton.runtime.build import compile_module_from_src
+    """launch.c, built by the C compiler that Triton needs as well, and cached where Triton does.
+
+    Raises UnsupportedInputError without Triton, KernelBuildError without a compiler or a driver.
+    """
+    with needs_triton():
+        import triton
+        from triton.runtime.build import compile_module_from_src
 
     source = Path(__file__).with_suffix(".c").read_text()
     headers = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
-    module: ModuleType = compile_module_from_src(
-        source, "graphquant_launch", include_dirs=[str(headers)]
-    )
+    try:
+        module: ModuleType = compile_module_from_src(
+            source, "graphquant_launch", include_dirs=[str(headers)]
+        )
+    except OSError as error:  # says itself that the driver is missing
+        raise KernelBuildError(f"graphquant cannot launch CUDA kernels: {error}") from error
+    except Exception as error:
+        raise KernelBuildError(
+            "graphquant's CUDA kernels need a C compiler, as Triton does (gcc or clang; the "
+            f"variable CC may name it): {type(error).__name__}: {error}"
+        ) from error
     return module
+
+
+@contextlib.contextmanager
+def needs_triton() -> Iterator[None]:
+    """Imports of Triton. Raises UnsupportedInputError where it is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "triton":
+            raise
+        raise UnsupportedInputError(
+            "graphquant's CUDA kernels need triton, which is not installed (torch's Linux CUDA "
+            "wheels bring it). On the CPU the ops run without it."
+        ) from error
 
 
 def stream_of(device: torch.device) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from graphquant.ops.launch import unwatched
+from graphquant.ops.launch import needs_triton, unwatched
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,8 @@ def times(
 
 def recall(question: str, device: torch.device) -> dict[str, float] | None:
     """What was measured before: microseconds, negative for a candidate that failed."""
-    from triton.runtime.cache import get_cache_manager
+    with needs_triton():
+        from triton.runtime.cache import get_cache_manager
 
     if device.type != "cuda":
         return None
@@ -65,7 +66,8 @@ def recall(question: str, device: torch.device) -> dict[str, float] | None:
 
 
 def _store(question: str, device: torch.device, answer: Mapping[str, float]) -> None:
-    from triton.runtime.cache import get_cache_manager
+    with needs_triton():
+        from triton.runtime.cache import get_cache_manager
 
     data = json.dumps({"question": question, "on": machine(device), "times": dict(answer)})
     get_cache_manager(_key(question, device)).put(data, "times.json", binary=False)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from graphquant.errors import KernelBuildError
+from graphquant.ops.launch import needs_triton
 
 Call = Callable[..., int]
 
@@ -25,7 +26,8 @@ def compile_cubin(source: str, defines: Mapping[str, object], arch: str) -> byte
 
     Raises KernelBuildError with NVRTC's log.
     """
-    from triton.runtime.cache import get_cache_manager
+    with needs_triton():
+        from triton.runtime.cache import get_cache_manager
 
     options = [f"--gpu-architecture={arch}", "--std=c++17"]
     options += [f"-D{name}={value}" for name, value in sorted(defines.items())]
@@ -97,7 +99,9 @@ def _library() -> ctypes.CDLL:
             return ctypes.CDLL(name)
         except OSError as error:
             tried.append(str(error))
-    raise KernelBuildError(f"NVRTC was not found: {'; '.join(tried)}")
+    raise KernelBuildError(
+        f"NVRTC was not found: {'; '.join(tried)} (pip install nvidia-cuda-nvrtc)"
+    )
 
 
 def _names() -> Iterator[str]:

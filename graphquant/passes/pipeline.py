@@ -11,8 +11,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from graphquant.config import Config
+from graphquant.failure import stage
 from graphquant.ops import int8_linear
 from graphquant.ops.checks import FLOATS
+from graphquant.ops.define import missing
 from graphquant.ops.int8_linear.op import MAX_K
 from graphquant.passes.apply import Workbench, apply
 from graphquant.passes.attention import choose_kernels
@@ -64,15 +66,44 @@ INT8_RULES: tuple[Rule[Any], ...] = (
 NEEDS_GRADIENT = "its result can need a gradient"
 STANDS_FOR, LINEARS = "graphquant_stands_for", "graphquant_linears"  # see _leave_traces
 DEVICES = ("cpu", "cuda")
+NEED_KERNELS = ("cuda",)
 
 
 def rewrite(captured: Captured, config: Config) -> Report:
     """Rewrite the captured graph in place and say what was done. Weights stay to be packed."""
     gm = captured.gm
-    normalize(captured)
-    drop_empty_masks(gm.graph)
+    with stage("normalize"):
+        normalize(captured)
+        drop_empty_masks(gm.graph)
+    with stage("recognize"):
+        bench = _workbench(captured, config)
+    with stage("the record of linears"):
+        _enter_all(bench, captured, config)
+    if config.activation == "static" and config.calibration is not None:
+        with stage("static ranges"):
+            bench.ranges = static_ranges(_open_linears(bench), config.calibration)
+    for rule in INT8_RULES if config.quantize else FLOAT_RULES:
+        with stage(f"rule {rule.name}"):
+            apply(bench, rule)
+    _views_to_reshapes(bench)
+    if bench.select and missing() is None:
+        with stage("the choice of attention kernels"):
+            choose_kernels(gm.graph, bench.needs_gradient)
+    with stage("the end of the rewrite"):
+        merge_equal_views(gm.graph)  # a rule may have made one that the model has as well
+        gm.graph.eliminate_dead_code()
+        gm.graph.lint()
+        gm.recompile()
+        _leave_traces(bench)
+        report = Report(bench.record.outcomes(), notes=tuple(_notes(bench, config)))
+    log.info("%s", report.summary())
+    return report
+
+
+def _workbench(captured: Captured, config: Config) -> Workbench:
+    gm = captured.gm
     constants = Constants(captured.parameters)
-    bench = Workbench(
+    return Workbench(
         gm=gm,
         fake_mode=captured.fake_mode,
         constants=constants,
@@ -84,22 +115,6 @@ def rewrite(captured: Captured, config: Config) -> Report:
         parameters=captured.parameters,
         select=config.select == "faster",
     )
-    _enter_all(bench, captured, config)
-    if config.activation == "static" and config.calibration is not None:
-        bench.ranges = static_ranges(_open_linears(bench), config.calibration)
-    for rule in INT8_RULES if config.quantize else FLOAT_RULES:
-        apply(bench, rule)
-    _views_to_reshapes(bench)
-    if bench.select:
-        choose_kernels(gm.graph, bench.needs_gradient)
-    merge_equal_views(gm.graph)  # a rule may have made one that the model has as well
-    gm.graph.eliminate_dead_code()
-    gm.graph.lint()
-    gm.recompile()
-    _leave_traces(bench)
-    report = Report(bench.record.outcomes(), notes=tuple(_notes(bench, config)))
-    log.info("%s", report.summary())
-    return report
 
 
 def _enter_all(bench: Workbench, captured: Captured, config: Config) -> None:
@@ -163,6 +178,8 @@ def _why_barred(bench: Workbench, captured: Captured, config: Config, node: Node
         return f"computes in {str(dtype(node)).removeprefix('torch.')}"
     if (device := node.meta["val"].device.type) not in DEVICES:
         return f"graphquant has no kernels for {device}"
+    if device in NEED_KERNELS and (why := missing()) is not None:
+        return why
     N, K = shape(weight)
     if not 1 <= K <= MAX_K or N < 1:
         return f"K={K}, N={N}: int8 needs 1 <= K <= {MAX_K} and N >= 1"
