@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
 
 from graphquant.config import Config
 from graphquant.errors import RuleError
@@ -32,6 +31,7 @@ from graphquant.passes.graph import (
     Constants,
     aten,
     dtype,
+    fake_result,
     full_args,
     shape,
 )
@@ -190,9 +190,7 @@ class Editor:
         node = self._bench.graph.call_function(target, args, kwargs)
         if (last := max(node.all_input_nodes, default=node)) > node:
             last.append(node)  # such as a view of a size that is computed after the site begins
-        fake_args, fake_kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with self._bench.fake_mode:
-            node.meta["val"] = target(*fake_args, **fake_kwargs)
+        node.meta["val"] = fake_result(self._bench.fake_mode, target, node.args, node.kwargs)
         self.made.append(node)
         return node
 

@@ -13,7 +13,10 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 aten = torch.ops.aten
 
@@ -70,6 +73,17 @@ def operand(value: Node) -> str:
     assert isinstance(reader.target, torch._ops.OpOverload), reader
     names = (a.name for a in reader.target._schema.arguments)
     return next(name for name, a in zip(names, full_args(reader), strict=True) if a is value)
+
+
+def fake_result(mode: FakeTensorMode, target: Any, args: Any, kwargs: Any) -> Any:
+    """What a call computes, as a fake value, from the fake values of its arguments.
+
+    With the Python dispatcher, as in tracing: some of torch's C++ composites (matmul in torch 2.11)
+    ask for sizes that are symbols here.
+    """
+    args, kwargs = map_arg((args, kwargs), lambda n: n.meta["val"])
+    with mode, enable_python_dispatcher():
+        return target(*args, **kwargs)
 
 
 def is_tensor(node: Node) -> bool:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
 
 from graphquant.passes.graph import (
     CASTS,
@@ -21,6 +20,7 @@ from graphquant.passes.graph import (
     aten,
     calls,
     dtype,
+    fake_result,
     full_args,
     is_call,
     may_alias,
@@ -98,9 +98,7 @@ def _make_functional(captured: Captured) -> None:
         if any(target in may_alias(user) for user in target.users if user is not node):
             continue
         plain = _FUNCTIONAL[node.target]
-        args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with captured.fake_mode:
-            value = plain(*args, **kwargs)
+        value = fake_result(captured.fake_mode, plain, node.args, node.kwargs)
         if value.dtype != dtype(target):
             continue  # in place keeps the type that the plain op would widen
         node.target = plain
