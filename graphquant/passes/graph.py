@@ -123,9 +123,7 @@ def is_widening(node: Node) -> bool:
     if not is_float_cast(node):
         return False
     old, new = torch.finfo(dtype(node.all_input_nodes[0])), torch.finfo(dtype(node))
-    return (
-        new.max >= old.max and new.eps <= old.eps and new.smallest_normal <= old.smallest_normal
-    )
+    return new.max >= old.max and new.eps <= old.eps and new.smallest_normal <= old.smallest_normal
 
 
 def is_float_cast(node: object) -> TypeGuard[Node]:

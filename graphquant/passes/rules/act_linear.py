@@ -53,9 +53,7 @@ class ActLinear:
             gate = linear.x if up is None else gate
             moved = (act.x,) if up is None else (act.x, up)
             subjects = (linear.node, act.out)
-            yield ActSite(
-                (linear.node,), subjects, moved, act, gate, up, out, tuple(views), linear
-            )
+            yield ActSite((linear.node,), subjects, moved, act, gate, up, out, tuple(views), linear)
 
     def check(self, view: View, site: ActSite) -> Refuse | None:
         for value, goal in ((site.out, site.linear.node), (site.act.out, site.out)):
