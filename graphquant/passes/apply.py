@@ -72,7 +72,10 @@ class Workbench:
 
     def norm(self, out: Node) -> Norm | None:
         found = self.recognized.norms.get(out)
-        return found and replace(found, x=self._now(found.x))
+        if found is None:
+            return None
+        gamma, beta = (p and self._now(p) for p in (found.gamma, found.beta))
+        return replace(found, x=self._now(found.x), gamma=gamma, beta=beta)
 
     def activation(self, out: Node) -> Activation | None:
         found = self.recognized.activations.get(out)
@@ -250,7 +253,8 @@ def apply(bench: Workbench, rule: Rule[Any]) -> None:
         carriers = [n for n in editor.made if n.target in _CARRIERS]
         if len(carriers) != 1:
             raise RuleError(f"{rule.name} made {len(carriers)} linears of one site, not one")
-        if why_not := rough or (times.why_not if times is not None else ""):
+        late = _late(dict(zip(site.outputs, new, strict=True)))
+        if why_not := rough or late or (times.why_not if times is not None else ""):
             log.debug("%s left %s: %s", rule.name, site.outputs[0].name, why_not)
             bench.record.decline(rule.name, site.subjects, why_not, times)
             if rough and editor.product:
@@ -278,6 +282,16 @@ def apply(bench: Workbench, rule: Rule[Any]) -> None:
             _erase(bench.graph, old)
         if alive := [n.name for n in site.outputs if not n._erased]:
             raise RuleError(f"{rule.name} left what it replaced alive: {', '.join(alive)}")
+
+
+def _late(replacing: dict[Node, Node]) -> str:
+    """Why these new nodes cannot stand for the old ones, or "": a reader stands in front of them,
+    because they wait for a value that the model computes later."""
+    for old, new in replacing.items():
+        for user in old.users:
+            if user < new and user not in replacing:
+                return f"{user.name} reads {old.name} before all is known that its rewrite reads"
+    return ""
 
 
 def _takes_over(carrier: Node, replaced: dict[Node, Node]) -> str:
