@@ -21,6 +21,7 @@ from graphquant.passes.graph import (
     Constants,
     aten,
     calls,
+    drop_dead_code,
     dtype,
     full_args,
     module_path,
@@ -93,7 +94,7 @@ def rewrite(captured: Captured, config: Config) -> Report:
     if bench.select:
         choose_kernels(gm.graph, bench.needs_gradient)
     merge_equal_views(gm.graph)  # a rule may have made one that the model has as well
-    gm.graph.eliminate_dead_code()
+    drop_dead_code(gm.graph)
     gm.graph.lint()
     gm.recompile()
     _leave_traces(bench)

@@ -24,6 +24,7 @@ from graphquant.passes.graph import (
     SIZED_VIEWS,
     Constants,
     calls,
+    drop_dead_code,
     is_call,
     keeps_rows,
     operand,
@@ -128,7 +129,7 @@ def prepack(captured: Captured, new_input: Callable[[str], Node]) -> list[Packin
                 reader.replace_input_with(old, new)
         packings.append(replace(packing, inputs=inputs))
     literals = [n for n in graph.find_nodes(op="get_attr") if LITERAL in n.meta]
-    graph.eliminate_dead_code()
+    drop_dead_code(graph)
     for node in literals:
         if node._erased:
             delattr(captured.gm, str(node.target))
