@@ -8,6 +8,7 @@ from graphquant.calibration import Calibration
 from graphquant.config import Config
 from graphquant.errors import (
     CalibrationError,
+    FileError,
     GraphquantError,
     MissingPackageError,
     OptionError,
@@ -30,6 +31,7 @@ __all__ = [
     "Calibration",
     "CalibrationError",
     "Config",
+    "FileError",
     "GraphquantError",
     "LeftInFloat",
     "LiveReport",

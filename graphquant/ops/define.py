@@ -262,7 +262,7 @@ def missing() -> str | None:
     try:
         load_kernels()
         native()
-    except (KernelBuildError, UnsupportedInputError) as error:
+    except (KernelBuildError, OSError, UnsupportedInputError) as error:
         return str(error)
     return None
 
