@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.fx import Node
 
 from graphquant.ops import int8_linear
@@ -91,7 +92,11 @@ class Recipe:
             return done[id(e)]
 
         theirs = {r.untyped_storage()._cdata for r in roots}
-        with torch.inference_mode(False), torch.autocast(device, enabled=False):
+        with (
+            torch.inference_mode(False),
+            torch.autocast(device, enabled=False),
+            forward_ad._set_fwd_grad_enabled(False),  # else a dual weight's pack has its tangent
+        ):
             made = [value(e) for e in self.outputs]
             # a slice of a parameter is no pack yet: the parameter may be released
             return [t.clone() if t.untyped_storage()._cdata in theirs else t for t in made]
