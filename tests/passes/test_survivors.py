@@ -42,10 +42,14 @@ def right(model: nn.Module, *args: Any) -> Any:
     return result
 
 
-def test_siblings_whose_input_is_written_in_between_read_it_each_at_their_time(x: Tensor) -> None:
+@pytest.mark.parametrize("own", [True, False])
+def test_siblings_whose_input_is_written_in_between_read_it_each_at_their_time(
+    own: bool, x: Tensor
+) -> None:
     def forward(m: Any, x: Tensor) -> Any:
+        x = x.sin() if own else x
         q = m.q(x)
-        x.mul_(-2)
+        x[:, 1:].mul_(-2)  # through a view: the second one reads a value of the same name
         return q, m.k(x)
 
     right(Model(forward, q=fc(), k=fc()), x)
