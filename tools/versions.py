@@ -90,8 +90,9 @@ def made(torch: str, extras: str) -> str:
     """The Python of an environment with this torch, graphquant and what its tests need."""
     folder = FOLDER / f"torch-{torch}"
     python = str(folder / "bin" / "python")
-    if not folder.exists():
-        venv.create(folder, with_pip=True)
+    if not (folder / "made").exists():
+        venv.create(folder, clear=True, with_pip=True)
+        (folder / "made").touch()
     pip(python, *shlex.split(os.environ.get("TORCH_ARGS", "")), f"torch=={torch}.*")
     pip(python, "-e", f"{ROOT}[{extras}]", TRITON.get(torch, "triton"), f"torch=={torch}.*")
     return python
