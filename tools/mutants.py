@@ -71,7 +71,7 @@ MUTANTS: Sequence[Mutant] = (
         ("shape(end) != shape(total)", "False", "a broadcast linear", RESIDUAL),
         ("shape(site.residual) != shape(total)", "False", "a broadcast residual", RESIDUAL),
         ("or user.kwargs", "", "alpha is ignored", RESIDUAL),
-        ("[RESIDUAL] is not None", "[RESIDUAL] == 0", "a second residual replaces", RESIDUAL),
+        ("[RESIDUAL] is not None", "[RESIDUAL] == 0", "a second residual replaces", SURVIVORS),
     ),
     *_in(
         "passes/rules/layer_scale.py",

@@ -141,6 +141,14 @@ def test_a_transpose_of_a_square_does_not_keep_rows(
     right(model, torch.randn(2, K, K))
 
 
+def test_a_second_residual_does_not_replace_the_first(x: Tensor) -> None:
+    """Not in a later pass over the graph either: `rewritten` makes a second one."""
+    model = Model(lambda m, x, r: m.fc(x) + x.sin() + r, fc=fc())
+    result = rewritten(model, x, torch.randn_like(x))
+    assert result.counts == {"linear + residual": 1}
+    assert relative(result.got, result.want) < NEAR
+
+
 @pytest.mark.parametrize("K", [EXACT_K + 1, 2 * EXACT_K, 4096, 5000])
 def test_sums_beyond_two_to_the_24_are_exact(K: int) -> None:
     draw = torch.Generator().manual_seed(K)
