@@ -114,6 +114,21 @@ def test_a_norm_of_a_stacked_linears_result_reads_the_stack(x: Tensor) -> None:
         assert relative(got, want) < NEAR
 
 
+def test_what_stands_for_a_value_that_is_written_is_written_as_well(x: Tensor) -> None:
+    """The first norm's linear is int8 before the second norm is looked at, which reads its result
+    before the write."""
+
+    def forward(m: Any, x: Tensor) -> Any:
+        y = m.fc1(m.norm1(x))
+        h = m.norm2(y)
+        y[:, 1:].mul_(-2)
+        return m.fc2(h), y
+
+    parts = {"norm1": nn.LayerNorm(K), "norm2": nn.LayerNorm(K), "fc1": fc(), "fc2": fc()}
+    result = right(Model(forward, **parts), x)
+    assert {"norm_linear": 1, "linear": 1}.items() <= result.counts.items()
+
+
 def test_an_activation_of_a_stacked_linears_result_reads_the_stack(x: Tensor) -> None:
     def forward(m: Any, x: Tensor) -> Any:
         return m.down(F.silu(m.gate(x)) * m.up(x))
