@@ -30,7 +30,7 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils.checkpoint import noop_context_fn
 
 from graphquant.errors import CaptureError
-from graphquant.passes.graph import aten
+from graphquant.passes.graph import LITERAL, aten
 from graphquant.passes.ir import Captured
 
 _ENTER = torch.amp.autocast_mode._enter_autocast
@@ -60,6 +60,10 @@ def from_dynamo(gm: GraphModule, example_inputs: list[Any]) -> Captured | None:
     if why := _lost(retraced):
         raise CaptureError(why)
     captured = Captured(retraced, fake_mode, {}, {}, grad_enabled=torch.is_grad_enabled())
+    for node in retraced.graph.find_nodes(op="get_attr"):
+        value = getattr(retraced, str(node.target), None)
+        if isinstance(value, Tensor):  # torch.tensor([1.0]) in the forward
+            node.meta[LITERAL] = value
     placeholders = retraced.graph.find_nodes(op="placeholder")
     for old, new, value in zip(given, placeholders, example_inputs, strict=True):
         _keep_metadata(old, new)
