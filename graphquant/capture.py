@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import noop_context_fn
 
 from graphquant.errors import CaptureError
-from graphquant.passes.graph import aten, is_impure
+from graphquant.passes.graph import LITERAL, aten, is_impure
 from graphquant.passes.ir import Captured
 from graphquant.passes.regions import (
     ENTER_AUTOCAST,
@@ -74,6 +74,10 @@ def from_dynamo(gm: GraphModule, example_inputs: list[Any]) -> Captured | None:
     if why := _lost(retraced):
         raise CaptureError(why)
     captured = Captured(retraced, fake_mode, {}, {}, grad_enabled=torch.is_grad_enabled())
+    for node in retraced.graph.find_nodes(op="get_attr"):
+        value = getattr(retraced, str(node.target), None)
+        if isinstance(value, Tensor):  # torch.tensor([1.0]) in the forward
+            node.meta[LITERAL] = value
     placeholders = retraced.graph.find_nodes(op="placeholder")
     for old, new, value in zip(given, placeholders, example_inputs, strict=True):
         _keep_metadata(old, new)

@@ -46,13 +46,15 @@ class Literal:
     a graph that is compiled again finds what was packed before."""
 
     shape: tuple[int, ...]
+    kind: tuple[torch.dtype, torch.device]
     digest: bytes
     value: Tensor = field(compare=False, repr=False)
 
     @classmethod
     def of(cls, value: Tensor) -> Literal:
-        digest = hashlib.sha256(value.cpu().numpy().tobytes())
-        return cls(tuple(value.shape), digest.digest(), value)
+        memory = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest = hashlib.sha256(memory.numpy().tobytes()).digest()
+        return cls(tuple(value.shape), (value.dtype, value.device), digest, value)
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def prepack(captured: Captured, new_input: Callable[[str], Node]) -> list[Packin
     literals = [n for n in graph.find_nodes(op="get_attr") if LITERAL in n.meta]
     drop_dead_code(graph)
     for node in literals:
-        if node._erased:
+        if node._erased and node.target not in {n.target for n in graph.find_nodes(op="get_attr")}:
             delattr(captured.gm, str(node.target))
     graph.lint()
     captured.gm.recompile()
