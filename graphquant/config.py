@@ -188,6 +188,11 @@ class Config:
         return None
 
 
+def verifying() -> bool:
+    """Is every graph verified after every pass? (passes/verify.py)"""
+    return os.environ.get("GRAPHQUANT_VERIFY") == "1"
+
+
 def literally(path: str) -> str:
     """A pattern that matches this module path alone, whatever characters are in it."""
     pattern = re.sub(r"[*?[]", r"[\g<0>]", path)

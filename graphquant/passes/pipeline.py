@@ -46,6 +46,7 @@ from graphquant.passes.rules.patch_linear import PatchLinear
 from graphquant.passes.rules.residual import Residual
 from graphquant.passes.rules.stack_siblings import StackSiblings
 from graphquant.passes.smooth import NO_NORM
+from graphquant.passes.verify import verifier
 from graphquant.report import Outcome, Report
 
 log = logging.getLogger(__name__)
@@ -68,9 +69,11 @@ DEVICES = ("cpu", "cuda")
 
 def rewrite(captured: Captured, config: Config) -> Report:
     """Rewrite the captured graph in place and say what was done. Weights stay to be packed."""
-    gm = captured.gm
+    gm, check = captured.gm, verifier(captured)
     normalize(captured)
+    check("normalize")
     drop_empty_masks(gm.graph)
+    check("drop_empty_masks")
     constants = Constants(captured.parameters)
     bench = Workbench(
         gm=gm,
@@ -89,11 +92,15 @@ def rewrite(captured: Captured, config: Config) -> Report:
         bench.ranges = static_ranges(_open_linears(bench), config.calibration)
     for rule in INT8_RULES if config.quantize else FLOAT_RULES:
         apply(bench, rule)
+        check(rule.name, bench.record)
     _views_to_reshapes(bench)
+    check("views_to_reshapes", bench.record)
     if bench.select:
         choose_kernels(gm.graph, bench.needs_gradient)
+        check("choose_kernels", bench.record)
     merge_equal_views(gm.graph)  # a rule may have made one that the model has as well
     gm.graph.eliminate_dead_code()
+    check("merge_equal_views", bench.record)
     gm.graph.lint()
     gm.recompile()
     _leave_traces(bench)
