@@ -14,6 +14,7 @@ from graphquant.errors import (
     ReleasedWeightError,
     RuleError,
     UnsupportedInputError,
+    VerifyError,
 )
 from graphquant.handover import lowering
 from graphquant.handover.torchscript import torchscript
@@ -42,6 +43,7 @@ __all__ = [
     "RuleError",
     "SiteAccuracy",
     "UnsupportedInputError",
+    "VerifyError",
     "calibrate",
     "compare",
     "explain",

@@ -19,8 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.testing._internal.common_methods_invocations import op_db
-from torch.testing._internal.common_modules import module_db
 from torch.utils._pytree import tree_leaves, tree_map
 
 INNERS = ("eager", "aot_eager")
@@ -142,6 +140,9 @@ def faults(program: Program) -> Iterator[str]:
 def chosen(seed: int) -> Iterator[Program]:
     """The attention, then one program of every module and operator after the other, then another
     one of each."""
+    from torch.testing._internal.common_methods_invocations import op_db
+    from torch.testing._internal.common_modules import module_db
+
     yield from attention()
     groups = [of_module(info) for info in module_db]
     groups += [of_operator(info) for info in op_db if torch.float32 in info.dtypes]
