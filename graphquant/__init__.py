@@ -8,6 +8,7 @@ from graphquant.calibration import Calibration
 from graphquant.config import Config
 from graphquant.errors import (
     CalibrationError,
+    FileError,
     GraphquantError,
     MissingPackageError,
     OptionError,
@@ -31,6 +32,7 @@ __all__ = [
     "Calibration",
     "CalibrationError",
     "Config",
+    "FileError",
     "GraphquantError",
     "LeftInFloat",
     "LiveReport",

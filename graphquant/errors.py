@@ -13,6 +13,11 @@ class CalibrationError(GraphquantError, ValueError):
     """A calibration is damaged, or of another model. The message names what differs."""
 
 
+class FileError(CalibrationError, OptionError):
+    """A saved Calibration, Budget or Report is damaged, or is none. The message names the file and
+    the field. It is what all of their loaders raise."""
+
+
 class RuleError(GraphquantError):
     """A rule broke its contract. A bug in graphquant, never in the user's model."""
 

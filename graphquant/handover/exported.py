@@ -102,7 +102,7 @@ def packed(captured: Captured) -> GraphModule:
         path = _path([captured.names[r] for r in packing.roots if len(shape(r)) == 2])
         for node, value in zip(packing.inputs, values, strict=True):
             if node.users:  # a quantiser of nothing but weights was packed with its result
-                node.target = _keep(gm, f"{path}.{operand(node)}", value)
+                node.target = _keep(gm, f"{path}.{operand(node, next(iter(node.users)))}", value)
     graph.eliminate_dead_code()
     graph.lint()
     module = GraphModule(gm, graph)  # holds what the graph reads, and nothing else

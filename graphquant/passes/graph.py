@@ -18,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from graphquant.passes.regions import regions, sets_state
+
 aten = torch.ops.aten
 
 LINEAR = aten.linear.default
@@ -34,6 +36,9 @@ CASTS = frozenset(
         aten.type_as.default,
     }
 )
+
+# Casts between these are no more than rounding beside int8's steps. Float8's steps are coarser.
+ROUND_FINELY = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 SIZED_VIEWS = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
 
@@ -67,12 +72,20 @@ def full_args(node: Node) -> tuple[Any, ...]:
     )
 
 
-def operand(value: Node) -> str:
-    """What its first reader calls it: "wq"."""
-    reader = next(iter(value.users))
+def operand(value: Node, reader: Node) -> str:
+    """What this reader of the value calls it: "wq"."""
     assert isinstance(reader.target, torch._ops.OpOverload), reader
-    names = (a.name for a in reader.target._schema.arguments)
-    return next(name for name, a in zip(names, full_args(reader), strict=True) if a is value)
+    for argument, given in zip(reader.target._schema.arguments, full_args(reader), strict=True):
+        if value in nodes_in(given):
+            return argument.name
+    raise AssertionError(f"{reader.name} does not read {value.name}")
+
+
+def nodes_in(argument: Any) -> list[Node]:
+    """The nodes in an argument, which may be a list of them, in order."""
+    found: list[Node] = []
+    map_arg(argument, found.append)
+    return found
 
 
 def fake_result(mode: FakeTensorMode, target: Any, args: Any, kwargs: Any) -> Any:
@@ -115,18 +128,37 @@ def rows(node: Node) -> int:
     return total
 
 
+def width(node: Node) -> int:
+    """The size of the last dim of the node's value at compile time; 1 where it has none."""
+    return hint(*shape(node)[-1:] or (1,))
+
+
 def is_widening(node: Node) -> bool:
-    """A cast to a wider float type: it changes no value."""
-    return is_float_cast(node) and dtype(node).itemsize >= dtype(node.all_input_nodes[0]).itemsize
+    """A cast to a type that holds every value of the one before: it changes none."""
+    if not is_float_cast(node):
+        return False
+    old, new = torch.finfo(dtype(node.all_input_nodes[0])), torch.finfo(dtype(node))
+    return new.max >= old.max and new.eps <= old.eps and new.smallest_normal <= old.smallest_normal
 
 
 def is_float_cast(node: object) -> TypeGuard[Node]:
-    """A cast between float types, on one device."""
+    """A cast that rounds no further than int8 does: between ROUND_FINELY, on one device."""
     if not is_call(node, *CASTS):
         return False
     old, new = node.all_input_nodes[0].meta["val"], node.meta["val"]
-    floats = old.dtype.is_floating_point and new.dtype.is_floating_point
-    return bool(floats and old.device == new.device)
+    return {old.dtype, new.dtype} <= ROUND_FINELY and old.device == new.device
+
+
+def overflowing(value: Node, producer: Node, given: torch.dtype) -> Node | None:
+    """The cast between a producer and this value, made of it by views and casts, that turns finite
+    numbers to inf: numbers which `given` can hold."""
+    found = None
+    while value is not producer:
+        source = value.all_input_nodes[0]
+        if is_float_cast(value) and torch.finfo(dtype(value)).max < torch.finfo(given).max / 2:
+            found = value  # bfloat16's maximum is float32's but for rounding
+        value = source
+    return found
 
 
 def keeps_rows(node: Node) -> bool:
@@ -150,7 +182,8 @@ def keeps_rows(node: Node) -> bool:
 
 
 def origin(node: Node, found: Callable[[Node], object]) -> tuple[Node, list[Node]]:
-    """Walk up through row-keeping views and float casts: (producer, views in data order).
+    """Walk up through row-keeping views and casts that hardly round: (producer, views in data
+    order).
 
     `found(node)`: is this one it already? A norm that was spelled out may end in a cast.
     """
@@ -192,7 +225,7 @@ class Constants:
             self._known[node] = LITERAL in node.meta or (
                 node.op == "call_function"
                 and bool(inputs)
-                and not node.is_impure()
+                and not is_impure(node)
                 and not is_random(node)
                 and all(i in self for i in inputs)
             )
@@ -225,11 +258,11 @@ def writes(node: Node) -> list[Node]:
     schema = node.target._schema
     if not schema.is_mutable:
         return []
-    found: list[Any] = []
+    found: list[Node] = []
     for argument, value in zip(schema.arguments, full_args(node), strict=True):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            found += value if isinstance(value, (list, tuple)) else [value]
-    return [v for v in found if isinstance(v, Node)]
+            found += nodes_in(value)
+    return found
 
 
 def may_alias(node: Node) -> list[Node]:
@@ -240,8 +273,9 @@ def may_alias(node: Node) -> list[Node]:
         return node.all_input_nodes if node.target.__name__ == "getitem" else []  # type: ignore[union-attr]
     return [
         value
-        for argument, value in zip(node.target._schema.arguments, full_args(node), strict=True)
-        if argument.alias_info is not None and isinstance(value, Node)
+        for argument, given in zip(node.target._schema.arguments, full_args(node), strict=True)
+        if argument.alias_info is not None
+        for value in nodes_in(given)
     ]
 
 
@@ -274,12 +308,9 @@ def needs_gradient(graph: Graph, differentiable: Iterable[Node], grad_enabled: b
     if not found:
         return found
     head = _families(graph)
-    enabled = grad_enabled
-    for node in graph.nodes:
-        if node.target is torch._C._set_grad_enabled:
-            enabled = bool(node.args[0])
-        elif (
-            enabled
+    for node, region in regions(graph, grad_enabled):
+        if (
+            region.records
             and node.op == "call_function"
             and node.target is not aten.detach.default
             and any(i in found for i in node.all_input_nodes)
@@ -297,6 +328,25 @@ def _can_need_gradient(node: Node) -> bool:
     if isinstance(value, Tensor):
         return value.is_floating_point() or value.is_complex()
     return not isinstance(value, (int, torch.SymInt, torch.SymFloat, torch.SymBool, bool, float))
+
+
+def is_impure(node: Node) -> bool:
+    """Does this node do more than compute its value? Then it stays, read or not.
+
+    torch's own answer knows neither the contexts that are kept nor every op that returns nothing.
+    """
+    if node.is_impure() or sets_state(node):
+        return True
+    return isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.returns
+
+
+def drop_dead_code(graph: Graph) -> None:
+    """Erase what nobody reads and what does nothing but to draw random numbers."""
+
+    def stays(node: Node) -> bool:
+        return is_impure(node) and not (is_random(node) and not node.target._schema.is_mutable)  # type: ignore[union-attr]
+
+    graph.eliminate_dead_code(stays)
 
 
 def readers(node: Node) -> str:

@@ -19,6 +19,7 @@ from graphquant.passes.graph import (
     Constants,
     aten,
     calls,
+    drop_dead_code,
     dtype,
     fake_result,
     full_args,
@@ -28,6 +29,7 @@ from graphquant.passes.graph import (
     written_in_place,
 )
 from graphquant.passes.ir import Captured
+from graphquant.passes.regions import sets_state
 
 _DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
 _FUNCTIONAL = {
@@ -50,7 +52,7 @@ def normalize(captured: Captured) -> None:
     constants = Constants(captured.parameters)
     _spell_linear(graph, constants)
     _hoist_weights(graph, constants)
-    graph.eliminate_dead_code()
+    drop_dead_code(graph)
 
 
 def _drop_no_ops(graph: Graph, *, differentiable: bool) -> None:
@@ -162,7 +164,12 @@ def _hoist_weights(graph: Graph, constants: Constants) -> None:
             edge += value.all_input_nodes
     if written := written_in_place(graph):  # it matters when such a weight is read
         wanted = {n for n in wanted if written.isdisjoint(constants.made_from(n))}
-    first = next((n for n in graph.nodes if n.op == "call_function" and n not in wanted), None)
-    if first is not None:
-        for node in [n for n in graph.nodes if n in wanted and n.op != "placeholder"]:
-            first.prepend(node)
+    first: Node | None = None  # since a context began or ended: they say what a call computes
+    for node in list(graph.nodes):
+        if node in wanted:
+            if first is not None and node.op != "placeholder":
+                first.prepend(node)
+        elif sets_state(node):
+            first = None
+        elif first is None and node.op == "call_function":
+            first = node

@@ -21,14 +21,15 @@ from graphquant.passes.graph import (
     Constants,
     aten,
     calls,
+    drop_dead_code,
     dtype,
     full_args,
-    hint,
     module_path,
     needs_gradient,
     readers,
     rows,
     shape,
+    width,
     written_in_place,
 )
 from graphquant.passes.ir import Captured
@@ -99,7 +100,7 @@ def rewrite(captured: Captured, config: Config) -> Report:
         choose_kernels(gm.graph, bench.needs_gradient)
         check("choose_kernels", bench.record)
     merge_equal_views(gm.graph)  # a rule may have made one that the model has as well
-    gm.graph.eliminate_dead_code()
+    drop_dead_code(gm.graph)
     check("merge_equal_views", bench.record)
     gm.graph.lint()
     gm.recompile()
@@ -119,14 +120,14 @@ def _enter_all(bench: Workbench, captured: Captured, config: Config) -> None:
         if node.target is LINEAR:
             x, weight, _ = full_args(node)
             path = _linear_path(bench, captured, weight) or path
-            M, N, K = rows(node), hint(shape(node)[-1]), hint(shape(x)[-1])
+            M, N, K = rows(node), width(node), width(x)
             outcome = Outcome("linear", path, node.name, refused=idle, M=M, N=N, K=K)
             barred = _why_barred(bench, captured, config, node, path)
             bench.record.enter(node, outcome, barred)
         elif node in norms or node in acts or node in unusable:
             kind = "activation" if node in acts else "norm"
             why = f"read by {readers(node)}" if config.quantize else "quantize=False"
-            outcome = Outcome(kind, path, node.name, refused=why, K=hint(shape(node)[-1]))
+            outcome = Outcome(kind, path, node.name, refused=why, K=width(node))
             bench.record.enter(node, outcome, unusable.get(node, ""))
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
             for inner in _linears_inside(bench.gm, node):
@@ -137,8 +138,8 @@ def _enter_all(bench: Workbench, captured: Captured, config: Config) -> None:
                         f"{node.name}.{inner.name}",
                         refused=f"inside the higher-order op {node.target.name()}",
                         M=rows(inner),
-                        N=hint(shape(inner)[-1]),
-                        K=hint(shape(inner.all_input_nodes[0])[-1]),
+                        N=width(inner),
+                        K=width(inner.all_input_nodes[0]),
                     )
                 )
 
@@ -170,6 +171,8 @@ def _why_barred(bench: Workbench, captured: Captured, config: Config, node: Node
         return f"computes in {str(dtype(node)).removeprefix('torch.')}"
     if (device := node.meta["val"].device.type) not in DEVICES:
         return f"graphquant has no kernels for {device}"
+    if len(shape(weight)) != 2:
+        return f"its weight has {len(shape(weight))} dims, not two"
     N, K = shape(weight)
     if not 1 <= K <= MAX_K or N < 1:
         return f"K={K}, N={N}: int8 needs 1 <= K <= {MAX_K} and N >= 1"

@@ -24,6 +24,7 @@ from graphquant.passes.graph import (
     SIZED_VIEWS,
     Constants,
     calls,
+    drop_dead_code,
     is_call,
     keeps_rows,
     operand,
@@ -123,14 +124,14 @@ def prepack(captured: Captured, new_input: Callable[[str], Node]) -> list[Packin
         if not outputs:
             continue
         packing = packing_of(outputs, constants)
-        inputs = tuple(new_input(f"packed{len(packings)}_{operand(old)}") for old in outputs)
+        inputs = tuple(new_input(f"packed{len(packings)}_{_name(old, readers)}") for old in outputs)
         for old, new in zip(outputs, inputs, strict=True):
             new.meta["val"] = old.meta["val"]
             for reader in readers:
                 reader.replace_input_with(old, new)
         packings.append(replace(packing, inputs=inputs))
     literals = [n for n in graph.find_nodes(op="get_attr") if LITERAL in n.meta]
-    graph.eliminate_dead_code()
+    drop_dead_code(graph)
     for node in literals:
         if node._erased:
             delattr(captured.gm, str(node.target))
@@ -145,6 +146,10 @@ def packing_of(outputs: Sequence[Node], constants: Constants) -> Packing:
     roots = list(dict.fromkeys(r for o in outputs for r in constants.roots_of(o)))
     expressions = _Expressions(roots)
     return Packing(Recipe(tuple(expressions.of(o) for o in outputs)), tuple(roots))
+
+
+def _name(value: Node, readers: Sequence[Node]) -> str:
+    return operand(value, next(r for r in readers if value in r.all_input_nodes))
 
 
 def _is_root(node: Node, constants: Constants) -> bool:
