@@ -23,6 +23,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_arg
@@ -34,14 +35,13 @@ from graphquant.ops import int8_linear
 from graphquant.passes.graph import LINEAR, Constants, writes
 from graphquant.passes.ir import Captured
 from graphquant.passes.record import Record
+from graphquant.passes.regions import regions
 
 Check = Callable[..., None]
 """check(pass name, record=None)"""
 Known = dict[Node, tuple[Any, Any]]
 """What a node was computed from, and its value."""
 
-_ENTER = torch.amp.autocast_mode._enter_autocast
-_EXIT = torch.amp.autocast_mode._exit_autocast
 # sizes that are known only at run time would be other ones when they are asked for again
 _UNREPEATABLE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
@@ -82,26 +82,19 @@ def _infer(captured: Captured, known: Known, name: str) -> dict[Node, Any]:
 
     `known` is what was found after the pass before, for what has not changed since."""
     values: dict[Node, Any] = {}
-    regions: dict[Node, torch.autocast] = {}
     with _quietly(captured):
-        try:
-            for node in captured.gm.graph.nodes:
-                if node.target is _ENTER:
-                    regions[node] = torch.autocast(*node.args)
-                    regions[node].__enter__()
-                elif node.target is _EXIT:
-                    regions.pop(node.args[0]).__exit__(None, None, None)
-                inputs = [values[i] for i in node.all_input_nodes]
-                made_of = (node.target, node.args, node.kwargs, *map(id, inputs), *regions)
-                before, value = known.get(node, (None, None))
-                if before != made_of:
+        for node, region in regions(captured.gm.graph, captured.grad_enabled):
+            inputs = [values[i] for i in node.all_input_nodes]
+            made_of = (node.target, node.args, node.kwargs, *map(id, inputs), region)
+            before, value = known.get(node, (None, None))
+            if before != made_of:
+                with ExitStack() as entered:
+                    for args in region.autocast:
+                        entered.enter_context(torch.autocast(*args))
                     value = _as_before(_computed(captured, node, values, name), inputs, value)
-                    known[node] = made_of, value
-                _check_value(node, value, name)
-                values[node] = value
-        finally:
-            for region in reversed(regions.values()):
-                region.__exit__(None, None, None)
+                known[node] = made_of, value
+            _check_value(node, value, name)
+            values[node] = value
     return values
 
 
@@ -152,6 +145,7 @@ def _quietly(captured: Captured) -> Iterator[None]:
             entered.enter_context(shapes.ignore_fresh_unbacked_symbols())
         entered.enter_context(torch.no_grad())
         entered.enter_context(captured.fake_mode)
+        entered.enter_context(enable_python_dispatcher())  # as graph.fake_result does
         yield
 
 
