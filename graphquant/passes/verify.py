@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from graphquant.config import verifying
 from graphquant.errors import VerifyError
 from graphquant.ops import int8_linear
-from graphquant.passes.graph import LINEAR, Constants, writes
+from graphquant.passes.graph import LINEAR, full_args, writes
 from graphquant.passes.ir import Captured
 from graphquant.passes.record import Record
 from graphquant.passes.regions import regions
@@ -230,26 +230,32 @@ def _check_outputs(before: list[Any], now: list[Any], name: str) -> None:
 
 
 def _check_constants(captured: Captured, values: dict[Node, Any], name: str) -> None:
-    graph, constants = captured.gm.graph, Constants(captured.parameters)
     written = {
-        _memory(values[v]): node
-        for node in graph.nodes
-        for v in writes(node)
-        if isinstance(values[v], Tensor)
+        _memory(tensor): node
+        for node in captured.gm.graph.nodes
+        for value in writes(node)
+        for tensor in tree_leaves(values[value])
+        if isinstance(tensor, Tensor)
     }
-    if not written:
-        return
-    for linear in graph.nodes:
-        if not (linear.target is int8_linear.target or _is_ours(linear)):
-            continue
-        weights = [a for a in linear.all_input_nodes if a in constants]
-        for value in dict.fromkeys(n for w in weights for n in constants.made_from(w)):
+    for linear in captured.gm.graph.nodes if written else ():
+        for value in _weights(linear):
             memory = [_memory(t) for t in tree_leaves(values[value]) if isinstance(t, Tensor)]
             if (by := next((written[m] for m in memory if m in written), None)) is not None:
                 raise VerifyError(
                     f"after {name}: {linear.name} takes {value.name} for constant, which "
                     f"{by.name} writes in place"
                 )
+
+
+def _weights(linear: Node) -> list[Node]:
+    """Weights and bias of a rewritten linear, and all that they are computed from."""
+    if not (linear.target is int8_linear.target or _is_ours(linear)):
+        return []
+    first = 3 if linear.target is int8_linear.target else 1
+    found = [v for v in full_args(linear)[first : first + 4] if isinstance(v, Node)]
+    for value in found:
+        found += [i for i in value.all_input_nodes if i not in found]
+    return found
 
 
 def _check_linears(graph: Graph, record: Record, name: str) -> None:
