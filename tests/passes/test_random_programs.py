@@ -64,10 +64,12 @@ def check(program: Program) -> None:
         rounded = seen(program, model, model)
     got = compiled(program, "graphquant", inner="eager", quantize=program.quantize)
     assert len(got) == len(want)
-    faults = [f for i, v in enumerate(zip(got, want, rounded)) if (f := wrong(i, program, *v))]
+    triples = enumerate(zip(got, want, rounded, strict=True))
+    faults = [f for i, triple in triples if (f := wrong(i, program, *triple))]
     if not faults and layout(got) != layout(want):
         right = layout(compiled(program, "aot_eager"))
-        faults = [f"{g}, with aot_eager {r}" for g, r in zip(layout(got), right) if g != r]
+        pairs = zip(layout(got), right, strict=True)
+        faults = [f"{g}, with aot_eager {r}" for g, r in pairs if g != r]
     assert not faults, "\n".join(faults)
 
 
