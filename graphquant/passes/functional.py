@@ -25,6 +25,7 @@ from graphquant.passes.graph import (
     autocast_at,
     calls,
     dtype,
+    fake_result,
     full_args,
     is_tensor,
     memory,
@@ -132,9 +133,8 @@ class _Write:
         for node in sorted(nodes):
             if isinstance(node.target, torch._ops.HigherOrderOperator) or node.op == "output":
                 continue
-            args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-            with self._fake_mode:
-                node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+            args, kwargs = node.args, node.kwargs
+            node.meta["val"] = fake_result(self._fake_mode, node.target, args, kwargs)
 
     def _written_base(self) -> Node | None:
         """The value that was made, as it is after the write."""

@@ -19,13 +19,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
-from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
 from graphquant.passes.graph import (
     SIZED_VIEWS,
     aten,
     autocast_at,
+    fake_result,
     hint,
     is_tensor,
     may_alias,
@@ -169,9 +169,8 @@ def _is_op(node: Node) -> bool:
 
 
 def _run(node: Node, fake_mode: FakeTensorMode) -> object:
-    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    with fake_mode, autocast_at(node):
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+    with autocast_at(node):
+        return fake_result(fake_mode, node.target, node.args, node.kwargs)
 
 
 def _restore(node: Node, fake_mode: FakeTensorMode) -> None:

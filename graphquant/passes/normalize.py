@@ -21,6 +21,7 @@ from graphquant.passes.graph import (
     Constants,
     aten,
     calls,
+    drop_dead_code,
     dtype,
     full_args,
     is_call,
@@ -30,6 +31,7 @@ from graphquant.passes.graph import (
     written_in_place,
 )
 from graphquant.passes.ir import Captured
+from graphquant.passes.regions import sets_state
 
 _DROPOUTS = frozenset(
     getattr(aten, f"{kind}dropout{in_place}").default
@@ -49,7 +51,7 @@ def normalize(captured: Captured) -> None:
     constants = Constants(captured.parameters)
     _spell_linear(graph, constants)
     _hoist_weights(graph, constants)
-    graph.eliminate_dead_code()
+    drop_dead_code(graph)
 
 
 def _drop_no_ops(graph: Graph, *, differentiable: bool) -> None:
@@ -80,8 +82,11 @@ def _is_no_op(node: Node, differentiable: bool) -> bool:
         return not train or p == 0
     if is_call(node, *_ALIASES):
         return True
-    if is_call(node, aten.detach.default, aten.detach_.default):
+    if is_call(node, aten.detach.default):
         return not differentiable
+    if is_call(node, aten.detach_.default):  # how torch.tensor(...) ends
+        fresh = is_call(node.all_input_nodes[0], aten.lift_fresh_copy.default)
+        return fresh or not differentiable
     if is_call(node, *CASTS):
         source = node.all_input_nodes[0]
         before, after = source.meta["val"], node.meta["val"]
@@ -126,7 +131,12 @@ def _spell_linear(graph: Graph, constants: Constants) -> None:
 def _to_linear(
     graph: Graph, constants: Constants, node: Node, x: Node, weight: Node, bias: Node | None
 ) -> None:
-    if weight not in constants or x in constants or len(shape(weight)) != 2 or not shape(x)[:-1]:
+    if (
+        weight not in constants
+        or constants.is_fixed(x)
+        or len(shape(weight)) != 2
+        or not shape(x)[:-1]
+    ):
         return
     if not dtype(node).is_floating_point:
         return
@@ -148,10 +158,15 @@ def _hoist_weights(graph: Graph, constants: Constants) -> None:
     edge = [a for n in calls(graph, lambda n: n.target is LINEAR) for a in n.args[1:]]
     while edge:
         value = edge.pop()
-        if isinstance(value, Node) and value in constants and value not in wanted:
+        if isinstance(value, Node) and constants.is_fixed(value) and value not in wanted:
             wanted.add(value)
             edge += value.all_input_nodes
-    first = next((n for n in graph.nodes if n.op == "call_function" and n not in wanted), None)
-    if first is not None:
-        for node in [n for n in graph.nodes if n in wanted and n.op != "placeholder"]:
-            first.prepend(node)
+    first: Node | None = None  # since a context began or ended: they say what a call computes
+    for node in list(graph.nodes):
+        if node in wanted:
+            if first is not None and node.op != "placeholder":
+                first.prepend(node)
+        elif sets_state(node):
+            first = None
+        elif first is None and node.op == "call_function":
+            first = node
