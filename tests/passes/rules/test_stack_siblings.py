@@ -202,7 +202,7 @@ def test_computed_weights_behind_a_write_are_ready_before_the_stack(x: Tensor) -
     result = compiled(model, x)
     assert result.counts == {"stack_siblings + linear": 2}
     assert result.refused("linear") == [
-        "its weight is not fixed: counter is written in place by the model"
+        "its weight is not fixed: counter is written in place"
     ]
     assert_near(result.got, result.want, linear_bound(x, model.a.T) + linear_bound(x, model.b.T))
 
