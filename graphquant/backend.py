@@ -10,6 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.fx import GraphModule, Node
 
 from graphquant.capture import belong_to_modules, from_dynamo, mark_static
@@ -46,7 +49,7 @@ def graphquant(
     if run is None:
         run = compile_graph(gm, example_inputs, config)
     _tell(config, report)
-    return run
+    return _float_for_tangents(run, gm, released=config.free_weights is True)
 
 
 def _in_int8(
@@ -77,6 +80,7 @@ def _hand_over(
     names = [captured.names.get(n, n.name) for n in given]
     index = {node: i for i, node in enumerate(given)}
     last = given[-1]
+    real = [captured.parameters.get(n, v) for n, v in zip(given, example_inputs, strict=True)]
 
     def new_input(name: str) -> Node:
         nonlocal last
@@ -92,8 +96,8 @@ def _hand_over(
     floats = [i for i in kept if given[i] in captured.parameters] if config.free_weights else []
     supply = Supply(jobs, names.__getitem__, floats, owned)
     with stage("packing"):
-        tensors = supply(example_inputs)
-    _refuse_released(captured, given, kept, example_inputs)
+        tensors = supply(real)
+    _refuse_released(captured, given, kept, real)
     for node in given:
         if not node.users:
             graph.erase_node(node)
@@ -114,7 +118,35 @@ def _hand_over(
             log.info("free_weights released %.1f MiB of float weights", freed / 2**20)
         return result
 
-    return run
+    def run_or_trace(*args: Any) -> Any:
+        if any(isinstance(a, FakeTensor) for a in args):
+            return inner(*[args[i] for i in kept], *fakes)
+        return run(*args)
+
+    # DDP's optimizer runs what it compiled on fake inputs, for the strides of the results
+    return run_or_trace if any(isinstance(v, FakeTensor) for v in example_inputs) else run
+
+
+def _float_for_tangents(
+    run: Callable[..., Any], gm: GraphModule, *, released: bool
+) -> Callable[..., Any]:
+    """Calls whose inputs carry a tangent of forward-mode AD run Dynamo's graph: int8 ops have no
+    derivative. Dynamo has no guard for it, so the same code is called with and without."""
+
+    def choose(*args: Any) -> Any:
+        if forward_ad._current_level < 0 or not any(map(_has_tangent, args)):
+            return run(*args)
+        if released:
+            raise ReleasedWeightError(
+                "forward-mode AD runs in float, but free_weights=True released the float weights"
+            )
+        return gm.forward(*args)
+
+    return choose
+
+
+def _has_tangent(value: Any) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
 def _fake(captured: Captured, example_inputs: Sequence[Any], tensors: list[Any]) -> list[Any]:
