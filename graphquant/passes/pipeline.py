@@ -107,10 +107,11 @@ def rewrite(captured: Captured, config: Config) -> Report:
     with step("the end of the rewrite"):
         merge_equal_views(gm.graph)  # a rule may have made one that the model has as well
         drop_dead_code(gm.graph)
-    gm.graph.lint()
-    gm.recompile()
-    _leave_traces(bench)
-    report = Report(bench.record.outcomes(), notes=tuple(_notes(bench, config)))
+    with stage("the report"):
+        gm.graph.lint()
+        gm.recompile()
+        _leave_traces(bench)
+        report = Report(bench.record.outcomes(), notes=tuple(_notes(bench, config)))
     log.info("%s", report.summary())
     return report
 
