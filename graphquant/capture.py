@@ -21,17 +21,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
-from torch._dynamo.source import ConstantSource
+from torch._dynamo.source import (
+    ConstantSource,
+    ParamBufferSource,
+    UnspecializedParamBufferSource,
+)
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 from torch.fx.node import map_arg
 from torch.fx.traceback import preserve_node_meta
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import noop_context_fn
 
 from graphquant.errors import CaptureError
-from graphquant.passes.graph import aten, is_impure
+from graphquant.passes.graph import LITERAL, aten, is_impure
 from graphquant.passes.ir import Captured
 from graphquant.passes.regions import (
     ENTER_AUTOCAST,
@@ -41,6 +46,8 @@ from graphquant.passes.regions import (
     SET_GRAD,
     sets_state,
 )
+
+_HELD = (ParamBufferSource, UnspecializedParamBufferSource)  # an entry of a module's tables
 
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 _POLICY = "_checkpoint_context_fn"  # make_fx wants one, and most checkpoints have none
@@ -67,9 +74,14 @@ def from_dynamo(gm: GraphModule, example_inputs: list[Any]) -> Captured | None:
     if why := _lost(retraced):
         raise CaptureError(why)
     captured = Captured(retraced, fake_mode, {}, {}, grad_enabled=torch.is_grad_enabled())
+    for node in retraced.graph.find_nodes(op="get_attr"):
+        value = getattr(retraced, str(node.target), None)
+        if isinstance(value, Tensor):  # torch.tensor([1.0]) in the forward
+            node.meta[LITERAL] = value
     placeholders = retraced.graph.find_nodes(op="placeholder")
     for old, new, value in zip(given, placeholders, example_inputs, strict=True):
         _keep_metadata(old, new)
+        value = _real(old, value)
         if not isinstance(value, Tensor):
             continue
         if value.requires_grad:
@@ -124,8 +136,8 @@ def _unfollowable(gm: GraphModule) -> str | None:
                 return f"{node.name} is a step of torch.vmap or torch.func"
             if node.op == "call_method" and node.target in _ON_AUTOGRAD:
                 return f"{node.name} tells autograd something about a value"
-            if _is_nested(node.meta.get("example_value")):
-                return f"{node.name} is a nested tensor"
+            if node.op != "placeholder" and _is_nested(node.meta.get("example_value")):
+                return f"{node.name} makes a nested tensor"
             if node.op != "call_function" or not _without_value(node):
                 continue
             if not sets_state(node):
@@ -146,9 +158,7 @@ def _without_value(node: Node) -> bool:
 
 
 def _is_nested(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.is_nested
-    return isinstance(value, torch.SymInt) and value.node.is_nested_int()
+    return any(isinstance(v, Tensor) and v.is_nested for v in tree_leaves(value))
 
 
 def _name(target: Any) -> str:
@@ -186,11 +196,42 @@ def without_checks(program: ExportedProgram) -> GraphModule:
     return GraphModule(module, module.graph)  # a plain copy: the checks are hooks of `module`
 
 
+def _real(placeholder: Node, value: Any) -> Any:
+    """The tensor behind a fake input. DDP's optimizer, which cuts Dynamo's graph at its buckets,
+    compiles the pieces with fake inputs, and leaves on each what Dynamo made it from."""
+    if not isinstance(value, FakeTensor):
+        return value
+    real = getattr(placeholder.meta.get("grapharg"), "example", None)
+    return real if isinstance(real, Tensor) else value
+
+
 def _is_parameter(value: Tensor) -> bool:
     """A parameter or buffer of a module, as opposed to an argument of the call."""
     return isinstance(value, torch.nn.Parameter) or bool(
         getattr(value, "_dynamo_static_input_type", None)
     )
+
+
+def belong_to_modules(gm: GraphModule) -> list[bool]:
+    """Of each input of Dynamo's graph: is it a parameter or buffer that a module holds? Arguments
+    of the call are none, be they Parameters or marked static."""
+    return [_is_held(n) for n in gm.graph.find_nodes(op="placeholder")]
+
+
+def _is_held(placeholder: Node) -> bool:
+    argument = placeholder.meta.get("grapharg")
+    source = argument.source if argument is not None else None
+    while source is not None and not isinstance(source, _HELD):
+        source = getattr(source, "base", None)
+    return source is not None
+
+
+def linears_of(gm: GraphModule) -> Iterator[tuple[Node, str]]:
+    """The linears of Dynamo's graph, and their module paths where a module holds the weight."""
+    for node in gm.graph.find_nodes(op="call_function", target=F.linear):
+        weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+        held = isinstance(weight, Node) and _is_held(weight)
+        yield node, _module_name(weight) if held else ""
 
 
 def _module_name(placeholder: Node) -> str:
@@ -270,11 +311,15 @@ class _Retrace(Interpreter):
         value = super().run_node(n)
         if value is None and n.op in ("call_function", "call_method"):
             made = list(reversed(self._new.nodes))[: len(self._new.nodes) - before]
-            if n.all_input_nodes and not any(is_impure(m) and m.all_input_nodes for m in made):
+            if n.all_input_nodes and (self._is_check(n) or not any(map(is_impure, made))):
                 for node in made:
                     self._new.erase_node(node)
                 self._copy(n, None)
         return value
+
+    def _is_check(self, n: Node) -> bool:
+        """Does this call act on numbers alone?"""
+        return not any(isinstance(self.env[i], Tensor) for i in n.all_input_nodes)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target in _OPENED:
@@ -312,9 +357,11 @@ class _Retrace(Interpreter):
             if slot is None:
                 raise CaptureError(f"a check of {n.name} would be lost")
             return slot.proxy.node
+        if n.op in ("call_function", "call_method"):
+            return self._copy(n, value)  # as Dynamo has it: torch's compilers look where it is from
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             return get_proxy_slot(value, self._tracer).force().node
-        return self._copy(n, value) if n.op in ("call_function", "call_method") else value
+        return value
 
 
 _LEAVING: dict[Any, Callable[[Any], Any]] = {

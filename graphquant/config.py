@@ -67,10 +67,11 @@ class Config:
     """Only linears whose module path matches one of these are rewritten; empty means all."""
     exclude: tuple[str, ...] = ()
     """Linears whose module path matches one of these are left alone."""
-    free_weights: bool = False
-    """Release the float storage of every weight that only int8 linears read. From then on the eager
-    module, its state_dict and in-place updates of those weights do not work (torch may crash on
-    them); `load_state_dict(..., assign=True)` does."""
+    free_weights: bool | str = False
+    """True: give up the float values of every weight of the module that only int8 linears read,
+    after the first call. From then on the eager module, saving its state_dict and in-place updates
+    of those weights raise; `load_state_dict(..., assign=True)` works. "host": move them to host
+    memory, where all of that works. On the CPU they are there already, and stay."""
     activation: str = "dynamic"
     """With "dynamic" every row (token) of a linear's input has a scale and a shift of its own, with
     "static" all have the same, from the range in `calibration`. A linear that the calibration does
@@ -108,9 +109,12 @@ class Config:
         if not self.select:
             object.__setattr__(self, "select", os.environ.get("GRAPHQUANT_SELECT") or "faster")
         _one_of("select", self.select, SELECTS)
-        for name in ("quantize", "free_weights"):
-            if not isinstance(getattr(self, name), bool):
-                raise OptionError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.quantize, bool):
+            raise OptionError(f"quantize must be True or False, got {self.quantize!r}")
+        if not isinstance(self.free_weights, bool) and self.free_weights != "host":
+            raise OptionError(
+                f'free_weights must be True, False or "host", got {self.free_weights!r}'
+            )
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         _one_of("activation", self.activation, ACTIVATIONS)
@@ -212,6 +216,11 @@ class Config:
 def verifying() -> bool:
     """Is every graph verified after every pass? (passes/verify.py)"""
     return os.environ.get("GRAPHQUANT_VERIFY") == "1"
+
+
+def strict() -> bool:
+    """GRAPHQUANT_STRICT=1: what fails in graphquant raises, and is not run in float instead."""
+    return os.environ.get("GRAPHQUANT_STRICT", "") not in ("", "0")
 
 
 def literally(path: str) -> str:

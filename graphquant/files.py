@@ -21,7 +21,7 @@ from typing import Any, NoReturn, TypeVar
 from graphquant.errors import FileError
 
 LARGEST = 64 * 2**20  # bytes of a JSON file; the largest real ones have some hundred KiB
-MOST = 2**63 - 1  # of a count: what int64 holds
+MOST = 2**53  # of a count: sums of a thousand such fit in int64
 
 T = TypeVar("T")
 

@@ -28,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: needs an NVIDIA GPU")
+    os.environ["GRAPHQUANT_STRICT"] = "1"  # what fails in graphquant fails the test
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
         return

@@ -21,7 +21,7 @@ from graphquant.calibration.histogram import BINS, MAX_EXPONENT, MIN_EXPONENT, H
 from graphquant.calibration.record import Record, Site
 from graphquant.calibration.sample import ROWS
 from graphquant.errors import FileError
-from graphquant.files import Field, parse
+from graphquant.files import MOST, Field, parse
 
 NUMBERS = ("rows", "calls", "left_out")
 
@@ -79,6 +79,7 @@ def read_record(
     _check_range(entry, prefix, low, high, sample, exponent)
     _must(bool((counts >= 0).all()), entry, f"{prefix}counts has negative ones")
     values = sum(counts.tolist())  # Python's: they cannot overflow
+    _must(values <= MOST, entry, f"{prefix}counts has {values} values, more than there can be")
     _must(
         values == rows * K - left_out,
         entry,

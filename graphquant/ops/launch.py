@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphquant.errors import KernelBuildError
+from graphquant.errors import KernelBuildError, UnsupportedInputError
 from graphquant.ops import cache
 
 log = logging.getLogger(__name__)
@@ -50,12 +50,28 @@ _watching = threading.local()
 def native() -> ModuleType:
     """launch.c as a module, built by the C compiler that Triton needs as well.
 
-    Raises KernelBuildError without one, OSError without a driver.
+    Raises UnsupportedInputError without Triton, KernelBuildError without a compiler, OSError
+    without a driver.
     """
-    import triton
+    with needs_triton():
+        import triton
 
     headers = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
     return extension(Path(__file__).with_suffix(".c"), "graphquant_launch", headers)
+
+
+@contextlib.contextmanager
+def needs_triton() -> Iterator[None]:
+    """Imports of Triton. Raises UnsupportedInputError where it is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "triton":
+            raise
+        raise UnsupportedInputError(
+            "graphquant's CUDA kernels need triton, which is not installed (torch's Linux CUDA "
+            "wheels bring it). On the CPU the ops run without it."
+        ) from error
 
 
 def extension(source: Path, name: str, *include: Path) -> ModuleType:

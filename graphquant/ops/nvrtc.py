@@ -96,7 +96,9 @@ def _library() -> ctypes.CDLL:
             return ctypes.CDLL(name)
         except OSError as error:
             tried.append(str(error))
-    raise KernelBuildError(f"NVRTC was not found: {'; '.join(tried)}")
+    raise KernelBuildError(
+        f"NVRTC was not found: {'; '.join(tried)} (pip install nvidia-cuda-nvrtc)"
+    )
 
 
 def _names() -> Iterator[str]:

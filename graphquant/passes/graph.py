@@ -25,7 +25,7 @@ aten = torch.ops.aten
 LINEAR = aten.linear.default
 SDPA = aten.scaled_dot_product_attention.default
 RESIDUAL = 7  # among the arguments of int8_linear
-LITERAL = "graphquant_literal"  # meta of an attribute that a rule made: its tensor
+LITERAL = "graphquant_literal"  # meta of an attribute that is no parameter: its tensor
 
 CASTS = frozenset(
     {
@@ -39,6 +39,26 @@ CASTS = frozenset(
 
 # Casts between these are no more than rounding beside int8's steps. Float8's steps are coarser.
 ROUND_FINELY = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+# Ops without tensors among their inputs that make the same tensor at every call.
+FACTORIES = frozenset(
+    {
+        aten.arange.default,
+        aten.arange.start,
+        aten.arange.start_step,
+        aten.eye.default,
+        aten.eye.m,
+        aten.full.default,
+        aten.linspace.default,
+        aten.logspace.default,
+        aten.ones.default,
+        aten.scalar_tensor.default,
+        aten.tril_indices.default,
+        aten.triu_indices.default,
+        aten.zeros.default,
+    }
+)
+UNSET = frozenset({aten.empty_like.default, aten.new_empty.default, aten.new_empty_strided.default})
 
 SIZED_VIEWS = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
 
@@ -210,41 +230,57 @@ def leads_only_to(node: Node, goal: Node) -> bool:
 class Constants:
     """Which nodes depend on parameters and buffers only. `roots` are those themselves.
 
-    Tensors that rules bring along (LITERAL) are constant as well.
+    What numbers make (LITERAL, FACTORIES) may take part, but alone it is no weight: a packed weight
+    belongs to its parameters.
     """
 
     def __init__(self, roots: Iterable[Node]) -> None:
         self.roots = frozenset(roots)
-        self._known: dict[Node, bool] = dict.fromkeys(self.roots, True)
+        self._fixed: dict[Node, bool] = dict.fromkeys(self.roots, True)
+        self._rooted = set(self.roots)
 
     def __contains__(self, node: object) -> bool:
-        if not isinstance(node, Node):
-            return False
-        if node not in self._known:
+        return isinstance(node, Node) and self.is_fixed(node) and node in self._rooted
+
+    def is_fixed(self, node: Node) -> bool:
+        """The same at every call, as long as the parameters are?"""
+        if node not in self._fixed:
             inputs = node.all_input_nodes
-            self._known[node] = LITERAL in node.meta or (
+            self._fixed[node] = LITERAL in node.meta or (
                 node.op == "call_function"
-                and bool(inputs)
+                and (bool(inputs) or node.target in FACTORIES)
+                and node.target not in UNSET
                 and not is_impure(node)
                 and not is_random(node)
-                and all(i in self for i in inputs)
+                and all(map(self.is_fixed, inputs))
             )
-        return self._known[node]
+            if any(i in self._rooted for i in inputs):
+                self._rooted.add(node)
+        return self._fixed[node]
 
     def roots_of(self, node: Node) -> list[Node]:
         """The parameters a constant is computed from, in the order they are read."""
-        if node in self.roots:
-            return [node]
-        found = (root for i in node.all_input_nodes for root in self.roots_of(i))
-        return list(dict.fromkeys(found))
+        seen: set[Node] = set()
+        found, edge = [], [node]
+        while edge:
+            value = edge.pop()
+            if value not in seen:
+                seen.add(value)
+                if value in self.roots:
+                    found.append(value)
+                else:
+                    edge += reversed(value.all_input_nodes)
+        return found
 
     def made_from(self, node: Node) -> list[Node]:
         """A constant and all that it is computed from."""
-        found = [node]
-        for value in found:
+        found, edge = {node: None}, [node]
+        for value in edge:
             if value not in self.roots:
-                found += [i for i in value.all_input_nodes if i not in found]
-        return found
+                fresh = [i for i in value.all_input_nodes if i not in found]
+                found |= dict.fromkeys(fresh)
+                edge += fresh
+        return list(found)
 
 
 def is_random(node: Node) -> bool:

@@ -77,6 +77,9 @@ def _is_no_op(node: Node, differentiable: bool) -> bool:
         return True
     if is_call(node, aten.detach.default):
         return not differentiable
+    if is_call(node, aten.detach_.default):  # how torch.tensor(...) ends
+        fresh = is_call(node.all_input_nodes[0], aten.lift_fresh_copy.default)
+        return fresh or not differentiable
     if is_call(node, *CASTS):
         source = node.all_input_nodes[0]
         before, after = source.meta["val"], node.meta["val"]
@@ -137,7 +140,12 @@ def _spell_linear(graph: Graph, constants: Constants) -> None:
 def _to_linear(
     graph: Graph, constants: Constants, node: Node, x: Node, weight: Node, bias: Node | None
 ) -> None:
-    if weight not in constants or x in constants or len(shape(weight)) != 2 or not shape(x)[:-1]:
+    if (
+        weight not in constants
+        or constants.is_fixed(x)
+        or len(shape(weight)) != 2
+        or not shape(x)[:-1]
+    ):
         return
     if not dtype(node).is_floating_point:
         return
@@ -159,7 +167,7 @@ def _hoist_weights(graph: Graph, constants: Constants) -> None:
     edge = [a for n in calls(graph, lambda n: n.target is LINEAR) for a in n.args[1:]]
     while edge:
         value = edge.pop()
-        if isinstance(value, Node) and value in constants and value not in wanted:
+        if isinstance(value, Node) and constants.is_fixed(value) and value not in wanted:
             wanted.add(value)
             edge += value.all_input_nodes
     if written := written_in_place(graph):  # it matters when such a weight is read

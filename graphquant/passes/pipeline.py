@@ -11,8 +11,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from graphquant.config import Config
+from graphquant.failure import stage
 from graphquant.ops import int8_linear
 from graphquant.ops.checks import FLOATS
+from graphquant.ops.define import missing
 from graphquant.ops.int8_linear.op import MAX_K
 from graphquant.passes.apply import Workbench, apply
 from graphquant.passes.attention import choose_kernels
@@ -24,6 +26,7 @@ from graphquant.passes.graph import (
     drop_dead_code,
     dtype,
     full_args,
+    is_random,
     module_path,
     needs_gradient,
     readers,
@@ -66,17 +69,49 @@ INT8_RULES: tuple[Rule[Any], ...] = (
 NEEDS_GRADIENT = "its result can need a gradient"
 STANDS_FOR, LINEARS = "graphquant_stands_for", "graphquant_linears"  # see _leave_traces
 DEVICES = ("cpu", "cuda")
+NEED_KERNELS = ("cuda",)
 
 
 def rewrite(captured: Captured, config: Config) -> Report:
     """Rewrite the captured graph in place and say what was done. Weights stay to be packed."""
-    gm, check = captured.gm, verifier(captured)
-    normalize(captured)
-    check("normalize")
-    drop_empty_masks(gm.graph)
-    check("drop_empty_masks")
+    gm = captured.gm
+    with stage("normalize"):
+        check = verifier(captured)
+        normalize(captured)
+        check("normalize")
+        drop_empty_masks(gm.graph)
+        check("drop_empty_masks")
+    with stage("recognize"):
+        bench = _workbench(captured, config)
+    with stage("the record of linears"):
+        _enter_all(bench, captured, config)
+    if config.activation == "static" and config.calibration is not None:
+        with stage("static ranges"):
+            bench.ranges = static_ranges(_open_linears(bench), config.calibration)
+    for rule in INT8_RULES if config.quantize else FLOAT_RULES:
+        with stage(f"rule {rule.name}"):
+            apply(bench, rule)
+            check(rule.name, bench.record)
+    _views_to_reshapes(bench)
+    if bench.select and missing() is None:
+        with stage("the choice of attention kernels"):
+            choose_kernels(gm.graph, bench.needs_gradient)
+    with stage("the end of the rewrite"):
+        merge_equal_views(gm.graph)  # a rule may have made one that the model has as well
+        drop_dead_code(gm.graph)
+        check("the last passes", bench.record)
+        gm.graph.lint()
+        gm.recompile()
+        _leave_traces(bench)
+        report = Report(bench.record.outcomes(), notes=tuple(_notes(bench, config)))
+    log.info("%s", report.summary())
+    return report
+
+
+def _workbench(captured: Captured, config: Config) -> Workbench:
+    gm = captured.gm
     constants = Constants(captured.parameters)
-    bench = Workbench(
+    return Workbench(
         gm=gm,
         fake_mode=captured.fake_mode,
         constants=constants,
@@ -88,26 +123,6 @@ def rewrite(captured: Captured, config: Config) -> Report:
         parameters=captured.parameters,
         select=config.select == "faster",
     )
-    _enter_all(bench, captured, config)
-    if config.activation == "static" and config.calibration is not None:
-        bench.ranges = static_ranges(_open_linears(bench), config.calibration)
-    for rule in INT8_RULES if config.quantize else FLOAT_RULES:
-        apply(bench, rule)
-        check(rule.name, bench.record)
-    _views_to_reshapes(bench)
-    check("views_to_reshapes", bench.record)
-    if bench.select:
-        choose_kernels(gm.graph, bench.needs_gradient)
-        check("choose_kernels", bench.record)
-    merge_equal_views(gm.graph)  # a rule may have made one that the model has as well
-    drop_dead_code(gm.graph)
-    check("merge_equal_views", bench.record)
-    gm.graph.lint()
-    gm.recompile()
-    _leave_traces(bench)
-    report = Report(bench.record.outcomes(), notes=tuple(_notes(bench, config)))
-    log.info("%s", report.summary())
-    return report
 
 
 def _enter_all(bench: Workbench, captured: Captured, config: Config) -> None:
@@ -160,8 +175,8 @@ def _why_barred(bench: Workbench, captured: Captured, config: Config, node: Node
     if node.meta.get("graphquant") == PatchLinear.name:
         return "it embeds pixels, which stay in float"
     if weight not in bench.constants:
-        return "its weight is not a parameter"
-    if bias is not None and bias not in bench.constants:
+        return _why_no_weight(bench, weight)
+    if bias is not None and not bench.constants.is_fixed(bias):
         return "its bias is not a parameter"
     if why := config.wants(path):
         return why
@@ -171,6 +186,8 @@ def _why_barred(bench: Workbench, captured: Captured, config: Config, node: Node
         return f"computes in {str(dtype(node)).removeprefix('torch.')}"
     if (device := node.meta["val"].device.type) not in DEVICES:
         return f"graphquant has no kernels for {device}"
+    if device in NEED_KERNELS and (why := missing()) is not None:
+        return why
     if len(shape(weight)) != 2:
         return f"its weight has {len(shape(weight))} dims, not two"
     N, K = shape(weight)
@@ -185,6 +202,15 @@ def _why_barred(bench: Workbench, captured: Captured, config: Config, node: Node
         if kind not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
             return f"{captured.names[root]} is a {kind.__name__}, not a plain tensor"
     return ""
+
+
+def _why_no_weight(bench: Workbench, weight: Node) -> str:
+    made_from = bench.constants.made_from(weight)
+    if any(n.op == "placeholder" and n not in bench.constants for n in made_from):
+        return "its weight is not a parameter"
+    if random := next((n for n in made_from if is_random(n)), None):
+        return f"its weight is made of random numbers, by {random.target}"
+    return "its weight is computed from no parameter alone"
 
 
 def _linear_path(bench: Workbench, captured: Captured, weight: Node) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.fx import Node
 
 from graphquant.ops import int8_linear
@@ -46,13 +47,15 @@ class Literal:
     a graph that is compiled again finds what was packed before."""
 
     shape: tuple[int, ...]
+    kind: tuple[torch.dtype, torch.device]
     digest: bytes
     value: Tensor = field(compare=False, repr=False)
 
     @classmethod
     def of(cls, value: Tensor) -> Literal:
-        digest = hashlib.sha256(value.cpu().numpy().tobytes())
-        return cls(tuple(value.shape), digest.digest(), value)
+        memory = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest = hashlib.sha256(memory.numpy().tobytes()).digest()
+        return cls(tuple(value.shape), (value.dtype, value.device), digest, value)
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,11 @@ class Recipe:
             return done[id(e)]
 
         theirs = {r.untyped_storage()._cdata for r in roots}
-        with torch.inference_mode(False), torch.autocast(device, enabled=False):
+        with (
+            torch.inference_mode(False),
+            torch.autocast(device, enabled=False),
+            forward_ad._set_fwd_grad_enabled(False),  # else a dual weight's pack has its tangent
+        ):
             made = [value(e) for e in self.outputs]
             # a slice of a parameter is no pack yet: the parameter may be released
             return [t.clone() if t.untyped_storage()._cdata in theirs else t for t in made]
@@ -133,7 +140,7 @@ def prepack(captured: Captured, new_input: Callable[[str], Node]) -> list[Packin
     literals = [n for n in graph.find_nodes(op="get_attr") if LITERAL in n.meta]
     drop_dead_code(graph)
     for node in literals:
-        if node._erased:
+        if node._erased and node.target not in {n.target for n in graph.find_nodes(op="get_attr")}:
             delattr(captured.gm, str(node.target))
     graph.lint()
     check("prepack")

@@ -42,6 +42,7 @@ Check = Callable[..., None]
 Known = dict[Node, tuple[Any, Any]]
 """What a node was computed from, and its value."""
 
+EAGER = "graphquant_eager"
 # sizes that are known only at run time would be other ones when they are asked for again
 _UNREPEATABLE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
@@ -85,13 +86,17 @@ def _infer(captured: Captured, known: Known, name: str) -> dict[Node, Any]:
     with _quietly(captured):
         for node, region in regions(captured.gm.graph, captured.grad_enabled):
             inputs = [values[i] for i in node.all_input_nodes]
-            made_of = (node.target, node.args, node.kwargs, *map(id, inputs), region)
+            eager = node.meta.get(EAGER)
+            made_of = (node.target, node.args, node.kwargs, *map(id, inputs), region, id(eager))
             before, value = known.get(node, (None, None))
             if before != made_of:
                 with ExitStack() as entered:
                     for args in region.autocast:
                         entered.enter_context(torch.autocast(*args))
                     value = _as_before(_computed(captured, node, values, name), inputs, value)
+                _check_value(node, value, name)
+                if eager is not None:  # the layout that it is going to have
+                    value = eager
                 known[node] = made_of, value
             _check_value(node, value, name)
             values[node] = value

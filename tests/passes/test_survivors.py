@@ -42,10 +42,14 @@ def right(model: nn.Module, *args: Any) -> Any:
     return result
 
 
-def test_siblings_whose_input_is_written_in_between_read_it_each_at_their_time(x: Tensor) -> None:
+@pytest.mark.parametrize("own", [True, False])
+def test_siblings_whose_input_is_written_in_between_read_it_each_at_their_time(
+    own: bool, x: Tensor
+) -> None:
     def forward(m: Any, x: Tensor) -> Any:
+        x = x.sin() if own else x
         q = m.q(x)
-        x.mul_(-2)
+        x[:, 1:].mul_(-2)  # through a view: the second one reads a value of the same name
         return q, m.k(x)
 
     right(Model(forward, q=fc(), k=fc()), x)
@@ -110,6 +114,21 @@ def test_a_norm_of_a_stacked_linears_result_reads_the_stack(x: Tensor) -> None:
         assert relative(got, want) < NEAR
 
 
+def test_what_stands_for_a_value_that_is_written_is_written_as_well(x: Tensor) -> None:
+    """The first norm's linear is int8 before the second norm is looked at, which reads its result
+    before the write."""
+
+    def forward(m: Any, x: Tensor) -> Any:
+        y = m.fc1(m.norm1(x))
+        h = m.norm2(y)
+        y[:, 1:].mul_(-2)
+        return m.fc2(h), y
+
+    parts = {"norm1": nn.LayerNorm(K), "norm2": nn.LayerNorm(K), "fc1": fc(), "fc2": fc()}
+    result = right(Model(forward, **parts), x)
+    assert {"norm_linear": 1, "linear": 1}.items() <= result.counts.items()
+
+
 def test_an_activation_of_a_stacked_linears_result_reads_the_stack(x: Tensor) -> None:
     def forward(m: Any, x: Tensor) -> Any:
         return m.down(F.silu(m.gate(x)) * m.up(x))
@@ -135,6 +154,14 @@ def test_a_transpose_of_a_square_does_not_keep_rows(
 ) -> None:
     model = Model(lambda m, x: m.fc(view(m.first(x))), first=first, fc=fc())
     right(model, torch.randn(2, K, K))
+
+
+def test_a_second_residual_does_not_replace_the_first(x: Tensor) -> None:
+    """Not in a later pass over the graph either: `rewritten` makes a second one."""
+    model = Model(lambda m, x, r: m.fc(x) + x.sin() + r, fc=fc())
+    result = rewritten(model, x, torch.randn_like(x))
+    assert result.counts == {"linear + residual": 1}
+    assert relative(result.got, result.want) < NEAR
 
 
 @pytest.mark.parametrize("K", [EXACT_K + 1, 2 * EXACT_K, 4096, 5000])

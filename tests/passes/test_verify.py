@@ -169,7 +169,7 @@ def test_a_fault_behind_the_rules_is_found(
     captured = exported(model(), torch.randn(2, 5, K))
     with (
         captured.fake_mode,
-        pytest.raises(VerifyError, match=f"^after merge_equal_views: {message}"),
+        pytest.raises(VerifyError, match=f"^after the last passes: {message}"),
     ):
         rewrite(captured, Config())
 
@@ -186,7 +186,7 @@ def test_a_linear_that_is_not_on_record_is_found(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(pipeline, "merge_equal_views", fault)
     captured = exported(Model(forward, a=nn.Linear(K, K)), torch.randn(2, 5, K))
-    message = "after merge_equal_views: linear_default is a linear that is not on record"
+    message = "after the last passes: linear_default is a linear that is not on record"
     with captured.fake_mode, pytest.raises(VerifyError, match=message):
         rewrite(captured, Config())
 
