@@ -213,14 +213,14 @@ class Config:
         return None
 
 
-def verifying() -> bool:
-    """Is every graph verified after every pass? (passes/verify.py)"""
-    return os.environ.get("GRAPHQUANT_VERIFY") == "1"
-
-
 def strict() -> bool:
     """GRAPHQUANT_STRICT=1: what fails in graphquant raises, and is not run in float instead."""
     return os.environ.get("GRAPHQUANT_STRICT", "") not in ("", "0")
+
+
+def verifying() -> bool:
+    """Is every graph verified after every pass? (passes/verify.py)"""
+    return os.environ.get("GRAPHQUANT_VERIFY") == "1"
 
 
 def literally(path: str) -> str:

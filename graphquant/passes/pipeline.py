@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -75,12 +76,19 @@ NEED_KERNELS = ("cuda",)
 def rewrite(captured: Captured, config: Config) -> Report:
     """Rewrite the captured graph in place and say what was done. Weights stay to be packed."""
     gm = captured.gm
-    with stage("normalize"):
-        check = verifier(captured)
+    verify = verifier(captured)
+
+    @contextmanager
+    def step(name: str) -> Iterator[None]:
+        with stage(name):
+            yield
+            verify(name, bench.record if bench is not None else None)
+
+    bench: Workbench | None = None
+    with step("normalize"):
         normalize(captured)
-        check("normalize")
+    with step("empty masks"):
         drop_empty_masks(gm.graph)
-        check("drop_empty_masks")
     with stage("recognize"):
         bench = _workbench(captured, config)
     with stage("the record of linears"):
@@ -89,21 +97,20 @@ def rewrite(captured: Captured, config: Config) -> Report:
         with stage("static ranges"):
             bench.ranges = static_ranges(_open_linears(bench), config.calibration)
     for rule in INT8_RULES if config.quantize else FLOAT_RULES:
-        with stage(f"rule {rule.name}"):
+        with step(f"rule {rule.name}"):
             apply(bench, rule)
-            check(rule.name, bench.record)
-    _views_to_reshapes(bench)
+    with step("views to reshapes"):
+        _views_to_reshapes(bench)
     if bench.select and missing() is None:
-        with stage("the choice of attention kernels"):
+        with step("the choice of attention kernels"):
             choose_kernels(gm.graph, bench.needs_gradient)
-    with stage("the end of the rewrite"):
+    with step("the end of the rewrite"):
         merge_equal_views(gm.graph)  # a rule may have made one that the model has as well
         drop_dead_code(gm.graph)
-        check("the last passes", bench.record)
-        gm.graph.lint()
-        gm.recompile()
-        _leave_traces(bench)
-        report = Report(bench.record.outcomes(), notes=tuple(_notes(bench, config)))
+    gm.graph.lint()
+    gm.recompile()
+    _leave_traces(bench)
+    report = Report(bench.record.outcomes(), notes=tuple(_notes(bench, config)))
     log.info("%s", report.summary())
     return report
 

@@ -121,7 +121,7 @@ def test_a_fault_of_a_pass_is_found(
     captured = exported(model(), x)
     with (
         captured.fake_mode,
-        pytest.raises(VerifyError, match=f"^after drop_empty_masks: {message}"),
+        pytest.raises(VerifyError, match=f"^after empty masks: {message}"),
     ):
         rewrite(captured, Config())
 
@@ -131,7 +131,7 @@ def test_a_node_that_cannot_run_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
         call(graph, aten.transpose.int).args = (graph.find_nodes(op="placeholder")[0], 0, 7)
 
     monkeypatch.setattr(pipeline, "drop_empty_masks", fault)
-    with pytest.raises(VerifyError, match="after drop_empty_masks: transpose cannot be computed"):
+    with pytest.raises(VerifyError, match="after empty masks: transpose cannot be computed"):
         rewrite(exported(model(), torch.randn(2, 5, K)), Config())
 
 
@@ -170,7 +170,7 @@ def test_a_fault_behind_the_rules_is_found(
     captured = exported(model(), torch.randn(2, 5, K))
     with (
         captured.fake_mode,
-        pytest.raises(VerifyError, match=f"^after the last passes: {message}"),
+        pytest.raises(VerifyError, match=f"^after the end of the rewrite: {message}"),
     ):
         rewrite(captured, Config())
 
@@ -187,7 +187,7 @@ def test_a_linear_that_is_not_on_record_is_found(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(pipeline, "merge_equal_views", fault)
     captured = exported(Model(forward, a=nn.Linear(K, K)), torch.randn(2, 5, K))
-    message = "after the last passes: linear_default is a linear that is not on record"
+    message = "after the end of the rewrite: linear_default is a linear that is not on record"
     with captured.fake_mode, pytest.raises(VerifyError, match=message):
         rewrite(captured, Config())
 
