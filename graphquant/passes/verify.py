@@ -62,10 +62,10 @@ def verifier(captured: Captured) -> Check:
             _check_linears(graph, record, name)
         values = _infer(captured, known, name)
         _check_outputs(outputs, _outputs(captured, values), name)
+        _check_constants(graph, taken, values, name)
         if now := _written_inputs(captured, values) ^ written:
             told = ", ".join(sorted(now))
             raise VerifyError(f"after {name}: a write in place to {told} was lost or added")
-        _check_constants(graph, taken, values, name)
 
     return check
 
