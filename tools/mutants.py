@@ -131,7 +131,7 @@ MUTANTS: Sequence[Mutant] = (
     ),
     *_in(
         "passes/smooth.py",
-        ("functools.reduce(torch.maximum, found)", "found[0]", "siblings' channels", SMOOTH),
+        ("functools.reduce(torch.maximum, found)", "found[0]", "siblings' channels", SURVIVORS),
     ),
     *_in(
         "passes/judge.py",
@@ -146,7 +146,7 @@ MUTANTS: Sequence[Mutant] = (
          "0 in range", QUANTIZE),
         ("absmax = (0.5 * most - 0.5 * least)", "absmax = (most - least) * 0.5",
          "overflow", QUANTIZE),
-        ("MIN_ABSMAX = 1e-20", "MIN_ABSMAX = 1e-6", "small rows", QUANTIZE),
+        ("MIN_ABSMAX = 1e-20", "MIN_ABSMAX = 1e-6", "small rows", SURVIVORS),
         ("torch.round(x * (qmax / absmax))", "torch.floor(x * (qmax / absmax) + 0.5)",
          "ties", QUANTIZE),
         ("x = x * factor", "x = x / factor", "smoothing", QUANTIZE),
