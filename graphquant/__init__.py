@@ -15,6 +15,7 @@ from graphquant.errors import (
     ReleasedWeightError,
     RuleError,
     UnsupportedInputError,
+    VerifyError,
 )
 from graphquant.handover import lowering
 from graphquant.handover.torchscript import torchscript
@@ -44,6 +45,7 @@ __all__ = [
     "RuleError",
     "SiteAccuracy",
     "UnsupportedInputError",
+    "VerifyError",
     "calibrate",
     "compare",
     "explain",

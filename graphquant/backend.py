@@ -49,7 +49,7 @@ def graphquant(
     if run is None:
         run = compile_graph(gm, example_inputs, config)
     _tell(config, report)
-    return _float_for_tangents(run, gm, released=config.free_weights)
+    return _float_for_tangents(run, gm, released=config.free_weights is True)
 
 
 def _in_int8(

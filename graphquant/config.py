@@ -218,6 +218,11 @@ def strict() -> bool:
     return os.environ.get("GRAPHQUANT_STRICT", "") not in ("", "0")
 
 
+def verifying() -> bool:
+    """Is every graph verified after every pass? (passes/verify.py)"""
+    return os.environ.get("GRAPHQUANT_VERIFY") == "1"
+
+
 def literally(path: str) -> str:
     """A pattern that matches this module path alone, whatever characters are in it."""
     pattern = re.sub(r"[*?[]", r"[\g<0>]", path)

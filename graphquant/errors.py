@@ -22,6 +22,10 @@ class RuleError(GraphquantError):
     """A rule broke its contract. A bug in graphquant, never in the user's model."""
 
 
+class VerifyError(GraphquantError):
+    """A pass broke the graph, GRAPHQUANT_VERIFY=1 has found. A bug in graphquant."""
+
+
 class UnsupportedInputError(GraphquantError, TypeError):
     """Arguments for which an op has no meaning or no kernel. The message says what was seen."""
 

@@ -17,6 +17,8 @@ settings.register_profile(
 settings.register_profile("nightly", settings.get_profile("ci"), max_examples=600)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+os.environ.setdefault("GRAPHQUANT_VERIFY", "1")  # every graph of every test, after every pass
+
 NEEDS_GPU = "NOT RUN: needs an NVIDIA GPU and `pytest --device cuda`"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ from graphquant.passes.rules.patch_linear import PatchLinear
 from graphquant.passes.rules.residual import Residual
 from graphquant.passes.rules.stack_siblings import StackSiblings
 from graphquant.passes.smooth import NO_NORM
+from graphquant.passes.verify import verifier
 from graphquant.report import Outcome, Report
 
 log = logging.getLogger(__name__)
@@ -74,8 +76,18 @@ NEED_KERNELS = ("cuda",)
 def rewrite(captured: Captured, config: Config) -> Report:
     """Rewrite the captured graph in place and say what was done. Weights stay to be packed."""
     gm = captured.gm
-    with stage("normalize"):
+    verify = verifier(captured)
+
+    @contextmanager
+    def step(name: str) -> Iterator[None]:
+        with stage(name):
+            yield
+            verify(name, bench.record if bench is not None else None)
+
+    bench: Workbench | None = None
+    with step("normalize"):
         normalize(captured)
+    with step("empty masks"):
         drop_empty_masks(gm.graph)
     with stage("recognize"):
         bench = _workbench(captured, config)
@@ -85,19 +97,20 @@ def rewrite(captured: Captured, config: Config) -> Report:
         with stage("static ranges"):
             bench.ranges = static_ranges(_open_linears(bench), config.calibration)
     for rule in INT8_RULES if config.quantize else FLOAT_RULES:
-        with stage(f"rule {rule.name}"):
+        with step(f"rule {rule.name}"):
             apply(bench, rule)
-    _views_to_reshapes(bench)
+    with step("views to reshapes"):
+        _views_to_reshapes(bench)
     if bench.select and missing() is None:
-        with stage("the choice of attention kernels"):
+        with step("the choice of attention kernels"):
             choose_kernels(gm.graph, bench.needs_gradient)
-    with stage("the end of the rewrite"):
+    with step("the end of the rewrite"):
         merge_equal_views(gm.graph)  # a rule may have made one that the model has as well
         drop_dead_code(gm.graph)
-        gm.graph.lint()
-        gm.recompile()
-        _leave_traces(bench)
-        report = Report(bench.record.outcomes(), notes=tuple(_notes(bench, config)))
+    gm.graph.lint()
+    gm.recompile()
+    _leave_traces(bench)
+    report = Report(bench.record.outcomes(), notes=tuple(_notes(bench, config)))
     log.info("%s", report.summary())
     return report
 

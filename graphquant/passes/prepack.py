@@ -31,6 +31,7 @@ from graphquant.passes.graph import (
     operand,
 )
 from graphquant.passes.ir import Captured
+from graphquant.passes.verify import verifier
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ def prepack(captured: Captured, new_input: Callable[[str], Node]) -> list[Packin
     `new_input(name)` adds an input to the graph; the fake value is copied onto it here.
     """
     graph, constants = captured.gm.graph, Constants(captured.parameters)
+    check = verifier(captured)
     packings: list[Packing] = []
     for linear in calls(graph, _is_rewritten):
         # a quantiser of a constant is an expression itself, and reads nothing that is left
@@ -141,6 +143,7 @@ def prepack(captured: Captured, new_input: Callable[[str], Node]) -> list[Packin
         if node._erased and node.target not in {n.target for n in graph.find_nodes(op="get_attr")}:
             delattr(captured.gm, str(node.target))
     graph.lint()
+    check("prepack")
     captured.gm.recompile()
     return packings
 
