@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from operator import attrgetter, itemgetter
 from typing import Any, Protocol
@@ -31,6 +31,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from graphquant.errors import ReleasedWeightError
+from graphquant.released import is_released, let_go
 
 _MARK = "_graphquant_mark"
 _lock = threading.RLock()
@@ -78,19 +79,22 @@ class _Seen:
 
     marks: list[Any]
     versions: list[int | None]
-    addresses: list[int]
+    addresses: list[int]  # 0 of a released weight, which has none: asking for it raises
     storages: list[StorageWeakRef]  # `p.data = new` may land on the address of what it replaces
     epoch: int
 
     def __post_init__(self) -> None:
         self._cdatas = [s.cdata for s in self.storages]
+        held = [i for i, address in enumerate(self.addresses) if address]
+        self._held = _picker(held)
+        self._held_addresses = [self.addresses[i] for i in held]
 
     @classmethod
     def of(cls, roots: Sequence[Tensor]) -> _Seen:
         return cls(
             [_mark(t) for t in roots],
             _versions(roots),
-            list(map(Tensor.data_ptr, roots)),
+            list(map(_address, roots)),
             [StorageWeakRef(t.untyped_storage()) for t in roots],
             _epoch,
         )
@@ -104,13 +108,19 @@ class _Seen:
             self.epoch == _epoch
             and marks == self.marks
             and _versions(roots) == self.versions
-            and list(map(Tensor.data_ptr, roots)) == self.addresses
             and not any(map(torch.UntypedStorage._expired, self._cdatas))
+            and self._at_their_addresses(roots)
         )
+
+    def _at_their_addresses(self, roots: Sequence[Tensor]) -> bool:
+        try:
+            return list(map(Tensor.data_ptr, self._held(roots))) == self._held_addresses
+        except RuntimeError:  # one was released meanwhile
+            return False
 
     def changed(self, roots: Sequence[Tensor]) -> bool:
         """Has one of those changed that still have values?"""
-        now = zip(_versions(roots), map(Tensor.data_ptr, roots), strict=True)
+        now = zip(_versions(roots), map(_address, roots), strict=True)
         then = zip(self.versions, self.addresses, strict=True)
         return any(a != b for t, a, b in zip(roots, now, then, strict=True) if not is_released(t))
 
@@ -133,6 +143,7 @@ class Supply:
     jobs    for each packed linear, its recipe and which arguments of the call are its roots
     names   of the call's arguments, for messages
     floats  for `release`: which arguments are parameters that the graph reads in float
+    owned   for `release`: which arguments belong to a module; others are never released
     """
 
     def __init__(
@@ -140,6 +151,7 @@ class Supply:
         jobs: Sequence[tuple[Recipe, tuple[int, ...]]],
         names: Callable[[int], str],
         floats: Sequence[int] = (),
+        owned: Collection[int] = (),
     ) -> None:
         _announce_optimizer_steps()
         self._jobs = list(jobs)
@@ -148,7 +160,8 @@ class Supply:
         self._packed = {i for _, indices in jobs for i in indices}
         self._watched = sorted({*self._packed, *floats})
         self._pick = _picker(self._watched)
-        self._releases = False
+        self._owned = sorted(self._packed.intersection(owned))
+        self._releases: bool | str = False
 
     def __call__(self, args: Sequence[Any]) -> list[Tensor]:
         """The packed tensors for these arguments, computed again if a parameter changed."""
@@ -162,7 +175,7 @@ class Supply:
                 return plan.tensors
         with _lock:
             if self._releases:  # a graph may serve many modules
-                self.release(args)
+                self.release(args, self._releases)
             seen = _Seen.of(roots)
             tensors = list(chain.from_iterable(self._packs(args)))
             _mark(roots[0]).owner.plans[self] = _Packed(tensors, seen)
@@ -174,14 +187,16 @@ class Supply:
             for recipe, indices in self._jobs
         ]
 
-    def release(self, args: Sequence[Any]) -> int:
-        """From now on, give back the storage of roots that no such graph reads in float.
+    def release(self, args: Sequence[Any], how: bool | str = True) -> int:
+        """From now on, the device holds no roots that no such graph reads in float.
 
-        Returns the bytes freed now.
+        how  True: their values are given up. "host": they move to host memory.
+
+        Whoever else holds such a root's memory, under another name, keeps it with its values.
+        Returns the bytes of device memory freed now.
         """
-        freed = 0
         with _lock:
-            self._releases = True
+            self._releases = how
             for i in self._floats:
                 if is_released(args[i]):
                     raise ReleasedWeightError(
@@ -190,22 +205,21 @@ class Supply:
                 _read_in_float.add(StorageWeakRef(args[i].untyped_storage()))
             _read_in_float.difference_update([s for s in _read_in_float if s.expired()])
             self._packs(args)
-            for i in self._packed:
-                storage, t = args[i].untyped_storage(), args[i]
-                # a larger storage belongs to other tensors too
-                if (
-                    StorageWeakRef(storage) not in _read_in_float
-                    and storage.nbytes() == t.numel() * t.element_size()
-                ):
-                    freed += storage.nbytes()
-                    storage.resize_(0)
-        return freed
+            gone = [let_go(args[i], self._names(i), how, _read_in_float) for i in self._owned]
+            if any(freed is not None for freed in gone):
+                self._keep_packs(args)
+        return sum(freed or 0 for freed in gone)
+
+    def _keep_packs(self, args: Sequence[Any]) -> None:
+        """The roots lie elsewhere, and their values are those that were packed."""
+        for recipe, indices in self._jobs:
+            roots = [args[i] for i in indices]
+            packs, key = _place(recipe, roots)
+            packs[key].seen = _Seen.of(roots)
 
 
 def _pack(recipe: Recipe, roots: list[Tensor], names: Callable[[], Any]) -> list[Tensor]:
-    marks = [_mark(t) for t in roots]
-    packs = marks[0].owner.packs
-    key = (recipe, *(m.owner for m in marks[1:]))  # tied weights differ in their other roots
+    packs, key = _place(recipe, roots)
     pack = packs.get(key)
     if pack is not None and pack.seen.still(roots):
         return pack.tensors
@@ -225,6 +239,7 @@ def _pack(recipe: Recipe, roots: list[Tensor], names: Callable[[], Any]) -> list
         return pack.tensors
     new = recipe.compute(roots)
     if pack is not None and [*map(_spec, pack.tensors)] == [*map(_spec, new)]:
+        pack.seen = replace(seen, epoch=-1)  # of no state, until all of it is written
         with torch.inference_mode(False), torch.no_grad():
             for old, value in zip(pack.tensors, new, strict=True):
                 old.copy_(value)
@@ -234,9 +249,14 @@ def _pack(recipe: Recipe, roots: list[Tensor], names: Callable[[], Any]) -> list
     return new
 
 
-def is_released(t: Tensor) -> bool:
-    """Was this tensor's storage given back by free_weights=True?"""
-    return t.numel() > 0 and t.untyped_storage().nbytes() == 0
+def _place(recipe: Recipe, roots: Sequence[Tensor]) -> tuple[dict[Hashable, _Packed], Hashable]:
+    """Where the pack of this recipe and these roots lies."""
+    first, *others = map(_mark, roots)
+    return first.owner.packs, (recipe, *(m.owner for m in others))  # tied weights differ in others
+
+
+def _address(t: Tensor) -> int:
+    return 0 if is_released(t) else t.data_ptr()
 
 
 def refresh(module: torch.nn.Module | None = None) -> None:

@@ -13,8 +13,12 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
+
+from graphquant.passes.regions import regions, sets_state
 
 aten = torch.ops.aten
 
@@ -102,6 +106,17 @@ def nodes_in(argument: Any) -> list[Node]:
     found: list[Node] = []
     map_arg(argument, found.append)
     return found
+
+
+def fake_result(mode: FakeTensorMode, target: Any, args: Any, kwargs: Any) -> Any:
+    """What a call computes, as a fake value, from the fake values of its arguments.
+
+    With the Python dispatcher, as in tracing: some of torch's C++ composites (matmul in torch 2.11)
+    ask for sizes that are symbols here.
+    """
+    args, kwargs = map_arg((args, kwargs), lambda n: n.meta["val"])
+    with mode, enable_python_dispatcher():
+        return target(*args, **kwargs)
 
 
 def is_tensor(node: Node) -> bool:
@@ -235,7 +250,7 @@ class Constants:
                 node.op == "call_function"
                 and (bool(inputs) or node.target in FACTORIES)
                 and node.target not in UNSET
-                and not node.is_impure()
+                and not is_impure(node)
                 and not is_random(node)
                 and all(map(self.is_fixed, inputs))
             )
@@ -329,12 +344,9 @@ def needs_gradient(graph: Graph, differentiable: Iterable[Node], grad_enabled: b
     if not found:
         return found
     head = _families(graph)
-    enabled = grad_enabled
-    for node in graph.nodes:
-        if node.target is torch._C._set_grad_enabled:
-            enabled = bool(node.args[0])
-        elif (
-            enabled
+    for node, region in regions(graph, grad_enabled):
+        if (
+            region.records
             and node.op == "call_function"
             and node.target is not aten.detach.default
             and any(i in found for i in node.all_input_nodes)
@@ -352,6 +364,25 @@ def _can_need_gradient(node: Node) -> bool:
     if isinstance(value, Tensor):
         return value.is_floating_point() or value.is_complex()
     return not isinstance(value, (int, torch.SymInt, torch.SymFloat, torch.SymBool, bool, float))
+
+
+def is_impure(node: Node) -> bool:
+    """Does this node do more than compute its value? Then it stays, read or not.
+
+    torch's own answer knows neither the contexts that are kept nor every op that returns nothing.
+    """
+    if node.is_impure() or sets_state(node):
+        return True
+    return isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.returns
+
+
+def drop_dead_code(graph: Graph) -> None:
+    """Erase what nobody reads and what does nothing but to draw random numbers."""
+
+    def stays(node: Node) -> bool:
+        return is_impure(node) and not (is_random(node) and not node.target._schema.is_mutable)  # type: ignore[union-attr]
+
+    graph.eliminate_dead_code(stays)
 
 
 def readers(node: Node) -> str:

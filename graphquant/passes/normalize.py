@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
 
 from graphquant.passes.graph import (
     CASTS,
@@ -20,7 +19,9 @@ from graphquant.passes.graph import (
     Constants,
     aten,
     calls,
+    drop_dead_code,
     dtype,
+    fake_result,
     full_args,
     is_call,
     may_alias,
@@ -29,6 +30,7 @@ from graphquant.passes.graph import (
 )
 from graphquant.passes.ir import Captured
 from graphquant.passes.products import spell_linears
+from graphquant.passes.regions import sets_state
 
 _DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
 _FUNCTIONAL = {
@@ -52,7 +54,7 @@ def normalize(captured: Captured) -> None:
     trained = needs_gradient(graph, captured.differentiable, captured.grad_enabled)
     spell_linears(graph, captured.fake_mode, constants, trained)
     _hoist_weights(graph, constants)
-    graph.eliminate_dead_code()
+    drop_dead_code(graph)
 
 
 def _drop_no_ops(graph: Graph, *, differentiable: bool) -> None:
@@ -103,9 +105,7 @@ def _make_functional(captured: Captured) -> None:
         if any(target in may_alias(user) for user in target.users if user is not node):
             continue
         plain = _FUNCTIONAL[node.target]
-        args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with captured.fake_mode:
-            value = plain(*args, **kwargs)
+        value = fake_result(captured.fake_mode, plain, node.args, node.kwargs)
         if value.dtype != dtype(target):
             continue  # in place keeps the type that the plain op would widen
         node.target = plain
@@ -139,7 +139,12 @@ def _hoist_weights(graph: Graph, constants: Constants) -> None:
             edge += value.all_input_nodes
     if written := written_in_place(graph):  # it matters when such a weight is read
         wanted = {n for n in wanted if written.isdisjoint(constants.made_from(n))}
-    first = next((n for n in graph.nodes if n.op == "call_function" and n not in wanted), None)
-    if first is not None:
-        for node in [n for n in graph.nodes if n in wanted and n.op != "placeholder"]:
-            first.prepend(node)
+    first: Node | None = None  # since a context began or ended: they say what a call computes
+    for node in list(graph.nodes):
+        if node in wanted:
+            if first is not None and node.op != "placeholder":
+                first.prepend(node)
+        elif sets_state(node):
+            first = None
+        elif first is None and node.op == "call_function":
+            first = node

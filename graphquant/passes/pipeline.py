@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from graphquant.config import Config
+from graphquant.failure import stage
 from graphquant.ops import int8_linear
 from graphquant.ops.checks import FLOATS
+from graphquant.ops.define import missing
 from graphquant.ops.int8_linear.op import MAX_K
 from graphquant.passes.apply import Workbench, apply
 from graphquant.passes.attention import choose_kernels
@@ -21,6 +24,7 @@ from graphquant.passes.graph import (
     Constants,
     aten,
     calls,
+    drop_dead_code,
     dtype,
     full_args,
     module_path,
@@ -46,6 +50,7 @@ from graphquant.passes.rules.patch_linear import PatchLinear
 from graphquant.passes.rules.residual import Residual
 from graphquant.passes.rules.stack_siblings import StackSiblings
 from graphquant.passes.smooth import NO_NORM
+from graphquant.passes.verify import verifier
 from graphquant.report import Outcome, Report
 
 log = logging.getLogger(__name__)
@@ -64,15 +69,55 @@ INT8_RULES: tuple[Rule[Any], ...] = (
 NEEDS_GRADIENT = "its result can need a gradient"
 STANDS_FOR, LINEARS = "graphquant_stands_for", "graphquant_linears"  # see _leave_traces
 DEVICES = ("cpu", "cuda")
+NEED_KERNELS = ("cuda",)
 
 
 def rewrite(captured: Captured, config: Config) -> Report:
     """Rewrite the captured graph in place and say what was done. Weights stay to be packed."""
     gm = captured.gm
-    normalize(captured)
-    drop_empty_masks(gm.graph)
+    verify = verifier(captured)
+
+    @contextmanager
+    def step(name: str) -> Iterator[None]:
+        with stage(name):
+            yield
+            verify(name, bench.record if bench is not None else None)
+
+    bench: Workbench | None = None
+    with step("normalize"):
+        normalize(captured)
+    with step("empty masks"):
+        drop_empty_masks(gm.graph)
+    with stage("recognize"):
+        bench = _workbench(captured, config)
+    with stage("the record of linears"):
+        _enter_all(bench, captured, config)
+    if config.activation == "static" and config.calibration is not None:
+        with stage("static ranges"):
+            bench.ranges = static_ranges(_open_linears(bench), config.calibration)
+    for rule in INT8_RULES if config.quantize else FLOAT_RULES:
+        with step(f"rule {rule.name}"):
+            apply(bench, rule)
+    with step("views to reshapes"):
+        _views_to_reshapes(bench)
+    if bench.select and missing() is None:
+        with step("the choice of attention kernels"):
+            choose_kernels(gm.graph, bench.needs_gradient)
+    with step("the end of the rewrite"):
+        merge_equal_views(gm.graph)  # a rule may have made one that the model has as well
+        drop_dead_code(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    _leave_traces(bench)
+    report = Report(bench.record.outcomes(), notes=tuple(_notes(bench, config)))
+    log.info("%s", report.summary())
+    return report
+
+
+def _workbench(captured: Captured, config: Config) -> Workbench:
+    gm = captured.gm
     constants = Constants(captured.parameters)
-    bench = Workbench(
+    return Workbench(
         gm=gm,
         fake_mode=captured.fake_mode,
         constants=constants,
@@ -84,22 +129,6 @@ def rewrite(captured: Captured, config: Config) -> Report:
         parameters=captured.parameters,
         select=config.select == "faster",
     )
-    _enter_all(bench, captured, config)
-    if config.activation == "static" and config.calibration is not None:
-        bench.ranges = static_ranges(_open_linears(bench), config.calibration)
-    for rule in INT8_RULES if config.quantize else FLOAT_RULES:
-        apply(bench, rule)
-    _views_to_reshapes(bench)
-    if bench.select:
-        choose_kernels(gm.graph, bench.needs_gradient)
-    merge_equal_views(gm.graph)  # a rule may have made one that the model has as well
-    gm.graph.eliminate_dead_code()
-    gm.graph.lint()
-    gm.recompile()
-    _leave_traces(bench)
-    report = Report(bench.record.outcomes(), notes=tuple(_notes(bench, config)))
-    log.info("%s", report.summary())
-    return report
 
 
 def _enter_all(bench: Workbench, captured: Captured, config: Config) -> None:
@@ -163,6 +192,8 @@ def _why_barred(bench: Workbench, captured: Captured, config: Config, node: Node
         return f"computes in {str(dtype(node)).removeprefix('torch.')}"
     if (device := node.meta["val"].device.type) not in DEVICES:
         return f"graphquant has no kernels for {device}"
+    if device in NEED_KERNELS and (why := missing()) is not None:
+        return why
     if len(shape(weight)) != 2:
         return f"its weight has {len(shape(weight))} dims, not two"
     N, K = shape(weight)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.fx import Node
 
 from graphquant.ops import int8_linear
@@ -24,11 +25,13 @@ from graphquant.passes.graph import (
     SIZED_VIEWS,
     Constants,
     calls,
+    drop_dead_code,
     is_call,
     keeps_rows,
     operand,
 )
 from graphquant.passes.ir import Captured
+from graphquant.passes.verify import verifier
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,11 @@ class Recipe:
             return done[id(e)]
 
         theirs = {r.untyped_storage()._cdata for r in roots}
-        with torch.inference_mode(False), torch.autocast(device, enabled=False):
+        with (
+            torch.inference_mode(False),
+            torch.autocast(device, enabled=False),
+            forward_ad._set_fwd_grad_enabled(False),  # else a dual weight's pack has its tangent
+        ):
             made = [value(e) for e in self.outputs]
             # a slice of a parameter is no pack yet: the parameter may be released
             return [t.clone() if t.untyped_storage()._cdata in theirs else t for t in made]
@@ -114,6 +121,7 @@ def prepack(captured: Captured, new_input: Callable[[str], Node]) -> list[Packin
     `new_input(name)` adds an input to the graph; the fake value is copied onto it here.
     """
     graph, constants = captured.gm.graph, Constants(captured.parameters)
+    check = verifier(captured)
     packings: list[Packing] = []
     for linear in calls(graph, _is_rewritten):
         # a quantiser of a constant is an expression itself, and reads nothing that is left
@@ -130,11 +138,12 @@ def prepack(captured: Captured, new_input: Callable[[str], Node]) -> list[Packin
                 reader.replace_input_with(old, new)
         packings.append(replace(packing, inputs=inputs))
     literals = [n for n in graph.find_nodes(op="get_attr") if LITERAL in n.meta]
-    graph.eliminate_dead_code()
+    drop_dead_code(graph)
     for node in literals:
         if node._erased and node.target not in {n.target for n in graph.find_nodes(op="get_attr")}:
             delattr(captured.gm, str(node.target))
     graph.lint()
+    check("prepack")
     captured.gm.recompile()
     return packings
 
