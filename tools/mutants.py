@@ -82,12 +82,8 @@ MUTANTS: Sequence[Mutant] = (
     ),
     *_in(
         "passes/apply.py",
-        (
-            "norms.get(out)\n        return found and replace(found, x=self._now(found.x))",
-            "norms.get(out)\n        return found",
-            "the norm's input was replaced",
-            SURVIVORS,
-        ),
+        ("found, x=self._now(found.x), gamma=", "found, x=found.x, gamma=",
+         "the norm's input was replaced", SURVIVORS),
         (
             "activations.get(out)\n        return found and replace(found, x=self._now(found.x))",
             "activations.get(out)\n        return found",
@@ -106,13 +102,16 @@ MUTANTS: Sequence[Mutant] = (
         ("bool(node.args[1][-1] % len(before) == last)", "True", "nor a permuted one", SURVIVORS),
         ("user is goal or (", "(", "a reader at the goal counts as another", ACT),
         ("and node.target is not aten.detach.default", "", "detached values", GRADIENTS),
-        ("enabled = bool(node.args[0])", "enabled = True", "no_grad regions", GRADIENTS),
+    ),
+    *_in(
+        "passes/regions.py",
+        ("autocast=(*now.autocast, node.args))", "autocast=now.autocast)", "autocast", APPLY),
     ),
     *_in(
         "passes/pipeline.py",
         ("if why := config.wants(path):", "if why := None:", "include and exclude", LINEAR),
         ("if node in bench.needs_gradient:", "if False:", "training", GRADIENTS),
-        ('if weight not in bench.constants:\n        return "its', 'if False:\n        return "its',
+        ("if weight not in bench.constants:\n        return _why", "if False:\n        return _why",
          "weights that are values", LINEAR),
         ("if n in bench.written), None", "if False), None", "written weights", STACK),
     ),
@@ -132,7 +131,7 @@ MUTANTS: Sequence[Mutant] = (
     ),
     *_in(
         "passes/smooth.py",
-        ("functools.reduce(torch.maximum, found)", "found[0]", "siblings' channels", SMOOTH),
+        ("functools.reduce(torch.maximum, found)", "found[0]", "siblings' channels", SURVIVORS),
     ),
     *_in(
         "passes/judge.py",
@@ -147,7 +146,7 @@ MUTANTS: Sequence[Mutant] = (
          "0 in range", QUANTIZE),
         ("absmax = (0.5 * most - 0.5 * least)", "absmax = (most - least) * 0.5",
          "overflow", QUANTIZE),
-        ("MIN_ABSMAX = 1e-20", "MIN_ABSMAX = 1e-6", "small rows", QUANTIZE),
+        ("MIN_ABSMAX = 1e-20", "MIN_ABSMAX = 1e-6", "small rows", SURVIVORS),
         ("torch.round(x * (qmax / absmax))", "torch.floor(x * (qmax / absmax) + 0.5)",
          "ties", QUANTIZE),
         ("x = x * factor", "x = x / factor", "smoothing", QUANTIZE),
@@ -166,13 +165,11 @@ MUTANTS: Sequence[Mutant] = (
     # --- packed weights ------------------------------------------------------------------------
     *_in(
         "packed.py",
-        ("and list(map(Tensor.data_ptr, roots)) == self.addresses", "", "other data", SURVIVORS),
+        ("and self._at_their_addresses(roots)", "", "other data", SURVIVORS),
         ("and _versions(roots) == self.versions", "", "writes in place", PACKED),
         ("self.epoch == _epoch\n            and ", "", "refresh()", PACKED),
-        ("key = (recipe, *(m.owner for m in marks[1:]))", "key = (recipe,)",
-         "tied weights", PACKED),
+        ("(recipe, *(m.owner for m in others))", "(recipe,)", "tied weights", PACKED),
         ("p for group in optimizer.param_groups", "p for group in []", "fused optimizers", PACKED),
-        ("StorageWeakRef(storage) not in _read_in_float", "True", "a weight read in float", FREE),
     ),
     *_in(
         "passes/prepack.py",
@@ -183,8 +180,6 @@ MUTANTS: Sequence[Mutant] = (
     *_in(
         "capture.py",
         ("captured.differentiable.add(new)", "pass", "training", GRADIENTS),
-        ("self._autocast.append(_ENTER(*args, **kwargs))", "self._autocast.append(None)",
-         "autocast inside", "tests/test_backend.py -k autocast"),
         ("    torch._C._autograd._get_data_attr: Tensor.detach,", "", ".data",
          "tests/test_backend.py -k data"),
     ),

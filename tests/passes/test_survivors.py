@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphquant.ops.int8_linear.op import EXACT_K, _exact_matmul
+from graphquant.ops.numerics import quantize_rows
 from tests.passes.graphs import Model, compiled, rewritten
+from tests.seen import Seen
 from tests.small import int8
 
 K = 16
@@ -189,3 +191,24 @@ def test_other_data_is_noticed_though_the_old_is_kept(how: str) -> None:
         assert relative(run(x), F.linear(x, new, model.bias)) < NEAR
         model.weight.data = old
         assert relative(run(x), F.linear(x, old, model.bias)) < NEAR
+
+
+def test_small_rows_keep_their_values() -> None:
+    """Far below what any layer computes, but far above the floor that stands for zero."""
+    x = torch.linspace(-1, 1, 64)
+    for size in (1e-3, 1e-6, 1e-12, 1e-18):
+        xq, scale, shift = quantize_rows(size * x)
+        assert relative(xq * scale + shift, size * x) < NEAR
+
+
+def test_siblings_are_smoothed_by_the_largest_of_what_is_known_of_each(x: Tensor) -> None:
+    def smoothed(**largest: Tensor) -> Any:
+        torch.manual_seed(0)
+        model = Model(lambda m, x: (m.q(x), m.k(x)), q=fc(), k=fc())
+        return rewritten(model, x, smooth=0.5, calibration=Seen(largest=largest)).got
+
+    q, k = torch.linspace(0.01, 9.0, K), torch.linspace(9.0, 0.01, K)
+    both = torch.maximum(q, k)
+    want = smoothed(q=both, k=both)
+    assert all(map(torch.equal, smoothed(q=q, k=k), want))
+    assert not all(map(torch.equal, smoothed(q=q, k=q), want))
