@@ -109,13 +109,12 @@ def _hand_over(
         build_kernels(captured.gm)
     with stage(f"inner={config.inner!r}"):
         inner = compile_graph(captured.gm, inputs, config)
-    to_release = [config.free_weights] if config.free_weights else []
+    to_release = iter([config.free_weights] if config.free_weights else [])
 
     def run(*args: Any) -> Any:
         result = inner(*[args[i] for i in kept], *supply(args))
-        if to_release:  # now that the graph has run, nothing can fail that would need the floats
-            freed = supply.release(args, to_release[0])
-            to_release.clear()
+        for how in to_release:  # once: the graph has run, and nothing is left that may raise
+            freed = supply.release(args, how)
             log.info("free_weights released %.1f MiB of float weights", freed / 2**20)
         return result
 

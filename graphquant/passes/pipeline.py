@@ -27,7 +27,6 @@ from graphquant.passes.graph import (
     drop_dead_code,
     dtype,
     full_args,
-    is_random,
     module_path,
     needs_gradient,
     readers,
@@ -107,10 +106,11 @@ def rewrite(captured: Captured, config: Config) -> Report:
     with step("the end of the rewrite"):
         merge_equal_views(gm.graph)  # a rule may have made one that the model has as well
         drop_dead_code(gm.graph)
-    gm.graph.lint()
-    gm.recompile()
-    _leave_traces(bench)
-    report = Report(bench.record.outcomes(), notes=tuple(_notes(bench, config)))
+    with stage("the report"):
+        gm.graph.lint()
+        gm.recompile()
+        _leave_traces(bench)
+        report = Report(bench.record.outcomes(), notes=tuple(_notes(bench, config)))
     log.info("%s", report.summary())
     return report
 
@@ -182,7 +182,7 @@ def _why_barred(bench: Workbench, captured: Captured, config: Config, node: Node
     if node.meta.get("graphquant") == PatchLinear.name:
         return "it embeds pixels, which stay in float"
     if weight not in bench.constants:
-        return _why_no_weight(bench, weight)
+        return "its weight is not a parameter"
     if bias is not None and not bench.constants.is_fixed(bias):
         return "its bias is not a parameter"
     if why := config.wants(path):
@@ -209,15 +209,6 @@ def _why_barred(bench: Workbench, captured: Captured, config: Config, node: Node
         if kind not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
             return f"{captured.names[root]} is a {kind.__name__}, not a plain tensor"
     return ""
-
-
-def _why_no_weight(bench: Workbench, weight: Node) -> str:
-    made_from = bench.constants.made_from(weight)
-    if any(n.op == "placeholder" and n not in bench.constants for n in made_from):
-        return "its weight is not a parameter"
-    if random := next((n for n in made_from if is_random(n)), None):
-        return f"its weight is made of random numbers, by {random.target}"
-    return "its weight is computed from no parameter alone"
 
 
 def _linear_path(bench: Workbench, captured: Captured, weight: Node) -> str:
