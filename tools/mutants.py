@@ -27,7 +27,7 @@ RULES = "tests/passes/rules/test_"
 STACK, ACT, NORM = f"{RULES}stack_siblings.py", f"{RULES}act_linear.py", f"{RULES}norm_linear.py"
 RESIDUAL, SCALE, LINEAR = (f"{RULES}{name}.py" for name in ("residual", "layer_scale", "linear"))
 QUANTIZE = "tests/ops/test_quantize.py -k reference"
-PACKED, FREE = "tests/test_packed.py", "tests/test_free_weights.py"
+PACKED = "tests/test_packed.py"
 FILES, HISTOGRAM = "tests/calibration/test_files.py", "tests/calibration/test_histogram.py"
 CALIBRATE, BUDGET = "tests/calibration/test_calibrate.py", "tests/test_budget.py"
 CACHE, MEASURE = "tests/ops/test_cache.py", "tests/ops/test_measure.py"
@@ -174,7 +174,7 @@ MUTANTS: Sequence[Mutant] = (
     *_in(
         "passes/prepack.py",
         ("_cdata in theirs else t for t in made", "_cdata in () else t for t in made",
-         "a pack in a parameter's memory", f"{FREE} {PACKED}"),
+         "a pack in a parameter's memory", SURVIVORS),
     ),
     # --- capture -------------------------------------------------------------------------------
     *_in(
@@ -188,7 +188,7 @@ MUTANTS: Sequence[Mutant] = (
         "calibration/histogram.py",
         ("counts[BINS // 4 : -BINS // 4] = pairs", "counts[: BINS // 2] = pairs",
          "ranges", HISTOGRAM),
-        ("BINS.bit_length() - 1)", "BINS.bit_length() - 2)",
+        ("BINS.bit_length() - 2)", "BINS.bit_length() - 3)",
          "the last step", f"{FILES} -k quickly"),
         ("(u - n) ** 3 / 3", "(u - n) ** 2 / 3", "the expected error", HISTOGRAM),
         ("1 / ratio, ratio)", "1 / ratio)", "the search", HISTOGRAM),
