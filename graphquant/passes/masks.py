@@ -82,11 +82,7 @@ def _computed_from_nothing(mask: Node) -> list[Node] | None:
         node = edge.pop()
         if node in found:
             continue
-        if (
-            not isinstance(node.target, torch._ops.OpOverload)
-            or is_impure(node)
-            or is_random(node)
-        ):
+        if not isinstance(node.target, torch._ops.OpOverload) or is_impure(node) or is_random(node):
             return None  # vmap's own functions, say, mean nothing without their surroundings
         value = node.meta.get("val")
         size = value.numel() if isinstance(value, Tensor) else None
