@@ -69,7 +69,7 @@ def _follow(base: Any, names: re.Pattern[str], renew: Renew) -> None:
     """Wrap the methods of classes to come."""
     own = vars(base).get("__init_subclass__")
 
-    def init_subclass(cls: Any, **kwargs: Any) -> None:
+    def init_subclass(cls: Any, /, **kwargs: Any) -> None:
         if own is None:
             super(base, cls).__init_subclass__(**kwargs)
         else:

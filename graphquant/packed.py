@@ -121,7 +121,7 @@ class Plan:
             if self.epoch != _epoch or _stamps(roots(args)) != self.stamps:
                 return False
             self.latest = latest
-        return self.snapshot.still(args) and not any([p.changed() for p in self.probes])
+        return self.snapshot.still(args) and not sum(p.changed() for p in self.probes)
 
 
 class Supply:
@@ -171,7 +171,7 @@ class Supply:
         if announce(_renew):
             refresh()
         plan = self._newest.get(id(args[self._watched[0]]))
-        if plan is None or plan.latest != _latest or any([p.raised() for p in plan.probes]):
+        if plan is None or plan.latest != _latest or any(p.raised() for p in plan.probes):
             return None
         return plan
 

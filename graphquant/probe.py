@@ -40,7 +40,10 @@ def probes(tensors: Sequence[Tensor], seen: Sequence[Seen]) -> list[Probe]:
     """One for each GPU. `seen` is what these tensors are now."""
     made = []
     for device in _devices(tensors):
-        known = [s.values is not None and _readable(t, device) for t, s in zip(tensors, seen, strict=True)]
+        known = [
+            s.values is not None and _readable(t, device)
+            for t, s in zip(tensors, seen, strict=True)
+        ]
         mine = [i for i, k in enumerate(known) if k]
         if mine and not _captures(device):
             made.append(Probe([tensors[i] for i in mine], [seen[i] for i in mine], device))
@@ -59,7 +62,9 @@ class Probe:
     """Values of tensors on one device. The tensors are not kept alive: it must not be used any more
     once one of them has gone or moved."""
 
-    def __init__(self, tensors: Sequence[Tensor], seen: Sequence[Seen], device: torch.device) -> None:
+    def __init__(
+        self, tensors: Sequence[Tensor], seen: Sequence[Seen], device: torch.device
+    ) -> None:
         table = _table(tensors, seen)
         with torch.inference_mode(False):
             self._table = table.to(device)
@@ -142,9 +147,8 @@ def _devices(tensors: Sequence[Tensor]) -> list[torch.device]:
 
 
 def _readable(t: Tensor, device: torch.device) -> bool:
-    return (
-        t.device == device and t.layout == torch.strided and t.numel() > 0 and t.data_ptr() != 0
-    )
+    strided = t.device == device and t.layout == torch.strided
+    return strided and t.element_size() <= 8 and t.numel() > 0 and t.data_ptr() != 0
 
 
 def _captures(device: torch.device) -> bool:

@@ -19,8 +19,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from graphquant.ops.extension import extension
 
-# Values that are compared of a large tensor. Where a write changes one in five of its values, which
-# is where a bfloat16 weight moves by a thousandth, all of these miss it with a probability of 4e-13.
+# Values that are compared of a large tensor. A write that moves a bfloat16 weight by a thousandth
+# changes one in five of them: that all of these miss it has a probability of 4e-13.
 SAMPLES = 128
 WHOLE = 8192  # bytes up to which a tensor is compared as a whole: biases, norms
 
@@ -96,9 +96,9 @@ def values(t: Tensor) -> bytes | None:
         return None
     with torch.inference_mode():
         x = t.detach()
-        if not _is_whole(t):
-            x = torch.take(x, _places(t.numel()))
-        return x.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        # a copy in either case: storage that numpy has seen can never be resized again
+        x = x.clone().view(-1) if _is_whole(t) else torch.take(x, _places(t.numel()))
+        return _bytes(x.view(torch.uint8))
 
 
 @functools.lru_cache(maxsize=256)
@@ -126,7 +126,7 @@ def _samples(t: Tensor, seen: Seen) -> tuple[int, bytes, bytes] | None:
 
 
 def offsets(t: Tensor) -> bytes:
-    """Where the values lie that are compared of a large tensor, in bytes from the first, as int64."""
+    """Where the values lie that are compared of a large tensor: int64, in bytes from the first."""
     return _offsets(t.shape, t.stride(), t.element_size())
 
 
@@ -157,5 +157,5 @@ def _native() -> Any:
 
 @functools.cache
 def _getters() -> tuple[Any, Any, Any]:
-    tensor, storage = torch._C.TensorBase, torch._C.StorageBase  # type: ignore[attr-defined]
-    return tensor._version, tensor.data_ptr, storage._expired
+    storage: Any = torch._C.StorageBase
+    return torch._C.TensorBase._version, torch._C.TensorBase.data_ptr, storage._expired

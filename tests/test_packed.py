@@ -21,11 +21,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import graphquant
-from graphquant import snapshot
+from graphquant import probe, snapshot
+from graphquant.backend import can_run_twice
 from graphquant.packed import Supply, packs_of
 from graphquant.passes.prepack import Recipe
 from tests.small import FAR, NEAR, Mlp, Scaled, again, error, int8, seeded
@@ -321,7 +324,9 @@ def settled(run: Callable[[Tensor], Tensor], x: Tensor) -> None:
 
 
 @pytest.fixture(params=["in C", "in Python"])
-def how_values_are_compared(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def how_values_are_compared(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if request.param == "in Python":
         monkeypatch.setattr("graphquant.snapshot._native", lambda: None)
     else:
@@ -373,6 +378,15 @@ def test_parameters_taken_from_one_vector_again_and_again(device: str, x: Tensor
         vector_to_parameters(flat, model.parameters())
         settled(run, x)
         assert error(run(x), again(model)(x)) < NEAR
+
+
+def test_storage_of_parameters_can_still_be_resized(x: Tensor) -> None:
+    """numpy forbids it to what it has seen."""
+    model = seeded(Mlp).to(x.device)
+    run = int8(model)
+    run(x)
+    for p in model.parameters():
+        assert p.untyped_storage().resizable()
 
 
 def test_writes_through_numpy_and_to_inference_tensors_are_noticed() -> None:
@@ -739,24 +753,21 @@ def int8_bytes() -> int:
     return sum(t.untyped_storage().nbytes() for t in packs)
 
 
-ONE = 3 * 64 * 64  # bytes of Attention's weights in int8
-
-
 def test_replaced_parameters_take_their_packs_with_them(device: str, x: Tensor) -> None:
     before = int8_bytes()
     run = int8(model := seeded(Attention).to(device))
+    run(x)
+    one = int8_bytes() - before
     for seed in range(40):
         linear = (model.k, model.v, model.q)[seed % 3]
         linear.weight = nn.Parameter(other(linear.weight, seed))
         linear.bias = nn.Parameter(other(linear.bias, seed))
         run(x)
-    assert ONE <= int8_bytes() - before < 2 * ONE
+    assert 0 < int8_bytes() - before < 2 * one
     assert error(run(x), model(x)) < 2 * NEAR
 
 
-def test_parameters_in_turn_are_packed_once(
-    device: str, x: Tensor, packings: list[Recipe]
-) -> None:
+def test_parameters_in_turn_are_packed_once(device: str, x: Tensor, packings: list[Recipe]) -> None:
     """Both live, so both packs do."""
     run = int8(model := seeded(Attention).to(device))
     weights = [model.k.weight, nn.Parameter(other(model.k.weight))]
@@ -770,9 +781,7 @@ def test_parameters_in_turn_are_packed_once(
 
 
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
-def test_dynamo_reset_frees_all_packs_of_a_living_model(
-    inner: str, device: str, x: Tensor
-) -> None:
+def test_dynamo_reset_frees_all_packs_of_a_living_model(inner: str, device: str, x: Tensor) -> None:
     before = int8_bytes()
     model = seeded(Attention).to(device)
     run = int8(model, inner=inner)
@@ -786,17 +795,17 @@ def test_dynamo_reset_frees_all_packs_of_a_living_model(
     assert int8_bytes() == before
 
 
-def test_other_recipes_replace_the_former_once_dynamo_forgets_them(
-    device: str, x: Tensor
-) -> None:
+def test_other_recipes_replace_the_former_once_dynamo_forgets_them(device: str, x: Tensor) -> None:
     """As each new calibration does: its statistics are part of the recipe."""
     before = int8_bytes()
     model = seeded(Attention).to(device)
-    for i in range(6):
+    sizes = []
+    for i in range(4):
         torch._dynamo.reset()
         int8(model, weight_scale=("absmax", "mse")[i % 2])(x)
         graphquant.refresh()
-    assert int8_bytes() - before < 2 * ONE
+        sizes.append(int8_bytes() - before)
+    assert sizes[0] > 0 and max(sizes) < 2 * sizes[0]
 
 
 def test_packs_live_as_long_as_one_graph_that_reads_them() -> None:
@@ -865,6 +874,45 @@ def test_two_supplies_with_one_recipe_share_the_pack() -> None:
     assert torch.equal(one([w])[0], 2 * w)
 
 
+def test_a_guess_is_confirmed_or_not() -> None:
+    """What a GPU begins with before it is known whether something has changed in silence."""
+    w = nn.Parameter(torch.randn(4, 4))
+    supply = supply_of(Doubled())
+    assert supply.guess([w]) is None  # nothing is packed yet
+    supply([w])
+    guess = supply.guess([w])
+    assert guess is not None and supply.confirms(guess, [w])
+    w.data.mul_(3)
+    guess = supply.guess([w])
+    assert guess is not None and not supply.confirms(guess, [w])
+    assert torch.equal(supply([w])[0], 2 * w)
+    assert supply.guess([w]) is None  # it looks first where things change from call to call
+    supply([w])
+    assert supply.guess([w]) is not None
+    graphquant.refresh()  # said aloud
+    assert supply.guess([w]) is None
+
+
+@pytest.mark.parametrize(
+    ("function", "twice"),
+    [
+        (lambda x, s: F.gelu(x) + s, True),
+        (lambda x, s: F.scaled_dot_product_attention(x, x, x), True),
+        (lambda x, s: F.scaled_dot_product_attention(x, x, x, dropout_p=0.1), False),
+        (lambda x, s: x + s.add_(1), False),
+        (lambda x, s: x + torch.rand_like(x), False),
+        (lambda x, s: F.dropout(x), False),
+        (lambda x, s: F.batch_norm(x, s.new_zeros(4), s.new_ones(4), training=True), False),
+    ],
+)
+def test_only_a_graph_without_side_effects_runs_before_its_packs_are_known_to_be_fresh(
+    function: Any, twice: bool
+) -> None:
+    x = torch.randn(2, 4, 3, 3)
+    graph = make_fx(function, pre_dispatch=True)(x, torch.randn(3)).graph
+    assert can_run_twice(graph) is twice
+
+
 def test_one_supply_serves_many_parameters() -> None:
     supply = supply_of(Doubled())
     weights = [nn.Parameter(torch.randn(4, 4)) for _ in range(3)]
@@ -907,3 +955,120 @@ def test_threads_share_a_compiled_model(device: str, x: Tensor) -> None:
     assert error(want, model_want) > FAR
     assert all(error(y, model_want) < NEAR for y in results)
     assert all(torch.equal(y, results[0]) for y in results)
+
+
+FORK = """
+import os, threading, torch
+from torch import nn
+from graphquant.packed import Supply
+
+class Slow:
+    def compute(self, roots):
+        if threading.current_thread() is not threading.main_thread():
+            packing.set()
+            forked.wait()
+        return [2 * roots[0].detach()]
+
+packing, forked = threading.Event(), threading.Event()
+w, supply = nn.Parameter(torch.ones(4)), Supply([(Slow(), (0,))], str)
+thread = threading.Thread(target=supply, args=([w],))
+thread.start()
+packing.wait()
+child = os.fork()
+if not child:
+    os._exit(0 if supply([w])[0].tolist() == [2] * 4 else 3)
+_, status = os.waitpid(child, 0)
+forked.set()
+thread.join()
+assert supply([w])[0].tolist() == [2] * 4
+print("child", os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_a_process_forked_while_another_thread_packs_can_pack() -> None:
+    """The child has the lock of a thread that it does not have."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORK], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.stdout == "child 0\n", done.stderr
+
+
+# Values on a GPU --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8])
+def test_a_probe_raises_its_flag_when_a_value_has_changed(dtype: torch.dtype, device: str) -> None:
+    """On a CPU its kernels run in Triton's interpreter."""
+    tensors = [
+        torch.arange(100, device=device).to(dtype),
+        torch.randint(-9, 9, (40, 50), device=device).to(dtype).t(),
+        torch.randint(-9, 9, (64, 64), device=device).to(dtype),
+    ]
+    where = tensors[0].device
+    rows = probe.read(probe._table(tensors).to(where)).cpu().numpy()
+    seen = [snapshot.Seen.of(t, row.tobytes()) for t, row in zip(tensors, rows, strict=True)]
+    looks = probe.Probe(tensors, seen, where)
+
+    def raised() -> bool:
+        looks.changed()
+        if where.type == "cuda":
+            torch.cuda.synchronize()
+        return looks.raised()
+
+    assert not raised() and not raised()
+    before = tensors[1].clone()
+    tensors[1].fill_(9)
+    assert raised() and raised()
+    tensors[1].copy_(before)
+    assert probe.Probe(tensors, seen, where).changed() is False
+
+
+def test_a_probe_reads_the_first_bytes_of_its_tensors_values() -> None:
+    x = torch.randn(3, 5).bfloat16()
+    (row,) = probe.read(probe._table([x]))
+    assert torch.equal(row[:15].short().view(torch.bfloat16).view(3, 5), x)
+
+
+@pytest.mark.cuda
+def test_a_probe_neither_waits_nor_keeps_parameters_alive(device: str, x: Tensor) -> None:
+    model = seeded(Mlp).to(device)
+    run = int8(model)
+    run(x)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(200_000_000)
+        start = time.perf_counter()
+        run(x)
+        assert time.perf_counter() - start < 0.05
+    torch.cuda.synchronize()
+    weight = weakref.ref(model.fc1.weight)
+    del model, run
+    gc.collect()
+    assert weight() is None
+
+
+@pytest.mark.cuda
+def test_a_call_that_is_recorded_as_a_cuda_graph_looks_at_nothing(device: str, x: Tensor) -> None:
+    model = seeded(Mlp).to(device)
+    run = int8(model)
+    for _ in range(3):
+        run(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run(x)
+    graph.replay()
+    assert error(y, model(x)) < NEAR
+
+
+@pytest.mark.cuda
+def test_a_change_that_is_seen_after_the_launch_is_right_in_the_same_call(
+    device: str, x: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The GPU begins with the old packs, and again with the new ones."""
+    model = seeded(Mlp).to(device)
+    run = int8(model)
+    for seed in range(4):
+        model.fc1.weight.copy_(other(model.fc1.weight, seed))
+        for _ in range(seed + 1):
+            assert error(run(x), again(model)(x)) < NEAR
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]

@@ -6,6 +6,8 @@ the same PEFT model in float.
 
 from __future__ import annotations
 
+import gc
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -204,7 +206,24 @@ def test_adapters_that_are_added_chosen_weighted_and_deleted(device: str, x: Ten
     model.add_weighted_adapter(["a", "b"], [-1.0, 2.0], "c", combination_type="linear")
     model.set_adapter("c")
     seen.append(check(run, model, x))
-    assert all(error(a, b) > FAR for a, b in zip(seen, seen[1:], strict=False))
+    assert all(error(a, b) > FAR for a, b in itertools.pairwise(seen))
+
+
+def test_adapters_that_are_gone_leave_no_packs(device: str, x: Tensor) -> None:
+    model = adapted(device)
+    run = int8(model)
+    sizes = []
+    for _ in range(6):
+        model.add_adapter("next", lora())
+        model.set_adapter("next")
+        run(x)
+        model.delete_adapter("next")
+        model.set_adapter("default")
+        run(x)
+        gc.collect()
+        packs = [t for t in gc.get_objects() if type(t) is Tensor and t.dtype == torch.int8]
+        sizes.append(sum(t.untyped_storage().nbytes() for t in packs))
+    assert 0 < max(sizes) < 2 * sizes[0]
 
 
 def test_a_kind_of_layer_that_is_defined_later_is_followed(device: str, x: Tensor) -> None:
@@ -231,7 +250,9 @@ def bert(device: str) -> tuple[nn.Module, Tensor]:
         hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
         vocab_size=50, max_position_embeddings=32,
     )  # fmt: skip
-    return seeded(lambda: BertModel(config)).to(device).eval(), torch.arange(20, device=device)[None]
+    return seeded(lambda: BertModel(config)).to(device).eval(), torch.arange(20, device=device)[
+        None
+    ]
 
 
 def vit(device: str) -> tuple[nn.Module, Tensor]:

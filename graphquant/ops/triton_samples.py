@@ -1,7 +1,7 @@
 """Some values of many tensors: read, or compared with what they were. One program a tensor.
 
 table  int64 [tensors, 3, SAMPLES]: addresses; values as int32; how many bytes one value has, in all
-       columns alike. Of 8 bytes the first 4 are read.
+       columns alike. Of 8 bytes both halves are taken together, by exclusive or.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from torch import Tensor
 
 from graphquant.ops.launch import launch_triton
 
-ROWS = 3
-
 
 @triton.jit
 def _read(row, SAMPLES: tl.constexpr):
     address = tl.load(row + tl.arange(0, SAMPLES))
     width = tl.load(row + 2 * SAMPLES)
-    if width >= 4:
+    if width == 8:
+        both = tl.load(address.to(tl.pointer_type(tl.int64)))
+        value = (both ^ (both >> 32)).to(tl.int32)
+    elif width == 4:
         value = tl.load(address.to(tl.pointer_type(tl.int32)))
     elif width == 2:
         value = tl.load(address.to(tl.pointer_type(tl.int16))).to(tl.int32)
