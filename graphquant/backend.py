@@ -11,17 +11,23 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.fx import Graph, GraphModule, Node
 
-from graphquant.capture import from_dynamo, mark_static
+from graphquant.capture import belong_to_modules, from_dynamo, mark_static
 from graphquant.config import Config
-from graphquant.errors import CaptureError, ReleasedWeightError
-from graphquant.handover.inductor import compile_graph
-from graphquant.packed import Supply, is_released
+from graphquant.errors import ReleasedWeightError
+from graphquant.failure import stage
+from graphquant.handover.inductor import build_kernels, compile_graph
+from graphquant.left import or_in_float
+from graphquant.packed import Supply
 from graphquant.passes.graph import readers
 from graphquant.passes.ir import Captured
 from graphquant.passes.pipeline import rewrite
 from graphquant.passes.prepack import prepack
+from graphquant.released import is_released
 from graphquant.report import Report
 
 log = logging.getLogger(__name__)
@@ -40,18 +46,24 @@ def graphquant(
     options  the fields of graphquant.Config
     """
     config = Config.of({**({"mode": mode} if mode is not None else {}), **(options or {})})
-    try:
-        captured = from_dynamo(gm, example_inputs)
-    except CaptureError as why:
-        _tell(config, Report.left(why))
-        return compile_graph(gm, example_inputs, config)
-    if captured is None:  # a graph of numbers only
-        _tell(config, Report(()))
-        return compile_graph(gm, example_inputs, config)
-    report = rewrite(captured, config)
-    run = _hand_over(captured, example_inputs, config)
+    report, run = or_in_float(gm, lambda: _in_int8(gm, example_inputs, config))
+    if run is None:
+        run = compile_graph(gm, example_inputs, config)
     _tell(config, report)
-    return run
+    return _float_for_tangents(run, gm, released=config.free_weights is True)
+
+
+def _in_int8(
+    gm: GraphModule, example_inputs: list[Any], config: Config
+) -> tuple[Report, Callable[..., Any]]:
+    """What was done, and what runs instead of Dynamo's graph, which stays as it is."""
+    with stage("capture"):
+        captured = from_dynamo(gm, example_inputs)
+    if captured is None:  # a graph of numbers only
+        return Report(()), compile_graph(gm, example_inputs, config)
+    report = rewrite(captured, config)
+    owned = [i for i, held in enumerate(belong_to_modules(gm)) if held]
+    return report, _hand_over(captured, example_inputs, config, owned)
 
 
 def _tell(config: Config, report: Report) -> None:
@@ -62,13 +74,14 @@ def _tell(config: Config, report: Report) -> None:
 
 
 def _hand_over(
-    captured: Captured, example_inputs: Sequence[Any], config: Config
+    captured: Captured, example_inputs: Sequence[Any], config: Config, owned: Sequence[int]
 ) -> Callable[..., Any]:
     graph = captured.gm.graph
     given = graph.find_nodes(op="placeholder")
     names = [captured.names.get(n, n.name) for n in given]
     index = {node: i for i, node in enumerate(given)}
     last = given[-1]
+    real = [captured.parameters.get(n, v) for n, v in zip(given, example_inputs, strict=True)]
 
     def new_input(name: str) -> Node:
         nonlocal last
@@ -77,41 +90,58 @@ def _hand_over(
         mark_static(last)
         return last
 
-    packings = prepack(captured, new_input)
+    with stage("prepack"):
+        packings = prepack(captured, new_input)
     jobs = [(p.recipe, tuple(index[r] for r in p.roots)) for p in packings]
     kept = [i for i, n in enumerate(given) if n.users]
     floats = [i for i in kept if given[i] in captured.parameters] if config.free_weights else []
-    supply = Supply(jobs, names.__getitem__, floats)
-    tensors = supply(example_inputs)
-    _refuse_released(captured, given, kept, example_inputs)
+    supply = Supply(jobs, names.__getitem__, floats, owned)
+    with stage("packing"):
+        tensors = supply(real)
+    _refuse_released(captured, given, kept, real)
     for node in given:
         if not node.users:
             graph.erase_node(node)
     captured.gm.recompile()
-    on_gpu = any(isinstance(a, torch.Tensor) and a.is_cuda for a in example_inputs)
+    on_gpu = any(isinstance(a, Tensor) and a.is_cuda for a in example_inputs)
     hides = on_gpu and can_run_twice(graph)
     # static shapes: a packed weight never changes its size
     fakes = _fake(captured, example_inputs, tensors)
     inputs = [*(example_inputs[i] for i in kept), *fakes]
-    inner = compile_graph(captured.gm, inputs, config)
-    if config.free_weights:
-        freed = supply.release(example_inputs)
-        log.info("free_weights released %.1f MiB of float weights", freed / 2**20)
+    with stage("the build of kernels"):
+        build_kernels(captured.gm)
+    with stage(f"inner={config.inner!r}"):
+        inner = compile_graph(captured.gm, inputs, config)
+    to_release = [config.free_weights] if config.free_weights else []
 
     def run(*args: Any) -> Any:
-        return inner(*[args[i] for i in kept], *supply(args))
+        result = inner(*[args[i] for i in kept], *supply(args))
+        if to_release:  # now that the graph has run, nothing can fail that would need the floats
+            freed = supply.release(args, to_release[0])
+            to_release.clear()
+            log.info("free_weights released %.1f MiB of float weights", freed / 2**20)
+        return result
 
     def run_and_look(*args: Any) -> Any:
         """The GPU starts at once; whether the packs were fresh is found out while it computes."""
-        guess = supply.guess(args) if not torch.cuda.is_current_stream_capturing() else None
-        if guess is not None:
-            result = inner(*[args[i] for i in kept], *guess.tensors)
-            if supply.confirms(guess, args):
-                return result
-            del result
+        if not to_release and not torch.cuda.is_current_stream_capturing():
+            guess = supply.guess(args)
+            if guess is not None:
+                result = inner(*[args[i] for i in kept], *guess.tensors)
+                if supply.confirms(guess, args):
+                    return result
+                del result
         return run(*args)
 
-    return run_and_look if hides else run
+    compiled = run_and_look if hides else run
+
+    def run_or_trace(*args: Any) -> Any:
+        if any(isinstance(a, FakeTensor) for a in args):
+            return inner(*[args[i] for i in kept], *fakes)
+        return compiled(*args)
+
+    # DDP's optimizer runs what it compiled on fake inputs, for the strides of the results
+    return run_or_trace if any(isinstance(v, FakeTensor) for v in example_inputs) else compiled
 
 
 def can_run_twice(graph: Graph) -> bool:
@@ -145,6 +175,28 @@ def _is_pure(node: Node) -> bool:
         and torch.Tag.nondeterministic_seeded not in op.tags
         and not ("batch_norm" in name or "instance_norm" in name)  # write running statistics
     )
+
+
+def _float_for_tangents(
+    run: Callable[..., Any], gm: GraphModule, *, released: bool
+) -> Callable[..., Any]:
+    """Calls whose inputs carry a tangent of forward-mode AD run Dynamo's graph: int8 ops have no
+    derivative. Dynamo has no guard for it, so the same code is called with and without."""
+
+    def choose(*args: Any) -> Any:
+        if forward_ad._current_level < 0 or not any(map(_has_tangent, args)):
+            return run(*args)
+        if released:
+            raise ReleasedWeightError(
+                "forward-mode AD runs in float, but free_weights=True released the float weights"
+            )
+        return gm.forward(*args)
+
+    return choose
+
+
+def _has_tangent(value: Any) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
 def _fake(captured: Captured, example_inputs: Sequence[Any], tensors: list[Any]) -> list[Any]:

@@ -4,7 +4,7 @@
     torch.export:   from_export(program)                 parameters are get_attr nodes
 
 The private surface of torch that capture needs (`example_value`, `grapharg`,
-`_dynamo_static_input_type`, entering autocast regions, Dynamo's cache) is used in this file alone.
+`_dynamo_static_input_type`, make_fx's tracer, Dynamo's cache) is used in this file alone.
 """
 
 from __future__ import annotations
@@ -21,22 +21,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
-from torch._dynamo.source import ConstantSource
+from torch._dynamo.source import (
+    ConstantSource,
+    ParamBufferSource,
+    UnspecializedParamBufferSource,
+)
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Interpreter, Node
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
+from torch.fx.node import map_arg
 from torch.fx.traceback import preserve_node_meta
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import noop_context_fn
 
 from graphquant.errors import CaptureError
-from graphquant.passes.graph import aten
+from graphquant.passes.graph import LITERAL, aten, is_impure
 from graphquant.passes.ir import Captured
+from graphquant.passes.regions import (
+    ENTER_AUTOCAST,
+    ENTER_INFERENCE,
+    EXIT_AUTOCAST,
+    EXIT_INFERENCE,
+    SET_GRAD,
+    sets_state,
+)
 
-_ENTER = torch.amp.autocast_mode._enter_autocast
-_EXIT = torch.amp.autocast_mode._exit_autocast
-
-_VMAP = "torch._functorch.predispatch"
+_HELD = (ParamBufferSource, UnspecializedParamBufferSource)  # an entry of a module's tables
 
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 _POLICY = "_checkpoint_context_fn"  # make_fx wants one, and most checkpoints have none
@@ -45,24 +56,32 @@ _POLICY = "_checkpoint_context_fn"  # make_fx wants one, and most checkpoints ha
 def from_dynamo(gm: GraphModule, example_inputs: list[Any]) -> Captured | None:
     """Retrace what Dynamo hands to a backend. None if the graph has no tensor input.
 
-    Raises CaptureError for a graph with a value that make_fx cannot follow.
+    Raises CaptureError for a graph that would not be the model's any more: one with a value that
+    make_fx cannot follow, or with an effect that it would lose.
     """
     given = gm.graph.find_nodes(op="placeholder")
     fakes = [n.meta["example_value"] for n in given]
     fake_mode = next((f.fake_mode for f in fakes if isinstance(f, FakeTensor)), None)
     if fake_mode is None:
         return None
+    if why := _unfollowable(gm):
+        raise CaptureError(why)
     with fake_mode, preserve_node_meta():
-        retraced = make_fx(lambda *a: _Retrace(gm).run(*a), pre_dispatch=True)(*fakes)
+        retraced = make_fx(lambda *a: _retrace(gm, *a), pre_dispatch=True)(*fakes)
     for module in chain(gm.modules(), retraced.modules()):
         if isinstance(module, GraphModule) and module.meta.get(_POLICY) is noop_context_fn:
             del module.meta[_POLICY]
     if why := _lost(retraced):
         raise CaptureError(why)
     captured = Captured(retraced, fake_mode, {}, {}, grad_enabled=torch.is_grad_enabled())
+    for node in retraced.graph.find_nodes(op="get_attr"):
+        value = getattr(retraced, str(node.target), None)
+        if isinstance(value, Tensor):  # torch.tensor([1.0]) in the forward
+            node.meta[LITERAL] = value
     placeholders = retraced.graph.find_nodes(op="placeholder")
     for old, new, value in zip(given, placeholders, example_inputs, strict=True):
         _keep_metadata(old, new)
+        value = _real(old, value)
         if not isinstance(value, Tensor):
             continue
         if value.requires_grad:
@@ -105,15 +124,52 @@ def forgotten_afterwards(backend: Callable[..., Any]) -> Iterator[None]:
                 reset_code(code)
 
 
+def _unfollowable(gm: GraphModule) -> str | None:
+    """Why this graph cannot be retraced, or None. Asked before anything of it is run.
+
+    A call that takes and gives no value is there for what it does to the state of torch. Those of
+    STATEFUL are kept; to leave out any other would change what the model computes.
+    """
+    for module in gm.modules():
+        for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+            if "functorch" in str(getattr(node.target, "__module__", "")):
+                return f"{node.name} is a step of torch.vmap or torch.func"
+            if node.op == "call_method" and node.target in _ON_AUTOGRAD:
+                return f"{node.name} tells autograd something about a value"
+            if node.op != "placeholder" and _is_nested(node.meta.get("example_value")):
+                return f"{node.name} makes a nested tensor"
+            if node.op != "call_function" or not _without_value(node):
+                continue
+            if not sets_state(node):
+                return f"{_name(node.target)} changes a state that is not kept"
+            if module is not gm and node.target is not SET_GRAD:
+                return f"{_name(node.target)} is called inside a higher-order op"
+    return None
+
+
+_ON_AUTOGRAD = ("requires_grad_", "retain_grad", "register_hook")
+
+
+def _without_value(node: Node) -> bool:
+    """Does this call neither take nor give a value? Contexts that it takes are none."""
+    if any(not sets_state(n) for n in node.all_input_nodes):
+        return False
+    return sets_state(node) or node.meta.get("example_value") is None
+
+
+def _is_nested(value: Any) -> bool:
+    return any(isinstance(v, Tensor) and v.is_nested for v in tree_leaves(value))
+
+
+def _name(target: Any) -> str:
+    return getattr(target, "__name__", str(target))
+
+
 def _lost(retraced: GraphModule) -> str | None:
-    """What make_fx could not follow: values under torch.vmap become constants without values in one
-    version of torch, and tensors that live in a vmap which is over in another."""
+    """What make_fx could not follow and took for a constant."""
     for name, value in chain(retraced.named_buffers(), vars(retraced).items()):
         if isinstance(value, FakeTensor):
-            return f"{name} was computed under torch.vmap from no input of the graph"
-    for node in retraced.graph.nodes:
-        if getattr(node.target, "__module__", None) == _VMAP:
-            return f"{node.name} is a step of torch.vmap"
+            return f"{name} was computed from no input of the graph"
     return None
 
 
@@ -140,11 +196,42 @@ def without_checks(program: ExportedProgram) -> GraphModule:
     return GraphModule(module, module.graph)  # a plain copy: the checks are hooks of `module`
 
 
+def _real(placeholder: Node, value: Any) -> Any:
+    """The tensor behind a fake input. DDP's optimizer, which cuts Dynamo's graph at its buckets,
+    compiles the pieces with fake inputs, and leaves on each what Dynamo made it from."""
+    if not isinstance(value, FakeTensor):
+        return value
+    real = getattr(placeholder.meta.get("grapharg"), "example", None)
+    return real if isinstance(real, Tensor) else value
+
+
 def _is_parameter(value: Tensor) -> bool:
     """A parameter or buffer of a module, as opposed to an argument of the call."""
     return isinstance(value, torch.nn.Parameter) or bool(
         getattr(value, "_dynamo_static_input_type", None)
     )
+
+
+def belong_to_modules(gm: GraphModule) -> list[bool]:
+    """Of each input of Dynamo's graph: is it a parameter or buffer that a module holds? Arguments
+    of the call are none, be they Parameters or marked static."""
+    return [_is_held(n) for n in gm.graph.find_nodes(op="placeholder")]
+
+
+def _is_held(placeholder: Node) -> bool:
+    argument = placeholder.meta.get("grapharg")
+    source = argument.source if argument is not None else None
+    while source is not None and not isinstance(source, _HELD):
+        source = getattr(source, "base", None)
+    return source is not None
+
+
+def linears_of(gm: GraphModule) -> Iterator[tuple[Node, str]]:
+    """The linears of Dynamo's graph, and their module paths where a module holds the weight."""
+    for node in gm.graph.find_nodes(op="call_function", target=F.linear):
+        weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+        held = isinstance(weight, Node) and _is_held(weight)
+        yield node, _module_name(weight) if held else ""
 
 
 def _module_name(placeholder: Node) -> str:
@@ -171,31 +258,116 @@ def mark_static(placeholder: Node) -> None:
     placeholder.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
 
 
-class _Retrace(Interpreter):
-    """Runs a Dynamo graph under make_fx.
+def _retrace(gm: GraphModule, *inputs: Any) -> Any:
+    """Run the graph under make_fx. What it sets is set back, whatever happens."""
+    run, grad, sdpa = _Retrace(gm), torch.is_grad_enabled(), _sdpa_kernels()
+    hooks = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    try:
+        return run.run(*inputs)
+    finally:
+        with torch._C.DisableTorchFunction():
+            for leave, context in reversed(run.open.values()):
+                leave(context)
+            torch._C._set_grad_enabled(grad)
+        if _sdpa_kernels() != sdpa:
+            torch.nn.attention._sdpa_kernel(sdpa[0])
+            torch._C._set_sdp_priority_order(list(map(int, sdpa[1])))  # type: ignore[attr-defined]
+        if hooks is None:
+            torch._C._autograd._saved_tensors_hooks_enable()
+        else:
+            torch._C._autograd._saved_tensors_hooks_disable(hooks)
 
-    Autocast regions are recorded by pre-dispatch tracing but not executed, so that the dtypes of
-    fake values inside them would be wrong: they are entered for real as well. Fused inference ops
-    of torch.nn.Transformer are opened, so that their linears can be found.
+
+def _sdpa_kernels() -> tuple[list[Any], list[Any]]:
+    now = torch.nn.attention._cur_sdpa_kernel_backends
+    return now(), now(with_priority=True)
+
+
+class _Retrace(Interpreter):
+    """Runs a Dynamo graph under make_fx, which records the operators on tensors.
+
+    Calls that set a state are recorded here, and take effect as well: a fake value under autocast
+    has the type of a real run. So are checks on sizes that depend on data. Dynamo has taken them
+    for true, and what runs on its fake values finds a constant where the check compares a size.
+    Fused inference ops of torch.nn.Transformer are opened, so that their linears can be found.
     """
 
     def __init__(self, gm: GraphModule) -> None:
-        super().__init__(gm)
-        self._autocast: list[Any] = []
+        super().__init__(gm, garbage_collect_values=False)
+        mode = get_proxy_mode()
+        assert mode is not None
+        self._tracer = mode.tracer
+        self._copies: dict[Node, Node] = {}  # nodes that are recorded as they are
+        self.open: dict[Node, tuple[Callable[[Any], Any], Any]] = {}  # contexts, and how to leave
+
+    @property
+    def _new(self) -> Graph:
+        return self._tracer.graph
+
+    def run_node(self, n: Node) -> Any:
+        if sets_state(n):
+            return self._set_state(n)
+        before = len(self._new.nodes)
+        value = super().run_node(n)
+        if value is None and n.op in ("call_function", "call_method"):
+            made = list(reversed(self._new.nodes))[: len(self._new.nodes) - before]
+            if n.all_input_nodes and (self._is_check(n) or not any(map(is_impure, made))):
+                for node in made:
+                    self._new.erase_node(node)
+                self._copy(n, None)
+        return value
+
+    def _is_check(self, n: Node) -> bool:
+        """Does this call act on numbers alone?"""
+        return not any(isinstance(self.env[i], Tensor) for i in n.all_input_nodes)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target in _OPENED:
             return _OPENED[target](*args, **kwargs)
         if target is _CHECKPOINT:
             args[0].meta.setdefault(_POLICY, noop_context_fn)
-        result = super().call_function(target, args, kwargs)
-        if target is _ENTER:
-            with torch._C.DisableTorchFunction():
-                self._autocast.append(_ENTER(*args, **kwargs))
-        elif target is _EXIT:
-            with torch._C.DisableTorchFunction():
-                _EXIT(self._autocast.pop())
-        return result
+        return super().call_function(target, args, kwargs)
+
+    def _set_state(self, n: Node) -> Any:
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        with torch._C.DisableTorchFunction():
+            value = n.target(*args, **kwargs)  # type: ignore[operator]
+        if n.target in _LEAVING:
+            self.open[n] = _LEAVING[n.target], value
+        elif n.target in _LEAVING.values():
+            del self.open[n.args[0]]  # type: ignore[arg-type]
+        self._copy(n, None)
+        return value
+
+    def _copy(self, n: Node, value: Any) -> Node:
+        """The call itself in the new graph, not what running it records."""
+        args, kwargs = map_arg((n.args, n.kwargs), self._source)
+        copy = self._tracer.create_node(n.op, n.target, args, kwargs)
+        copy.meta["val"] = value
+        self._copies[n] = copy
+        return copy
+
+    def _source(self, n: Node) -> Any:
+        """What stands for n in the new graph."""
+        if n in self._copies:
+            return self._copies[n]
+        value = self.env[n]
+        if isinstance(value, Tensor):
+            slot = get_proxy_slot(value, self._tracer, None)
+            if slot is None:
+                raise CaptureError(f"a check of {n.name} would be lost")
+            return slot.proxy.node
+        if n.op in ("call_function", "call_method"):
+            return self._copy(n, value)  # as Dynamo has it: torch's compilers look where it is from
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return get_proxy_slot(value, self._tracer).force().node
+        return value
+
+
+_LEAVING: dict[Any, Callable[[Any], Any]] = {
+    ENTER_AUTOCAST: EXIT_AUTOCAST,
+    ENTER_INFERENCE: EXIT_INFERENCE,
+}
 
 
 def _encoder_layer(

@@ -31,7 +31,8 @@ from graphquant.backend import graphquant
 from graphquant.config import Config
 from graphquant.errors import OptionError, ReleasedWeightError, UnsupportedInputError
 from graphquant.locks import Lock
-from graphquant.packed import forget, is_released
+from graphquant.packed import forget
+from graphquant.released import bring_back, is_released
 from graphquant.report import Report
 from graphquant.trace import unseen
 
@@ -98,8 +99,9 @@ def optimize_(
 def restore_(module: nn.Module) -> None:
     """Undo `optimize_` for this module and all modules in it: they are as they were before.
 
-    Their packed weights are let go; another compilation that uses them packs them again. What was
-    not optimised stays as it is.
+    Their packed weights are let go; another compilation that uses them packs them again. Weights
+    that free_weights="host" has moved are on their device again. What was not optimised stays as it
+    is.
 
     Raises ReleasedWeightError, and changes nothing, if free_weights=True has released weights:
     `module.load_state_dict(values, assign=True)` brings them back.
@@ -119,6 +121,7 @@ def _undo(optimized: list[nn.Module]) -> None:
         if before is not None:
             setattr(m, _CALL, before)
         forget(m)
+        bring_back(chain(m.parameters(), m.buffers()))
 
 
 class _Run:

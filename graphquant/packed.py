@@ -21,7 +21,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -38,6 +38,7 @@ from graphquant.adapters import announce
 from graphquant.errors import ReleasedWeightError
 from graphquant.locks import Lock
 from graphquant.probe import Probe, probes, values_of
+from graphquant.released import is_released, let_go
 from graphquant.snapshot import Seen, Snapshot, snapshot
 
 log = logging.getLogger(__name__)
@@ -130,6 +131,7 @@ class Supply:
     jobs    for each packed linear, its recipe and which arguments of the call are its roots
     names   of the call's arguments, for messages
     floats  for `release`: which arguments are parameters that the graph reads in float
+    owned   for `release`: which arguments belong to a module; others are never released
     """
 
     def __init__(
@@ -137,6 +139,7 @@ class Supply:
         jobs: Sequence[tuple[Recipe, tuple[int, ...]]],
         names: Callable[[int], str],
         floats: Sequence[int] = (),
+        owned: Collection[int] = (),
     ) -> None:
         _announce_optimizer_steps()
         self._jobs = list(jobs)
@@ -145,7 +148,8 @@ class Supply:
         self._packed = {i for _, indices in jobs for i in indices}
         self._watched = sorted({*self._packed, *floats})
         self._pick = _picker(self._watched)
-        self._releases = False
+        self._owned = sorted(self._packed.intersection(owned))
+        self._releases: bool | str = False
         self._steady = True  # the last look found nothing new
         self._plans: dict[tuple[int, ...], Plan] = {}  # by ids of the roots
         self._newest: dict[int, Plan] = {}  # by the id of the first
@@ -197,7 +201,7 @@ class Supply:
 
     def _make(self, args: Sequence[Any], roots: Sequence[Tensor], key: tuple[int, ...]) -> Plan:
         if self._releases:  # a graph may serve many modules
-            self.release(args)
+            self.release(args, self._releases)
         latest, epoch = _latest, _epoch
         seen = self._observe(args)
         stamps = _stamps(roots)
@@ -229,17 +233,21 @@ class Supply:
         made = []
         for recipe, indices in self._jobs:
             names = partial(map, self._names, indices)
-            made.append(_pack(recipe, [args[i] for i in indices], names, pin=self._releases))
+            made.append(
+                _pack(recipe, [args[i] for i in indices], names, pin=self._releases is True)
+            )
         return made
 
-    def release(self, args: Sequence[Any]) -> int:
-        """From now on, give back the storage of roots that no such graph reads in float.
+    def release(self, args: Sequence[Any], how: bool | str = True) -> int:
+        """From now on, the device holds no roots that no such graph reads in float.
 
-        Returns the bytes freed now.
+        how  True: their values are given up. "host": they move to host memory.
+
+        Whoever else holds such a root's memory, under another name, keeps it with its values.
+        Returns the bytes of device memory freed now.
         """
-        freed = 0
         with _lock:
-            self._releases = True
+            self._releases = how
             for i in self._floats:
                 if is_released(args[i]):
                     raise ReleasedWeightError(
@@ -249,16 +257,17 @@ class Supply:
             _read_in_float.difference_update([s for s in _read_in_float if s.expired()])
             self._observe(args)
             self._packs(args)
-            for i in self._packed:
-                storage, t = args[i].untyped_storage(), args[i]
-                # a larger storage belongs to other tensors too
-                if (
-                    StorageWeakRef(storage) not in _read_in_float
-                    and storage.nbytes() == t.numel() * t.element_size()
-                ):
-                    freed += storage.nbytes()
-                    storage.resize_(0)
-        return freed
+            gone = [let_go(args[i], self._names(i), how, _read_in_float) for i in self._owned]
+            if any(freed is not None for freed in gone):
+                self._keep_packs(args)
+        return sum(freed or 0 for freed in gone)
+
+    def _keep_packs(self, args: Sequence[Any]) -> None:
+        """The roots lie elsewhere, and their values are those that were packed."""
+        for t in map(args.__getitem__, self._owned):
+            mark = _mark(t)
+            if mark.seen is not None:
+                mark.seen = Seen.of(t, None if is_released(t) else mark.seen.values)
 
 
 def _pack(
@@ -274,7 +283,10 @@ def _pack(
         if gone := [n for n, t in zip(names(), roots, strict=True) if is_released(t)]:
             tensors = _of_released(pack, roots, ", ".join(gone), names)
         else:
-            tensors = _into(pack, recipe.compute(roots))
+            new = recipe.compute(roots)
+            if pack is not None:
+                pack.epoch = -1  # of no state, until all of it is written
+            tensors = _into(pack, new)
         if pack is None or pack.tensors is not tensors:
             pack = _packs[key] = _Packed(tensors, stamps, seen, epoch)
         pack.stamps, pack.seen, pack.epoch = stamps, seen, epoch
@@ -356,11 +368,6 @@ def packs_of(roots: Iterable[Tensor]) -> list[Tensor]:
     names = {mark.name for t in roots if type(mark := t.__dict__.get(_MARK)) is _Mark}
     with _lock:
         return [t for key, pack in _packs.items() if names & {*key[1:]} for t in pack.tensors]
-
-
-def is_released(t: Tensor) -> bool:
-    """Was this tensor's storage given back by free_weights=True?"""
-    return t.numel() > 0 and t.untyped_storage().nbytes() == 0
 
 
 def refresh(module: torch.nn.Module | None = None) -> None:

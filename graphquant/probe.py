@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from graphquant.ops.launch import native, prepare, stream_of
-from graphquant.snapshot import SAMPLES, Seen, offsets, values
+from graphquant.snapshot import SAMPLES, Seen, has_values, offsets, values
 
 _FLAGS = 256  # that are allocated at once
 
@@ -147,8 +147,7 @@ def _devices(tensors: Sequence[Tensor]) -> list[torch.device]:
 
 
 def _readable(t: Tensor, device: torch.device) -> bool:
-    strided = t.device == device and t.layout == torch.strided
-    return strided and t.element_size() <= 8 and t.numel() > 0 and t.data_ptr() != 0
+    return t.device == device and t.element_size() <= 8 and has_values(t)
 
 
 def _captures(device: torch.device) -> bool:

@@ -1,9 +1,10 @@
 /* What some tensors were when something was computed from them, and whether they still are.
  *
- * Snapshot(positions, tensors, storages, samples, version, address, expired)
+ * Snapshot(positions, tensors, addresses, storages, samples, version, address, expired)
  * still(args) -> bool
  *
  * positions  of the tensors among the args of a call
+ * addresses  of the first values; 0 of a weight that was released: to ask for it raises
  * storages   weak references to their storages, with a `cdata` that `expired` takes
  * samples    for each tensor None, or (bytes of one value, their offsets from the first element as
  *            the bytes of an int64 array, the values): these must be in the memory of this process
@@ -24,7 +25,7 @@ typedef struct {
   PyObject *weak, *storage; /* the weak reference, and the number that it is for torch */
   int has_version; /* tensors made under inference_mode have none */
   long long version;
-  void *address;
+  void *address; /* NULL of a released weight, which has none */
   Py_ssize_t width, count; /* of the samples */
   int64_t *offsets;
   char *values;
@@ -108,14 +109,15 @@ static void snapshot_dealloc(Snapshot *self) {
 }
 
 static PyObject *snapshot_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-  PyObject *positions, *tensors, *storages, *samples, *version_, *address_, *expired;
-  if (!PyArg_ParseTuple(args, "O!O!O!O!OOO", &PyTuple_Type, &positions, &PyTuple_Type, &tensors,
-                        &PyTuple_Type, &storages, &PyTuple_Type, &samples, &version_, &address_,
-                        &expired) ||
+  PyObject *positions, *tensors, *addresses, *storages, *samples, *version_, *address_, *expired;
+  if (!PyArg_ParseTuple(args, "O!O!O!O!O!OOO", &PyTuple_Type, &positions, &PyTuple_Type, &tensors,
+                        &PyTuple_Type, &addresses, &PyTuple_Type, &storages, &PyTuple_Type,
+                        &samples, &version_, &address_, &expired) ||
       find_functions(version_, address_, expired))
     return NULL;
   Py_ssize_t count = PyTuple_GET_SIZE(tensors);
-  if (PyTuple_GET_SIZE(positions) != count || PyTuple_GET_SIZE(storages) != count ||
+  if (PyTuple_GET_SIZE(positions) != count || PyTuple_GET_SIZE(addresses) != count ||
+      PyTuple_GET_SIZE(storages) != count ||
       PyTuple_GET_SIZE(samples) != count) {
     PyErr_SetString(PyExc_ValueError, "tuples of one length are needed");
     return NULL;
@@ -141,9 +143,8 @@ static PyObject *snapshot_new(PyTypeObject *type, PyObject *args, PyObject *kwar
       if (!PyErr_ExceptionMatches(PyExc_RuntimeError)) goto failed;
       PyErr_Clear();
     }
-    if (PyErr_Occurred() || address(root->object, &root->address) ||
-        take_samples(root, PyTuple_GET_ITEM(samples, i)))
-      goto failed;
+    root->address = PyLong_AsVoidPtr(PyTuple_GET_ITEM(addresses, i));
+    if (PyErr_Occurred() || take_samples(root, PyTuple_GET_ITEM(samples, i))) goto failed;
   }
   return (PyObject *)self;
 failed:
@@ -158,8 +159,10 @@ static int same(const Root *root, PyObject *tensor) {
   if (tensor != root->object) return 0;
   if (root->has_version && version(tensor, &now_version)) return -1;
   if (root->has_version && now_version != root->version) return 0;
-  if (address(tensor, &now_address)) return -1;
-  if (now_address != root->address) return 0;
+  if (root->address) {
+    if (address(tensor, &now_address)) return -1;
+    if (now_address != root->address) return 0;
+  }
   PyObject *expired = expired_of(expired_self, root->storage);
   if (!expired) return -1;
   Py_DECREF(expired);

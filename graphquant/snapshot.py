@@ -8,6 +8,7 @@ remembered as well, and compared as bytes.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,11 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from graphquant.ops.extension import extension
+from graphquant.errors import KernelBuildError
+from graphquant.ops.launch import extension
+from graphquant.released import is_released
+
+log = logging.getLogger(__name__)
 
 # Values that are compared of a large tensor. A write that moves a bfloat16 weight by a thousandth
 # changes one in five of them: that all of these miss it has a probability of 4e-13.
@@ -36,14 +41,14 @@ class Seen:
     """One tensor: what tells that it was changed or replaced, and some of its values."""
 
     version: int | None
-    address: int
+    address: int  # 0 of a released weight, which has none: asking for it raises
     storage: StorageWeakRef  # `p.data = new` may land on the address of what it replaces
     values: bytes | None = None  # None: they were not looked at
 
     @classmethod
     def of(cls, t: Tensor, values: bytes | None = None) -> Seen:
         storage = StorageWeakRef(t.untyped_storage())
-        return cls(_version(t), t.data_ptr(), storage, values)
+        return cls(_version(t), 0 if is_released(t) else t.data_ptr(), storage, values)
 
     def visible(self) -> tuple[Any, ...]:
         return self.version, self.address, self.storage.cdata
@@ -60,8 +65,9 @@ def snapshot(positions: Sequence[int], tensors: Sequence[Tensor], seen: Sequence
         return _InPython(tuple(positions), tuple(map(id, tensors)), tuple(seen))
     storages = tuple(s.storage for s in seen)
     samples = tuple(map(_samples, tensors, seen))
+    addresses = tuple(s.address for s in seen)
     made: Snapshot = native.Snapshot(
-        tuple(positions), tuple(tensors), storages, samples, *_getters()
+        tuple(positions), tuple(tensors), addresses, storages, samples, *_getters()
     )
     return made
 
@@ -92,13 +98,17 @@ def is_still(t: Tensor, seen: Seen) -> bool:
 
 def values(t: Tensor) -> bytes | None:
     """Some values of a tensor in this process's memory, or all if it is small."""
-    if t.device.type != "cpu" or t.layout != torch.strided or not t.numel() or not t.data_ptr():
+    if t.device.type != "cpu" or not has_values(t):
         return None
     with torch.inference_mode():
         x = t.detach()
         # a copy in either case: storage that numpy has seen can never be resized again
         x = x.clone().view(-1) if _is_whole(t) else torch.take(x, _places(t.numel()))
         return _bytes(x.view(torch.uint8))
+
+
+def has_values(t: Tensor) -> bool:
+    return t.layout == torch.strided and t.numel() > 0 and not is_released(t)
 
 
 @functools.lru_cache(maxsize=256)
@@ -152,7 +162,11 @@ def _version(t: Tensor) -> int | None:
 
 @functools.cache
 def _native() -> Any:
-    return extension(Path(__file__).with_suffix(".c"), "graphquant_snapshot")
+    try:
+        return extension(Path(__file__).with_suffix(".c"), "graphquant_snapshot")
+    except KernelBuildError as why:
+        log.debug("weights are compared in Python, which takes longer: %s", why)
+        return None
 
 
 @functools.cache

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
 
 from graphquant.config import Config
 from graphquant.errors import RuleError
@@ -32,13 +31,16 @@ from graphquant.passes.graph import (
     Constants,
     aten,
     dtype,
+    fake_result,
     full_args,
+    is_impure,
     shape,
 )
 from graphquant.passes.judge import Product, judge, too_rough
 from graphquant.passes.ranges import SMOOTHED, Range, union, within
 from graphquant.passes.recognize import Activation, Norm, Recognized
 from graphquant.passes.record import Record
+from graphquant.passes.regions import are_apart, region_of
 from graphquant.passes.rule import Linear, Refuse, Rule, Site, Smooth
 from graphquant.passes.select import compare
 from graphquant.passes.smooth import sample, smooth
@@ -72,7 +74,10 @@ class Workbench:
 
     def norm(self, out: Node) -> Norm | None:
         found = self.recognized.norms.get(out)
-        return found and replace(found, x=self._now(found.x))
+        if found is None:
+            return None
+        gamma, beta = (p and self._now(p) for p in (found.gamma, found.beta))
+        return replace(found, x=self._now(found.x), gamma=gamma, beta=beta)
 
     def activation(self, out: Node) -> Activation | None:
         found = self.recognized.activations.get(out)
@@ -190,9 +195,7 @@ class Editor:
         node = self._bench.graph.call_function(target, args, kwargs)
         if (last := max(node.all_input_nodes, default=node)) > node:
             last.append(node)  # such as a view of a size that is computed after the site begins
-        fake_args, fake_kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with self._bench.fake_mode:
-            node.meta["val"] = target(*fake_args, **fake_kwargs)
+        node.meta["val"] = fake_result(self._bench.fake_mode, target, node.args, node.kwargs)
         self.made.append(node)
         return node
 
@@ -252,7 +255,8 @@ def apply(bench: Workbench, rule: Rule[Any]) -> None:
         carriers = [n for n in editor.made if n.target in _CARRIERS]
         if len(carriers) != 1:
             raise RuleError(f"{rule.name} made {len(carriers)} linears of one site, not one")
-        if why_not := rough or (times.why_not if times is not None else ""):
+        late = _late(dict(zip(site.outputs, new, strict=True)))
+        if why_not := rough or late or (times.why_not if times is not None else ""):
             log.debug("%s left %s: %s", rule.name, site.outputs[0].name, why_not)
             bench.record.decline(rule.name, site.subjects, why_not, times)
             if rough and editor.product:
@@ -282,6 +286,16 @@ def apply(bench: Workbench, rule: Rule[Any]) -> None:
             raise RuleError(f"{rule.name} left what it replaced alive: {', '.join(alive)}")
 
 
+def _late(replacing: dict[Node, Node]) -> str:
+    """Why these new nodes cannot stand for the old ones, or "": a reader stands in front of them,
+    because they wait for a value that the model computes later."""
+    for old, new in replacing.items():
+        for user in old.users:
+            if user < new and user not in replacing:
+                return f"{user.name} reads {old.name} before all is known that its rewrite reads"
+    return ""
+
+
 def _takes_over(carrier: Node, replaced: dict[Node, Node]) -> str:
     """The model's own node whose value the carrier computes, "" if there is none: with a residual
     inside, or siblings beside each other, it computes what the model never had as one value."""
@@ -295,18 +309,10 @@ def _takes_over(carrier: Node, replaced: dict[Node, Node]) -> str:
 
 def _autocast_at(node: Node) -> ExitStack:
     """The autocast regions that a node stands in: new fake values get the types of a real run."""
-    opened: dict[Node, Any] = {}
-    for n in node.graph.nodes:
-        if n is node:
-            break
-        if n.target is torch.amp.autocast_mode._enter_autocast:
-            opened[n] = torch.autocast(*n.args)
-        elif n.target is torch.amp.autocast_mode._exit_autocast:
-            del opened[n.args[0]]
-    with ExitStack() as regions:
-        for region in opened.values():
-            regions.enter_context(region)
-        return regions.pop_all()
+    with ExitStack() as opened:
+        for args in region_of(node).autocast:
+            opened.enter_context(torch.autocast(*args))
+        return opened.pop_all()
 
 
 def _refusal(bench: Workbench, rule: Rule[Any], site: Site) -> Refuse | None:
@@ -315,6 +321,8 @@ def _refusal(bench: Workbench, rule: Rule[Any], site: Site) -> Refuse | None:
         raise RuleError(f"{rule.name}.check returned {no!r}; it must return None or a Refuse")
     if no is None and (hit := next((x for x in site.moved if x in bench.written), None)):
         return Refuse(f"{hit.name} is written in place", hit)
+    if no is None and are_apart(site.outputs):
+        return Refuse("a context, such as autocast, begins or ends between them", site.outputs[0])
     return no
 
 
@@ -325,7 +333,7 @@ def _spec(node: Node) -> tuple[Any, ...]:
 
 def _erase(graph: Graph, node: Node) -> None:
     """Erase a node without users, and what was computed for it alone."""
-    if node._erased or node.users or node.op != "call_function" or node.is_impure():
+    if node._erased or node.users or node.op != "call_function" or is_impure(node):
         return
     inputs = node.all_input_nodes
     graph.erase_node(node)

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
+from torch.nn.attention import _cur_sdpa_kernel_backends
 
 from graphquant.ops import attention
 from graphquant.ops.attention.hopper_tiles import ONLY, TILES
 from graphquant.ops.chip import chip
 from graphquant.ops.measure import times
 from graphquant.passes.graph import SDPA, aten, calls, full_args
+from graphquant.passes.regions import regions
 from graphquant.passes.select import MEASURED, random_like
 
 log = logging.getLogger(__name__)
@@ -32,7 +34,8 @@ HALVES = (torch.float16, torch.bfloat16)
 
 def choose_kernels(graph: Graph, needs_gradient: set[Node]) -> None:
     """Every attention without a mask calls the kernel that was measured to be the fastest."""
-    for node in calls(graph, lambda n: n.target is SDPA and n not in needs_gradient):
+    chosen = _chosen_by_the_model(graph)
+    for node in calls(graph, lambda n: n.target is SDPA and n not in needs_gradient | chosen):
         q, k, v, mask, dropout, causal, scale, gqa = full_args(node)
         values = [n.meta["val"] for n in (q, k, v)]
         if mask is not None or dropout or gqa or not all(map(_is_timed, values)):
@@ -60,6 +63,20 @@ def choose_kernels(graph: Graph, needs_gradient: set[Node]) -> None:
             made = KERNELS[fastest].insert(graph, node, (q, k, v), causal, scale)
         node.replace_all_uses_with(made)
         graph.erase_node(node)
+
+
+def _chosen_by_the_model(graph: Graph) -> set[Node]:
+    """Attention under torch.nn.attention.sdpa_kernel inside of the model."""
+
+    def outside(backends: tuple[str, ...], by_priority: bool) -> bool:
+        now = [b.name for b in _cur_sdpa_kernel_backends(with_priority=by_priority)]
+        return list(backends) == now if by_priority else set(backends) == set(now)
+
+    return {
+        node
+        for node, region in regions(graph)
+        if node.target is SDPA and region.sdpa is not None and not outside(*region.sdpa)
+    }
 
 
 @dataclass(frozen=True)
@@ -96,7 +113,7 @@ class Ours:
 
     def takes(self, width: int, causal: bool, scale: float, sm: int) -> bool:
         fits = sm == ONLY and TILES[self.tile].refuses(width) is None
-        return fits and not causal and scale > 0
+        return fits and not causal and scale > 0 and _fusing()
 
     def call(self, qkv: Sequence[Any], causal: bool, scale: float) -> Any:
         return attention(*qkv, scale, self.tile)
@@ -128,6 +145,12 @@ KERNELS: dict[str, OfTorch | Ours] = {
     ),
     **{f"graphquant {tile}": Ours(tile) for tile in TILES},
 }
+
+
+def _fusing() -> bool:
+    """Is any kernel allowed that does not write the scores? Ours stands for all of them."""
+    ours = (k for k in KERNELS.values() if isinstance(k, OfTorch))
+    return any(kernel.allowed() for kernel in ours)
 
 
 def _like(values: Sequence[Tensor]) -> list[Tensor]:

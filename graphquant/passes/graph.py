@@ -13,14 +13,19 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from graphquant.passes.regions import regions, sets_state
 
 aten = torch.ops.aten
 
 LINEAR = aten.linear.default
 SDPA = aten.scaled_dot_product_attention.default
 RESIDUAL = 7  # among the arguments of int8_linear
-LITERAL = "graphquant_literal"  # meta of an attribute that a rule made: its tensor
+LITERAL = "graphquant_literal"  # meta of an attribute that is no parameter: its tensor
 
 CASTS = frozenset(
     {
@@ -31,6 +36,29 @@ CASTS = frozenset(
         aten.type_as.default,
     }
 )
+
+# Casts between these are no more than rounding beside int8's steps. Float8's steps are coarser.
+ROUND_FINELY = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+# Ops without tensors among their inputs that make the same tensor at every call.
+FACTORIES = frozenset(
+    {
+        aten.arange.default,
+        aten.arange.start,
+        aten.arange.start_step,
+        aten.eye.default,
+        aten.eye.m,
+        aten.full.default,
+        aten.linspace.default,
+        aten.logspace.default,
+        aten.ones.default,
+        aten.scalar_tensor.default,
+        aten.tril_indices.default,
+        aten.triu_indices.default,
+        aten.zeros.default,
+    }
+)
+UNSET = frozenset({aten.empty_like.default, aten.new_empty.default, aten.new_empty_strided.default})
 
 SIZED_VIEWS = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
 
@@ -64,12 +92,31 @@ def full_args(node: Node) -> tuple[Any, ...]:
     )
 
 
-def operand(value: Node) -> str:
-    """What its first reader calls it: "wq"."""
-    reader = next(iter(value.users))
+def operand(value: Node, reader: Node) -> str:
+    """What this reader of the value calls it: "wq"."""
     assert isinstance(reader.target, torch._ops.OpOverload), reader
-    names = (a.name for a in reader.target._schema.arguments)
-    return next(name for name, a in zip(names, full_args(reader), strict=True) if a is value)
+    for argument, given in zip(reader.target._schema.arguments, full_args(reader), strict=True):
+        if value in nodes_in(given):
+            return argument.name
+    raise AssertionError(f"{reader.name} does not read {value.name}")
+
+
+def nodes_in(argument: Any) -> list[Node]:
+    """The nodes in an argument, which may be a list of them, in order."""
+    found: list[Node] = []
+    map_arg(argument, found.append)
+    return found
+
+
+def fake_result(mode: FakeTensorMode, target: Any, args: Any, kwargs: Any) -> Any:
+    """What a call computes, as a fake value, from the fake values of its arguments.
+
+    With the Python dispatcher, as in tracing: some of torch's C++ composites (matmul in torch 2.11)
+    ask for sizes that are symbols here.
+    """
+    args, kwargs = map_arg((args, kwargs), lambda n: n.meta["val"])
+    with mode, enable_python_dispatcher():
+        return target(*args, **kwargs)
 
 
 def is_tensor(node: Node) -> bool:
@@ -101,18 +148,37 @@ def rows(node: Node) -> int:
     return total
 
 
+def width(node: Node) -> int:
+    """The size of the last dim of the node's value at compile time; 1 where it has none."""
+    return hint(*shape(node)[-1:] or (1,))
+
+
 def is_widening(node: Node) -> bool:
-    """A cast to a wider float type: it changes no value."""
-    return is_float_cast(node) and dtype(node).itemsize >= dtype(node.all_input_nodes[0]).itemsize
+    """A cast to a type that holds every value of the one before: it changes none."""
+    if not is_float_cast(node):
+        return False
+    old, new = torch.finfo(dtype(node.all_input_nodes[0])), torch.finfo(dtype(node))
+    return new.max >= old.max and new.eps <= old.eps and new.smallest_normal <= old.smallest_normal
 
 
 def is_float_cast(node: object) -> TypeGuard[Node]:
-    """A cast between float types, on one device."""
+    """A cast that rounds no further than int8 does: between ROUND_FINELY, on one device."""
     if not is_call(node, *CASTS):
         return False
     old, new = node.all_input_nodes[0].meta["val"], node.meta["val"]
-    floats = old.dtype.is_floating_point and new.dtype.is_floating_point
-    return bool(floats and old.device == new.device)
+    return {old.dtype, new.dtype} <= ROUND_FINELY and old.device == new.device
+
+
+def overflowing(value: Node, producer: Node, given: torch.dtype) -> Node | None:
+    """The cast between a producer and this value, made of it by views and casts, that turns finite
+    numbers to inf: numbers which `given` can hold."""
+    found = None
+    while value is not producer:
+        source = value.all_input_nodes[0]
+        if is_float_cast(value) and torch.finfo(dtype(value)).max < torch.finfo(given).max / 2:
+            found = value  # bfloat16's maximum is float32's but for rounding
+        value = source
+    return found
 
 
 def keeps_rows(node: Node) -> bool:
@@ -136,7 +202,8 @@ def keeps_rows(node: Node) -> bool:
 
 
 def origin(node: Node, found: Callable[[Node], object]) -> tuple[Node, list[Node]]:
-    """Walk up through row-keeping views and float casts: (producer, views in data order).
+    """Walk up through row-keeping views and casts that hardly round: (producer, views in data
+    order).
 
     `found(node)`: is this one it already? A norm that was spelled out may end in a cast.
     """
@@ -163,41 +230,57 @@ def leads_only_to(node: Node, goal: Node) -> bool:
 class Constants:
     """Which nodes depend on parameters and buffers only. `roots` are those themselves.
 
-    Tensors that rules bring along (LITERAL) are constant as well.
+    What numbers make (LITERAL, FACTORIES) may take part, but alone it is no weight: a packed weight
+    belongs to its parameters.
     """
 
     def __init__(self, roots: Iterable[Node]) -> None:
         self.roots = frozenset(roots)
-        self._known: dict[Node, bool] = dict.fromkeys(self.roots, True)
+        self._fixed: dict[Node, bool] = dict.fromkeys(self.roots, True)
+        self._rooted = set(self.roots)
 
     def __contains__(self, node: object) -> bool:
-        if not isinstance(node, Node):
-            return False
-        if node not in self._known:
+        return isinstance(node, Node) and self.is_fixed(node) and node in self._rooted
+
+    def is_fixed(self, node: Node) -> bool:
+        """The same at every call, as long as the parameters are?"""
+        if node not in self._fixed:
             inputs = node.all_input_nodes
-            self._known[node] = LITERAL in node.meta or (
+            self._fixed[node] = LITERAL in node.meta or (
                 node.op == "call_function"
-                and bool(inputs)
-                and not node.is_impure()
+                and (bool(inputs) or node.target in FACTORIES)
+                and node.target not in UNSET
+                and not is_impure(node)
                 and not is_random(node)
-                and all(i in self for i in inputs)
+                and all(map(self.is_fixed, inputs))
             )
-        return self._known[node]
+            if any(i in self._rooted for i in inputs):
+                self._rooted.add(node)
+        return self._fixed[node]
 
     def roots_of(self, node: Node) -> list[Node]:
         """The parameters a constant is computed from, in the order they are read."""
-        if node in self.roots:
-            return [node]
-        found = (root for i in node.all_input_nodes for root in self.roots_of(i))
-        return list(dict.fromkeys(found))
+        seen: set[Node] = set()
+        found, edge = [], [node]
+        while edge:
+            value = edge.pop()
+            if value not in seen:
+                seen.add(value)
+                if value in self.roots:
+                    found.append(value)
+                else:
+                    edge += reversed(value.all_input_nodes)
+        return found
 
     def made_from(self, node: Node) -> list[Node]:
         """A constant and all that it is computed from."""
-        found = [node]
-        for value in found:
+        found, edge = {node: None}, [node]
+        for value in edge:
             if value not in self.roots:
-                found += [i for i in value.all_input_nodes if i not in found]
-        return found
+                fresh = [i for i in value.all_input_nodes if i not in found]
+                found |= dict.fromkeys(fresh)
+                edge += fresh
+        return list(found)
 
 
 def is_random(node: Node) -> bool:
@@ -211,11 +294,11 @@ def writes(node: Node) -> list[Node]:
     schema = node.target._schema
     if not schema.is_mutable:
         return []
-    found: list[Any] = []
+    found: list[Node] = []
     for argument, value in zip(schema.arguments, full_args(node), strict=True):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            found += value if isinstance(value, (list, tuple)) else [value]
-    return [v for v in found if isinstance(v, Node)]
+            found += nodes_in(value)
+    return found
 
 
 def may_alias(node: Node) -> list[Node]:
@@ -226,8 +309,9 @@ def may_alias(node: Node) -> list[Node]:
         return node.all_input_nodes if node.target.__name__ == "getitem" else []  # type: ignore[union-attr]
     return [
         value
-        for argument, value in zip(node.target._schema.arguments, full_args(node), strict=True)
-        if argument.alias_info is not None and isinstance(value, Node)
+        for argument, given in zip(node.target._schema.arguments, full_args(node), strict=True)
+        if argument.alias_info is not None
+        for value in nodes_in(given)
     ]
 
 
@@ -260,12 +344,9 @@ def needs_gradient(graph: Graph, differentiable: Iterable[Node], grad_enabled: b
     if not found:
         return found
     head = _families(graph)
-    enabled = grad_enabled
-    for node in graph.nodes:
-        if node.target is torch._C._set_grad_enabled:
-            enabled = bool(node.args[0])
-        elif (
-            enabled
+    for node, region in regions(graph, grad_enabled):
+        if (
+            region.records
             and node.op == "call_function"
             and node.target is not aten.detach.default
             and any(i in found for i in node.all_input_nodes)
@@ -283,6 +364,25 @@ def _can_need_gradient(node: Node) -> bool:
     if isinstance(value, Tensor):
         return value.is_floating_point() or value.is_complex()
     return not isinstance(value, (int, torch.SymInt, torch.SymFloat, torch.SymBool, bool, float))
+
+
+def is_impure(node: Node) -> bool:
+    """Does this node do more than compute its value? Then it stays, read or not.
+
+    torch's own answer knows neither the contexts that are kept nor every op that returns nothing.
+    """
+    if node.is_impure() or sets_state(node):
+        return True
+    return isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.returns
+
+
+def drop_dead_code(graph: Graph) -> None:
+    """Erase what nobody reads and what does nothing but to draw random numbers."""
+
+    def stays(node: Node) -> bool:
+        return is_impure(node) and not (is_random(node) and not node.target._schema.is_mutable)  # type: ignore[union-attr]
+
+    graph.eliminate_dead_code(stays)
 
 
 def readers(node: Node) -> str:

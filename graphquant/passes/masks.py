@@ -17,7 +17,15 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
-from graphquant.passes.graph import SDPA, calls, full_args, is_random, written_in_place
+from graphquant.passes.graph import (
+    SDPA,
+    calls,
+    drop_dead_code,
+    full_args,
+    is_impure,
+    is_random,
+    written_in_place,
+)
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +47,7 @@ def drop_empty_masks(graph: Graph) -> None:
             arguments[3] = None
             node.args, node.kwargs = _spelled(arguments)
             log.debug("%s: its mask masks nothing", node.name)
-    graph.eliminate_dead_code()
+    drop_dead_code(graph)
 
 
 def _spelled(arguments: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -74,11 +82,7 @@ def _computed_from_nothing(mask: Node) -> list[Node] | None:
         node = edge.pop()
         if node in found:
             continue
-        if (
-            not isinstance(node.target, torch._ops.OpOverload)
-            or node.is_impure()
-            or is_random(node)
-        ):
+        if not isinstance(node.target, torch._ops.OpOverload) or is_impure(node) or is_random(node):
             return None  # vmap's own functions, say, mean nothing without their surroundings
         value = node.meta.get("val")
         size = value.numel() if isinstance(value, Tensor) else None

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
 
 from graphquant.passes.graph import (
     CASTS,
@@ -20,7 +19,9 @@ from graphquant.passes.graph import (
     Constants,
     aten,
     calls,
+    drop_dead_code,
     dtype,
+    fake_result,
     full_args,
     is_call,
     may_alias,
@@ -28,6 +29,7 @@ from graphquant.passes.graph import (
     written_in_place,
 )
 from graphquant.passes.ir import Captured
+from graphquant.passes.regions import sets_state
 
 _DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
 _FUNCTIONAL = {
@@ -50,7 +52,7 @@ def normalize(captured: Captured) -> None:
     constants = Constants(captured.parameters)
     _spell_linear(graph, constants)
     _hoist_weights(graph, constants)
-    graph.eliminate_dead_code()
+    drop_dead_code(graph)
 
 
 def _drop_no_ops(graph: Graph, *, differentiable: bool) -> None:
@@ -75,6 +77,9 @@ def _is_no_op(node: Node, differentiable: bool) -> bool:
         return True
     if is_call(node, aten.detach.default):
         return not differentiable
+    if is_call(node, aten.detach_.default):  # how torch.tensor(...) ends
+        fresh = is_call(node.all_input_nodes[0], aten.lift_fresh_copy.default)
+        return fresh or not differentiable
     if is_call(node, *CASTS):
         source = node.all_input_nodes[0]
         before, after = source.meta["val"], node.meta["val"]
@@ -98,9 +103,7 @@ def _make_functional(captured: Captured) -> None:
         if any(target in may_alias(user) for user in target.users if user is not node):
             continue
         plain = _FUNCTIONAL[node.target]
-        args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with captured.fake_mode:
-            value = plain(*args, **kwargs)
+        value = fake_result(captured.fake_mode, plain, node.args, node.kwargs)
         if value.dtype != dtype(target):
             continue  # in place keeps the type that the plain op would widen
         node.target = plain
@@ -137,7 +140,12 @@ def _spell_linear(graph: Graph, constants: Constants) -> None:
 def _to_linear(
     graph: Graph, constants: Constants, node: Node, x: Node, weight: Node, bias: Node | None
 ) -> None:
-    if weight not in constants or x in constants or len(shape(weight)) != 2 or not shape(x)[:-1]:
+    if (
+        weight not in constants
+        or constants.is_fixed(x)
+        or len(shape(weight)) != 2
+        or not shape(x)[:-1]
+    ):
         return
     if not dtype(node).is_floating_point:
         return
@@ -159,12 +167,17 @@ def _hoist_weights(graph: Graph, constants: Constants) -> None:
     edge = [a for n in calls(graph, lambda n: n.target is LINEAR) for a in n.args[1:]]
     while edge:
         value = edge.pop()
-        if isinstance(value, Node) and value in constants and value not in wanted:
+        if isinstance(value, Node) and constants.is_fixed(value) and value not in wanted:
             wanted.add(value)
             edge += value.all_input_nodes
     if written := written_in_place(graph):  # it matters when such a weight is read
         wanted = {n for n in wanted if written.isdisjoint(constants.made_from(n))}
-    first = next((n for n in graph.nodes if n.op == "call_function" and n not in wanted), None)
-    if first is not None:
-        for node in [n for n in graph.nodes if n in wanted and n.op != "placeholder"]:
-            first.prepend(node)
+    first: Node | None = None  # since a context began or ended: they say what a call computes
+    for node in list(graph.nodes):
+        if node in wanted:
+            if first is not None and node.op != "placeholder":
+                first.prepend(node)
+        elif sets_state(node):
+            first = None
+        elif first is None and node.op == "call_function":
+            first = node

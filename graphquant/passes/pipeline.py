@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from graphquant.config import Config
+from graphquant.failure import stage
 from graphquant.ops import int8_linear
 from graphquant.ops.checks import FLOATS
+from graphquant.ops.define import missing
 from graphquant.ops.int8_linear.op import MAX_K
 from graphquant.passes.apply import Workbench, apply
 from graphquant.passes.attention import choose_kernels
@@ -21,14 +24,16 @@ from graphquant.passes.graph import (
     Constants,
     aten,
     calls,
+    drop_dead_code,
     dtype,
     full_args,
-    hint,
+    is_random,
     module_path,
     needs_gradient,
     readers,
     rows,
     shape,
+    width,
     written_in_place,
 )
 from graphquant.passes.ir import Captured
@@ -46,6 +51,7 @@ from graphquant.passes.rules.patch_linear import PatchLinear
 from graphquant.passes.rules.residual import Residual
 from graphquant.passes.rules.stack_siblings import StackSiblings
 from graphquant.passes.smooth import NO_NORM
+from graphquant.passes.verify import verifier
 from graphquant.report import Outcome, Report
 
 log = logging.getLogger(__name__)
@@ -64,15 +70,55 @@ INT8_RULES: tuple[Rule[Any], ...] = (
 NEEDS_GRADIENT = "its result can need a gradient"
 STANDS_FOR, LINEARS = "graphquant_stands_for", "graphquant_linears"  # see _leave_traces
 DEVICES = ("cpu", "cuda")
+NEED_KERNELS = ("cuda",)
 
 
 def rewrite(captured: Captured, config: Config) -> Report:
     """Rewrite the captured graph in place and say what was done. Weights stay to be packed."""
     gm = captured.gm
-    normalize(captured)
-    drop_empty_masks(gm.graph)
+    verify = verifier(captured)
+
+    @contextmanager
+    def step(name: str) -> Iterator[None]:
+        with stage(name):
+            yield
+            verify(name, bench.record if bench is not None else None)
+
+    bench: Workbench | None = None
+    with step("normalize"):
+        normalize(captured)
+    with step("empty masks"):
+        drop_empty_masks(gm.graph)
+    with stage("recognize"):
+        bench = _workbench(captured, config)
+    with stage("the record of linears"):
+        _enter_all(bench, captured, config)
+    if config.activation == "static" and config.calibration is not None:
+        with stage("static ranges"):
+            bench.ranges = static_ranges(_open_linears(bench), config.calibration)
+    for rule in INT8_RULES if config.quantize else FLOAT_RULES:
+        with step(f"rule {rule.name}"):
+            apply(bench, rule)
+    with step("views to reshapes"):
+        _views_to_reshapes(bench)
+    if bench.select and missing() is None:
+        with step("the choice of attention kernels"):
+            choose_kernels(gm.graph, bench.needs_gradient)
+    with step("the end of the rewrite"):
+        merge_equal_views(gm.graph)  # a rule may have made one that the model has as well
+        drop_dead_code(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    _leave_traces(bench)
+    report = Report(bench.record.outcomes(), notes=tuple(_notes(bench, config)))
+    log.info("%s", report.summary())
+    return report
+
+
+def _workbench(captured: Captured, config: Config) -> Workbench:
+    gm = captured.gm
     constants = Constants(captured.parameters)
-    bench = Workbench(
+    return Workbench(
         gm=gm,
         fake_mode=captured.fake_mode,
         constants=constants,
@@ -84,22 +130,6 @@ def rewrite(captured: Captured, config: Config) -> Report:
         parameters=captured.parameters,
         select=config.select == "faster",
     )
-    _enter_all(bench, captured, config)
-    if config.activation == "static" and config.calibration is not None:
-        bench.ranges = static_ranges(_open_linears(bench), config.calibration)
-    for rule in INT8_RULES if config.quantize else FLOAT_RULES:
-        apply(bench, rule)
-    _views_to_reshapes(bench)
-    if bench.select:
-        choose_kernels(gm.graph, bench.needs_gradient)
-    merge_equal_views(gm.graph)  # a rule may have made one that the model has as well
-    gm.graph.eliminate_dead_code()
-    gm.graph.lint()
-    gm.recompile()
-    _leave_traces(bench)
-    report = Report(bench.record.outcomes(), notes=tuple(_notes(bench, config)))
-    log.info("%s", report.summary())
-    return report
 
 
 def _enter_all(bench: Workbench, captured: Captured, config: Config) -> None:
@@ -112,14 +142,14 @@ def _enter_all(bench: Workbench, captured: Captured, config: Config) -> None:
         if node.target is LINEAR:
             x, weight, _ = full_args(node)
             path = _linear_path(bench, captured, weight) or path
-            M, N, K = rows(node), hint(shape(node)[-1]), hint(shape(x)[-1])
+            M, N, K = rows(node), width(node), width(x)
             outcome = Outcome("linear", path, node.name, refused=idle, M=M, N=N, K=K)
             barred = _why_barred(bench, captured, config, node, path)
             bench.record.enter(node, outcome, barred)
         elif node in norms or node in acts or node in unusable:
             kind = "activation" if node in acts else "norm"
             why = f"read by {readers(node)}" if config.quantize else "quantize=False"
-            outcome = Outcome(kind, path, node.name, refused=why, K=hint(shape(node)[-1]))
+            outcome = Outcome(kind, path, node.name, refused=why, K=width(node))
             bench.record.enter(node, outcome, unusable.get(node, ""))
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
             for inner in _linears_inside(bench.gm, node):
@@ -130,8 +160,8 @@ def _enter_all(bench: Workbench, captured: Captured, config: Config) -> None:
                         f"{node.name}.{inner.name}",
                         refused=f"inside the higher-order op {node.target.name()}",
                         M=rows(inner),
-                        N=hint(shape(inner)[-1]),
-                        K=hint(shape(inner.all_input_nodes[0])[-1]),
+                        N=width(inner),
+                        K=width(inner.all_input_nodes[0]),
                     )
                 )
 
@@ -152,8 +182,8 @@ def _why_barred(bench: Workbench, captured: Captured, config: Config, node: Node
     if node.meta.get("graphquant") == PatchLinear.name:
         return "it embeds pixels, which stay in float"
     if weight not in bench.constants:
-        return "its weight is not a parameter"
-    if bias is not None and bias not in bench.constants:
+        return _why_no_weight(bench, weight)
+    if bias is not None and not bench.constants.is_fixed(bias):
         return "its bias is not a parameter"
     if why := config.wants(path):
         return why
@@ -163,6 +193,10 @@ def _why_barred(bench: Workbench, captured: Captured, config: Config, node: Node
         return f"computes in {str(dtype(node)).removeprefix('torch.')}"
     if (device := node.meta["val"].device.type) not in DEVICES:
         return f"graphquant has no kernels for {device}"
+    if device in NEED_KERNELS and (why := missing()) is not None:
+        return why
+    if len(shape(weight)) != 2:
+        return f"its weight has {len(shape(weight))} dims, not two"
     N, K = shape(weight)
     if not 1 <= K <= MAX_K or N < 1:
         return f"K={K}, N={N}: int8 needs 1 <= K <= {MAX_K} and N >= 1"
@@ -175,6 +209,15 @@ def _why_barred(bench: Workbench, captured: Captured, config: Config, node: Node
         if kind not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
             return f"{captured.names[root]} is a {kind.__name__}, not a plain tensor"
     return ""
+
+
+def _why_no_weight(bench: Workbench, weight: Node) -> str:
+    made_from = bench.constants.made_from(weight)
+    if any(n.op == "placeholder" and n not in bench.constants for n in made_from):
+        return "its weight is not a parameter"
+    if random := next((n for n in made_from if is_random(n)), None):
+        return f"its weight is made of random numbers, by {random.target}"
+    return "its weight is computed from no parameter alone"
 
 
 def _linear_path(bench: Workbench, captured: Captured, weight: Node) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.fx import Node
 
 from graphquant.ops import int8_linear
@@ -24,11 +25,13 @@ from graphquant.passes.graph import (
     SIZED_VIEWS,
     Constants,
     calls,
+    drop_dead_code,
     is_call,
     keeps_rows,
     operand,
 )
 from graphquant.passes.ir import Captured
+from graphquant.passes.verify import verifier
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,15 @@ class Literal:
     a graph that is compiled again finds what was packed before."""
 
     shape: tuple[int, ...]
+    kind: tuple[torch.dtype, torch.device]
     digest: bytes
     value: Tensor = field(compare=False, repr=False)
 
     @classmethod
     def of(cls, value: Tensor) -> Literal:
-        digest = hashlib.sha256(value.cpu().numpy().tobytes())
-        return cls(tuple(value.shape), digest.digest(), value)
+        memory = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest = hashlib.sha256(memory.numpy().tobytes()).digest()
+        return cls(tuple(value.shape), (value.dtype, value.device), digest, value)
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,11 @@ class Recipe:
             return done[id(e)]
 
         theirs = {r.untyped_storage()._cdata for r in roots}
-        with torch.inference_mode(False), torch.autocast(device, enabled=False):
+        with (
+            torch.inference_mode(False),
+            torch.autocast(device, enabled=False),
+            forward_ad._set_fwd_grad_enabled(False),  # else a dual weight's pack has its tangent
+        ):
             made = [value(e) for e in self.outputs]
             # a slice of a parameter is no pack yet: the parameter may be released
             return [t.clone() if t.untyped_storage()._cdata in theirs else t for t in made]
@@ -112,6 +121,7 @@ def prepack(captured: Captured, new_input: Callable[[str], Node]) -> list[Packin
     `new_input(name)` adds an input to the graph; the fake value is copied onto it here.
     """
     graph, constants = captured.gm.graph, Constants(captured.parameters)
+    check = verifier(captured)
     packings: list[Packing] = []
     for linear in calls(graph, _is_rewritten):
         # a quantiser of a constant is an expression itself, and reads nothing that is left
@@ -121,18 +131,19 @@ def prepack(captured: Captured, new_input: Callable[[str], Node]) -> list[Packin
         if not outputs:
             continue
         packing = packing_of(outputs, constants)
-        inputs = tuple(new_input(f"packed{len(packings)}_{operand(old)}") for old in outputs)
+        inputs = tuple(new_input(f"packed{len(packings)}_{_name(old, readers)}") for old in outputs)
         for old, new in zip(outputs, inputs, strict=True):
             new.meta["val"] = old.meta["val"]
             for reader in readers:
                 reader.replace_input_with(old, new)
         packings.append(replace(packing, inputs=inputs))
     literals = [n for n in graph.find_nodes(op="get_attr") if LITERAL in n.meta]
-    graph.eliminate_dead_code()
+    drop_dead_code(graph)
     for node in literals:
-        if node._erased:
+        if node._erased and node.target not in {n.target for n in graph.find_nodes(op="get_attr")}:
             delattr(captured.gm, str(node.target))
     graph.lint()
+    check("prepack")
     captured.gm.recompile()
     return packings
 
@@ -142,6 +153,10 @@ def packing_of(outputs: Sequence[Node], constants: Constants) -> Packing:
     roots = list(dict.fromkeys(r for o in outputs for r in constants.roots_of(o)))
     expressions = _Expressions(roots)
     return Packing(Recipe(tuple(expressions.of(o) for o in outputs)), tuple(roots))
+
+
+def _name(value: Node, readers: Sequence[Node]) -> str:
+    return operand(value, next(r for r in readers if value in r.all_input_nodes))
 
 
 def _is_root(node: Node, constants: Constants) -> bool:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from graphquant import Report, packed
 from graphquant.backend import graphquant as graphquant_backend
+from graphquant.released import is_in_host_memory, is_released
 from tools.bench.packages import FLOAT_PACKAGES, INT8_PACKAGES, PACKAGES, Package
 
 MODES = {
@@ -107,8 +108,9 @@ def weight_bytes(prepared: Prepared) -> int:
     packs = packed.packs_of(tensors) if prepared.reports else []
     sizes: dict[tuple[torch.device, int], int] = {}
     for t in (inner for outer in (*tensors, *packs) for inner in _plain(outer)):
-        storage = t.untyped_storage()
-        sizes[t.device, storage.data_ptr()] = storage.nbytes()
+        if not is_released(t) and not is_in_host_memory(t):
+            storage = t.untyped_storage()
+            sizes[t.device, storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())
 
 

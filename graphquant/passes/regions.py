@@ -1,0 +1,107 @@
+"""Which contexts of the model are in force where: autograd, inference mode, autocast, attention.
+
+Dynamo writes contexts into its graphs as calls that set a state of torch and compute nothing. The
+calls in STATEFUL are kept where they stand (capture.py), so a graph is a row of segments, between
+which the state changes. A graph with any other such call is not rewritten at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+SET_GRAD = torch._C._set_grad_enabled
+ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
+EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
+ENTER_INFERENCE = torch.autograd.grad_mode._enter_inference_mode
+EXIT_INFERENCE = torch.autograd.grad_mode._exit_inference_mode
+SET_SDPA = torch.nn.attention._sdpa_kernel
+SDPA_BACKEND = torch.nn.attention._backend_from_string  # an argument of SET_SDPA
+FORBID_HOOKS = torch._C._autograd._saved_tensors_hooks_disable
+ALLOW_HOOKS = torch._C._autograd._saved_tensors_hooks_enable
+
+STATEFUL: frozenset[Any] = frozenset(
+    {
+        SET_GRAD,
+        ENTER_AUTOCAST,
+        EXIT_AUTOCAST,
+        ENTER_INFERENCE,
+        EXIT_INFERENCE,
+        SET_SDPA,
+        SDPA_BACKEND,
+        FORBID_HOOKS,
+        ALLOW_HOOKS,
+    }
+)
+
+
+@dataclass(frozen=True)
+class Region:
+    """The state of torch at one node.
+
+    grad        is autograd on (inference mode apart, under which nothing is recorded)
+    inference   is inference mode on
+    autocast    the arguments of the open autocast regions, outer ones first
+    sdpa        arguments of the last SET_SDPA: (names of backends, is their order a priority).
+                None: as outside of the graph
+    """
+
+    grad: bool = False
+    inference: bool = False
+    autocast: tuple[tuple[Any, ...], ...] = ()
+    sdpa: tuple[tuple[str, ...], bool] | None = None
+
+    @property
+    def records(self) -> bool:
+        """Does autograd record what is computed here?"""
+        return self.grad and not self.inference
+
+
+def sets_state(node: Node) -> bool:
+    """Does this call change the state of torch, and compute no value?"""
+    return node.op == "call_function" and node.target in STATEFUL
+
+
+def regions(graph: Graph, grad_enabled: bool = False) -> Iterator[tuple[Node, Region]]:
+    """Every node with the region that it stands in."""
+    now = Region(grad=grad_enabled)
+    entered: dict[Node, Any] = {}  # what was in force before
+    for node in graph.nodes:
+        yield node, now
+        if not sets_state(node):
+            continue
+        if node.target is SET_GRAD:
+            now = replace(now, grad=bool(node.args[0]))
+        elif node.target is ENTER_INFERENCE:
+            entered[node] = now.grad, now.inference
+            on = bool(node.args[0])
+            now = replace(now, grad=not on, inference=on)  # as torch's guard does
+        elif node.target is EXIT_INFERENCE:
+            grad, inference = entered[node.args[0]]  # type: ignore[index]
+            now = replace(now, grad=grad, inference=inference)
+        elif node.target is ENTER_AUTOCAST:
+            entered[node] = now.autocast
+            now = replace(now, autocast=(*now.autocast, node.args))
+        elif node.target is EXIT_AUTOCAST:
+            now = replace(now, autocast=entered[node.args[0]])  # type: ignore[index]
+        elif node.target is SET_SDPA:
+            names, *by_priority = node.args
+            backends = tuple(str(b.args[0]) for b in names)  # type: ignore[union-attr]
+            now = replace(now, sdpa=(backends, bool(by_priority and by_priority[0])))
+
+
+def region_of(node: Node) -> Region:
+    return next(region for n, region in regions(node.graph) if n is node)
+
+
+def are_apart(nodes: Collection[Node]) -> bool:
+    """Is a context entered or left between the first and the last of these nodes?"""
+    if len(nodes) < 2:
+        return False
+    first, last = min(nodes), max(nodes)
+    setters = (n for t in STATEFUL for n in first.graph.find_nodes(op="call_function", target=t))
+    return any(first < n < last for n in setters)
