@@ -33,7 +33,12 @@ _locks: WeakSet[Lock] = WeakSet()
 
 def _renew() -> None:
     for lock in list(_locks):
-        lock._lock = threading.RLock()
+        try:
+            lock._lock.release()
+        except RuntimeError:  # not held by this thread, the only one that is left
+            lock._lock = threading.RLock()
+        else:
+            lock._lock.acquire()
 
 
 os.register_at_fork(after_in_child=_renew)

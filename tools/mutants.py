@@ -27,7 +27,7 @@ RULES = "tests/passes/rules/test_"
 STACK, ACT, NORM = f"{RULES}stack_siblings.py", f"{RULES}act_linear.py", f"{RULES}norm_linear.py"
 RESIDUAL, SCALE, LINEAR = (f"{RULES}{name}.py" for name in ("residual", "layer_scale", "linear"))
 QUANTIZE = "tests/ops/test_quantize.py -k reference"
-PACKED = "tests/test_packed.py"
+PACKED, PRODUCTS = "tests/test_packed.py", "tests/passes/test_products.py -k addmm"
 FILES, HISTOGRAM = "tests/calibration/test_files.py", "tests/calibration/test_histogram.py"
 CALIBRATE, BUDGET = "tests/calibration/test_calibrate.py", "tests/test_budget.py"
 CACHE, MEASURE = "tests/ops/test_cache.py", "tests/ops/test_measure.py"
@@ -111,14 +111,17 @@ MUTANTS: Sequence[Mutant] = (
         "passes/pipeline.py",
         ("if why := config.wants(path):", "if why := None:", "include and exclude", LINEAR),
         ("if node in bench.needs_gradient:", "if False:", "training", GRADIENTS),
-        ("if weight not in bench.constants:\n        return _why", "if False:\n        return _why",
-         "weights that are values", LINEAR),
+        ('bench.constants:\n        return "its weight', 'set():\n        return "its weight',
+         "every linear is barred", LINEAR),
         ("if n in bench.written), None", "if False), None", "written weights", STACK),
     ),
     *_in(
         "passes/normalize.py",
         ("return not train or p == 0", "return True", "dropout", NORMALIZE),
-        ("beta == alpha == 1 and ", "", "addmm's factors", NORMALIZE),
+    ),
+    *_in(
+        "passes/products.py",
+        ("if beta not in (0, 1):", "if False:", "addmm's beta", PRODUCTS),
     ),
     *_in(
         "passes/masks.py",
