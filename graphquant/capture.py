@@ -66,11 +66,12 @@ def from_dynamo(gm: GraphModule, example_inputs: list[Any]) -> Captured | None:
         return None
     if why := _unfollowable(gm):
         raise CaptureError(why)
-    with fake_mode, preserve_node_meta():
-        retraced = make_fx(lambda *a: _retrace(gm, *a), pre_dispatch=True)(*fakes)
-    for module in chain(gm.modules(), retraced.modules()):
-        if isinstance(module, GraphModule) and module.meta.get(_POLICY) is noop_context_fn:
-            del module.meta[_POLICY]
+    try:
+        with fake_mode, preserve_node_meta():
+            retraced = make_fx(lambda *a: _retrace(gm, *a), pre_dispatch=True)(*fakes)
+    finally:  # Dynamo's graph may still be compiled as it was
+        _drop_policies(gm)
+    _drop_policies(retraced)
     if why := _lost(retraced):
         raise CaptureError(why)
     captured = Captured(retraced, fake_mode, {}, {}, grad_enabled=torch.is_grad_enabled())
@@ -122,6 +123,12 @@ def forgotten_afterwards(backend: Callable[..., Any]) -> Iterator[None]:
             }
             if made_for == {backend}:
                 reset_code(code)
+
+
+def _drop_policies(gm: GraphModule) -> None:
+    for module in gm.modules():
+        if isinstance(module, GraphModule) and module.meta.get(_POLICY) is noop_context_fn:
+            del module.meta[_POLICY]
 
 
 def _unfollowable(gm: GraphModule) -> str | None:

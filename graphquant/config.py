@@ -113,7 +113,8 @@ class Config:
             raise OptionError(f"quantize must be True or False, got {self.quantize!r}")
         if not isinstance(self.free_weights, bool) and self.free_weights != "host":
             raise OptionError(
-                f'free_weights must be True, False or "host", got {self.free_weights!r}'
+                f"free_weights must be True or False, got {self.free_weights!r}; "
+                'the one word that it knows is "host"'
             )
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))

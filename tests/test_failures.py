@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.utils.checkpoint import checkpoint
 
 import graphquant
-from graphquant import GraphquantError, OptionError, Report
+from graphquant import GraphquantError, OptionError, Report, capture
 from graphquant import backend as backend_module
 from graphquant.errors import KernelBuildError, MissingPackageError, UnsupportedInputError
 from graphquant.handover import exported
@@ -268,6 +269,28 @@ def test_pack_that_was_written_in_part_is_not_used(
     monkeypatch.undo()
     for _ in range(2):
         assert error(run(x), model(x)) < NEAR
+
+
+def test_graph_that_failed_half_way_through_the_capture_is_as_dynamo_gave_it(
+    model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Retracing a checkpoint leaves something on its body for a while."""
+    seen = []
+
+    def looked_at(gm: Any, inputs: Any, config: Any) -> Any:
+        seen.extend(m.meta for m in gm.modules() if isinstance(m, torch.fx.GraphModule))
+        return gm.forward
+
+    def fails_at_the_end(gm: Any, *inputs: Any) -> Any:
+        retrace(gm, *inputs)
+        fails()
+
+    retrace = capture._retrace
+    monkeypatch.setattr(capture, "_retrace", fails_at_the_end)
+    monkeypatch.setattr(backend_module, "compile_graph", looked_at)
+    run = int8(lambda x: checkpoint(model, x, use_reentrant=False))
+    assert torch.equal(run(x), model(x))
+    assert len(seen) == 2 and not any(capture._POLICY in meta for meta in seen)
 
 
 # What the user asked for --------------------------------------------------------------------------

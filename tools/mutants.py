@@ -27,7 +27,7 @@ RULES = "tests/passes/rules/test_"
 STACK, ACT, NORM = f"{RULES}stack_siblings.py", f"{RULES}act_linear.py", f"{RULES}norm_linear.py"
 RESIDUAL, SCALE, LINEAR = (f"{RULES}{name}.py" for name in ("residual", "layer_scale", "linear"))
 QUANTIZE = "tests/ops/test_quantize.py -k reference"
-PACKED, FREE = "tests/test_packed.py", "tests/test_free_weights.py"
+PACKED, PRODUCTS = "tests/test_packed.py", "tests/passes/test_products.py -k addmm"
 FILES, HISTOGRAM = "tests/calibration/test_files.py", "tests/calibration/test_histogram.py"
 CALIBRATE, BUDGET = "tests/calibration/test_calibrate.py", "tests/test_budget.py"
 CACHE, MEASURE = "tests/ops/test_cache.py", "tests/ops/test_measure.py"
@@ -82,12 +82,8 @@ MUTANTS: Sequence[Mutant] = (
     ),
     *_in(
         "passes/apply.py",
-        (
-            "norms.get(out)\n        return found and replace(found, x=self._now(found.x))",
-            "norms.get(out)\n        return found",
-            "the norm's input was replaced",
-            SURVIVORS,
-        ),
+        ("found, x=self._now(found.x), gamma=", "found, x=found.x, gamma=",
+         "the norm's input was replaced", SURVIVORS),
         (
             "activations.get(out)\n        return found and replace(found, x=self._now(found.x))",
             "activations.get(out)\n        return found",
@@ -106,20 +102,26 @@ MUTANTS: Sequence[Mutant] = (
         ("bool(node.args[1][-1] % len(before) == last)", "True", "nor a permuted one", SURVIVORS),
         ("user is goal or (", "(", "a reader at the goal counts as another", ACT),
         ("and node.target is not aten.detach.default", "", "detached values", GRADIENTS),
-        ("enabled = bool(node.args[0])", "enabled = True", "no_grad regions", GRADIENTS),
+    ),
+    *_in(
+        "passes/regions.py",
+        ("autocast=(*now.autocast, node.args))", "autocast=now.autocast)", "autocast", APPLY),
     ),
     *_in(
         "passes/pipeline.py",
         ("if why := config.wants(path):", "if why := None:", "include and exclude", LINEAR),
         ("if node in bench.needs_gradient:", "if False:", "training", GRADIENTS),
-        ('if weight not in bench.constants:\n        return "its', 'if False:\n        return "its',
-         "weights that are values", LINEAR),
+        ('bench.constants:\n        return "its weight', 'set():\n        return "its weight',
+         "every linear is barred", LINEAR),
         ("if n in bench.written), None", "if False), None", "written weights", STACK),
     ),
     *_in(
         "passes/normalize.py",
         ("return not train or p == 0", "return True", "dropout", NORMALIZE),
-        ("beta == alpha == 1 and ", "", "addmm's factors", NORMALIZE),
+    ),
+    *_in(
+        "passes/products.py",
+        ("if beta not in (0, 1):", "if False:", "addmm's beta", PRODUCTS),
     ),
     *_in(
         "passes/masks.py",
@@ -132,7 +134,7 @@ MUTANTS: Sequence[Mutant] = (
     ),
     *_in(
         "passes/smooth.py",
-        ("functools.reduce(torch.maximum, found)", "found[0]", "siblings' channels", SMOOTH),
+        ("functools.reduce(torch.maximum, found)", "found[0]", "siblings' channels", SURVIVORS),
     ),
     *_in(
         "passes/judge.py",
@@ -147,7 +149,7 @@ MUTANTS: Sequence[Mutant] = (
          "0 in range", QUANTIZE),
         ("absmax = (0.5 * most - 0.5 * least)", "absmax = (most - least) * 0.5",
          "overflow", QUANTIZE),
-        ("MIN_ABSMAX = 1e-20", "MIN_ABSMAX = 1e-6", "small rows", QUANTIZE),
+        ("MIN_ABSMAX = 1e-20", "MIN_ABSMAX = 1e-6", "small rows", SURVIVORS),
         ("torch.round(x * (qmax / absmax))", "torch.floor(x * (qmax / absmax) + 0.5)",
          "ties", QUANTIZE),
         ("x = x * factor", "x = x / factor", "smoothing", QUANTIZE),
@@ -166,25 +168,21 @@ MUTANTS: Sequence[Mutant] = (
     # --- packed weights ------------------------------------------------------------------------
     *_in(
         "packed.py",
-        ("and list(map(Tensor.data_ptr, roots)) == self.addresses", "", "other data", SURVIVORS),
+        ("and self._at_their_addresses(roots)", "", "other data", SURVIVORS),
         ("and _versions(roots) == self.versions", "", "writes in place", PACKED),
         ("self.epoch == _epoch\n            and ", "", "refresh()", PACKED),
-        ("key = (recipe, *(m.owner for m in marks[1:]))", "key = (recipe,)",
-         "tied weights", PACKED),
+        ("(recipe, *(m.owner for m in others))", "(recipe,)", "tied weights", PACKED),
         ("p for group in optimizer.param_groups", "p for group in []", "fused optimizers", PACKED),
-        ("StorageWeakRef(storage) not in _read_in_float", "True", "a weight read in float", FREE),
     ),
     *_in(
         "passes/prepack.py",
         ("_cdata in theirs else t for t in made", "_cdata in () else t for t in made",
-         "a pack in a parameter's memory", f"{FREE} {PACKED}"),
+         "a pack in a parameter's memory", SURVIVORS),
     ),
     # --- capture -------------------------------------------------------------------------------
     *_in(
         "capture.py",
         ("captured.differentiable.add(new)", "pass", "training", GRADIENTS),
-        ("self._autocast.append(_ENTER(*args, **kwargs))", "self._autocast.append(None)",
-         "autocast inside", "tests/test_backend.py -k autocast"),
         ("    torch._C._autograd._get_data_attr: Tensor.detach,", "", ".data",
          "tests/test_backend.py -k data"),
     ),
@@ -193,7 +191,7 @@ MUTANTS: Sequence[Mutant] = (
         "calibration/histogram.py",
         ("counts[BINS // 4 : -BINS // 4] = pairs", "counts[: BINS // 2] = pairs",
          "ranges", HISTOGRAM),
-        ("BINS.bit_length() - 1)", "BINS.bit_length() - 2)",
+        ("BINS.bit_length() - 2)", "BINS.bit_length() - 3)",
          "the last step", f"{FILES} -k quickly"),
         ("(u - n) ** 3 / 3", "(u - n) ** 2 / 3", "the expected error", HISTOGRAM),
         ("1 / ratio, ratio)", "1 / ratio)", "the search", HISTOGRAM),

@@ -22,15 +22,15 @@ from graphquant.passes.graph import (
     aten,
     calls,
     drop_dead_code,
-    dtype,
     full_args,
     is_call,
     leaving,
     memory,
-    shape,
+    needs_gradient,
     written_in_place,
 )
 from graphquant.passes.ir import Captured
+from graphquant.passes.products import spell_linears
 from graphquant.passes.regions import sets_state
 
 _DROPOUTS = frozenset(
@@ -49,7 +49,8 @@ def normalize(captured: Captured) -> None:
     _drop_copies_of_constants(graph)
     merge_equal_views(graph)
     constants = Constants(captured.parameters)
-    _spell_linear(graph, constants)
+    trained = needs_gradient(graph, captured.differentiable, captured.grad_enabled)
+    spell_linears(graph, captured.fake_mode, constants, trained)
     _hoist_weights(graph, constants)
     drop_dead_code(graph)
 
@@ -115,41 +116,6 @@ def merge_equal_views(graph: Graph) -> None:
         if (first := seen.setdefault(key, node)) is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
-
-
-def _spell_linear(graph: Graph, constants: Constants) -> None:
-    """x @ W and b + x @ W with a constant matrix W [K, N] -> linear(x, W^T, b)."""
-    for node in calls(graph, lambda n: n.target in (aten.mm.default, aten.matmul.default)):
-        x, weight = full_args(node)
-        _to_linear(graph, constants, node, x, weight, None)
-    for node in calls(graph, lambda n: n.target is aten.addmm.default):
-        bias, x, weight, beta, alpha = full_args(node)
-        if beta == alpha == 1 and bias in constants and shape(bias) == shape(weight)[1:]:
-            _to_linear(graph, constants, node, x, weight, bias)
-
-
-def _to_linear(
-    graph: Graph, constants: Constants, node: Node, x: Node, weight: Node, bias: Node | None
-) -> None:
-    if (
-        weight not in constants
-        or constants.is_fixed(x)
-        or len(shape(weight)) != 2
-        or not shape(x)[:-1]
-    ):
-        return
-    if not dtype(node).is_floating_point:
-        return
-    with graph.inserting_before(node):
-        if is_call(weight, aten.t.default):
-            transposed = weight.all_input_nodes[0]
-        else:
-            transposed = graph.call_function(aten.t.default, (weight,))
-            transposed.meta["val"] = weight.meta["val"].t()
-        linear = graph.call_function(LINEAR, (x, transposed, bias))
-    linear.meta.update(node.meta)
-    node.replace_all_uses_with(linear)
-    graph.erase_node(node)
 
 
 def _hoist_weights(graph: Graph, constants: Constants) -> None:

@@ -27,7 +27,6 @@ from graphquant.passes.graph import (
     drop_dead_code,
     dtype,
     full_args,
-    is_random,
     module_path,
     needs_gradient,
     readers,
@@ -103,14 +102,16 @@ def rewrite(captured: Captured, config: Config) -> Report:
     if bench.select and missing() is None:
         with step("the choice of attention kernels"):
             choose_kernels(gm.graph, bench.needs_gradient)
-            restore_layouts(gm.graph, bench.fake_mode)
+    with step("the layout of what is seen"):
+        restore_layouts(gm.graph, bench.fake_mode)
     with step("the end of the rewrite"):
         merge_equal_views(gm.graph)  # a rule may have made one that the model has as well
         drop_dead_code(gm.graph)
-    gm.graph.lint()
-    gm.recompile()
-    _leave_traces(bench)
-    report = Report(bench.record.outcomes(), notes=tuple(_notes(bench, config)))
+    with stage("the report"):
+        gm.graph.lint()
+        gm.recompile()
+        _leave_traces(bench)
+        report = Report(bench.record.outcomes(), notes=tuple(_notes(bench, config)))
     log.info("%s", report.summary())
     return report
 
@@ -201,7 +202,7 @@ def _why_barred(bench: Workbench, captured: Captured, config: Config, node: Node
         if value is not None and (written := bench.constants.written_in(value)):
             return f"its {name} is not fixed: {_told(written, bench)} is written in place"
     if weight not in bench.constants:
-        return _why_no_weight(bench, weight)
+        return "its weight is not a parameter"
     if bias is not None and not bench.constants.is_fixed(bias):
         return "its bias is not a parameter"
     if why := config.wants(path):
@@ -233,15 +234,6 @@ def _told(written: Node, bench: Workbench) -> str:
     roots = " and ".join(bench.names[r] for r in bench.constants.roots_of(written))
     where = f" in {path}" if (path := module_path(written)) else ""
     return f"what is made of {roots or 'numbers'}{where}"
-
-
-def _why_no_weight(bench: Workbench, weight: Node) -> str:
-    made_from = bench.constants.made_from(weight)
-    if any(n.op == "placeholder" and n not in bench.constants for n in made_from):
-        return "its weight is not a parameter"
-    if random := next((n for n in made_from if is_random(n)), None):
-        return f"its weight is made of random numbers, by {random.target}"
-    return "its weight is computed from no parameter alone"
 
 
 def _linear_path(bench: Workbench, captured: Captured, weight: Node) -> str:

@@ -130,6 +130,7 @@ def prepack(captured: Captured, new_input: Callable[[str], Node]) -> list[Packin
         outputs = [a for a in read if a in constants and not _is_root(a, constants)]
         if not outputs:
             continue
+        check("prepack", taken=outputs)
         packing = packing_of(outputs, constants)
         inputs = tuple(new_input(f"packed{len(packings)}_{_name(old, readers)}") for old in outputs)
         for old, new in zip(outputs, inputs, strict=True):

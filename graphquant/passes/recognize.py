@@ -274,9 +274,9 @@ def _spelled_norm(
                 known[text] = _which_norm(region, size[-1], len(size))
         if known[text] is None:
             continue
-        gamma, beta, eps, is_rms = known[text]
-        roles = (None if i is None else region.parameters[i] for i in (gamma, beta))
-        norm = Norm(out, _unwidened(region.x), *roles, eps, is_rms)
+        *roles, eps, is_rms = known[text]
+        gamma, beta = (None if i is None else region.parameters[i] for i in roles)
+        norm = Norm(out, _unwidened(region.x), gamma, beta, eps, is_rms)
         if not norm.rms:
             return norm  # whole: not only the RMS norm of the deviations, which a layer norm holds
         rms = rms or norm

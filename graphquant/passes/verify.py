@@ -7,7 +7,7 @@ a check that passes call by name:
     values      every fake value has the shape, dtype and device that its node computes
     outputs     as captured: their number, shapes, dtypes, devices and layout in memory, and which
                 of them share memory with each other and with inputs
-    constants   nothing is written in place that a rewritten linear takes for constant
+    writes      inputs are written in place where they were, and nothing that was taken for constant
     linears     every linear that is left is on record, and every one on record is in the graph
 
 What is wrong raises VerifyError, which names the pass and the node.
@@ -16,7 +16,7 @@ What is wrong raises VerifyError, which names the pass and the node.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -34,11 +34,13 @@ from graphquant.errors import VerifyError
 from graphquant.ops import int8_linear
 from graphquant.passes.graph import LINEAR, full_args, writes
 from graphquant.passes.ir import Captured
+from graphquant.passes.layout import EAGER
 from graphquant.passes.record import Record
 from graphquant.passes.regions import regions
 
 Check = Callable[..., None]
-"""check(pass name, record=None)"""
+"""check(pass name, record=None, taken=()): see `verifier`; `taken` are values that are going to be
+computed from parameters before the graph runs."""
 Known = dict[Node, tuple[Any, Any]]
 """What a node was computed from, and its value."""
 
@@ -49,17 +51,21 @@ _UNREPEATABLE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape
 def verifier(captured: Captured) -> Check:
     """A check of this graph, which holds it to what it returns now."""
     if not verifying():
-        return lambda name, record=None: None
-    known: Known = {}
-    before = _outputs(captured, _infer(captured, known, "capture"))
+        return lambda name, record=None, taken=(): None
+    graph, known = captured.gm.graph, Known()
+    values = _infer(captured, known, "capture")
+    outputs, written = _outputs(captured, values), _written_inputs(captured, values)
 
-    def check(name: str, record: Record | None = None) -> None:
-        _check_order(captured.gm.graph, name)
+    def check(name: str, record: Record | None = None, taken: Iterable[Node] = ()) -> None:
+        _check_order(graph, name)
         if record is not None:
-            _check_linears(captured.gm.graph, record, name)
+            _check_linears(graph, record, name)
         values = _infer(captured, known, name)
-        _check_outputs(before, _outputs(captured, values), name)
-        _check_constants(captured, values, name)
+        _check_outputs(outputs, _outputs(captured, values), name)
+        _check_constants(graph, taken, values, name)
+        if now := _written_inputs(captured, values) ^ written:
+            told = ", ".join(sorted(now))
+            raise VerifyError(f"after {name}: a write in place to {told} was lost or added")
 
     return check
 
@@ -85,13 +91,17 @@ def _infer(captured: Captured, known: Known, name: str) -> dict[Node, Any]:
     with _quietly(captured):
         for node, region in regions(captured.gm.graph, captured.grad_enabled):
             inputs = [values[i] for i in node.all_input_nodes]
-            made_of = (node.target, node.args, node.kwargs, *map(id, inputs), region)
+            eager = node.meta.get(EAGER)
+            made_of = (node.target, node.args, node.kwargs, *map(id, inputs), region, id(eager))
             before, value = known.get(node, (None, None))
             if before != made_of:
                 with ExitStack() as entered:
                     for args in region.autocast:
                         entered.enter_context(torch.autocast(*args))
                     value = _as_before(_computed(captured, node, values, name), inputs, value)
+                _check_value(node, value, name)
+                if eager is not None:  # the layout that it is going to have
+                    value = eager
                 known[node] = made_of, value
             _check_value(node, value, name)
             values[node] = value
@@ -103,7 +113,7 @@ def _as_before(value: Any, inputs: list[Any], before: Any) -> Any:
     need not be computed again."""
     if not isinstance(value, Tensor) or not isinstance(before, Tensor):
         return value
-    theirs = {_memory(t) for t in tree_leaves(inputs) if isinstance(t, Tensor)}
+    theirs = _memories(inputs)
     its_own = _memory(value) not in theirs and _memory(before) not in theirs
     return before if its_own and _layout(value) == _layout(before) else value
 
@@ -229,30 +239,47 @@ def _check_outputs(before: list[Any], now: list[Any], name: str) -> None:
 # --- constants and linears -----------------------------------------------------------------------
 
 
-def _check_constants(captured: Captured, values: dict[Node, Any], name: str) -> None:
-    written = {
-        _memory(tensor): node
-        for node in captured.gm.graph.nodes
-        for value in writes(node)
-        for tensor in tree_leaves(values[value])
-        if isinstance(tensor, Tensor)
-    }
-    for linear in captured.gm.graph.nodes if written else ():
-        for value in _weights(linear):
-            memory = [_memory(t) for t in tree_leaves(values[value]) if isinstance(t, Tensor)]
-            if (by := next((written[m] for m in memory if m in written), None)) is not None:
+def _check_constants(
+    graph: Graph, taken: Iterable[Node], values: dict[Node, Any], name: str
+) -> None:
+    if not (written := _written(graph, values)):
+        return
+    weights = {n: _weights(n) for n in graph.nodes}
+    for reader, read in (*weights.items(), *((n, [n]) for n in taken)):
+        for value in _made_from(read):
+            if by := next((written[m] for m in _memories(values[value]) if m in written), None):
                 raise VerifyError(
-                    f"after {name}: {linear.name} takes {value.name} for constant, which "
+                    f"after {name}: {reader.name} takes {value.name} for constant, which "
                     f"{by.name} writes in place"
                 )
 
 
+def _written(graph: Graph, values: dict[Node, Any]) -> dict[int, Node]:
+    """The memory that is written in place, and by whom."""
+    return {m: node for node in graph.nodes for v in writes(node) for m in _memories(values[v])}
+
+
+def _written_inputs(captured: Captured, values: dict[Node, Any]) -> set[str]:
+    written = _written(captured.gm.graph, values)
+    inputs = {*captured.gm.graph.find_nodes(op="placeholder"), *captured.parameters}
+    return {n.name for n in inputs if any(m in written for m in _memories(values[n]))}
+
+
+def _memories(value: Any) -> list[int]:
+    return [_memory(t) for t in tree_leaves(value) if isinstance(t, Tensor)]
+
+
 def _weights(linear: Node) -> list[Node]:
-    """Weights and bias of a rewritten linear, and all that they are computed from."""
+    """Weights and bias of a rewritten linear."""
     if not (linear.target is int8_linear.target or _is_ours(linear)):
         return []
     first = 3 if linear.target is int8_linear.target else 1
-    found = [v for v in full_args(linear)[first : first + 4] if isinstance(v, Node)]
+    return [v for v in full_args(linear)[first : first + 4] if isinstance(v, Node)]
+
+
+def _made_from(values: Iterable[Node]) -> list[Node]:
+    """These values, and all that they are computed from."""
+    found = list(values)
     for value in found:
         found += [i for i in value.all_input_nodes if i not in found]
     return found

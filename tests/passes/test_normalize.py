@@ -329,7 +329,6 @@ NO_LINEARS: dict[str, Any] = {
     "parameters alone": lambda m, x: x + (m.left @ m.left)[0, 0],
     "one row, no token": lambda m, x: x[0, 0] @ m.w,
     "integers": lambda m, x: (x > 0).long() @ m.w.long(),
-    "scaled addmm": lambda m, x: torch.addmm(m.v[:8], x.view(10, K), m.w, alpha=2),
     "a bias that is an activation": lambda m, x: torch.addmm(
         x.view(10, K)[:, :8], x.view(10, K), m.w
     ),

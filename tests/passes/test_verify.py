@@ -19,6 +19,7 @@ from graphquant.ops import int8_linear
 from graphquant.passes import pipeline
 from graphquant.passes.graph import LINEAR, aten
 from graphquant.passes.pipeline import rewrite
+from graphquant.passes.verify import verifier
 from tests.passes.graphs import Model, exported
 
 K = 16
@@ -120,7 +121,7 @@ def test_a_fault_of_a_pass_is_found(
     captured = exported(model(), x)
     with (
         captured.fake_mode,
-        pytest.raises(VerifyError, match=f"^after drop_empty_masks: {message}"),
+        pytest.raises(VerifyError, match=f"^after empty masks: {message}"),
     ):
         rewrite(captured, Config())
 
@@ -130,7 +131,7 @@ def test_a_node_that_cannot_run_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
         call(graph, aten.transpose.int).args = (graph.find_nodes(op="placeholder")[0], 0, 7)
 
     monkeypatch.setattr(pipeline, "drop_empty_masks", fault)
-    with pytest.raises(VerifyError, match="after drop_empty_masks: transpose cannot be computed"):
+    with pytest.raises(VerifyError, match="after empty masks: transpose cannot be computed"):
         rewrite(exported(model(), torch.randn(2, 5, K)), Config())
 
 
@@ -169,7 +170,7 @@ def test_a_fault_behind_the_rules_is_found(
     captured = exported(model(), torch.randn(2, 5, K))
     with (
         captured.fake_mode,
-        pytest.raises(VerifyError, match=f"^after merge_equal_views: {message}"),
+        pytest.raises(VerifyError, match=f"^after the end of the rewrite: {message}"),
     ):
         rewrite(captured, Config())
 
@@ -186,9 +187,38 @@ def test_a_linear_that_is_not_on_record_is_found(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(pipeline, "merge_equal_views", fault)
     captured = exported(Model(forward, a=nn.Linear(K, K)), torch.randn(2, 5, K))
-    message = "after merge_equal_views: linear_default is a linear that is not on record"
+    message = "after the end of the rewrite: linear_default is a linear that is not on record"
     with captured.fake_mode, pytest.raises(VerifyError, match=message):
         rewrite(captured, Config())
+
+
+def test_a_write_to_an_input_that_is_lost_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)
+        x.mul_(2)
+        return y
+
+    def fault(graph: Graph) -> None:
+        call(graph, aten.mul_.Tensor).target = aten.mul.Tensor
+
+    monkeypatch.setattr(pipeline, "drop_empty_masks", fault)
+    captured = exported(Model(forward, a=nn.Linear(K, K)), torch.randn(2, 5, K))
+    with pytest.raises(VerifyError, match="a write in place to args_0 was lost or added"):
+        rewrite(captured, Config())
+
+
+def test_packing_what_is_written_is_found() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.a(m.state)
+        m.state.mul_(2)
+        return x + y
+
+    model = Model(forward, a=nn.Linear(K, K), state=torch.randn(5, K))
+    captured = exported(model, torch.randn(2, 5, K))
+    state = next(n for n in captured.parameters if captured.names[n] == "state")
+    check = verifier(captured)
+    with pytest.raises(VerifyError, match=f"after x: {state.name} takes {state.name} for constant"):
+        check("x", taken=[state])
 
 
 def test_nothing_is_verified_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
