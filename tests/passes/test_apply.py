@@ -238,3 +238,25 @@ def test_every_linear_norm_and_activation_has_an_outcome(x: Tensor) -> None:
         ("norm", False, "read by gelu"),
         ("activation", False, "read by tanh"),
     ]
+
+
+class Late(AnyLinear):
+    """Reads what the model computes behind the linear's reader."""
+
+    name = "late"
+
+    def rewrite(self, edit: Edit, site: LinearSite) -> tuple[Node, ...]:
+        linear = site.linear
+        later = next(n for n in linear.node.graph.nodes if n.name == "cos")
+        x = edit.call(aten.add.Tensor, linear.x, later)
+        return (edit.call(LINEAR, x, linear.weight, linear.bias),)
+
+
+def test_a_rewrite_that_would_stand_behind_a_reader_is_refused(
+    monkeypatch: pytest.MonkeyPatch, x: Tensor
+) -> None:
+    monkeypatch.setattr(pipeline, "INT8_RULES", (Late(),))
+    result = rewritten(Model(lambda m, x: m.fc(x).sin() + x.cos(), fc=nn.Linear(K, K)), x)
+    (why,) = result.refused("linear")
+    assert why.startswith("sin reads linear before all is known")
+    torch.testing.assert_close(result.got, result.want)
