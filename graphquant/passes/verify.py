@@ -262,8 +262,8 @@ def _written(graph: Graph, values: dict[Node, Any]) -> dict[int, Node]:
 def _written_inputs(captured: Captured, values: dict[Node, Any]) -> set[str]:
     written = _written(captured.gm.graph, values)
     inputs = {*captured.gm.graph.find_nodes(op="placeholder"), *captured.parameters}
-    read = [n for n in inputs if n in values]  # not those that nobody reads
-    return {n.name for n in read if any(m in written for m in _memories(values[n]))}
+    # a parameter that nothing reads any more may be gone
+    return {n.name for n in inputs & values.keys() if {*_memories(values[n])} & written.keys()}
 
 
 def _memories(value: Any) -> list[int]:
