@@ -256,6 +256,14 @@ def test_files_that_are_no_budget_are_refused(content: bytes, tmp_path: Path) ->
         Budget.load(file)
 
 
+def test_a_field_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "budget.json"
+    BUDGET.save(file)
+    file.write_text(file.read_text().replace('"goal":', '"goal": 0.5, "goal":'))
+    with pytest.raises(FileError, match="it has 'goal' twice"):
+        Budget.load(file)
+
+
 def test_a_file_that_never_ends_is_refused() -> None:
     with pytest.raises(FileError, match="/dev/zero is no budget: it is larger than 64 MiB"):
         Budget.load("/dev/zero")

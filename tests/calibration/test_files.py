@@ -70,6 +70,7 @@ def test_what_was_saved_is_loaded(calibration: Calibration, file: Path, model: n
         assert loaded.record("q") is loaded.record("k")
         merged = loaded.merge(calibration)  # which checks the model
         assert merged.batches == 14 and merged.record("q").rows == 18  # type: ignore[union-attr]
+        assert merged.record("out").left_out == 4  # type: ignore[union-attr]
 
 
 def test_the_file_is_safetensors_with_json(file: Path) -> None:
