@@ -24,7 +24,7 @@ help:
 	@echo "make test     all tests but the slow ones"
 	@echo "make check    ruff, mypy, import-linter"
 	@echo "make docs     the pages of docs/ as a site, in build/docs"
-	@echo "make nightly  all tests, with many more random examples"
+	@echo "make nightly  all tests with many more random examples, faults made on purpose, torch's own programs"
 	@echo "make gpu      the tests that need an NVIDIA GPU; says so when there is none"
 	@echo "make clean    remove .venv and everything generated"
 
@@ -38,6 +38,8 @@ test: $(VENV)/.test
 nightly: $(VENV)/.test
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HYPOTHESIS_PROFILE=nightly \
 		$(BIN)/python -m pytest -n $(JOBS) --timeout=3600 $(ARGS)
+	@$(BIN)/python -m tools.mutate -j $(JOBS) --control
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m tools.upstream --seconds 1800
 
 check: $(VENV)/.lint
 	@$(BIN)/ruff check .

@@ -8,12 +8,14 @@ from graphquant.calibration import Calibration
 from graphquant.config import Config
 from graphquant.errors import (
     CalibrationError,
+    FileError,
     GraphquantError,
     MissingPackageError,
     OptionError,
     ReleasedWeightError,
     RuleError,
     UnsupportedInputError,
+    VerifyError,
 )
 from graphquant.handover import lowering
 from graphquant.handover.torchscript import torchscript
@@ -30,6 +32,7 @@ __all__ = [
     "Calibration",
     "CalibrationError",
     "Config",
+    "FileError",
     "GraphquantError",
     "LeftInFloat",
     "LiveReport",
@@ -42,6 +45,7 @@ __all__ = [
     "RuleError",
     "SiteAccuracy",
     "UnsupportedInputError",
+    "VerifyError",
     "calibrate",
     "compare",
     "explain",

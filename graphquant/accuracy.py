@@ -23,6 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from graphquant import files
 from graphquant.errors import MissingPackageError
 from graphquant.report import Outcome, Report
 
@@ -292,7 +293,9 @@ class AccuracyReport:
         axes.grid(axis="x", linewidth=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         figure.legend(loc="outside upper center", ncols=2, frameon=False)
-        figure.savefig(Path(path), format="png", dpi=150, metadata={"Software": None})
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=150, metadata={"Software": None})
+        files.write(path, picture.getvalue())
 
 
 _TOLD = ("path", "node", "rules", "M", "N", "K")

@@ -21,6 +21,7 @@ from graphquant.calibration.observed import Observed
 from graphquant.capture import forgotten_afterwards
 from graphquant.config import Config, literally
 from graphquant.errors import GraphquantError, OptionError, UnsupportedInputError
+from graphquant.failure import promised, stage
 from graphquant.fit import Trials
 from graphquant.handover.exported import require_program, to_program
 from graphquant.handover.standalone import without_ops
@@ -94,7 +95,8 @@ def export(
         if name in options:
             raise OptionError(f"{name} is an option of torch.compile: an export compiles nothing")
     config = Config.of(options)
-    program, report = to_program(model, args, kwargs or {}, dynamic_shapes, config)
+    with promised("export"):
+        program, report = to_program(model, args, kwargs or {}, dynamic_shapes, config)
     for note in report.notes:
         log.warning("%s", note)
     if config.on_report is not None:
@@ -157,10 +159,11 @@ def compare(
     tally = Tally()
 
     def take(captured: Captured, gm: GraphModule) -> tuple[Report, Callable[..., Any]]:
-        pair = Pair(captured, config, paths)
+        with stage("the pairing of float and int8"):
+            pair = Pair(captured, config, paths)
         return pair.report, partial(tally.run, pair)
 
-    trace = Trace(take)
+    trace = Trace(take, "compare")
     report = None
     with torch.no_grad(), forgotten_afterwards(trace.observe):
         for args, kwargs in each_call(batches):
@@ -219,9 +222,10 @@ def calibrate(
         calibration.add(readers, Record.of(x))
 
     def take(captured: Captured, gm: GraphModule) -> tuple[Report, Callable[..., Any]]:
-        return Report(()), Observed(captured, paths, found).run
+        with stage("normalize"):
+            return Report(()), Observed(captured, paths, found).run
 
-    trace = Trace(take)
+    trace = Trace(take, "calibrate")
     before = calibration.batches
     total = len(batches) if isinstance(batches, Sized) else None
     with torch.no_grad(), forgotten_afterwards(trace.observe):

@@ -6,6 +6,7 @@ capture -> rewrite (normalise, recognise, rules) -> prepack -> hand over
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,17 +14,20 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
-from graphquant.capture import from_dynamo, mark_static
+from graphquant.capture import belong_to_modules, from_dynamo, mark_static
 from graphquant.config import Config
-from graphquant.errors import CaptureError, ReleasedWeightError
-from graphquant.handover.inductor import compile_graph
-from graphquant.packed import Supply, is_released
+from graphquant.errors import ReleasedWeightError
+from graphquant.failure import stage
+from graphquant.handover.inductor import build_kernels, compile_graph
+from graphquant.left import or_in_float
+from graphquant.packed import Supply
 from graphquant.passes.graph import readers
 from graphquant.passes.ir import Captured
 from graphquant.passes.pipeline import rewrite
 from graphquant.passes.prepack import prepack
+from graphquant.released import is_released
 from graphquant.report import Report
 
 log = logging.getLogger(__name__)
@@ -42,18 +46,24 @@ def graphquant(
     options  the fields of graphquant.Config
     """
     config = Config.of({**({"mode": mode} if mode is not None else {}), **(options or {})})
-    try:
-        captured = from_dynamo(gm, example_inputs)
-    except CaptureError as why:
-        _tell(config, Report.left(why))
-        return compile_graph(gm, example_inputs, config)
-    if captured is None:  # a graph of numbers only
-        _tell(config, Report(()))
-        return compile_graph(gm, example_inputs, config)
-    report = rewrite(captured, config)
-    run = _hand_over(captured, example_inputs, config)
+    report, run = or_in_float(gm, lambda: _in_int8(gm, example_inputs, config))
+    if run is None:
+        run = compile_graph(gm, example_inputs, config)
     _tell(config, report)
-    return _float_for_tangents(run, gm, released=config.free_weights)
+    return _float_for_tangents(run, gm, released=config.free_weights is True)
+
+
+def _in_int8(
+    gm: GraphModule, example_inputs: list[Any], config: Config
+) -> tuple[Report, Callable[..., Any]]:
+    """What was done, and what runs instead of Dynamo's graph, which stays as it is."""
+    with stage("capture"):
+        captured = from_dynamo(gm, example_inputs)
+    if captured is None:  # a graph of numbers only
+        return Report(()), compile_graph(gm, example_inputs, config)
+    report = rewrite(captured, config)
+    owned = [i for i, held in enumerate(belong_to_modules(gm)) if held]
+    return report, _hand_over(captured, example_inputs, config, owned)
 
 
 def _tell(config: Config, report: Report) -> None:
@@ -64,7 +74,7 @@ def _tell(config: Config, report: Report) -> None:
 
 
 def _hand_over(
-    captured: Captured, example_inputs: Sequence[Any], config: Config
+    captured: Captured, example_inputs: Sequence[Any], config: Config, owned: Sequence[int]
 ) -> Callable[..., Any]:
     graph = captured.gm.graph
     given = graph.find_nodes(op="placeholder")
@@ -80,35 +90,91 @@ def _hand_over(
         mark_static(last)
         return last
 
-    packings = prepack(captured, new_input)
+    with stage("prepack"):
+        packings = prepack(captured, new_input)
     jobs = [(p.recipe, tuple(index[r] for r in p.roots)) for p in packings]
     kept = [i for i, n in enumerate(given) if n.users]
     floats = [i for i in kept if given[i] in captured.parameters] if config.free_weights else []
-    supply = Supply(jobs, names.__getitem__, floats)
-    tensors = supply(real)
+    supply = Supply(jobs, names.__getitem__, floats, owned)
+    with stage("packing"):
+        tensors = supply(real)
     _refuse_released(captured, given, kept, real)
     for node in given:
         if not node.users:
             graph.erase_node(node)
     captured.gm.recompile()
+    on_gpu = any(isinstance(a, Tensor) and a.is_cuda for a in example_inputs)
+    hides = on_gpu and can_run_twice(graph)
     # static shapes: a packed weight never changes its size
     fakes = _fake(captured, example_inputs, tensors)
     inputs = [*(example_inputs[i] for i in kept), *fakes]
-    inner = compile_graph(captured.gm, inputs, config)
-    if config.free_weights:
-        freed = supply.release(real)
-        log.info("free_weights released %.1f MiB of float weights", freed / 2**20)
+    with stage("the build of kernels"):
+        build_kernels(captured.gm)
+    with stage(f"inner={config.inner!r}"):
+        inner = compile_graph(captured.gm, inputs, config)
+    to_release = [config.free_weights] if config.free_weights else []
 
     def run(*args: Any) -> Any:
-        return inner(*[args[i] for i in kept], *supply(args))
+        result = inner(*[args[i] for i in kept], *supply(args))
+        if to_release:  # now that the graph has run, nothing can fail that would need the floats
+            freed = supply.release(args, config.free_weights)  # by two threads does no harm
+            to_release.clear()
+            log.info("free_weights released %.1f MiB of float weights", freed / 2**20)
+        return result
+
+    def run_and_look(*args: Any) -> Any:
+        """The GPU starts at once; whether the packs were fresh is found out while it computes."""
+        if not to_release and not torch.cuda.is_current_stream_capturing():
+            guess = supply.guess(args)
+            if guess is not None:
+                result = inner(*[args[i] for i in kept], *guess.tensors)
+                if supply.confirms(guess, args):
+                    return result
+                del result
+        return run(*args)
+
+    compiled = run_and_look if hides else run
 
     def run_or_trace(*args: Any) -> Any:
         if any(isinstance(a, FakeTensor) for a in args):
             return inner(*[args[i] for i in kept], *fakes)
-        return run(*args)
+        return compiled(*args)
 
     # DDP's optimizer runs what it compiled on fake inputs, for the strides of the results
-    return run_or_trace if any(isinstance(v, FakeTensor) for v in example_inputs) else run
+    return run_or_trace if any(isinstance(v, FakeTensor) for v in example_inputs) else compiled
+
+
+def can_run_twice(graph: Graph) -> bool:
+    """Is it no matter whether a graph has run before? It writes to nothing, draws no random numbers
+    and talks to nobody."""
+    return all(
+        n.op in ("placeholder", "get_attr", "output") or n.target in _PURE or _is_pure(n)
+        for n in graph.nodes
+    )
+
+
+_PURE = {
+    *(operator.getitem, operator.neg, operator.not_, operator.and_, operator.or_),
+    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.mod),
+    *(operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.pow),
+    *(torch.sym_int, torch.sym_float, torch.sym_max, torch.sym_min, torch.sym_not),
+}
+_SDPA = torch.ops.aten.scaled_dot_product_attention.default
+
+
+def _is_pure(node: Node) -> bool:
+    op = node.target
+    if not isinstance(op, torch._ops.OpOverload):
+        return False
+    if op is _SDPA:  # random only with a dropout_p
+        return not (node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0))
+    name = op._schema.name
+    return (
+        op.namespace in ("aten", "prims", "graphquant")
+        and not op._schema.is_mutable
+        and torch.Tag.nondeterministic_seeded not in op.tags
+        and not ("batch_norm" in name or "instance_norm" in name)  # write running statistics
+    )
 
 
 def _float_for_tangents(

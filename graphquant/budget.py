@@ -17,9 +17,11 @@ from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from graphquant import files
 from graphquant.accuracy import OutputAccuracy
 from graphquant.config import Config
-from graphquant.errors import OptionError, UnsupportedInputError
+from graphquant.errors import FileError, OptionError, UnsupportedInputError
+from graphquant.files import Field, as_float
 
 FORMAT, VERSION = "graphquant.budget", 1
 _NOT_SAVED = ("calibration", "on_report")  # objects of the user's program
@@ -77,11 +79,11 @@ def goal(**given: float | None) -> tuple[Metric, float]:
         got = ", ".join(chosen) or "none"
         raise OptionError(f"a budget is one of {', '.join(METRICS)}, got {got}")
     ((name, value),) = chosen.items()
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = as_float(value)
     most = math.inf if name == "sqnr" else 1.0
-    if not number or not 0.0 < value <= most or math.isinf(value):
+    if number is None or not 0.0 < number <= most or math.isinf(number):
         raise OptionError(f"{name}={value!r} is no number above 0" + " up to 1" * (most == 1.0))
-    return METRICS[name], float(value)
+    return METRICS[name], number
 
 
 @dataclass(frozen=True)
@@ -155,12 +157,13 @@ class Budget:
         """What JSON can hold. A calibration and on_report are left out; numbers that are not finite
         are text.
 
-        Raises OptionError for an Inductor option that JSON cannot hold.
+        Raises OptionError for an option that cannot come from a file: for Inductor and
+        Torch-TensorRT those may be numbers, True and False.
         """
         options = {k: v for k, v in self.options.items() if k not in _NOT_SAVED}
         try:
-            options = json.loads(json.dumps(options))
-        except TypeError as bad:
+            Config.of_file(options, **_given(self.options.get("calibration")))
+        except OptionError as bad:
             raise OptionError(f"these options cannot be saved: {bad}") from bad
         return {
             "format": FORMAT,
@@ -169,52 +172,78 @@ class Budget:
             **{name: _told(getattr(self, name)) for name in _NUMBERS},
             "left": [{**asdict(site), "alone": _told(site.alone)} for site in self.left],
             "calibration": self.options.get("calibration") is not None,
-            "options": options,
+            "options": json.loads(json.dumps(_plain(options))),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, calibration: Any = None) -> Budget:
         """What `to_dict` gave, with the calibration that it was fitted with, if there was one.
 
-        Raises OptionError for what is no budget, and without that calibration.
+        Raises FileError for what is no budget, and for options that cannot come from a file (see
+        `to_dict`); OptionError without that calibration.
         """
-        try:
-            if (data["format"], data["version"]) != (FORMAT, VERSION):
-                raise ValueError(f"{data['format']} {data['version']}, not {FORMAT} {VERSION}")
-            numbers = {name: float(data[name]) for name in _NUMBERS}
-            left = tuple(
-                LeftInFloat(s["path"], float(s["alone"]), s["share"]) for s in data["left"]
-            )
-            metric, options = METRICS[data["metric"]].name, dict(data["options"])
-            fitted_with = data["calibration"]
-        except (KeyError, TypeError, ValueError) as bad:
-            raise OptionError(f"this is no budget: {bad!r}") from bad
+        return cls._from(Field(data, "this is no budget"), calibration)
+
+    def save(self, path: str | Path) -> None:
+        """A JSON file of `to_dict`. A calibration has a file of its own: Calibration.save.
+
+        A file that is there is replaced as a whole, or stays as it was.
+        """
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+        files.write(path, text.encode())
+
+    @classmethod
+    def load(cls, path: str | Path, *, calibration: Any = None) -> Budget:
+        """What `save` wrote; as `from_dict`."""
+        return cls._from(files.read_json(path, "budget"), calibration)
+
+    @classmethod
+    def _from(cls, data: Field, calibration: Any) -> Budget:
+        data.only(("format", "version", "metric", *_NUMBERS, "left", "calibration", "options"))
+        data["format"].one_of((FORMAT,))
+        data["version"].integer(VERSION, VERSION)
+        metric = data["metric"].one_of(METRICS)
+        share = data["float_share"].number(0.0, 1.0)
+        goal, before, after = (_number(data[name]) for name in ("goal", "before", "after"))
+        left = tuple(_left(one) for one in data["left"].list())
+        options = dict(data["options"].object())
+        fitted_with = data["calibration"].boolean()
         if fitted_with and calibration is None:
             raise OptionError(
                 "this budget was fitted with a calibration: give it as calibration=..., such as "
                 "graphquant.Calibration.load(path, model)"
             )
-        if fitted_with:
-            options["calibration"] = calibration
-        Config.of(options)
-        return cls(metric, left=left, options=options, **numbers)
-
-    def save(self, path: str | Path) -> None:
-        """A JSON file of `to_dict`. A calibration has a file of its own: Calibration.save."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path, *, calibration: Any = None) -> Budget:
-        """What `save` wrote; as `from_dict`."""
+        given = _given(calibration if fitted_with else None)
         try:
-            data = json.loads(Path(path).read_text())
-        except ValueError as bad:
-            raise OptionError(f"{path} is no budget: {bad}") from bad
-        return cls.from_dict(data, calibration=calibration)
+            Config.of_file(options, **given)
+        except OptionError as bad:
+            raise FileError(f"{data.said}: options: {bad}") from bad
+        return cls(metric, goal, before, after, left, share, {**options, **given})
 
 
 _NUMBERS = ("goal", "before", "after", "float_share")
+_INFINITE = ("inf", "-inf")
+
+
+def _given(calibration: Any) -> dict[str, Any]:
+    return {} if calibration is None else {"calibration": calibration}
+
+
+def _left(data: Field) -> LeftInFloat:
+    data.only(("path", "alone", "share"))
+    share = data["share"].number(0.0, 1.0)
+    return LeftInFloat(data["path"].text(), _number(data["alone"]), share)
+
+
+def _number(data: Field) -> float:
+    """What `_told` wrote."""
+    return float(data.value) if data.value in _INFINITE else data.number()
 
 
 def _told(number: float) -> float | str:
     return number if math.isfinite(number) else str(number)
+
+
+def _plain(value: Any) -> Any:
+    """Mappings as dicts, which JSON knows."""
+    return {k: _plain(v) for k, v in value.items()} if isinstance(value, Mapping) else value

@@ -21,7 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
-from torch._dynamo.source import ConstantSource
+from torch._dynamo.source import (
+    ConstantSource,
+    ParamBufferSource,
+    UnspecializedParamBufferSource,
+)
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
@@ -33,7 +37,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import noop_context_fn
 
 from graphquant.errors import CaptureError
-from graphquant.passes.graph import aten, is_impure
+from graphquant.passes.graph import LITERAL, aten, is_impure
 from graphquant.passes.ir import Captured
 from graphquant.passes.regions import (
     ENTER_AUTOCAST,
@@ -43,6 +47,8 @@ from graphquant.passes.regions import (
     SET_GRAD,
     sets_state,
 )
+
+_HELD = (ParamBufferSource, UnspecializedParamBufferSource)  # an entry of a module's tables
 
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 _POLICY = "_checkpoint_context_fn"  # make_fx wants one, and most checkpoints have none
@@ -62,14 +68,19 @@ def from_dynamo(gm: GraphModule, example_inputs: list[Any]) -> Captured | None:
     trains = any(isinstance(v, Tensor) and v.requires_grad for v in example_inputs)
     if why := _unfollowable(gm, trains):
         raise CaptureError(why)
-    with fake_mode, preserve_node_meta():
-        retraced = make_fx(lambda *a: _retrace(gm, *a), pre_dispatch=True)(*fakes)
-    for module in chain(gm.modules(), retraced.modules()):
-        if isinstance(module, GraphModule) and module.meta.get(_POLICY) is noop_context_fn:
-            del module.meta[_POLICY]
+    try:
+        with fake_mode, preserve_node_meta():
+            retraced = make_fx(lambda *a: _retrace(gm, *a), pre_dispatch=True)(*fakes)
+    finally:  # Dynamo's graph may still be compiled as it was
+        _drop_policies(gm)
+    _drop_policies(retraced)
     if why := _lost(retraced):
         raise CaptureError(why)
     captured = Captured(retraced, fake_mode, {}, {}, grad_enabled=torch.is_grad_enabled())
+    for node in retraced.graph.find_nodes(op="get_attr"):
+        value = getattr(retraced, str(node.target), None)
+        if isinstance(value, Tensor):  # torch.tensor([1.0]) in the forward
+            node.meta[LITERAL] = value
     placeholders = retraced.graph.find_nodes(op="placeholder")
     for old, new, value in zip(given, placeholders, example_inputs, strict=True):
         _keep_metadata(old, new)
@@ -114,6 +125,12 @@ def forgotten_afterwards(backend: Callable[..., Any]) -> Iterator[None]:
             }
             if made_for == {backend}:
                 reset_code(code)
+
+
+def _drop_policies(gm: GraphModule) -> None:
+    for module in gm.modules():
+        if isinstance(module, GraphModule) and module.meta.get(_POLICY) is noop_context_fn:
+            del module.meta[_POLICY]
 
 
 def _unfollowable(gm: GraphModule, trains: bool) -> str | None:
@@ -215,6 +232,28 @@ def _is_parameter(value: Tensor) -> bool:
     return isinstance(value, torch.nn.Parameter) or bool(
         getattr(value, "_dynamo_static_input_type", None)
     )
+
+
+def belong_to_modules(gm: GraphModule) -> list[bool]:
+    """Of each input of Dynamo's graph: is it a parameter or buffer that a module holds? Arguments
+    of the call are none, be they Parameters or marked static."""
+    return [_is_held(n) for n in gm.graph.find_nodes(op="placeholder")]
+
+
+def _is_held(placeholder: Node) -> bool:
+    argument = placeholder.meta.get("grapharg")
+    source = argument.source if argument is not None else None
+    while source is not None and not isinstance(source, _HELD):
+        source = getattr(source, "base", None)
+    return source is not None
+
+
+def linears_of(gm: GraphModule) -> Iterator[tuple[Node, str]]:
+    """The linears of Dynamo's graph, and their module paths where a module holds the weight."""
+    for node in gm.graph.find_nodes(op="call_function", target=F.linear):
+        weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+        held = isinstance(weight, Node) and _is_held(weight)
+        yield node, _module_name(weight) if held else ""
 
 
 def _module_name(placeholder: Node) -> str:

@@ -8,6 +8,7 @@ import fnmatch
 import math
 import os
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -15,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from graphquant.errors import OptionError
+from graphquant.files import as_float
 
 INNERS = ("inductor", "eager", "aot_eager", "torch_tensorrt")
 SELECTS = ("faster", "always")
@@ -65,10 +67,11 @@ class Config:
     """Only linears whose module path matches one of these are rewritten; empty means all."""
     exclude: tuple[str, ...] = ()
     """Linears whose module path matches one of these are left alone."""
-    free_weights: bool = False
-    """Release the float storage of every weight that only int8 linears read. From then on the eager
-    module, its state_dict and in-place updates of those weights do not work (torch may crash on
-    them); `load_state_dict(..., assign=True)` does."""
+    free_weights: bool | str = False
+    """True: give up the float values of every weight of the module that only int8 linears read,
+    after the first call. From then on the eager module, saving its state_dict and in-place updates
+    of those weights raise; `load_state_dict(..., assign=True)` works. "host": move them to host
+    memory, where all of that works. On the CPU they are there already, and stay."""
     activation: str = "dynamic"
     """With "dynamic" every row (token) of a linear's input has a scale and a shift of its own, with
     "static" all have the same, from the range in `calibration`. A linear that the calibration does
@@ -106,9 +109,13 @@ class Config:
         if not self.select:
             object.__setattr__(self, "select", os.environ.get("GRAPHQUANT_SELECT") or "faster")
         _one_of("select", self.select, SELECTS)
-        for name in ("quantize", "free_weights"):
-            if not isinstance(getattr(self, name), bool):
-                raise OptionError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.quantize, bool):
+            raise OptionError(f"quantize must be True or False, got {self.quantize!r}")
+        if not isinstance(self.free_weights, bool) and self.free_weights != "host":
+            raise OptionError(
+                f"free_weights must be True or False, got {self.free_weights!r}; "
+                'the one word that it knows is "host"'
+            )
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         _one_of("activation", self.activation, ACTIVATIONS)
@@ -158,6 +165,25 @@ class Config:
                 raise OptionError(f"unknown option {name!r}{hint} Valid: {', '.join(valid)}")
         return cls(**options)
 
+    @classmethod
+    def of_file(cls, options: Mapping[str, Any], **given: Any) -> Config:
+        """As `of`, for options that a file brings, beside those that are `given` by the program.
+
+        A file is data: it may hold numbers, True and False, one of the words an option knows, and
+        patterns of module paths; for Inductor and Torch-TensorRT numbers, True and False alone.
+        Some of their other options name programs that they run.
+
+        Raises OptionError for anything else.
+        """
+        for name, value in options.items():
+            if not _is_data(name, value):
+                raise OptionError(
+                    f"the option {name}={reprlib.repr(value)} cannot come from a file, which may "
+                    "hold numbers, true, false, words that the option knows and patterns of paths"
+                    + f"; give it beside them: {{**options, {name!r}: ...}}"
+                )
+        return cls.of({**options, **given})
+
     def _check_smooth(self) -> None:
         smooth = self.smooth
         if self.clip_range is not None:
@@ -188,10 +214,43 @@ class Config:
         return None
 
 
+def strict() -> bool:
+    """GRAPHQUANT_STRICT=1: what fails in graphquant raises, and is not run in float instead."""
+    return os.environ.get("GRAPHQUANT_STRICT", "") not in ("", "0")
+
+
+def verifying() -> bool:
+    """Is every graph verified after every pass? (passes/verify.py)"""
+    return os.environ.get("GRAPHQUANT_VERIFY") == "1"
+
+
 def literally(path: str) -> str:
     """A pattern that matches this module path alone, whatever characters are in it."""
     pattern = re.sub(r"[*?[]", r"[\g<0>]", path)
     return f"[{pattern[0]}]{pattern[1:]}" if pattern.startswith("re:") else pattern
+
+
+_PATTERNS = ("include", "exclude")
+_OTHERS = ("inductor", "tensorrt")  # options of other programs
+_OBJECTS = ("calibration", "on_report")
+
+
+def _is_data(name: object, value: object) -> bool:
+    """May a file hold this? Whether the option knows the word or number is for Config to say."""
+    if name in _OBJECTS:
+        return False
+    if name in _OTHERS:
+        return isinstance(value, Mapping) and all(
+            isinstance(key, str) and _is_number(one) for key, one in value.items()
+        )
+    if name in _PATTERNS and not isinstance(value, str):
+        return isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value)
+    return value is None or _is_number(value) or isinstance(value, str)
+
+
+def _is_number(value: object) -> bool:
+    number = as_float(value)
+    return isinstance(value, bool) or (number is not None and math.isfinite(number))
 
 
 def _one_of(name: str, value: object, valid: tuple[str, ...]) -> None:
@@ -200,10 +259,10 @@ def _one_of(name: str, value: object, valid: tuple[str, ...]) -> None:
 
 
 def _positive(name: str, value: object) -> float:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0.0 < value < math.inf:  # type: ignore[operator]
-        raise OptionError(f"{name} must be a number above 0, got {value!r}")
-    return float(value)  # type: ignore[arg-type]
+    number = as_float(value)
+    if number is None or not 0.0 < number < math.inf:
+        raise OptionError(f"{name} must be a number above 0, got {reprlib.repr(value)}")
+    return number
 
 
 def _patterns(name: str, value: object) -> tuple[str, ...]:
@@ -214,10 +273,9 @@ def _patterns(name: str, value: object) -> tuple[str, ...]:
         if pattern.startswith("re:"):
             try:
                 re.compile(pattern[3:])
-            except re.error as bad:
-                raise OptionError(
-                    f"{name}: {pattern!r} is not a regular expression: {bad}"
-                ) from bad
+            except (re.error, RecursionError, OverflowError) as bad:
+                shown = pattern if len(pattern) <= 200 else f"{pattern[:200]}..."
+                raise OptionError(f"{name}: {shown!r} is not a regular expression: {bad}") from bad
     return tuple(given)
 
 

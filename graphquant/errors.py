@@ -13,8 +13,17 @@ class CalibrationError(GraphquantError, ValueError):
     """A calibration is damaged, or of another model. The message names what differs."""
 
 
+class FileError(CalibrationError, OptionError):
+    """A saved Calibration, Budget or Report is damaged, or is none. The message names the file and
+    the field. It is what all of their loaders raise."""
+
+
 class RuleError(GraphquantError):
     """A rule broke its contract. A bug in graphquant, never in the user's model."""
+
+
+class VerifyError(GraphquantError):
+    """A pass broke the graph, GRAPHQUANT_VERIFY=1 has found. A bug in graphquant."""
 
 
 class UnsupportedInputError(GraphquantError, TypeError):

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from graphquant.budget import Metric
 from graphquant.config import Config
 from graphquant.errors import GraphquantError
+from graphquant.failure import stage
 from graphquant.paired import Pair
 from graphquant.passes.ir import Captured
 from graphquant.report import Outcome, Report
@@ -89,11 +90,12 @@ class Trials:
         self._paths = Paths(model)
         self._sites: dict[str, list[tuple[Outcome, float]]] = {}  # and the share of its product
         self._int8: Collection[str] = ()
-        self.trace = Trace(self._take)
+        self.trace = Trace(self._take, "fit_budget")
         self._wanted: list[Any] = []
 
     def _take(self, captured: Captured, gm: GraphModule) -> tuple[Report, Callable[..., Any]]:
-        pair = Pair(captured, self._config, self._paths)
+        with stage("the pairing of float and int8"):
+            pair = Pair(captured, self._config, self._paths)
         here: dict[str, list[tuple[Outcome, float]]] = {}
         for product in pair.products:
             width = sum(outcome.N for outcome in product)

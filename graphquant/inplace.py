@@ -16,7 +16,6 @@ else of the module is touched, and copies and pickles leave that out. Three thin
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import fields, replace
 from itertools import chain
@@ -31,7 +30,9 @@ from torch.fx import GraphModule
 from graphquant.backend import graphquant
 from graphquant.config import Config
 from graphquant.errors import OptionError, ReleasedWeightError, UnsupportedInputError
-from graphquant.packed import forget, is_released
+from graphquant.locks import Lock
+from graphquant.packed import forget
+from graphquant.released import bring_back, is_released
 from graphquant.report import Report
 from graphquant.trace import unseen
 
@@ -98,8 +99,9 @@ def optimize_(
 def restore_(module: nn.Module) -> None:
     """Undo `optimize_` for this module and all modules in it: they are as they were before.
 
-    Their packed weights are let go; another compilation that uses them packs them again. What was
-    not optimised stays as it is.
+    Their packed weights are let go; another compilation that uses them packs them again. Weights
+    that free_weights="host" has moved are on their device again. What was not optimised stays as it
+    is.
 
     Raises ReleasedWeightError, and changes nothing, if free_weights=True has released weights:
     `module.load_state_dict(values, assign=True)` brings them back.
@@ -119,6 +121,15 @@ def _undo(optimized: list[nn.Module]) -> None:
         if before is not None:
             setattr(m, _CALL, before)
         forget(m)
+        bring_back(chain(m.parameters(), m.buffers()))
+
+
+class _Run:
+    """A module compiled with some hooks: nothing else keeps its graphs."""
+
+    def __init__(self) -> None:
+        self.call: Callable[..., Any] = _call
+        self.graphs: list[Callable[..., Any]] = []
 
 
 class _Int8:
@@ -132,11 +143,11 @@ class _Int8:
         self.report = LiveReport(())
         self.before = vars(module).get(_CALL)
         self._options = options
-        self._module = ref(module)  # code of its classes may hold us, which live for ever
-        self._runs: dict[tuple[int, ...], Callable[..., Any]] = {}  # by the hooks inside
+        self._module = ref(module)
+        self._runs: dict[tuple[int, ...], _Run] = {}  # by the hooks inside
         self._graphs: dict[frozenset[Hashable], Report] = {}  # by ids of what each reads
         self._hooks = _hooks(module)
-        self._compiling = threading.RLock()
+        self._compiling = Lock()
         self._compilations = 0
         self._settled = False  # the last call compiled nothing
         self._tell(Report.merge(()), ("nothing is compiled yet: the module was not called",))
@@ -148,25 +159,39 @@ class _Int8:
         hooks = tuple(chain.from_iterable(self._hooks)) if any(self._hooks) else ()
         run = self._runs.get(hooks)
         if run is not None and self._settled:
-            return run(module, *args, **kwargs)
+            return run.call(module, *args, **kwargs)
         with self._compiling:
             run = self._runs.get(hooks) or self._add(hooks)
             before = self._compilations
-            result = run(module, *args, **kwargs)
+            result = run.call(module, *args, **kwargs)
             self._settled = self._compilations == before
             return result
 
-    def _add(self, hooks: tuple[int, ...]) -> Callable[..., Any]:
+    def _add(self, hooks: tuple[int, ...]) -> _Run:
         if len(self._runs) == _HOOK_SETS:
             del self._runs[next(iter(self._runs))]
 
+        self._runs[hooks] = run = _Run()
+        mine, its = ref(self), ref(run)
+
         # Equal to no other backend: what is behind a graph break is compiled by itself, and must
-        # not be taken from a compilation with other hooks either.
+        # not be taken from a compilation with other hooks either. Dynamo keeps it, and what it
+        # returns, as long as the code it has compiled, such as the forward of a class: so neither
+        # keeps us alive, nor graphs and packed weights. Who calls us does while it calls.
         def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-            return self._compile(gm, example_inputs)
+            me, run = mine(), its()
+            assert me is not None and run is not None
+            at = len(run.graphs)
+            run.graphs.append(me._compile(gm, example_inputs))
+
+            def graph(*args: Any) -> Any:
+                run: Any = its()
+                return run.graphs[at](*args)
+
+            return graph
 
         call = FunctionType(_call.__code__.replace(), globals())
-        self._runs[hooks] = run = torch.compile(call, backend=backend)
+        run.call = torch.compile(call, backend=backend)
         return run
 
     def _compile(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:

@@ -12,6 +12,8 @@ from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from graphquant import files
+
 INT8_RULES = frozenset({"norm_linear", "act_linear", "linear"})
 
 
@@ -151,9 +153,11 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        data = json.loads(text)
-        outcomes = tuple(Outcome(**{**o, "rules": tuple(o["rules"])}) for o in data["outcomes"])
-        return cls(outcomes, data["graphs"], tuple(data["notes"]))
+        """What `to_json` gave. Raises FileError for anything else."""
+        data = files.parse(text, "this is no report")
+        data.only(("coverage", "graphs", "counts", "notes", "outcomes"))
+        outcomes = tuple(one.record(Outcome) for one in data["outcomes"].list())
+        return cls(outcomes, data["graphs"].integer(), data["notes"].texts())
 
     def __rich__(self) -> RenderableType:
         table = Table(title="graphquant", title_justify="left", header_style="bold", expand=False)

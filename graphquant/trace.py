@@ -13,6 +13,8 @@ from torch.fx import GraphModule
 
 from graphquant.capture import from_dynamo
 from graphquant.errors import CaptureError, GraphquantError
+from graphquant.failure import promised, stage
+from graphquant.left import left_in_float, or_in_float
 from graphquant.passes.ir import Captured
 from graphquant.report import Report
 
@@ -21,12 +23,17 @@ class Trace:
     """Calls of a model.
 
     take(captured, Dynamo's graph) -> (its report, what runs in its place), once for each graph
+    entry  that is of no use in float, and raises GraphquantError where graphquant fails; "" for
+           one that reports such a graph as left in float
     """
 
     def __init__(
-        self, take: Callable[[Captured, GraphModule], tuple[Report, Callable[..., Any]]]
+        self,
+        take: Callable[[Captured, GraphModule], tuple[Report, Callable[..., Any]]],
+        entry: str = "",
     ) -> None:
         self._take = take
+        self._entry = entry
         self._reports: list[Report] = []
         self._seen: set[int] = set()  # ids of parameters
         # Dynamo counts compilations by code object, and runs eager after a few: this one is new
@@ -37,19 +44,27 @@ class Trace:
         self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         many = {"recompile_limit": 2**16, "accumulated_recompile_limit": 2**16}
-        with torch._dynamo.config.patch(many):
+        with torch._dynamo.config.patch(many), promised(self._entry):
             return self._compiled(model, *args, **kwargs)
 
     def observe(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        run: Callable[..., Any] = gm.forward
-        try:
-            captured = from_dynamo(gm, example_inputs)
-        except CaptureError as why:
-            self._reports.append(Report.left(why))
-            return run
-        if captured is not None:
+        def attempt() -> tuple[Report, Callable[..., Any]]:
+            with stage("capture"):
+                captured = from_dynamo(gm, example_inputs)
+            if captured is None:
+                return Report((), graphs=0), gm.forward
             self._seen.update(map(id, captured.parameters.values()))
-            report, run = self._take(captured, gm)
+            return self._take(captured, gm)
+
+        if self._entry:
+            try:
+                report, run = attempt()
+            except CaptureError as why:
+                report, run = left_in_float(gm, why), gm.forward
+        else:
+            report, int8 = or_in_float(gm, attempt)
+            run = int8 or gm.forward
+        if report.graphs:
             self._reports.append(report)
         return run
 

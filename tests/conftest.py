@@ -17,6 +17,8 @@ settings.register_profile(
 settings.register_profile("nightly", settings.get_profile("ci"), max_examples=600)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+os.environ.setdefault("GRAPHQUANT_VERIFY", "1")  # every graph of every test, after every pass
+
 NEEDS_GPU = "NOT RUN: needs an NVIDIA GPU and `pytest --device cuda`"
 
 
@@ -26,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: needs an NVIDIA GPU")
+    os.environ["GRAPHQUANT_STRICT"] = "1"  # what fails in graphquant fails the test
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from graphquant import Outcome, Report
+from graphquant import FileError, Outcome, Report
 
 FUSED = Outcome("linear", "block.fc1", "linear", ("norm_linear",), M=10, N=40, K=20)
 STACKED = Outcome("linear", "block.q", "linear_1", ("stack_siblings",), M=10, N=20, K=20)
@@ -186,3 +187,55 @@ def test_a_report_from_before_there_were_times_can_be_read() -> None:
     for outcome in data["outcomes"]:
         del outcome["float_us"], outcome["int8_us"]
     assert Report.from_json(json.dumps(data)) == REPORT
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"outcomes": 3}, "outcomes must be a list, got 3"),
+        ({"outcomes": [3]}, r"outcomes\[0\] must be an object"),
+        ({"outcomes": [{}]}, r"it has no outcomes\[0\]\.kind"),
+        ({"graphs": "two"}, "graphs must be a whole number"),
+        ({"graphs": -1}, "graphs must be a whole number"),
+        ({"notes": "note"}, "notes must be a list"),
+        ({"notes": [None]}, r"notes\[0\] must be text, got None"),
+        ({"more": 1}, "an unknown field 'more'"),
+    ],
+)
+def test_what_is_no_report_is_refused_by_its_field(change: dict[str, Any], said: str) -> None:
+    data = {**json.loads(REPORT.to_json()), **change}
+    with pytest.raises(FileError, match=f"this is no report: .*{said}"):
+        Report.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Outcome)])
+def test_no_field_of_an_outcome_takes_a_value_of_another_type(name: str) -> None:
+    data = json.loads(REPORT.to_json())
+    for value in ({}, [[]], None, True, "" if name in ("M", "N", "K") else 10**400):
+        data["outcomes"][1][name] = value
+        with pytest.raises(FileError, match=rf"outcomes\[1\]\.{name}"):
+            Report.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[" * 10**5, "[]", "NaN", "1" * 5000, '{"a": 1, "a": 2}', None]
+)
+def test_texts_that_are_no_report_are_refused(text: Any) -> None:
+    with pytest.raises(FileError, match="this is no report: "):
+        Report.from_json(text)
+
+
+@given(reports, st.data())
+def test_a_report_with_a_flipped_bit_or_cut_is_a_report_or_refused(
+    report: Report, data: st.DataObject
+) -> None:
+    text = bytearray(report.to_json().encode())
+    at = data.draw(st.integers(0, len(text) - 1))
+    if data.draw(st.booleans()):
+        with pytest.raises(FileError):
+            Report.from_json(text[:at].decode())
+        return
+    text[at] ^= 1 << data.draw(st.integers(0, 6))
+    with contextlib.suppress(FileError):
+        loaded = Report.from_json(text.decode(errors="replace"))
+        assert str(loaded) and Report.from_json(loaded.to_json()) == loaded

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
+from graphquant import files
 from graphquant.calibration.fingerprint import (
     NAMED,
     Fingerprint,
@@ -20,10 +20,11 @@ from graphquant.calibration.fingerprint import (
     differences,
     fingerprint,
 )
-from graphquant.calibration.histogram import BINS, Histogram
 from graphquant.calibration.record import METHODS, Record, Site
+from graphquant.calibration.saved import NUMBERS, read_record, saved, sha256
 from graphquant.calibration.sync import all_reduced, gathered
-from graphquant.errors import CalibrationError, OptionError
+from graphquant.errors import CalibrationError, FileError, OptionError
+from graphquant.files import Field
 from graphquant.passes.pipeline import linear_path
 
 FORMAT, VERSION = "graphquant.calibration", 1
@@ -187,13 +188,14 @@ class Calibration:
     # Files --------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """A safetensors file: tensors of each record, and all else as JSON in its header."""
+        """A safetensors file: tensors of each record, and all else as JSON in its header, with the
+        SHA-256 of both. A file that is there is replaced as a whole, or stays as it was."""
         tensors: dict[str, Tensor] = {}
         records = []
         for i, (sites, record) in enumerate(self._shared()):
             tensors |= {f"{i}.low": record.low, f"{i}.high": record.high}
             tensors |= {f"{i}.sample": record.sample, f"{i}.counts": record.histogram.counts}
-            numbers = {name: getattr(record, name) for name in _NUMBERS}
+            numbers = {name: getattr(record, name) for name in NUMBERS}
             exponent = record.histogram.exponent
             records.append({"sites": [s.path for s in sites], "exponent": exponent, **numbers})
         about = {
@@ -204,7 +206,9 @@ class Calibration:
             "records": records,
             "model": self._model,
         }
-        save_file(tensors, path, {FORMAT: json.dumps(about)})  # of several entries order is random
+        header = json.dumps({**about, "sha256": sha256(about, tensors)})
+        entries = {FORMAT: header}  # of several the order is random
+        files.write(path, serialize(tensors, entries))
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> Calibration:
@@ -214,25 +218,14 @@ class Calibration:
         (`fingerprint` says what they show and what not). Without a model nothing is checked but the
         file.
 
-        Raises CalibrationError for a file that is no calibration, has another version or is
-        damaged, and for another model: the message names what differs and the sites concerned.
+        Raises FileError, which is a CalibrationError, for a file that is no calibration, has
+        another version or is damaged; CalibrationError for another model: the message names what
+        differs and the sites concerned.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as bad:
-            raise CalibrationError(f"{path} is no calibration: {bad}") from bad
-        if FORMAT not in header:
-            raise CalibrationError(f"{path} is no calibration: its header has no {FORMAT!r}")
-        try:
-            about = json.loads(header[FORMAT])
-            version = about["version"]
-            loaded = cls._from(about, tensors) if version == VERSION else None
-        except (KeyError, TypeError, ValueError, AttributeError) as bad:
-            raise CalibrationError(f"{path} is damaged: {bad!r}") from bad
-        if loaded is None:
-            raise CalibrationError(f"{path} has version {version}, this graphquant reads {VERSION}")
+        about, tensors = saved(path, FORMAT)
+        if (version := about["version"].integer()) != VERSION:
+            raise FileError(f"{path} has version {version}, this graphquant reads {VERSION}")
+        loaded = cls._from(about, tensors)
         if model is not None:
             _refuse_other(
                 "the model given", loaded._model, fingerprint(_plain(model)), loaded.sites
@@ -240,30 +233,30 @@ class Calibration:
         return loaded
 
     @classmethod
-    def _from(cls, about: dict[str, Any], tensors: dict[str, Tensor]) -> Calibration:
+    def _from(cls, about: Field, tensors: dict[str, Tensor]) -> Calibration:
+        about.only(("version", "method", "percentile", "batches", "records", "model", "sha256"))
+        if about["sha256"].text() != sha256(_without(about.object(), "sha256"), tensors):
+            raise FileError(f"{about.said}: its content does not have the SHA-256 that it names")
         made = cls.__new__(cls)
-        made._set(about["method"], about["percentile"])
-        made.batches = about["batches"]
-        made._model = {n: Parameter(d, tuple(s), v) for n, (d, s, v) in about["model"].items()}
+        method, percentile = about["method"].one_of(METHODS), about["percentile"]
+        if not percentile.number(0.0, 100.0):
+            percentile.refuse("above 0")
+        made._set(method, percentile.number())
+        made.batches = about["batches"].integer()
+        made._model = {name: Parameter.read(one) for name, one in about["model"].items()}
         made._records = {}
-        for i, entry in enumerate(about["records"]):
-            names = ("low", "high", "sample", "counts")
-            low, high, sample, counts = (tensors.pop(f"{i}.{name}") for name in names)
-            K = len(low)
-            wants = ((low, [K]), (high, [K]), (sample, [len(sample), K]), (counts, [BINS]))
-            for tensor, shape in wants:
-                dtype = torch.int64 if tensor is counts else torch.float32
-                if tensor.dtype != dtype or [*tensor.shape] != shape:
-                    raise ValueError(f"{i} has {tensor.dtype} {[*tensor.shape]}")
-            numbers = {name: entry[name] for name in _NUMBERS}
-            record = Record(low, high, Histogram(counts, entry["exponent"]), sample, **numbers)
-            made._records |= {Site(path, record.K): record for path in entry["sites"]}
+        for i, entry in enumerate(about["records"].list()):
+            sites, record = read_record(entry, f"{i}.", tensors)
+            if twice := made._records.keys() & set(sites):
+                raise FileError(f"{about.said}: {entry.at}: {min(twice).path!r} is named twice")
+            made._records |= dict.fromkeys(sites, record)
         if tensors:
-            raise ValueError(f"tensors without a record: {', '.join(sorted(tensors))}")
+            raise FileError(f"{about.said}: tensors without a record: {', '.join(sorted(tensors))}")
         return made
 
 
-_NUMBERS = ("rows", "calls", "left_out")
+def _without(entries: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in entries.items() if key != name}
 
 
 def _plain(model: nn.Module) -> nn.Module:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from graphquant.files import Field
+
 SAMPLES = 64  # values of each parameter, evenly spaced, the first and the last among them
 NAMED = 5  # parameters in a message
 
@@ -22,6 +24,16 @@ class Parameter(NamedTuple):
     def of(cls, parameter: Tensor) -> Parameter:
         dtype = str(parameter.dtype).removeprefix("torch.")
         return cls(dtype, tuple(parameter.shape), _crc(parameter))
+
+    @classmethod
+    def read(cls, data: Field) -> Parameter:
+        """What a file holds. Raises FileError."""
+        entry = data.list()
+        if len(entry) != len(cls._fields):
+            data.refuse("[type, shape, checksum]")
+        dtype, shape, values = entry
+        crc = None if values.value is None else values.integer(most=2**32 - 1)
+        return cls(dtype.text(), tuple(one.integer() for one in shape.list()), crc)
 
 
 Fingerprint = Mapping[str, Parameter]

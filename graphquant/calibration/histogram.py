@@ -23,6 +23,7 @@ from graphquant.ops.numerics import MIN_ABSMAX, QMAX
 
 BINS = 8192  # a step of 2 absmax / 254 is 16 bins or more; 64 KiB
 MIN_EXPONENT = -66  # 2^-66 > MIN_ABSMAX: what is smaller quantises to 0
+MAX_EXPONENT = 128  # float32 is below 2^128
 CHUNK = 2**20  # elements that are binned at a time: in float64, then int64
 
 
@@ -55,9 +56,8 @@ class Histogram:
     def over(self, exponent: int) -> Histogram:
         """The same values over the range of another exponent, which is not below this one."""
         counts = self.counts
-        for _ in range(exponent - self.exponent):
-            if not counts.any():
-                break  # from MIN_EXPONENT it can be far
+        # After log2(BINS) - 1 steps all is in the two bins around 0, and stays there.
+        for _ in range(min(exponent - self.exponent, BINS.bit_length() - 2)):
             pairs = counts.view(-1, 2).sum(1)
             counts = torch.zeros_like(counts)
             counts[BINS // 4 : -BINS // 4] = pairs

@@ -21,6 +21,7 @@ from torch.utils._sympy.numbers import int_oo
 from graphquant.capture import from_export
 from graphquant.config import Config
 from graphquant.errors import UnsupportedInputError
+from graphquant.failure import stage
 from graphquant.passes.graph import operand, shape
 from graphquant.passes.ir import Captured
 from graphquant.passes.pipeline import linear_path, rewrite
@@ -44,12 +45,16 @@ def to_program(
 
     with torch.no_grad():
         program = exported(model, dynamic_shapes)
-        captured = from_export(program)
+        with stage("capture"):
+            captured = from_export(program)
         if captured is None:  # a program of numbers only
             return program, Report(())
         sizes = _sizes(program, tree_leaves((tuple(args), dict(kwargs))))
         report = rewrite(captured, config)
-        int8 = exported(packed(captured), sizes)
+        with stage("packing"):
+            module = packed(captured)
+        with stage("the export of the int8 graph"):
+            int8 = exported(module, sizes)
     return int8, report
 
 
@@ -102,7 +107,7 @@ def packed(captured: Captured) -> GraphModule:
         path = _path([captured.names[r] for r in packing.roots if len(shape(r)) == 2])
         for node, value in zip(packing.inputs, values, strict=True):
             if node.users:  # a quantiser of nothing but weights was packed with its result
-                node.target = _keep(gm, f"{path}.{operand(node)}", value)
+                node.target = _keep(gm, f"{path}.{operand(node, next(iter(node.users)))}", value)
     graph.eliminate_dead_code()
     graph.lint()
     module = GraphModule(gm, graph)  # holds what the graph reads, and nothing else

@@ -16,7 +16,8 @@ from graphquant.config import Config
 from graphquant.handover import tensorrt
 from graphquant.ops import int8_linear
 from graphquant.ops.int8_linear.tiled import Operands, Problem, tune
-from graphquant.passes.graph import full_args
+from graphquant.passes.graph import calls, full_args
+from graphquant.passes.select import cut_out
 
 
 def compile_graph(
@@ -40,6 +41,25 @@ def compile_graph(
             gm, list(example_inputs), options=options
         )
     return compiled
+
+
+def build_kernels(gm: GraphModule) -> None:
+    """Call each of our ops once on CUDA as the graph will: what cannot be built raises now, while
+    the graph can still run in float."""
+    known = set()
+    with unset_fake_temporarily(), torch.inference_mode():
+        for node in calls(gm.graph, _is_our_kernel):
+            alone = cut_out([node])
+            if alone.text not in known:
+                known.add(alone.text)
+                alone.bind()()
+
+
+def _is_our_kernel(node: Node) -> bool:
+    if getattr(node.target, "namespace", None) != "graphquant":
+        return False
+    first = node.all_input_nodes[0].meta["val"]
+    return isinstance(first, torch.Tensor) and first.device.type == "cuda"
 
 
 @functools.cache

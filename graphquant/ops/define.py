@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphquant.errors import UnsupportedInputError
+from graphquant.errors import KernelBuildError, UnsupportedInputError
 from graphquant.ops.checks import FLOATS
-from graphquant.ops.launch import native, prepare, stream_of
+from graphquant.ops.launch import native, needs_triton, prepare, stream_of
 
 # Library.define + impl costs 3 us a call; torch.library.custom_op 15 to 24.
 LIB = torch.library.Library("graphquant", "DEF")
@@ -247,18 +247,24 @@ def site(name: str, *constants: Any) -> Any:
 @functools.cache
 def load_kernels() -> None:
     """Import every op's kernels. Needs triton; called the first time an op runs on CUDA."""
-    try:
+    with needs_triton():
         for op in OPS.values():
             folder = op.reference.__module__.rpartition(".")[0]
             for file in op.files:
                 importlib.import_module(f"{folder}.{file}")
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != "triton":
-            raise
-        raise UnsupportedInputError(
-            "graphquant's CUDA kernels need triton, which is not installed (torch's Linux CUDA "
-            "wheels bring it). On the CPU the ops run without it."
-        ) from error
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why none of our kernels can run on this machine's GPUs, or None. (None without a GPU.)"""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        load_kernels()
+        native()
+    except (KernelBuildError, OSError, UnsupportedInputError) as error:
+        return str(error)
+    return None
 
 
 def _as_tuple(results: Any) -> tuple[Tensor, ...]:

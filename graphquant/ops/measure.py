@@ -1,7 +1,7 @@
 """How long candidates take on this machine, measured once and remembered on disk.
 
-The answers lie where Triton caches its kernels (TRITON_CACHE_DIR), one file for each question and
-each combination of card, torch, Triton and graphquant.
+The answers lie in the cache (cache.py), one file for each question and each combination of card,
+torch, Triton and graphquant.
 """
 
 from __future__ import annotations
@@ -11,15 +11,19 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import statistics
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 
+from graphquant.files import as_float
+from graphquant.ops import cache
 from graphquant.ops.launch import unwatched
 
 log = logging.getLogger(__name__)
+
+FILE = "times.json"
 
 ROUNDS = 7  # the median of these counts
 ROUND_US = 300.0  # at least, of one candidate's calls in one round
@@ -50,25 +54,31 @@ def times(
 
 def recall(question: str, device: torch.device) -> dict[str, float] | None:
     """What was measured before: microseconds, negative for a candidate that failed."""
-    from triton.runtime.cache import get_cache_manager
-
     if device.type != "cuda":
         return None
-    path = get_cache_manager(_key(question, device)).get_file("times.json")
-    if path is None:
-        return None
+    data = cache.get(_key(question, device), FILE)
+    return None if data is None else _answer(data, question, device)
+
+
+def _answer(data: bytes, question: str, device: torch.device) -> dict[str, float] | None:
+    """What `_store` put there; None for anything else."""
     try:
-        answer = json.loads(Path(path).read_text())["times"]
-    except (OSError, ValueError, KeyError, TypeError):  # another process is replacing it
+        held = json.loads(data)
+        asked = held["question"], held["on"]
+        found = {str(name): as_float(us) for name, us in held["times"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as bad:
+        log.debug("%s: what was measured cannot be read: %r", question, bad)
         return None
-    return answer if isinstance(answer, dict) else None
+    answer = {n: us for n, us in found.items() if us is not None and math.isfinite(us)}
+    if asked != (question, machine(device)) or len(answer) != len(found):
+        log.debug("%s: what was measured is no answer to this", question)
+        return None
+    return answer
 
 
 def _store(question: str, device: torch.device, answer: Mapping[str, float]) -> None:
-    from triton.runtime.cache import get_cache_manager
-
     data = json.dumps({"question": question, "on": machine(device), "times": dict(answer)})
-    get_cache_manager(_key(question, device)).put(data, "times.json", binary=False)
+    cache.put(_key(question, device), FILE, data.encode())
 
 
 def _key(question: str, device: torch.device) -> str:

@@ -1,6 +1,6 @@
 """CUDA C++ compiled at run time by NVRTC, which torch's CUDA wheels bring: no nvcc, no headers.
 
-The result is a cubin, cached on disk where Triton caches its kernels (TRITON_CACHE_DIR).
+The result is a cubin, kept in the cache (cache.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from graphquant.errors import KernelBuildError
+from graphquant.ops import cache
 
 Call = Callable[..., int]
 
@@ -25,16 +26,14 @@ def compile_cubin(source: str, defines: Mapping[str, object], arch: str) -> byte
 
     Raises KernelBuildError with NVRTC's log.
     """
-    from triton.runtime.cache import get_cache_manager
-
     options = [f"--gpu-architecture={arch}", "--std=c++17"]
     options += [f"-D{name}={value}" for name, value in sorted(defines.items())]
     made_from = "\n".join((source, *options, *map(str, version()), str(torch.version.cuda)))
-    cache = get_cache_manager(hashlib.sha256(made_from.encode()).hexdigest())
-    if (path := cache.get_file("kernel.cubin")) is not None:
-        return Path(path).read_bytes()
-    cubin = _compile(source, options)
-    cache.put(cubin, "kernel.cubin", binary=True)
+    key = hashlib.sha256(made_from.encode()).hexdigest()
+    cubin = cache.get(key, "kernel.cubin", checked=True)
+    if cubin is None:
+        cubin = _compile(source, options)
+        cache.put(key, "kernel.cubin", cubin, checked=True)
     return cubin
 
 
@@ -97,7 +96,9 @@ def _library() -> ctypes.CDLL:
             return ctypes.CDLL(name)
         except OSError as error:
             tried.append(str(error))
-    raise KernelBuildError(f"NVRTC was not found: {'; '.join(tried)}")
+    raise KernelBuildError(
+        f"NVRTC was not found: {'; '.join(tried)} (pip install nvidia-cuda-nvrtc)"
+    )
 
 
 def _names() -> Iterator[str]:

@@ -1,7 +1,8 @@
 """Run one rule over a graph. The only module in which rules change one.
 
 It keeps the graph honest for them: fake values on new nodes, the same shape, dtype and device out
-as before, what was replaced is gone afterwards, and every decision is on record.
+as before (strides: layout.py), what was replaced is gone afterwards, and every decision is on
+record.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import itertools
 import logging
 import operator
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
 
 from graphquant.config import Config
 from graphquant.errors import RuleError
@@ -31,16 +30,20 @@ from graphquant.passes.graph import (
     SIZED_VIEWS,
     Constants,
     aten,
+    autocast_at,
+    described,
     dtype,
+    fake_result,
     full_args,
     is_impure,
     shape,
 )
 from graphquant.passes.judge import Product, judge, too_rough
+from graphquant.passes.layout import restore_layouts, stands_for
 from graphquant.passes.ranges import SMOOTHED, Range, union, within
 from graphquant.passes.recognize import Activation, Norm, Recognized
 from graphquant.passes.record import Record
-from graphquant.passes.regions import are_apart, region_of
+from graphquant.passes.regions import are_apart
 from graphquant.passes.rule import Linear, Refuse, Rule, Site, Smooth
 from graphquant.passes.select import compare
 from graphquant.passes.smooth import sample, smooth
@@ -63,6 +66,7 @@ class Workbench:
     record: Record
     config: Config
     parameters: Mapping[Node, Tensor]
+    names: Mapping[Node, str]  # of parameters
     select: bool = False  # keep only what was measured to be faster
     ranges: dict[str, Range] = field(default_factory=dict)  # static ones: ranges.static_ranges
     unjudged: set[str] = field(default_factory=set)  # nodes of which min_sqnr has no rows
@@ -74,7 +78,10 @@ class Workbench:
 
     def norm(self, out: Node) -> Norm | None:
         found = self.recognized.norms.get(out)
-        return found and replace(found, x=self._now(found.x))
+        if found is None:
+            return None
+        gamma, beta = (p and self._now(p) for p in (found.gamma, found.beta))
+        return replace(found, x=self._now(found.x), gamma=gamma, beta=beta)
 
     def activation(self, out: Node) -> Activation | None:
         found = self.recognized.activations.get(out)
@@ -192,9 +199,7 @@ class Editor:
         node = self._bench.graph.call_function(target, args, kwargs)
         if (last := max(node.all_input_nodes, default=node)) > node:
             last.append(node)  # such as a view of a size that is computed after the site begins
-        fake_args, fake_kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with self._bench.fake_mode:
-            node.meta["val"] = target(*fake_args, **fake_kwargs)
+        node.meta["val"] = fake_result(self._bench.fake_mode, target, node.args, node.kwargs)
         self.made.append(node)
         return node
 
@@ -243,7 +248,7 @@ def apply(bench: Workbench, rule: Rule[Any]) -> None:
             continue
         editor = Editor(bench)
         first = min(site.outputs)  # in graph order
-        with bench.graph.inserting_before(first), _autocast_at(first):
+        with bench.graph.inserting_before(first), autocast_at(first):
             new = rule.rewrite(editor, site)
             rough = bench.why_rough(editor.product) if editor.product else ""
             measured = bench.select and not rough
@@ -254,7 +259,8 @@ def apply(bench: Workbench, rule: Rule[Any]) -> None:
         carriers = [n for n in editor.made if n.target in _CARRIERS]
         if len(carriers) != 1:
             raise RuleError(f"{rule.name} made {len(carriers)} linears of one site, not one")
-        if why_not := rough or (times.why_not if times is not None else ""):
+        late = _late(dict(zip(site.outputs, new, strict=True)))
+        if why_not := rough or late or (times.why_not if times is not None else ""):
             log.debug("%s left %s: %s", rule.name, site.outputs[0].name, why_not)
             bench.record.decline(rule.name, site.subjects, why_not, times)
             if rough and editor.product:
@@ -274,6 +280,7 @@ def apply(bench: Workbench, rule: Rule[Any]) -> None:
         bench.record.apply(rule.name, site.subjects, carriers[0], times, value)
         log.debug("%s applied to %s", rule.name, site.outputs[0].name)
         for old, now in zip(site.outputs, new, strict=True):
+            stands_for(now, old)
             old.replace_all_uses_with(now)
             bench.replaced[old] = now
             if old in bench.written:
@@ -282,6 +289,17 @@ def apply(bench: Workbench, rule: Rule[Any]) -> None:
             _erase(bench.graph, old)
         if alive := [n.name for n in site.outputs if not n._erased]:
             raise RuleError(f"{rule.name} left what it replaced alive: {', '.join(alive)}")
+    restore_layouts(bench.graph, bench.fake_mode)
+
+
+def _late(replacing: dict[Node, Node]) -> str:
+    """Why these new nodes cannot stand for the old ones, or "": a reader stands in front of them,
+    because they wait for a value that the model computes later."""
+    for old, new in replacing.items():
+        for user in old.users:
+            if user < new and user not in replacing:
+                return f"{user.name} reads {old.name} before all is known that its rewrite reads"
+    return ""
 
 
 def _takes_over(carrier: Node, replaced: dict[Node, Node]) -> str:
@@ -295,20 +313,12 @@ def _takes_over(carrier: Node, replaced: dict[Node, Node]) -> str:
     return old.name
 
 
-def _autocast_at(node: Node) -> ExitStack:
-    """The autocast regions that a node stands in: new fake values get the types of a real run."""
-    with ExitStack() as opened:
-        for args in region_of(node).autocast:
-            opened.enter_context(torch.autocast(*args))
-        return opened.pop_all()
-
-
 def _refusal(bench: Workbench, rule: Rule[Any], site: Site) -> Refuse | None:
     no = rule.check(bench, site)
     if no is not None and not isinstance(no, Refuse):
         raise RuleError(f"{rule.name}.check returned {no!r}; it must return None or a Refuse")
     if no is None and (hit := next((x for x in site.moved if x in bench.written), None)):
-        return Refuse(f"{hit.name} is written in place", hit)
+        return Refuse(f"{described(hit, bench.names)} is written in place", hit)
     if no is None and are_apart(site.outputs):
         return Refuse("a context, such as autocast, begins or ends between them", site.outputs[0])
     return no

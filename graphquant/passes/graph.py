@@ -7,22 +7,29 @@ every node carries a fake tensor in `meta["val"]`.
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, Node
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
-from graphquant.passes.regions import regions, sets_state
+from graphquant.passes.regions import region_of, regions, sets_state
 
 aten = torch.ops.aten
 
 LINEAR = aten.linear.default
 SDPA = aten.scaled_dot_product_attention.default
 RESIDUAL = 7  # among the arguments of int8_linear
-LITERAL = "graphquant_literal"  # meta of an attribute that a rule made: its tensor
+LITERAL = "graphquant_literal"  # meta of an attribute that is no parameter: its tensor
 
 CASTS = frozenset(
     {
@@ -33,6 +40,29 @@ CASTS = frozenset(
         aten.type_as.default,
     }
 )
+
+# Casts between these are no more than rounding beside int8's steps. Float8's steps are coarser.
+ROUND_FINELY = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+# Ops without tensors among their inputs that make the same tensor at every call.
+FACTORIES = frozenset(
+    {
+        aten.arange.default,
+        aten.arange.start,
+        aten.arange.start_step,
+        aten.eye.default,
+        aten.eye.m,
+        aten.full.default,
+        aten.linspace.default,
+        aten.logspace.default,
+        aten.ones.default,
+        aten.scalar_tensor.default,
+        aten.tril_indices.default,
+        aten.triu_indices.default,
+        aten.zeros.default,
+    }
+)
+UNSET = frozenset({aten.empty_like.default, aten.new_empty.default, aten.new_empty_strided.default})
 
 SIZED_VIEWS = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
 
@@ -66,12 +96,46 @@ def full_args(node: Node) -> tuple[Any, ...]:
     )
 
 
-def operand(value: Node) -> str:
-    """What its first reader calls it: "wq"."""
-    reader = next(iter(value.users))
+def operand(value: Node, reader: Node) -> str:
+    """What this reader of the value calls it: "wq"."""
     assert isinstance(reader.target, torch._ops.OpOverload), reader
-    names = (a.name for a in reader.target._schema.arguments)
-    return next(name for name, a in zip(names, full_args(reader), strict=True) if a is value)
+    for argument, given in zip(reader.target._schema.arguments, full_args(reader), strict=True):
+        if value in nodes_in(given):
+            return argument.name
+    raise AssertionError(f"{reader.name} does not read {value.name}")
+
+
+def nodes_in(argument: Any) -> list[Node]:
+    """The nodes in an argument, which may be a list of them, in order."""
+    found: list[Node] = []
+    map_arg(argument, found.append)
+    return found
+
+
+def fake_result(mode: FakeTensorMode, target: Any, args: Any, kwargs: Any) -> Any:
+    """What a call computes, as a fake value, from the fake values of its arguments.
+
+    With the Python dispatcher, as in tracing: some of torch's C++ composites (matmul in torch 2.11)
+    ask for sizes that are symbols here.
+    """
+    args, kwargs = map_arg((args, kwargs), lambda n: n.meta["val"])
+    with mode, enable_python_dispatcher():
+        return target(*args, **kwargs)
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Do two fake values lie in memory alike: sizes, strides, offset, and how much there is of it?
+
+    Of sizes that are symbols: only what is known without a guard.
+    """
+    return a.dim() == b.dim() and all(
+        statically_known_true(m == n) for m, n in zip(_layout(a), _layout(b), strict=True)
+    )
+
+
+def _layout(value: Tensor) -> tuple[Any, ...]:
+    storage = value.untyped_storage().nbytes() if _storage(value) is not None else 0
+    return (*value.shape, *value.stride(), value.storage_offset(), storage)
 
 
 def is_tensor(node: Node) -> bool:
@@ -103,18 +167,37 @@ def rows(node: Node) -> int:
     return total
 
 
+def width(node: Node) -> int:
+    """The size of the last dim of the node's value at compile time; 1 where it has none."""
+    return hint(*shape(node)[-1:] or (1,))
+
+
 def is_widening(node: Node) -> bool:
-    """A cast to a wider float type: it changes no value."""
-    return is_float_cast(node) and dtype(node).itemsize >= dtype(node.all_input_nodes[0]).itemsize
+    """A cast to a type that holds every value of the one before: it changes none."""
+    if not is_float_cast(node):
+        return False
+    old, new = torch.finfo(dtype(node.all_input_nodes[0])), torch.finfo(dtype(node))
+    return new.max >= old.max and new.eps <= old.eps and new.smallest_normal <= old.smallest_normal
 
 
 def is_float_cast(node: object) -> TypeGuard[Node]:
-    """A cast between float types, on one device."""
+    """A cast that rounds no further than int8 does: between ROUND_FINELY, on one device."""
     if not is_call(node, *CASTS):
         return False
     old, new = node.all_input_nodes[0].meta["val"], node.meta["val"]
-    floats = old.dtype.is_floating_point and new.dtype.is_floating_point
-    return bool(floats and old.device == new.device)
+    return {old.dtype, new.dtype} <= ROUND_FINELY and old.device == new.device
+
+
+def overflowing(value: Node, producer: Node, given: torch.dtype) -> Node | None:
+    """The cast between a producer and this value, made of it by views and casts, that turns finite
+    numbers to inf: numbers which `given` can hold."""
+    found = None
+    while value is not producer:
+        source = value.all_input_nodes[0]
+        if is_float_cast(value) and torch.finfo(dtype(value)).max < torch.finfo(given).max / 2:
+            found = value  # bfloat16's maximum is float32's but for rounding
+        value = source
+    return found
 
 
 def keeps_rows(node: Node) -> bool:
@@ -138,7 +221,8 @@ def keeps_rows(node: Node) -> bool:
 
 
 def origin(node: Node, found: Callable[[Node], object]) -> tuple[Node, list[Node]]:
-    """Walk up through row-keeping views and float casts: (producer, views in data order).
+    """Walk up through row-keeping views and casts that hardly round: (producer, views in data
+    order).
 
     `found(node)`: is this one it already? A norm that was spelled out may end in a cast.
     """
@@ -148,6 +232,21 @@ def origin(node: Node, found: Callable[[Node], object]) -> tuple[Node, list[Node
             views.append(node)
         node = node.all_input_nodes[0]
     return node, views[::-1]
+
+
+def between(out: Node, x: Node) -> list[Node]:
+    """What is computed on the way from x to out, without these two."""
+    found: dict[Node, bool] = {x: True, out: False}
+
+    def from_x(node: Node) -> bool:
+        if node not in found:
+            inputs = node.all_input_nodes if node > x else []
+            found[node] = sum(map(from_x, inputs)) > 0  # all of them, not up to the first
+        return found[node]
+
+    for i in out.all_input_nodes:
+        from_x(i)
+    return [n for n, is_ in found.items() if is_ and n is not x]
 
 
 def only_user(node: Node) -> Node | None:
@@ -165,41 +264,76 @@ def leads_only_to(node: Node, goal: Node) -> bool:
 class Constants:
     """Which nodes depend on parameters and buffers only. `roots` are those themselves.
 
-    Tensors that rules bring along (LITERAL) are constant as well.
+    What the graph writes to while it runs is no constant, under whatever name: it has one value
+    before the write and another after it, and the next run starts from that one.
+
+    What numbers make (LITERAL, FACTORIES) may take part, but alone it is no weight: a packed weight
+    belongs to its parameters.
     """
 
     def __init__(self, roots: Iterable[Node]) -> None:
         self.roots = frozenset(roots)
-        self._known: dict[Node, bool] = dict.fromkeys(self.roots, True)
+        self._written = {
+            n for graph in {r.graph for r in self.roots} for n in written_in_place(graph)
+        }
+        self._fixed = {root: root not in self._written for root in self.roots}
+        self._rooted = set(self.roots)
 
     def __contains__(self, node: object) -> bool:
-        if not isinstance(node, Node):
-            return False
-        if node not in self._known:
+        return isinstance(node, Node) and self.is_fixed(node) and node in self._rooted
+
+    def is_fixed(self, node: Node) -> bool:
+        """The same at every call, as long as the parameters are?"""
+        if node not in self._fixed:
             inputs = node.all_input_nodes
-            self._known[node] = LITERAL in node.meta or (
+            self._fixed[node] = LITERAL in node.meta or (
                 node.op == "call_function"
-                and bool(inputs)
+                and (bool(inputs) or node.target in FACTORIES)
+                and node.target not in UNSET
+                and node not in self._written
                 and not is_impure(node)
                 and not is_random(node)
-                and all(i in self for i in inputs)
+                and all(map(self.is_fixed, inputs))
             )
-        return self._known[node]
+            if any(i in self._rooted for i in inputs):
+                self._rooted.add(node)
+        return self._fixed[node]
 
     def roots_of(self, node: Node) -> list[Node]:
         """The parameters a constant is computed from, in the order they are read."""
-        if node in self.roots:
-            return [node]
-        found = (root for i in node.all_input_nodes for root in self.roots_of(i))
-        return list(dict.fromkeys(found))
+        seen: set[Node] = set()
+        found, edge = [], [node]
+        while edge:
+            value = edge.pop()
+            if value not in seen:
+                seen.add(value)
+                if value in self.roots:
+                    found.append(value)
+                else:
+                    edge += reversed(value.all_input_nodes)
+        return found
 
     def made_from(self, node: Node) -> list[Node]:
         """A constant and all that it is computed from."""
-        found = [node]
-        for value in found:
+        found, edge = {node: None}, [node]
+        for value in edge:
             if value not in self.roots:
-                found += [i for i in value.all_input_nodes if i not in found]
-        return found
+                fresh = [i for i in value.all_input_nodes if i not in found]
+                found |= dict.fromkeys(fresh)
+                edge += fresh
+        return list(found)
+
+    def written_in(self, node: Node) -> Node | None:
+        """What the graph writes to, if that is why this value is no constant: a parameter, or a
+        value that is made of such."""
+        edge, seen = [node], {node}
+        for value in edge:
+            if value not in self.roots and (value.op != "call_function" or is_random(value)):
+                return None
+            fresh = [i for i in value.all_input_nodes if not self.is_fixed(i) and i not in seen]
+            seen.update(fresh)
+            edge += fresh
+        return min((n for n in edge if n in self._written), default=None)
 
 
 def is_random(node: Node) -> bool:
@@ -207,35 +341,83 @@ def is_random(node: Node) -> bool:
 
 
 def writes(node: Node) -> list[Node]:
-    """The arguments this node writes to in place."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    """The arguments whose memory this node writes to."""
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return _written_inside(node)
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target in _WRITES_NO_VALUE:
         return []
-    schema = node.target._schema
-    if not schema.is_mutable:
-        return []
-    found: list[Any] = []
-    for argument, value in zip(schema.arguments, full_args(node), strict=True):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            found += value if isinstance(value, (list, tuple)) else [value]
-    return [v for v in found if isinstance(v, Node)]
+    schema, arguments = node.target._schema, full_args(node)
+    named = {a.name: value for a, value in zip(schema.arguments, arguments, strict=True)}
+    if schema.is_mutable:
+        mutable = [a for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+        return [n for a in mutable for n in nodes_in(named[a.name])]
+    if any(named.get(flag) is True for flag in _UPDATES_STATISTICS):
+        return [n for name in _STATISTICS for n in nodes_in(named.get(name))]
+    return []
+
+
+_WRITES_NO_VALUE = frozenset({aten.detach_.default})  # it changes what autograd knows
+
+# batch_norm, instance_norm and their kin update these without a word of it in their schemas
+_STATISTICS = ("running_mean", "running_var")
+_UPDATES_STATISTICS = ("training", "train", "use_input_stats")
+
+
+def _written_inside(node: Node) -> list[Node]:
+    """What a higher-order op writes to: all that it reads, if any of its graphs writes at all."""
+    root = node.graph.owning_module
+    read = [n for n in node.all_input_nodes if is_tensor(n)]
+    names = [n.target for n in node.all_input_nodes if n.op == "get_attr"]
+    inner = [g for name in names if isinstance(g := getattr(root, str(name), None), GraphModule)]
+    if any(writes(n) for g in inner for n in g.graph.nodes):
+        return read
+    return read if "mutation" in node.target.name() else []  # type: ignore[union-attr]  # Triton's
+
+
+def memory(node: Node) -> frozenset[int]:
+    """The storages in which the value of a node lies. Empty where none is known."""
+    return memory_of(node.meta.get("val"))
+
+
+def memory_of(value: object) -> frozenset[int]:
+    """The storages of a fake value, or of several."""
+    values = [value] if isinstance(value, Tensor) else tree_leaves(value)
+    return frozenset(at for v in values if (at := _storage(v)) is not None)
+
+
+def _storage(value: object) -> int | None:
+    if not isinstance(value, Tensor):
+        return None
+    try:
+        return int(value.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse tensors and subclasses have none
+        return None
 
 
 def may_alias(node: Node) -> list[Node]:
-    """The inputs whose memory this node's value may share."""
+    """The inputs whose memory this node's value may share.
+
+    What its fake value lies in says so, and the schema: einsum, meshgrid or broadcast_tensors
+    return views that their schemas do not declare; and a reshape that copied when the model was
+    traced may return a view once a rule has changed how its input lies in memory.
+    """
     if node.op != "call_function":
         return []
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return node.all_input_nodes if node.target.__name__ == "getitem" else []  # type: ignore[union-attr]
-    return [
-        value
-        for argument, value in zip(node.target._schema.arguments, full_args(node), strict=True)
-        if argument.alias_info is not None and isinstance(value, Node)
-    ]
+    declared: list[Node] = []
+    if isinstance(node.target, torch._ops.OpOverload):
+        for argument, given in zip(node.target._schema.arguments, full_args(node), strict=True):
+            if argument.alias_info is not None:
+                declared += nodes_in(given)
+    elif node.target is operator.getitem:
+        declared = node.all_input_nodes
+    own = memory(node)
+    return [i for i in node.all_input_nodes if i in declared or not own.isdisjoint(memory(i))]
 
 
-def _families(graph: Graph) -> Callable[[Node], Node]:
+def families(graph: Graph) -> Callable[[Node], Node]:
     """Values that may share memory have one head."""
     family: dict[Node, Node] = {}
+    first: dict[int, Node] = {}
 
     def head(n: Node) -> Node:
         while n in family:
@@ -243,7 +425,8 @@ def _families(graph: Graph) -> Callable[[Node], Node]:
         return n
 
     for node in graph.nodes:
-        for other in may_alias(node):
+        here = (first.setdefault(at, node) for at in memory(node))  # inputs share memory as well
+        for other in (*may_alias(node), *here):
             if head(node) is not head(other):
                 family[head(node)] = head(other)
     return head
@@ -251,9 +434,19 @@ def _families(graph: Graph) -> Callable[[Node], Node]:
 
 def written_in_place(graph: Graph) -> set[Node]:
     """Every value whose memory some node of the graph writes to, through any alias of it."""
-    head = _families(graph)
-    written = {head(n) for node in graph.nodes for n in writes(node)}
-    return {n for n in graph.nodes if head(n) in written} if written else set()
+    targets = [n for node in graph.nodes for n in writes(node)]
+    if not targets:
+        return set()
+    head = families(graph)
+    written = {head(n) for n in targets}
+    return {n for n in graph.nodes if head(n) in written}
+
+
+def leaving(graph: Graph) -> set[Node]:
+    """Every value whose memory the caller gets to see, through any alias of it."""
+    head = families(graph)
+    returned = {head(n) for n in graph.output_node().all_input_nodes}
+    return {n for n in graph.nodes if head(n) in returned}
 
 
 def needs_gradient(graph: Graph, differentiable: Iterable[Node], grad_enabled: bool) -> set[Node]:
@@ -261,7 +454,7 @@ def needs_gradient(graph: Graph, differentiable: Iterable[Node], grad_enabled: b
     found = set(differentiable)
     if not found:
         return found
-    head = _families(graph)
+    head = families(graph)
     for node, region in regions(graph, grad_enabled):
         if (
             region.records
@@ -282,6 +475,14 @@ def _can_need_gradient(node: Node) -> bool:
     if isinstance(value, Tensor):
         return value.is_floating_point() or value.is_complex()
     return not isinstance(value, (int, torch.SymInt, torch.SymFloat, torch.SymBool, bool, float))
+
+
+def autocast_at(node: Node) -> ExitStack:
+    """The autocast regions that a node stands in: new fake values get the types of a real run."""
+    with ExitStack() as opened:
+        for args in region_of(node).autocast:
+            opened.enter_context(torch.autocast(*args))
+        return opened.pop_all()
 
 
 def is_impure(node: Node) -> bool:
@@ -314,6 +515,17 @@ def readers(node: Node) -> str:
         for u in node.users
     )
     return ", ".join(names) or "nothing"
+
+
+def described(node: Node, names: Mapping[Node, str]) -> str:
+    """What a value is, for a sentence: "bias" or "the result of gelu in encoder.layers.0"."""
+    if node in names:
+        return names[node]
+    if node.op != "call_function":
+        return "an input of the model"
+    op = getattr(node.target, "__name__", str(node.target)).split(".")[0]
+    path = module_path(node)
+    return f"the result of {op} in {path}" if path else f"the result of {op}"
 
 
 def module_path(node: Node) -> str:

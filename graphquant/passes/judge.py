@@ -22,10 +22,10 @@ from torch.fx import Node
 
 from graphquant.accuracy import Error
 from graphquant.ops.numerics import quantize_rows
-from graphquant.packed import is_released
 from graphquant.passes.graph import Constants, shape
 from graphquant.passes.prepack import packing_of
 from graphquant.passes.rule import Linear, Smooth
+from graphquant.released import is_released
 
 
 class Product(NamedTuple):

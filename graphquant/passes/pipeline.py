@@ -5,38 +5,42 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from graphquant.config import Config
+from graphquant.failure import stage
 from graphquant.ops import int8_linear
 from graphquant.ops.checks import FLOATS
+from graphquant.ops.define import missing
 from graphquant.ops.int8_linear.op import MAX_K
 from graphquant.passes.apply import Workbench, apply
 from graphquant.passes.attention import choose_kernels
 from graphquant.passes.graph import (
     LINEAR,
     Constants,
-    aten,
+    between,
     calls,
     drop_dead_code,
     dtype,
     full_args,
-    hint,
     module_path,
     needs_gradient,
     readers,
     rows,
     shape,
+    width,
     written_in_place,
 )
 from graphquant.passes.ir import Captured
+from graphquant.passes.layout import restore_layouts
 from graphquant.passes.masks import drop_empty_masks
 from graphquant.passes.normalize import merge_equal_views, normalize
 from graphquant.passes.ranges import static_ranges
-from graphquant.passes.recognize import recognize
+from graphquant.passes.recognize import Recognized, recognize
 from graphquant.passes.record import Record
 from graphquant.passes.rule import Rule
 from graphquant.passes.rules.act_linear import ActLinear
@@ -47,6 +51,7 @@ from graphquant.passes.rules.patch_linear import PatchLinear
 from graphquant.passes.rules.residual import Residual
 from graphquant.passes.rules.stack_siblings import StackSiblings
 from graphquant.passes.smooth import NO_NORM
+from graphquant.passes.verify import verifier
 from graphquant.report import Outcome, Report
 
 log = logging.getLogger(__name__)
@@ -65,42 +70,83 @@ INT8_RULES: tuple[Rule[Any], ...] = (
 NEEDS_GRADIENT = "its result can need a gradient"
 STANDS_FOR, LINEARS = "graphquant_stands_for", "graphquant_linears"  # see _leave_traces
 DEVICES = ("cpu", "cuda")
+NEED_KERNELS = ("cuda",)
 
 
 def rewrite(captured: Captured, config: Config) -> Report:
     """Rewrite the captured graph in place and say what was done. Weights stay to be packed."""
     gm = captured.gm
-    normalize(captured)
-    drop_empty_masks(gm.graph)
-    constants = Constants(captured.parameters)
-    bench = Workbench(
+    verify = verifier(captured)
+
+    @contextmanager
+    def step(name: str) -> Iterator[None]:
+        with stage(name):
+            yield
+            verify(name, bench.record if bench is not None else None)
+
+    bench: Workbench | None = None
+    with step("normalize"):
+        normalize(captured)
+    with step("empty masks"):
+        drop_empty_masks(gm.graph)
+    with stage("recognize"):
+        bench = _workbench(captured, config)
+    with stage("the record of linears"):
+        _enter_all(bench, captured, config)
+    if config.activation == "static" and config.calibration is not None:
+        with stage("static ranges"):
+            bench.ranges = static_ranges(_open_linears(bench), config.calibration)
+    for rule in INT8_RULES if config.quantize else FLOAT_RULES:
+        with step(f"rule {rule.name}"):
+            apply(bench, rule)
+    if bench.select and missing() is None:
+        with step("the choice of attention kernels"):
+            choose_kernels(gm.graph, bench.needs_gradient)
+    with step("the layout of what is seen"):
+        restore_layouts(gm.graph, bench.fake_mode)
+    with step("the end of the rewrite"):
+        merge_equal_views(gm.graph)  # a rule may have made one that the model has as well
+        drop_dead_code(gm.graph)
+    with stage("the report"):
+        gm.graph.lint()
+        gm.recompile()
+        _leave_traces(bench)
+        report = Report(bench.record.outcomes(), notes=tuple(_notes(bench, config)))
+    log.info("%s", report.summary())
+    return report
+
+
+def _workbench(captured: Captured, config: Config) -> Workbench:
+    gm = captured.gm
+    constants, written = Constants(captured.parameters), written_in_place(gm.graph)
+    return Workbench(
         gm=gm,
         fake_mode=captured.fake_mode,
         constants=constants,
-        recognized=recognize(gm.graph, constants),
+        recognized=_unwritten(recognize(gm.graph, constants), written),
         needs_gradient=needs_gradient(gm.graph, captured.differentiable, captured.grad_enabled),
-        written=written_in_place(gm.graph),
+        written=written,
         record=Record(),
         config=config,
         parameters=captured.parameters,
+        names=captured.names,
         select=config.select == "faster",
     )
-    _enter_all(bench, captured, config)
-    if config.activation == "static" and config.calibration is not None:
-        bench.ranges = static_ranges(_open_linears(bench), config.calibration)
-    for rule in INT8_RULES if config.quantize else FLOAT_RULES:
-        apply(bench, rule)
-    _views_to_reshapes(bench)
-    if bench.select:
-        choose_kernels(gm.graph, bench.needs_gradient)
-    merge_equal_views(gm.graph)  # a rule may have made one that the model has as well
-    drop_dead_code(gm.graph)
-    gm.graph.lint()
-    gm.recompile()
-    _leave_traces(bench)
-    report = Report(bench.record.outcomes(), notes=tuple(_notes(bench, config)))
-    log.info("%s", report.summary())
-    return report
+
+
+def _unwritten(found: Recognized, written: set[Node]) -> Recognized:
+    """Without those of which a step is written in place: they compute something else."""
+    if not written:
+        return found
+    norms, acts, unusable = dict(found.norms), dict(found.activations), dict(found.unusable)
+    inputs = {out: norm.x for out, norm in norms.items()}
+    inputs |= {out: act.x for out, act in acts.items()}
+    for out, x in inputs.items():
+        if not written.isdisjoint(between(out, x)):
+            norms.pop(out, None)
+            acts.pop(out, None)
+            unusable[out] = "a step of it is written in place"
+    return Recognized(norms, acts, unusable)
 
 
 def _enter_all(bench: Workbench, captured: Captured, config: Config) -> None:
@@ -113,14 +159,14 @@ def _enter_all(bench: Workbench, captured: Captured, config: Config) -> None:
         if node.target is LINEAR:
             x, weight, _ = full_args(node)
             path = _linear_path(bench, captured, weight) or path
-            M, N, K = rows(node), hint(shape(node)[-1]), hint(shape(x)[-1])
+            M, N, K = rows(node), width(node), width(x)
             outcome = Outcome("linear", path, node.name, refused=idle, M=M, N=N, K=K)
             barred = _why_barred(bench, captured, config, node, path)
             bench.record.enter(node, outcome, barred)
         elif node in norms or node in acts or node in unusable:
             kind = "activation" if node in acts else "norm"
             why = f"read by {readers(node)}" if config.quantize else "quantize=False"
-            outcome = Outcome(kind, path, node.name, refused=why, K=hint(shape(node)[-1]))
+            outcome = Outcome(kind, path, node.name, refused=why, K=width(node))
             bench.record.enter(node, outcome, unusable.get(node, ""))
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
             for inner in _linears_inside(bench.gm, node):
@@ -131,8 +177,8 @@ def _enter_all(bench: Workbench, captured: Captured, config: Config) -> None:
                         f"{node.name}.{inner.name}",
                         refused=f"inside the higher-order op {node.target.name()}",
                         M=rows(inner),
-                        N=hint(shape(inner)[-1]),
-                        K=hint(shape(inner.all_input_nodes[0])[-1]),
+                        N=width(inner),
+                        K=width(inner.all_input_nodes[0]),
                     )
                 )
 
@@ -152,9 +198,12 @@ def _why_barred(bench: Workbench, captured: Captured, config: Config, node: Node
     x, weight, bias = full_args(node)
     if node.meta.get("graphquant") == PatchLinear.name:
         return "it embeds pixels, which stay in float"
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and (written := bench.constants.written_in(value)):
+            return f"its {name} is not fixed: {_told(written, bench)} is written in place"
     if weight not in bench.constants:
         return "its weight is not a parameter"
-    if bias is not None and bias not in bench.constants:
+    if bias is not None and not bench.constants.is_fixed(bias):
         return "its bias is not a parameter"
     if why := config.wants(path):
         return why
@@ -164,18 +213,27 @@ def _why_barred(bench: Workbench, captured: Captured, config: Config, node: Node
         return f"computes in {str(dtype(node)).removeprefix('torch.')}"
     if (device := node.meta["val"].device.type) not in DEVICES:
         return f"graphquant has no kernels for {device}"
+    if device in NEED_KERNELS and (why := missing()) is not None:
+        return why
+    if len(shape(weight)) != 2:
+        return f"its weight has {len(shape(weight))} dims, not two"
     N, K = shape(weight)
     if not 1 <= K <= MAX_K or N < 1:
         return f"K={K}, N={N}: int8 needs 1 <= K <= {MAX_K} and N >= 1"
     operands = [v for v in (weight, bias) if v is not None]
-    read = [n for v in operands for n in bench.constants.made_from(v)]
-    if hit := next((n for n in read if n in bench.written), None):
-        return f"{captured.names.get(hit, hit.name)} is written in place inside the graph"
-    for root in (n for n in read if n in bench.constants.roots):
+    for root in (r for v in operands for r in bench.constants.roots_of(v)):
         kind = type(captured.parameters[root])
         if kind not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
             return f"{captured.names[root]} is a {kind.__name__}, not a plain tensor"
     return ""
+
+
+def _told(written: Node, bench: Workbench) -> str:
+    if written in bench.constants.roots:
+        return bench.names[written]
+    roots = " and ".join(bench.names[r] for r in bench.constants.roots_of(written))
+    where = f" in {path}" if (path := module_path(written)) else ""
+    return f"what is made of {roots or 'numbers'}{where}"
 
 
 def _linear_path(bench: Workbench, captured: Captured, weight: Node) -> str:
@@ -195,13 +253,6 @@ def _linears_inside(gm: GraphModule, node: Node) -> Iterator[Node]:
             inner = getattr(gm, str(argument.target), None)
             if isinstance(inner, GraphModule):
                 yield from calls(inner.graph, lambda n: n.target is LINEAR and "val" in n.meta)
-
-
-def _views_to_reshapes(bench: Workbench) -> None:
-    """A slice of a stacked linear is not contiguous: where `view` fails, `reshape` copies."""
-    for node in calls(bench.graph, lambda n: n.target is aten.view.default):
-        if node not in bench.written:
-            node.target = aten.reshape.default
 
 
 def _leave_traces(bench: Workbench) -> None:

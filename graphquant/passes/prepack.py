@@ -31,6 +31,7 @@ from graphquant.passes.graph import (
     operand,
 )
 from graphquant.passes.ir import Captured
+from graphquant.passes.verify import verifier
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,15 @@ class Literal:
     a graph that is compiled again finds what was packed before."""
 
     shape: tuple[int, ...]
+    kind: tuple[torch.dtype, torch.device]
     digest: bytes
     value: Tensor = field(compare=False, repr=False)
 
     @classmethod
     def of(cls, value: Tensor) -> Literal:
-        digest = hashlib.sha256(value.cpu().numpy().tobytes())
-        return cls(tuple(value.shape), digest.digest(), value)
+        memory = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest = hashlib.sha256(memory.numpy().tobytes()).digest()
+        return cls(tuple(value.shape), (value.dtype, value.device), digest, value)
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ def prepack(captured: Captured, new_input: Callable[[str], Node]) -> list[Packin
     `new_input(name)` adds an input to the graph; the fake value is copied onto it here.
     """
     graph, constants = captured.gm.graph, Constants(captured.parameters)
+    check = verifier(captured)
     packings: list[Packing] = []
     for linear in calls(graph, _is_rewritten):
         # a quantiser of a constant is an expression itself, and reads nothing that is left
@@ -126,8 +130,9 @@ def prepack(captured: Captured, new_input: Callable[[str], Node]) -> list[Packin
         outputs = [a for a in read if a in constants and not _is_root(a, constants)]
         if not outputs:
             continue
+        check("prepack", taken=outputs)
         packing = packing_of(outputs, constants)
-        inputs = tuple(new_input(f"packed{len(packings)}_{operand(old)}") for old in outputs)
+        inputs = tuple(new_input(f"packed{len(packings)}_{_name(old, readers)}") for old in outputs)
         for old, new in zip(outputs, inputs, strict=True):
             new.meta["val"] = old.meta["val"]
             for reader in readers:
@@ -136,9 +141,10 @@ def prepack(captured: Captured, new_input: Callable[[str], Node]) -> list[Packin
     literals = [n for n in graph.find_nodes(op="get_attr") if LITERAL in n.meta]
     drop_dead_code(graph)
     for node in literals:
-        if node._erased:
+        if node._erased and node.target not in {n.target for n in graph.find_nodes(op="get_attr")}:
             delattr(captured.gm, str(node.target))
     graph.lint()
+    check("prepack")
     captured.gm.recompile()
     return packings
 
@@ -148,6 +154,10 @@ def packing_of(outputs: Sequence[Node], constants: Constants) -> Packing:
     roots = list(dict.fromkeys(r for o in outputs for r in constants.roots_of(o)))
     expressions = _Expressions(roots)
     return Packing(Recipe(tuple(expressions.of(o) for o in outputs)), tuple(roots))
+
+
+def _name(value: Node, readers: Sequence[Node]) -> str:
+    return operand(value, next(r for r in readers if value in r.all_input_nodes))
 
 
 def _is_root(node: Node, constants: Constants) -> bool:

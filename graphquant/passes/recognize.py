@@ -3,14 +3,15 @@
 A spelled-out form such as `w * (x * rsqrt(mean(x**2) + eps))` or `0.5 * x * (1 + erf(x / sqrt(2)))`
 has many spellings: operand orders, pow or mul, casts in between. Instead of one pattern per
 spelling, the smallest region of arithmetic with a single activation `x` as its input is *evaluated*
-in float64 on random `x` and parameters, and compared with the norms and activations that the ops
-know. Equal values on random inputs in float64 leave no room for a wrong match.
+in float64 on random parameters and on all that `x` can be (passes/agree.py), and compared with the
+norms and activations that the ops know.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,9 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from graphquant.ops.checks import FLOATS
 from graphquant.ops.numerics import ACTIVATIONS
+from graphquant.passes.agree import RELATIVE, Steps, elementwise, rowwise
 from graphquant.passes.graph import (
     CASTS,
     Constants,
@@ -37,7 +40,7 @@ from graphquant.passes.graph import (
     shape,
 )
 
-TOLERANCE = 1e-6  # float64 on inputs near 1; gelu's two forms are 4.7e-4 apart
+HALF_MOST, FLOAT_MOST = 65504.0, 3.38e38  # of float16; of bfloat16, and so of float32
 LONGEST = 24  # nodes of a spelled-out form; layer norm with casts takes 14
 
 WHOLE_ACTIVATIONS: dict[Any, Callable[[Node], str]] = {
@@ -99,6 +102,7 @@ class Recognized:
 
 def recognize(graph: Graph, constants: Constants) -> Recognized:
     found = Recognized({}, {}, {})
+    known: dict[str, Any] = {}  # what a region's text was found to be: layers repeat
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in calls(graph, lambda n: n.target in WHOLE_NORMS):
         norm = _whole_norm(node)
@@ -108,12 +112,12 @@ def recognize(graph: Graph, constants: Constants) -> Recognized:
             found.unusable[node] = norm
     for node in calls(graph, lambda n: n.target in _SIGNS_OF_NORM):
         for out in _downstream(node):
-            if (norm_ := _spelled_norm(out, constants, order)) is not None:
+            if (norm_ := _spelled_norm(out, constants, order, known)) is not None:
                 found.norms[out] = norm_
                 break
     for node in calls(graph, lambda n: n.target in _SIGNS_OF_ACTIVATION):
         for out in _downstream(node):
-            if (act := _spelled_activation(out, constants, order)) is not None:
+            if (act := _spelled_activation(out, constants, order, known)) is not None:
                 found.activations[out] = act
                 break
     for node in calls(graph, lambda n: n.target in WHOLE_ACTIVATIONS):
@@ -158,17 +162,43 @@ class _Region:
     nodes: tuple[Node, ...]  # in order, x excluded, out included
     parameters: tuple[Node, ...]
 
-    def __call__(self, x: Tensor, parameters: dict[Node, Tensor]) -> Tensor:
-        """The region's value in the precision of `x`: casts are left out."""
+    def steps(self, x: Tensor, parameters: dict[Node, Tensor]) -> list[Tensor]:
+        """The values of all nodes in the precision of `x`: casts do not round, but overflow."""
         values = {self.x: x, **parameters}
         for node in self.nodes:
             if node.target in CASTS:
-                values[node] = values[node.all_input_nodes[0]]
+                values[node] = _overflowed(values[node.all_input_nodes[0]], dtype(node))
             else:
                 args, given = map_arg((node.args, node.kwargs), values.__getitem__)
                 kwargs = {k: v for k, v in given.items() if k != "dtype"}
                 values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return values[self.out]
+        return [values[node] for node in self.nodes]
+
+    def __call__(self, x: Tensor, parameters: dict[Node, Tensor]) -> Tensor:
+        return self.steps(x, parameters)[-1]
+
+    @property
+    def most(self) -> float:
+        """The largest number that x can be, in types that the ops take."""
+        return HALF_MOST if dtype(_unwidened(self.x)) == torch.float16 else FLOAT_MOST
+
+    @property
+    def text(self) -> str:
+        """The same for regions that compute the same."""
+        names = {n: f"%{i}" for i, n in enumerate((self.x, *self.parameters, *self.nodes))}
+        sizes = [(shape(p), p.meta["val"].dtype) for p in self.parameters]
+        lines = [f"{self.most} {len(shape(self.x))} {shape(self.x)[-1:]} {sizes}"]
+        for n in self.nodes:
+            args = map_arg((n.args, n.kwargs), lambda a: names[a])
+            lines.append(f"{n.target}{args} {dtype(n)}")
+        return "\n".join(lines)
+
+
+def _overflowed(value: Tensor, kind: torch.dtype) -> Tensor:
+    """What a cast to this type makes of a value, its rounding left out."""
+    if torch.finfo(kind).max > HALF_MOST:
+        return value  # no smaller than what all else is computed in
+    return torch.where(value.abs() > HALF_MOST, value.sign() * math.inf, value)
 
 
 def _regions(out: Node, constants: Constants, order: dict[Node, int]) -> list[_Region]:
@@ -182,7 +212,7 @@ def _regions(out: Node, constants: Constants, order: dict[Node, int]) -> list[_R
     parameters: dict[Node, None] = {}
     heap, seen = [(-order[out], out)], {out}
     while heap and len(inside) < LONGEST:
-        if len(heap) == 1 and inside:
+        if len(heap) == 1 and inside and is_tensor(heap[0][1]):
             found.append(_Region(out, heap[0][1], tuple(inside[::-1]), tuple(parameters)))
         _, node = heapq.heappop(heap)
         if not is_call(node, *_ARITHMETIC) or not is_tensor(node):
@@ -200,23 +230,33 @@ def _regions(out: Node, constants: Constants, order: dict[Node, int]) -> list[_R
 
 
 def _spelled_activation(
-    out: Node, constants: Constants, order: dict[Node, int]
+    out: Node, constants: Constants, order: dict[Node, int], known: dict[str, Any]
 ) -> Activation | None:
     for region in _regions(out, constants, order):
         if region.parameters or not any(n.target in _SIGNS_OF_ACTIVATION for n in region.nodes):
             continue
         if any(n.target in _SIGNS_OF_NORM for n in region.nodes):
             return None
-        with unset_fake_temporarily(), torch.no_grad():
-            x = torch.linspace(-6, 6, 97, dtype=torch.float64, device="cpu")
-            value = region(x, {})
-            for name, act in ACTIVATIONS.items():
-                if _equal(value, act(x)):
-                    return Activation(out, _unwidened(region.x), name)
+        if (text := region.text) not in known:
+            with unset_fake_temporarily(), torch.no_grad():
+                known[text] = _which_activation(region)
+        if (name := known[text]) is not None:
+            return Activation(out, _unwidened(region.x), name)
     return None
 
 
-def _spelled_norm(out: Node, constants: Constants, order: dict[Node, int]) -> Norm | None:
+def _which_activation(region: _Region) -> str | None:
+    x = torch.linspace(-6, 6, 97, dtype=torch.float64, device="cpu")
+    value = region(x, {})
+    for name, act in ACTIVATIONS.items():
+        if _similar(value, act(x)):
+            return name if elementwise(lambda x: region.steps(x, {}), act, region.most) else None
+    return None
+
+
+def _spelled_norm(
+    out: Node, constants: Constants, order: dict[Node, int], known: dict[str, Any]
+) -> Norm | None:
     rms: Norm | None = None
     for region in _regions(out, constants, order):
         if len(region.parameters) > 2 or not any(n.target in _SIGNS_OF_NORM for n in region.nodes):
@@ -225,18 +265,28 @@ def _spelled_norm(out: Node, constants: Constants, order: dict[Node, int]) -> No
         if not size or not isinstance(size[-1], int) or shape(out)[-1:] != size[-1:]:
             continue
         if any(
-            p.meta["val"].numel() != size[-1] or shape(p)[-1] != size[-1] for p in region.parameters
+            p.meta["val"].numel() != size[-1] or shape(p)[-1:] != size[-1:]
+            for p in region.parameters
         ):
             continue
-        with unset_fake_temporarily(), torch.no_grad():
-            norm = _which_norm(region, size[-1], len(size))
-        if norm is not None and not norm.rms:
+        if (text := region.text) not in known:
+            with unset_fake_temporarily(), torch.no_grad():
+                known[text] = _which_norm(region, size[-1], len(size))
+        if known[text] is None:
+            continue
+        *roles, eps, is_rms = known[text]
+        gamma, beta = (None if i is None else region.parameters[i] for i in roles)
+        norm = Norm(out, _unwidened(region.x), gamma, beta, eps, is_rms)
+        if not norm.rms:
             return norm  # whole: not only the RMS norm of the deviations, which a layer norm holds
         rms = rms or norm
     return rms
 
 
-def _which_norm(region: _Region, K: int, rank: int) -> Norm | None:
+def _which_norm(
+    region: _Region, K: int, rank: int
+) -> tuple[int | None, int | None, float, bool] | None:
+    """(which parameter is gamma, which is beta, eps, rms?) if the region is a norm."""
     random = torch.Generator("cpu").manual_seed(K)
 
     def draw(*size: int) -> Tensor:
@@ -247,10 +297,11 @@ def _which_norm(region: _Region, K: int, rank: int) -> Norm | None:
     value = region(x, parameters)
     numbers = [a for n in region.nodes for a in (*n.args, *n.kwargs.values())]
     epsilons = {float(a) for a in numbers if isinstance(a, float) and 0 < a < 0.1}
-    slots = [*region.parameters, *[None] * (2 - len(region.parameters))]
-    for gamma, beta in dict.fromkeys(itertools.permutations(slots, 2)):
-        g, b = (None if p is None else parameters[p].reshape(K) for p in (gamma, beta))
-        kinds = (True, False) if beta is None else (False,)
+    count = len(parameters)
+    slots = [*range(count), *[None] * (2 - count)]
+    for roles in dict.fromkeys(itertools.permutations(slots, 2)):
+        g, b = (None if i is None else parameters[region.parameters[i]].reshape(K) for i in roles)
+        kinds = (True, False) if b is None else (False,)
         for rms, eps in itertools.product(kinds, [*sorted(epsilons), 0.0]):
 
             def norm(x: Tensor) -> Tensor:
@@ -258,21 +309,36 @@ def _which_norm(region: _Region, K: int, rank: int) -> Norm | None:
                     return F.rms_norm(x, (K,), g, eps)  # noqa: B023
                 return F.layer_norm(x, (K,), g, b, eps)  # noqa: B023
 
-            if _equal(value, norm(x)):
-                small = x * (eps**0.5 or 1e-20)  # as small as eps, so that a wrong eps shows
-                if _equal(region(small, parameters), norm(small)):
-                    return Norm(region.out, _unwidened(region.x), gamma, beta, eps, rms)
+            if not _similar(value, norm(x)):
+                continue
+            if rowwise(_by_rows(region, parameters, rank), norm, b, K, region.most):
+                return *roles, eps, rms
     return None
 
 
-def _equal(value: Tensor, want: Tensor) -> bool:
+def _by_rows(region: _Region, parameters: dict[Node, Tensor], rank: int) -> Steps:
+    """A region's steps on rows [M, K], as [M, 1] or [M, K]."""
+
+    def steps(x: Tensor) -> list[Tensor]:
+        if rank == 1:
+            each = zip(*(region.steps(row, parameters) for row in x), strict=True)
+            return [torch.stack(values) for values in each]
+        values = region.steps(x.reshape(*[1] * (rank - 2), *x.shape), parameters)
+        rows = [v for v in values if v.dim() == rank and v.shape[-2] == len(x)]
+        return [v.reshape(len(x), -1) for v in rows]
+
+    return steps
+
+
+def _similar(value: Tensor, want: Tensor) -> bool:
+    """Worth a closer look?"""
     return value.shape == want.shape and bool(
-        ((value - want).abs() <= TOLERANCE * (1 + want.abs())).all()
+        ((value - want).abs() <= RELATIVE * (1 + want.abs())).all()
     )
 
 
 def _unwidened(x: Node) -> Node:
     """The value before a cast to a wider type: the ops widen by themselves."""
-    while is_widening(x):
+    while is_widening(x) and dtype(x.all_input_nodes[0]) in FLOATS:
         x = x.all_input_nodes[0]
     return x

@@ -113,6 +113,14 @@ class Record:
         the node of the model that had the same value (without the residual)."""
         return tuple((e.done(), e.value) for e in self._at.get(node, ()))
 
+    def linears(self) -> dict[Node, list[str]]:
+        """The nodes that compute the linears on record, and the paths of these."""
+        found = {
+            node: [e.outcome.path or e.outcome.node for e in entries if e.outcome.kind == "linear"]
+            for node, entries in self._at.items()
+        }
+        return {node: paths for node, paths in found.items() if paths}
+
     def outcomes(self) -> tuple[Outcome, ...]:
         """Every Outcome, in graph order."""
         return tuple(e.done() for e in self._entries)

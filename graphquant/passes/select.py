@@ -92,6 +92,11 @@ def _shown(argument: Any, names: Mapping[Node, str]) -> Any:
     return float if isinstance(argument, float) else argument
 
 
+def cut_out(nodes: Collection[Node]) -> Region:
+    """These nodes, all of whose results are read."""
+    return _region(nodes, lambda n: n in nodes)
+
+
 def _region(outputs: Collection[Node], inside: Callable[[Node], bool]) -> Region:
     """What computes `outputs`, back to the first nodes that are not inside."""
     found: set[Node] = set()

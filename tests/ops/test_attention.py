@@ -134,7 +134,7 @@ def test_what_the_kernel_does_not_take_is_said() -> None:
 
 @pytest.mark.cuda
 def test_the_kernel_says_what_is_wrong_with_its_inputs() -> None:
-    (kernel,) = attention.kernels
+    kernel, _ = attention.kernels
     half = Heads(D=72, dtype=torch.bfloat16)
     q, k, v, scale = half.on("cuda")
     if (why := kernel.refuses(q, k, v, scale, "128x128")) is not None:

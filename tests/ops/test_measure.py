@@ -123,16 +123,54 @@ def test_the_machine_is_the_card_and_the_versions(monkeypatch: pytest.MonkeyPatc
     assert of(torch.device("cuda", 1)).startswith("card 1, ")
 
 
+def held(times: str) -> str:
+    on = "a card, torch 1, triton 2"
+    return f'{{"question": "{QUESTION}", "on": "{on}", "times": {times}}}'
+
+
 @pytest.mark.parametrize(
     "broken",
-    ["", "{", "[]", "null", "3", '"times"', "{}", '{"times": null}', '{"times": [1]}', "\0\xff"],
+    [
+        *(
+            "",
+            "{",
+            "[]",
+            "null",
+            "3",
+            '"times"',
+            "{}",
+            '{"times": null}',
+            '{"times": [1]}',
+            "\0\xff",
+        ),
+        *("[" * 10**5, '{"times":' * 10**5, "1" * 5000, "NaN", '{"times": {"a": 3}}'),
+        *map(held, ("null", "[3]", '{"a": null}', '{"a": "3"}', '{"a": true}', '{"a": [3]}')),
+        *map(held, ('{"a": NaN}', '{"a": Infinity}', '{"a": 1e999}', f'{{"a": {10**400}}}')),
+        held('{"a": 3}').replace("128x64", "128x65"),
+        held('{"a": 3}').replace("torch 1", "torch 2"),
+    ],
 )
 def test_a_broken_file_is_as_good_as_none(measured: Measured, cache: Path, broken: str) -> None:
     times(QUESTION, CARD, {"a": lambda: 3})
+    only(cache).write_text(held('{"a": 5}'))
+    assert recall(QUESTION, CARD) == {"a": 5.0}
     only(cache).write_text(broken, encoding="latin-1")
     assert recall(QUESTION, CARD) is None
     assert times(QUESTION, CARD, {"a": lambda: 4}) == {"a": 4.0}
     assert recall(QUESTION, CARD) == {"a": 4.0}
+
+
+def test_without_a_cache_it_is_measured_each_time(
+    measured: Measured, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    (cache / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache / "file"))
+    with caplog.at_level("DEBUG", "graphquant"):
+        for us in (3.0, 4.0):
+            assert times(QUESTION, CARD, {"a": lambda us=us: us}) == {"a": us}
+    assert len(measured.asked) == 2
+    said = [r for r in caplog.records if "no cache: " in r.message]
+    assert said and all(r.levelname == "DEBUG" for r in said)
 
 
 def test_a_file_says_what_was_asked_and_where(measured: Measured, cache: Path) -> None:

@@ -100,6 +100,47 @@ def test_what_was_compiled_once_is_read_from_disk(
     assert len(list(cache.rglob("kernel.cubin"))) == 5
 
 
+@pytest.fixture
+def compiled(cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Sources that were compiled, by a stand-in for NVRTC."""
+    sources: list[str] = []
+
+    def compile_(source: str, options: list[str]) -> bytes:
+        sources.append(source)
+        return b"\x7fELF" + bytes(range(200))
+
+    monkeypatch.setattr(nvrtc, "_compile", compile_)
+    monkeypatch.setattr(nvrtc, "version", lambda: (13, 0))
+    return sources
+
+
+def tampered(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[50] ^= 1
+    file.write_bytes(content)
+
+
+def planted(file: Path) -> None:
+    file.write_bytes(b"\x7fELF another kernel")
+
+
+def open_to_all(file: Path) -> None:
+    file.chmod(0o666)
+
+
+@pytest.mark.parametrize("change", [tampered, planted, open_to_all, Path.unlink])
+@pytest.mark.parametrize("suffix", ["", ".sha256"])
+def test_a_cubin_that_is_not_what_was_compiled_is_compiled_again(
+    change: Any, suffix: str, cache: Path, compiled: list[str]
+) -> None:
+    first = compile_cubin(SOURCE, {}, "sm_90a")
+    assert compile_cubin(SOURCE, {}, "sm_90a") == first and len(compiled) == 1
+    (file,) = cache.rglob(f"kernel.cubin{suffix}")
+    change(file)
+    for _ in range(2):
+        assert compile_cubin(SOURCE, {}, "sm_90a") == first and len(compiled) == 2
+
+
 @needs_nvrtc
 def test_a_compile_error_shows_the_compilers_log(cache: Path) -> None:
     with pytest.raises(KernelBuildError) as caught:

@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from graphquant.ops.numerics import quantize_rows, quantize_symmetric
 from tests.models import relative, same_structure
 from tests.passes.graphs import compiled, rewritten
+from tests.passes.simulated import Int8Linears
 
 ACTS: dict[str, Any] = {
     "gelu": F.gelu,
@@ -223,21 +222,6 @@ class EncoderModel(nn.Module):
         return self.head(self.norm(x)), x, *seen
 
 
-class _Int8Linears(TorchFunctionMode):
-    """Eager, with the operands of every linear rounded to int8 and back. Counts the linears."""
-
-    count = 0
-
-    def __torch_function__(self, fn: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if fn is F.linear:
-            self.count += 1
-            x, weight, *bias = args
-            xq, x_scale, x_shift = quantize_rows(x)
-            wq, w_scale = quantize_symmetric(weight)
-            args = ((xq * x_scale + x_shift).to(x.dtype), (wq * w_scale).to(weight.dtype), *bias)
-        return fn(*args, **(kwargs or {}))
-
-
 @settings(max_examples=settings().max_examples * 25 // 60)
 @given(encoders)
 def test_a_random_encoder_is_rewritten_whole_and_right(encoder: Encoder) -> None:
@@ -245,7 +229,7 @@ def test_a_random_encoder_is_rewritten_whole_and_right(encoder: Encoder) -> None
     torch.manual_seed(encoder.seed)
     model = EncoderModel(encoder).to(encoder.dtype).eval()
     x = torch.randn(encoder.batch, encoder.tokens, encoder.inputs, dtype=encoder.dtype)
-    with _Int8Linears() as mode:
+    with Int8Linears() as mode:
         simulated = model(x)
 
     result = compiled(model, x)

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from graphquant.passes.graph import Constants
 from graphquant.passes.normalize import normalize
@@ -459,3 +461,211 @@ def test_a_near_miss_is_not_taken_for_an_activation(name: str) -> None:
 def test_a_product_of_two_values_is_no_activation() -> None:
     seen = found(Model(lambda m, x, y: x * torch.sigmoid(y)), torch.randn(4, K), torch.randn(4, K))
     assert not seen.activations
+
+
+# All of a type's range ---------------------------------------------------------------------------
+
+
+def traced(f: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Recognized, Node, Node]:
+    """What is recognized in f(x), and the nodes of x and f(x)."""
+    graph = make_fx(f, tracing_mode="fake", pre_dispatch=True)(x).graph
+    (given,), (out,) = graph.find_nodes(op="placeholder"), graph.output_node().all_input_nodes
+    return recognize(graph, Constants(())), given, out
+
+
+def whole(f: Callable[[Tensor], Tensor], x: Tensor | None = None) -> str | None:
+    """Which activation, or "norm", the whole of f is taken for."""
+    seen, given, out = traced(f, torch.randn(2, K) if x is None else x)
+    if (norm := seen.norms.get(out)) is not None:
+        return "norm" if norm.x is given else None
+    act = seen.activations.get(out)
+    return act.act if act is not None and act.x is given else None
+
+
+FORMS = {act: [*forms.values()][-1] for act, forms in ACTS.items()} | {
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)
+}
+
+ALSO_NOT_ACTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu6": lambda x: F.relu(x) - F.relu(x - 6),
+    "relu20": lambda x: F.relu(x) - F.relu(x - 20),
+    "relu clipped at 1e30": lambda x: F.relu(x) - F.relu(x - 1e30),
+    "relu clipped at 1e-30": lambda x: F.relu(x) - F.relu(x - 1e-30),
+    "relu with a cut": lambda x: F.relu(x - 1e-12),
+    "a power that shows beyond 1e3": lambda x: F.relu(x) + 1e-14 * x**10,
+    "a slope that shows below zero": lambda x: F.relu(x) + 1e-13 * x,
+    "an offset that shows near zero": lambda x: F.relu(x) + 1e-9,
+    "a bump between samples": lambda x: F.relu(x) + torch.exp(-1e4 * (x - 1234.5678) ** 2) * 100,
+    "a dent without a sign change": lambda x: (
+        F.relu(x) + torch.exp(-1e4 * (x * x - 246.9 * x + 123.45**2)) * 10
+    ),
+    "a clamp of the argument": lambda x: x * torch.sigmoid(x - F.relu(x - 30) * 2),
+    "silu that returns": lambda x: x * torch.sigmoid(x - 1e-6 * x**3),
+    "gelu of float32's constants": lambda x: 0.5 * x * (1 + torch.erf(x * 0.70711)),
+    "gelu with a floor": lambda x: (
+        F.relu(x) - F.relu(-x) * 0.5 * (1 - torch.erf(-x * 0.5**0.5)) * 2
+    ),
+    "a float8 inside": lambda x: (
+        0.5 * x * (1 + torch.erf(x / 2**0.5).to(torch.float8_e4m3fn).float())
+    ),
+    "a float16 that overflows inside": lambda x: F.relu(x).to(torch.float16).float() * 1,
+}
+
+
+@pytest.mark.parametrize("name", ALSO_NOT_ACTS)
+def test_what_differs_far_away_or_close_to_zero_is_another_function(name: str) -> None:
+    assert whole(ALSO_NOT_ACTS[name]) is None
+
+
+@pytest.mark.parametrize("act", FORMS)
+def test_a_form_of_an_activation_is_found_without_an_export(act: str) -> None:
+    """So that what follows can fail."""
+    assert whole(FORMS[act]) == act
+
+
+OTHERS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "x": lambda x, c: x,
+    "x^2": lambda x, c: x * x,
+    "x^10": lambda x, c: x**10,
+    "one": lambda x, c: torch.exp(0 * x),
+    "a ramp to -c": lambda x, c: F.relu(-c - x),
+    # beside x, and so large that they show there
+    "a ramp from c": lambda x, c: 1e4 * F.relu(x - c),
+    "a step at c": lambda x, c: 1e4 * c * torch.sigmoid(x - c),
+}
+
+
+@settings(max_examples=settings().max_examples // 4)
+@given(
+    act=st.sampled_from(sorted(FORMS)),
+    other=st.sampled_from(sorted(OTHERS)),
+    how_much=st.floats(-9, 1),
+    c=st.floats(-3, 20),
+)
+def test_an_activation_and_a_little_of_something_else_is_another_function(
+    act: str, other: str, how_much: float, c: float
+) -> None:
+    """1e-9 of it, where the activation is near zero; 1e-5 of the activation, where it is not."""
+
+    def near(x: Tensor) -> Tensor:
+        return FORMS[act](x) + 10**how_much * OTHERS[other](x, 10**c)
+
+    beside_a_square = act == "relu2" and other in ("a ramp from c", "a step at c")
+    assert whole(near) is None or beside_a_square
+
+
+@settings(max_examples=settings().max_examples // 4)
+@given(
+    act=st.sampled_from(sorted(FORMS)),
+    where=st.floats(-20, 20),
+    width=st.floats(1e-3, 1),
+    sign=st.sampled_from([-1, 1]),
+)
+def test_a_bump_anywhere_is_another_function(
+    act: str, where: float, width: float, sign: int
+) -> None:
+    """A triangle of the width of a thousandth of where it stands, and as high as that is wide."""
+    c, w = sign * 10**where, width * 10**where
+
+    def near(x: Tensor) -> Tensor:
+        bump = F.relu(x - c) - 2 * F.relu(x - c - w) + F.relu(x - c - 2 * w)
+        return FORMS[act](x) + bump * (1 + F.relu(FORMS[act](x)) / 10**where)
+
+    assert whole(near) is None
+
+
+@settings(max_examples=settings().max_examples // 4)
+@given(
+    act=st.sampled_from(sorted(FORMS)),
+    inside=st.booleans(),
+    factor=st.floats(1e-5, 1.0),
+    sign=st.sampled_from([-1, 1]),
+)
+def test_a_scaled_activation_is_another_function(
+    act: str, inside: bool, factor: float, sign: int
+) -> None:
+    k = 1 + sign * factor / 2
+    assert whole(lambda x: FORMS[act](k * x) if inside else FORMS[act](x) * k) is None
+
+
+def _mean_square(x: Tensor) -> Tensor:
+    return x.square().mean(-1, keepdim=True)
+
+
+def _saturated(v: Tensor, top: float) -> Tensor:
+    return v - F.relu(v - top)
+
+
+ALSO_NOT_NORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a denominator that saturates at 50": lambda x: (
+        x * torch.rsqrt(_saturated(_mean_square(x), 50) + EPS)
+    ),
+    "a denominator that saturates at 1e20": lambda x: (
+        x * torch.rsqrt(_saturated(_mean_square(x), 1e20) + EPS)
+    ),
+    "a smooth saturation": lambda x: x * torch.rsqrt(1e6 * torch.tanh(_mean_square(x) / 1e6) + EPS),
+    "a bump of the mean square": lambda x: (
+        x * torch.rsqrt(_mean_square(x) * (1 + torch.exp(-((_mean_square(x) - 777) ** 2))) + EPS)
+    ),
+    "clipped rows": lambda x: (y := x * torch.rsqrt(_mean_square(x) + EPS)) + F.relu(-5 - y),
+    "a mean that saturates": lambda x: (
+        (x - (d := _mean(x)) + F.relu(d - 1e3) * 1e-3)
+        * torch.rsqrt((x - _mean(x)).square().mean(-1, keepdim=True) + EPS)
+    ),
+    "a float16 mean square": lambda x: x * torch.rsqrt(_mean_square(x).half().float() + EPS),
+    "a float8 root": lambda x: x * torch.rsqrt(_mean_square(x) + EPS).to(torch.float8_e5m2).float(),
+    "a tiny addend": lambda x: x * torch.rsqrt(_mean_square(x) + EPS) + 1e-9 * x,
+}
+
+
+@pytest.mark.parametrize("name", ALSO_NOT_NORMS)
+def test_what_is_a_norm_only_of_rows_near_one_is_none(name: str) -> None:
+    x = torch.randn(2, 64)
+    assert whole(lambda x: x * torch.rsqrt(_mean_square(x) + EPS), x) == "norm"
+    assert whole(ALSO_NOT_NORMS[name], x) is None
+
+
+@settings(max_examples=settings().max_examples // 3)
+@given(
+    rms=st.booleans(),
+    top=st.floats(-12, 20),
+    low=st.booleans(),
+    K=st.sampled_from([1, 2, 3, 64, 257]),
+)
+def test_a_norm_with_a_bounded_denominator_is_none(
+    rms: bool, top: float, low: bool, K: int
+) -> None:
+    """Bounded below is eps by another name, but not under the root."""
+
+    def near(x: Tensor) -> Tensor:
+        d = x if rms else x - _mean(x)
+        v = _mean_square(d)
+        v = F.relu(v - 10**top) + 10**top if low else _saturated(v, 10**top)
+        return d * torch.rsqrt(v + 1e-14)
+
+    assert whole(near, torch.randn(2, K)) is None or (K == 1 and not rms)
+
+
+def test_a_narrow_type_is_compared_in_its_own_range() -> None:
+    """No float16 number tells these apart, and some bfloat16 numbers do."""
+
+    def bumpy(x: Tensor) -> Tensor:
+        return F.relu(x) + torch.exp(-((x - 1e5) ** 2))
+
+    assert whole(bumpy, torch.randn(2, K).half()) == "relu"
+    assert whole(bumpy, torch.randn(2, K).bfloat16()) is None
+
+
+def test_equal_layers_are_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(
+        "graphquant.passes.recognize._which_activation", lambda region: seen.append(region.text)
+    )
+
+    def layers(x: Tensor) -> Tensor:
+        for _ in range(4):
+            x = (x * torch.sigmoid(1.702 * x)).sin()
+        return x
+
+    traced(layers, torch.randn(2, K))
+    assert seen and len(seen) == len(set(seen))

@@ -17,6 +17,7 @@ from graphquant.ops.triton_rows import (
     WHOLE_ROW,
     clamped,
     columns,
+    inside,
     load_block,
     quantised,
     range_bits,
@@ -43,16 +44,16 @@ _WHOLE_ROW = tl.constexpr(WHOLE_ROW)
 @triton.jit
 def _centred(x_ptr, mean, k, K: tl.constexpr):
     """x - mean, 0 beyond K. With mean = 0 this is x itself, exactly: RMSNorm."""
-    x = to_float32(tl.load(x_ptr + k, mask=k < K, other=0.0))
-    return tl.where(k < K, x - mean[:, None], 0.0)
+    x = to_float32(tl.load(x_ptr + k, mask=inside(k, K), other=0.0))
+    return tl.where(inside(k, K), x - mean[:, None], 0.0)
 
 
 @triton.jit
 def _affine(y, gamma_ptr, beta_ptr, k, K: tl.constexpr):
     if gamma_ptr is not None:
-        y = y * to_float32(tl.load(gamma_ptr + k, mask=k < K, other=0.0))
+        y = y * to_float32(tl.load(gamma_ptr + k, mask=inside(k, K), other=0.0))
     if beta_ptr is not None:
-        y = y + to_float32(tl.load(beta_ptr + k, mask=k < K, other=0.0))
+        y = y + to_float32(tl.load(beta_ptr + k, mask=inside(k, K), other=0.0))
     return y
 
 
@@ -75,7 +76,7 @@ def _deviations(x, K: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):
         if i * BLOCK + k.shape[1] <= K:
             d = with_block(d, x[i] - mean)
         else:
-            d = with_block(d, tl.where(k < K, x[i] - mean, 0.0))
+            d = with_block(d, tl.where(inside(k, K), x[i] - mean, 0.0))
     return d
 
 
@@ -149,7 +150,7 @@ def norm_quantize_kernel(
                 next_least, next_most = range_bits(quantised(y, factor_ptr, at, low, high, clip, K))
                 least, most = tl.maximum(least, next_least), tl.maximum(most, next_most)
                 if y_ptr is not None:
-                    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=at < K)
+                    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside(at, K))
         if low is not None:
             shift, absmax = static_shift_and_absmax(low, high, ROWS)
         else:

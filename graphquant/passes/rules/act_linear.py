@@ -12,15 +12,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Node
 
 from graphquant.ops import act_quantize, glu_quantize
 from graphquant.passes.graph import (
     aten,
+    dtype,
     is_call,
     is_tensor,
     leads_only_to,
     origin,
+    overflowing,
     readers,
     shape,
 )
@@ -31,6 +34,7 @@ from graphquant.passes.rule import Edit, Linear, Refuse, Site, View, linears, no
 @dataclass(frozen=True)
 class ActSite(Site):
     act: Activation
+    gate: Node  # its result as it is read: through casts
     up: Node | None  # the factor of a gated activation
     out: Node
     views: tuple[Node, ...]
@@ -45,10 +49,11 @@ class ActLinear:
             out, views = origin(linear.x, view.activation)
             if (found := _activation(view, out)) is None:
                 continue
-            act, up = found
+            act, gate, up = found
+            gate = linear.x if up is None else gate
             moved = (act.x,) if up is None else (act.x, up)
             subjects = (linear.node, act.out)
-            yield ActSite((linear.node,), subjects, moved, act, up, out, tuple(views), linear)
+            yield ActSite((linear.node,), subjects, moved, act, gate, up, out, tuple(views), linear)
 
     def check(self, view: View, site: ActSite) -> Refuse | None:
         for value, goal in ((site.out, site.linear.node), (site.act.out, site.out)):
@@ -56,6 +61,8 @@ class ActLinear:
                 return Refuse(
                     f"its result is read by {readers(value)}; fusing would compute it twice", value
                 )
+        if (cast := _overflowing(site)) is not None:
+            return Refuse(f"between them is a cast to {dtype(cast)}, which may overflow", cast)
         return not_floats(site.act.x, site.up)
 
     def rewrite(self, edit: Edit, site: ActSite) -> tuple[Node, ...]:
@@ -69,16 +76,26 @@ class ActLinear:
         return (edit.int8_linear(made, linear, smooth),)
 
 
-def _activation(view: View, out: Node) -> tuple[Activation, Node | None] | None:
-    """(activation, None), or (activation of the gate, up) if `out` is their product."""
+def _overflowing(site: ActSite) -> Node | None:
+    """A cast that may make inf of a result. Only a square and a product exceed what they read."""
+    act = site.act
+    grows = act.act == "relu2"
+    cast = overflowing(site.gate, act.out, torch.float32 if grows else dtype(act.x))
+    if cast is not None or site.up is None:
+        return cast
+    return overflowing(site.linear.x, site.out, torch.float32)
+
+
+def _activation(view: View, out: Node) -> tuple[Activation, Node, Node | None] | None:
+    """(activation, out, None), or (activation of the gate, gate, up) if `out` is their product."""
     if (act := view.activation(out)) is not None:
-        return act, None
+        return act, out, None
     if is_call(out, aten.mul.Tensor):
         for gate, up in (out.args, out.args[::-1]):
             if not (isinstance(gate, Node) and isinstance(up, Node) and is_tensor(up)):
                 continue
-            gate, views = origin(gate, view.activation)
-            act = view.activation(gate)
+            result, views = origin(gate, view.activation)
+            act = view.activation(result)
             if act is not None and not views and shape(gate) == shape(up) == shape(out):
-                return act, up
+                return act, gate, up
     return None

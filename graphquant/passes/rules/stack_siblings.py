@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from graphquant.passes.graph import LINEAR, aten, dtype, is_call, may_alias, shape
+from graphquant.passes.graph import LINEAR, aten, dtype, full_args, shape
 from graphquant.passes.rule import Edit, Linear, Refuse, Site, View, linears
 
 
@@ -29,19 +29,17 @@ class StackSiblings:
     name = "stack_siblings"
 
     def sites(self, view: View) -> Iterator[Siblings]:
-        groups: dict[object, list[Linear]] = defaultdict(list)
+        groups: dict[object, list[Node]] = defaultdict(list)
         for linear in linears(view):
-            groups[linear.x, dtype(linear.node), dtype(linear.weight)].append(linear)
-        for group in groups.values():
-            if len(group) > 1:
-                nodes = tuple(n.node for n in group)
+            groups[linear.x, dtype(linear.node), dtype(linear.weight)].append(linear.node)
+        for nodes in groups.values():
+            if len(nodes) > 1:
+                # what they read may be a sibling of the group before: it is a slice by now
+                group = tuple(Linear(n, *full_args(n)) for n in nodes)
                 # a slice of the stacked result cannot be viewed and written as the result itself
-                yield Siblings(nodes, nodes, (group[0].x, *nodes), tuple(group))
+                yield Siblings(tuple(nodes), tuple(nodes), (group[0].x, *nodes), group)
 
     def check(self, view: View, site: Siblings) -> Refuse | None:
-        for node in site.outputs:
-            if (reader := _reads_strides(node)) is not None:
-                return Refuse(f"{reader.name} reads the strides of {node.name}", reader)
         return None
 
     def rewrite(self, edit: Edit, site: Siblings) -> tuple[Node, ...]:
@@ -62,13 +60,3 @@ def _bias(edit: Edit, linear: Linear) -> Node:
     if linear.bias is not None:
         return linear.bias
     return edit.weigh(aten.new_zeros.default, linear.weight, [shape(linear.weight)[0]])
-
-
-def _reads_strides(value: Node) -> Node | None:
-    """Who depends on how this value lies in memory: a slice of a stacked result lies otherwise."""
-    for user in value.users:
-        if is_call(user, aten.as_strided.default):
-            return user
-        if value in may_alias(user) and (found := _reads_strides(user)) is not None:
-            return found
-    return None

@@ -245,3 +245,66 @@ def test_an_activation_that_no_linear_reads_is_refused(x: Tensor) -> None:
     result = rewritten(Model(lambda m, x: F.gelu(m.fc(x)), fc=nn.Linear(K, N)), x)
     assert result.counts == {"linear": 1}
     assert result.refused("activation") == ["read by the output"]
+
+
+NARROW = [torch.float8_e4m3fn, torch.float8_e5m2]
+FINE = [torch.bfloat16, torch.float64]
+
+
+@pytest.mark.parametrize("low", NARROW)
+def test_a_float8_cast_behind_an_activation_is_kept(low: torch.dtype) -> None:
+    """Its steps are coarser than int8's."""
+    x, fc = torch.randn(4, 32), nn.Linear(32, 8)
+    model = Model(lambda m, x: m.fc(F.gelu(x).to(low).float()), norm=nn.LayerNorm(32), fc=fc)
+    result = compiled(model, x)
+    assert result.counts == {"linear": 1}
+    assert_near(result.got, result.want, linear_bound(F.gelu(x).to(low).float(), fc.weight))
+
+
+@pytest.mark.parametrize("low", FINE)
+def test_a_cast_behind_an_activation_that_hardly_rounds_is_none(low: torch.dtype) -> None:
+    x, fc = torch.randn(4, 32), nn.Linear(32, 8)
+    model = Model(lambda m, x: m.fc(F.gelu(x).to(low).float()), norm=nn.LayerNorm(32), fc=fc)
+    result = compiled(model, x)
+    assert result.counts == {"act_linear": 1}
+    h = F.gelu(x)
+    slack = 2**-8 * (h.abs() @ fc.weight.abs().T)  # bfloat16's half step
+    assert_near(result.got, result.want, linear_bound(h, fc.weight) + slack)
+
+
+def test_a_cast_behind_an_activation_that_may_overflow_is_kept() -> None:
+    x, fc = torch.rand(4, 32) * 1e6 + 1e5, nn.Linear(32, 8)
+    model = Model(lambda m, x: m.fc(F.gelu(x).half().float()), norm=nn.LayerNorm(32), fc=fc)
+    with torch.no_grad():
+        model.norm.weight.fill_(1e6)
+    result = compiled(model, x)
+    assert result.counts == {"linear": 1}
+    assert result.refused("activation") == [
+        "between them is a cast to torch.float16, which may overflow"
+    ]
+    assert not result.want.isfinite().any() and not result.got.isfinite().any()
+
+
+def test_a_cast_back_to_the_half_type_behind_an_activation_is_none() -> None:
+    x, fc = torch.randn(4, 32).half(), nn.Linear(32, 8).half()
+    model = Model(lambda m, x: m.fc(F.gelu(x.float()).half()), norm=nn.LayerNorm(32), fc=fc)
+    assert compiled(model, x).counts == {"act_linear": 1}
+
+
+def test_a_product_or_a_square_may_overflow_a_half_type_where_its_factors_do_not() -> None:
+    x, fc = 300 * torch.randn(4, 32).half(), nn.Linear(32, 8).half()
+    squared = Model(lambda m, x: m.fc((F.relu(x.float()) ** 2).half()), fc=fc)
+    gated = Model(lambda m, x: m.fc((F.silu(x.float()) * x).half()), fc=fc)
+    for model in (squared, gated):
+        result = compiled(model, x)
+        assert result.counts == {"linear": 1}
+        assert torch.equal(result.got.isfinite(), result.want.isfinite())
+
+
+def test_an_activation_of_a_number_is_on_record() -> None:
+    fc = nn.Linear(32, 8)
+    x = torch.randn(4, 32)
+    result = compiled(Model(lambda m, x: m.fc(x) * F.relu(x.sum()) + F.silu(x.mean()), fc=fc), x)
+    assert result.counts == {"linear": 1}
+    assert result.refused("activation") == ["read by mul", "read by add"]
+    torch.testing.assert_close(result.got, result.want, rtol=0.05, atol=0.5)

@@ -192,13 +192,13 @@ def test_a_norm_whose_result_is_written_is_refused(x: Tensor) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         h = m.norm(x)
         y = m.fc(h)
-        h.view(-1).mul_(0.5)
+        torch.einsum("bij->bji", h).mul_(0.5)
         return y + h
 
     fc = nn.Linear(K, K)
     result = rewritten(Model(forward, norm=nn.LayerNorm(K), fc=fc), x)
     assert result.counts == {"linear + residual": 1}
-    assert result.refused("norm") == ["layer_norm is written in place"]
+    assert result.refused("norm") == ["the result of layer_norm in norm is written in place"]
     assert_near(result.got, result.want, linear_bound(F.layer_norm(x, (K,)), fc.weight))
 
 
@@ -316,3 +316,45 @@ def test_dynamic_sizes_compile_as_well(x: Tensor) -> None:
     for size in ((3, 5), (2, 9), (4, 4)):
         x = torch.randn(*size, K)
         assert_near(run(x), model(x), linear_bound(norm(x), fc.weight))
+
+
+NARROW = [torch.float8_e4m3fn, torch.float8_e5m2]
+FINE = [torch.bfloat16, torch.float64]
+
+
+@pytest.mark.parametrize("low", NARROW)
+def test_a_float8_cast_behind_a_norm_is_kept(low: torch.dtype) -> None:
+    """Its steps are coarser than int8's."""
+    x, fc = torch.randn(4, 32), nn.Linear(32, 8)
+    model = Model(lambda m, x: m.fc(m.norm(x).to(low).float()), norm=nn.LayerNorm(32), fc=fc)
+    result = compiled(model, x)
+    assert result.counts == {"linear": 1}
+    assert_near(result.got, result.want, linear_bound(model.norm(x).to(low).float(), fc.weight))
+
+
+@pytest.mark.parametrize("low", FINE)
+def test_a_cast_behind_a_norm_that_hardly_rounds_is_none(low: torch.dtype) -> None:
+    x, fc = torch.randn(4, 32), nn.Linear(32, 8)
+    model = Model(lambda m, x: m.fc(m.norm(x).to(low).float()), norm=nn.LayerNorm(32), fc=fc)
+    result = compiled(model, x)
+    assert result.counts == {"norm_linear": 1}
+    h = model.norm(x)
+    slack = 2**-8 * (h.abs() @ fc.weight.abs().T)  # bfloat16's half step
+    assert_near(result.got, result.want, linear_bound(h, fc.weight) + slack)
+
+
+def test_a_cast_behind_a_norm_that_may_overflow_is_kept() -> None:
+    x, fc = torch.randn(4, 32), nn.Linear(32, 8)
+    model = Model(lambda m, x: m.fc(m.norm(x).half().float()), norm=nn.LayerNorm(32), fc=fc)
+    with torch.no_grad():
+        model.norm.weight.fill_(1e6)
+    result = compiled(model, x)
+    assert result.counts == {"linear": 1}
+    assert result.refused("norm") == ["between them is a cast to torch.float16, which may overflow"]
+    assert not result.want.isfinite().any() and not result.got.isfinite().any()
+
+
+def test_a_cast_back_to_the_half_type_behind_a_norm_is_none() -> None:
+    x, fc = torch.randn(4, 32).half(), nn.Linear(32, 8).half()
+    model = Model(lambda m, x: m.fc(m.norm(x.float()).half()), norm=nn.LayerNorm(32), fc=fc)
+    assert compiled(model, x).counts == {"norm_linear": 1}

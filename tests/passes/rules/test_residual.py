@@ -233,3 +233,30 @@ def test_a_reshape_of_dynamic_sizes_moves_onto_the_residual(x: Tensor, fc: nn.Li
     assert result.counts == {"linear + residual": 1}
     other = torch.randn(3, 7, K)
     assert_near(result.captured.gm(other), model(other), linear_bound(other, fc.weight))
+
+
+def _class_token(m: Any, x: Tensor) -> Any:
+    """CaiT: an expanded token stands in a list, and is the residual."""
+    token = m.token.expand(2, -1, -1)
+    return token + m.fc(torch.cat([token, x], 1)[:, :1]), None
+
+
+def _stacked_token(m: Any, x: Tensor) -> Any:
+    token = m.token.expand(2, 1, 32)
+    return token + m.fc(torch.stack([x, token.expand(2, 5, 32)])[0, :, :1]), token * 2
+
+
+def _returned_token(m: Any, x: Tensor) -> Any:
+    token = m.token.expand(2, 1, 32)
+    return token, token + m.fc(x[:, :1])
+
+
+@pytest.mark.parametrize("forward", [_class_token, _stacked_token, _returned_token])
+def test_a_learned_residual_may_stand_in_a_list_as_well(forward: Any) -> None:
+    """Whoever reads it first: it becomes an input of the graph for the linear."""
+    x, fc = torch.randn(2, 5, 32), nn.Linear(32, 32)
+    result = compiled(Model(forward, token=nn.Parameter(torch.randn(1, 1, 32)), fc=fc), x)
+    assert result.counts == {"linear + residual": 1}
+    got, want = ([v for v in values if v is not None] for values in (result.got, result.want))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0.05)

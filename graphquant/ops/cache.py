@@ -1,0 +1,164 @@
+"""Files that graphquant makes once and finds again: kernels, launch.c's module, measured times.
+
+They lie where Triton keeps its own (TRITON_CACHE_DIR, else ~/.triton/cache), in a directory that
+belongs to the user and that nobody else may write, for what lies there is run. A cache saves time
+and nothing else: where it cannot be used, a debug line says why, and there is none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import stat
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+log = logging.getLogger(__name__)
+
+LARGEST = 64 * 2**20  # bytes of a file; a cubin has some hundred KiB
+_SHA256 = ".sha256"
+
+
+class Loadable(NamedTuple):
+    """A file of the cache.
+
+    opened  how to load it: by the directory that was checked, wherever its name leads by now
+    path    its name
+    """
+
+    opened: Path
+    path: Path
+
+
+def get(key: str, name: str, *, checked: bool = False) -> bytes | None:
+    """What was put there. `checked`: only if it has the SHA-256 that it was put with."""
+    with _folder() as folder:
+        return None if folder is None else _get(folder, f"{key}/{name}", checked)
+
+
+@contextlib.contextmanager
+def loadable(key: str, name: str) -> Iterator[Loadable | None]:
+    """The file, for a loader that wants a path, if it has the SHA-256 that it was put with."""
+    with _folder() as folder:
+        if folder is None or _get(folder, f"{key}/{name}", True) is None:
+            yield None
+            return
+        path = _root() / _own() / key / name
+        opened = Path(f"/proc/self/fd/{folder}/{key}/{name}")
+        yield Loadable(opened if opened.exists() else path, path)
+
+
+def put(key: str, name: str, data: bytes, *, checked: bool = False) -> None:
+    """Keep this. Readers and other writers at any time find all of it or nothing."""
+    with _folder() as folder:
+        if folder is None:
+            return
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(key, 0o700, dir_fd=folder)
+            _replace(folder, f"{key}/{name}", data)
+            if checked:
+                _replace(folder, f"{key}/{name}{_SHA256}", _digest(data))
+        except OSError as why:
+            log.debug("%s is not cached: %s", name, why)
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).hexdigest().encode()
+
+
+def _root() -> Path:
+    """Where Triton keeps its cache. It is not asked: the times are of use without it."""
+    if named := os.environ.get("TRITON_CACHE_DIR"):
+        return Path(named)
+    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
+    if home.startswith("~"):
+        raise FileNotFoundError("this user has no home directory, and HOME is not set")
+    return Path(home, ".triton", "cache")
+
+
+def _own() -> str:
+    return f"graphquant-{os.geteuid()}"
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[int | None]:
+    """Our directory in it, opened and checked, made if it is not there; None if it is of no use."""
+    try:
+        folder = _opened(_root(), _own())
+    except OSError as why:
+        log.debug("no cache: %s", why)
+        yield None
+        return
+    try:
+        yield folder
+    finally:
+        os.close(folder)
+
+
+def _opened(root: Path, name: str) -> int:
+    root.mkdir(parents=True, exist_ok=True)
+    outer = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if os.fstat(outer).st_uid not in (0, os.geteuid()):
+            raise PermissionError(f"{root} belongs to another user")
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(name, 0o700, dir_fd=outer)
+        folder = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=outer)
+    finally:
+        os.close(outer)
+    if why := _foreign(os.fstat(folder)):
+        os.close(folder)
+        raise PermissionError(f"{root / name} {why}")
+    return folder
+
+
+def _foreign(about: os.stat_result) -> str | None:
+    """Why somebody else may have written this, or None."""
+    if about.st_uid != os.geteuid():
+        return "belongs to another user"
+    if about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return "can be written by other users"
+    return None
+
+
+def _get(folder: int, path: str, checked: bool) -> bytes | None:
+    try:
+        data = _read(folder, path)
+        if checked and _read(folder, path + _SHA256) != _digest(data):
+            raise ValueError(f"{path} is not what was put there")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as why:
+        log.debug("not read from the cache: %s", why)
+        return None
+    return data
+
+
+def _read(folder: int, path: str) -> bytes:
+    # O_NONBLOCK: what is a pipe must not be waited for.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+    with open(os.open(path, flags, dir_fd=folder), "rb") as file:
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST:
+            raise ValueError(f"{path} is no file, or too large")
+        if why := _foreign(about):
+            raise PermissionError(f"{path} {why}")
+        return file.read()
+
+
+def _replace(folder: int, path: str, data: bytes) -> None:
+    made = f"{path}.{uuid.uuid4().hex}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    try:
+        with open(os.open(made, flags, 0o600, dir_fd=folder), "wb") as file:
+            file.write(data)
+        os.replace(made, path, src_dir_fd=folder, dst_dir_fd=folder)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(made, dir_fd=folder)
+        raise

@@ -1,0 +1,300 @@
+"""Hold a graph, after every pass, to what is true of every right one. Off unless it is asked for.
+
+With GRAPHQUANT_VERIFY=1, and in the tests, `verifier` notes what a captured graph returns and gives
+a check that passes call by name:
+
+    order       every value is computed before it is read
+    values      every fake value has the shape, dtype and device that its node computes
+    outputs     as captured: their number, shapes, dtypes, devices and layout in memory, and which
+                of them share memory with each other and with inputs
+    writes      inputs are written in place where they were, and nothing that was taken for constant
+    linears     every linear that is left is on record, and every one on record is in the graph
+
+What is wrong raises VerifyError, which names the pass and the node.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from graphquant.config import verifying
+from graphquant.errors import VerifyError
+from graphquant.ops import int8_linear
+from graphquant.passes.graph import LINEAR, full_args, writes
+from graphquant.passes.ir import Captured
+from graphquant.passes.layout import EAGER
+from graphquant.passes.record import Record
+from graphquant.passes.regions import regions
+
+Check = Callable[..., None]
+"""check(pass name, record=None, taken=()): see `verifier`; `taken` are values that are going to be
+computed from parameters before the graph runs."""
+Known = dict[Node, tuple[Any, Any]]
+"""What a node was computed from, and its value."""
+
+# sizes that are known only at run time would be other ones when they are asked for again
+_UNREPEATABLE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+
+
+def verifier(captured: Captured) -> Check:
+    """A check of this graph, which holds it to what it returns now."""
+    if not verifying():
+        return lambda name, record=None, taken=(): None
+    graph, known = captured.gm.graph, Known()
+    values = _infer(captured, known, "capture")
+    outputs, written = _outputs(captured, values), _written_inputs(captured, values)
+
+    def check(name: str, record: Record | None = None, taken: Iterable[Node] = ()) -> None:
+        _check_order(graph, name)
+        if record is not None:
+            _check_linears(graph, record, name)
+        values = _infer(captured, known, name)
+        _check_outputs(outputs, _outputs(captured, values), name)
+        _check_constants(graph, taken, values, name)
+        if now := _written_inputs(captured, values) ^ written:
+            told = ", ".join(sorted(now))
+            raise VerifyError(f"after {name}: a write in place to {told} was lost or added")
+
+    return check
+
+
+def _check_order(graph: Graph, name: str) -> None:
+    defined: set[Node] = set()
+    for node in graph.nodes:
+        for value in node.all_input_nodes:
+            if value not in defined:
+                raise VerifyError(f"after {name}: {node.name} reads {value.name} before it is made")
+        defined.add(node)
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+def _infer(captured: Captured, known: Known, name: str) -> dict[Node, Any]:
+    """The fake value of every node, computed again from those of the graph's inputs. Raises
+    VerifyError for one that differs from what the node's metadata says.
+
+    `known` is what was found after the pass before, for what has not changed since."""
+    values: dict[Node, Any] = {}
+    with _quietly(captured):
+        for node, region in regions(captured.gm.graph, captured.grad_enabled):
+            inputs = [values[i] for i in node.all_input_nodes]
+            eager = node.meta.get(EAGER)
+            made_of = (node.target, node.args, node.kwargs, *map(id, inputs), region, id(eager))
+            before, value = known.get(node, (None, None))
+            if before != made_of:
+                with ExitStack() as entered:
+                    for args in region.autocast:
+                        entered.enter_context(torch.autocast(*args))
+                    value = _as_before(_computed(captured, node, values, name), inputs, value)
+                _check_value(node, value, name)
+                if eager is not None:  # the layout that it is going to have
+                    value = eager
+                known[node] = made_of, value
+            _check_value(node, value, name)
+            values[node] = value
+    return values
+
+
+def _as_before(value: Any, inputs: list[Any], before: Any) -> Any:
+    """`before` stands for a value of the same layout in memory of its own: what is computed from it
+    need not be computed again."""
+    if not isinstance(value, Tensor) or not isinstance(before, Tensor):
+        return value
+    theirs = _memories(inputs)
+    its_own = _memory(value) not in theirs and _memory(before) not in theirs
+    return before if its_own and _layout(value) == _layout(before) else value
+
+
+def _computed(captured: Captured, node: Node, values: dict[Node, Any], name: str) -> Any:
+    said = node.meta.get("val")
+    if node.op == "get_attr" and getattr(said, "fake_mode", None) is not captured.fake_mode:
+        held = operator.attrgetter(str(node.target))(captured.gm)
+        is_tensor = isinstance(held, Tensor)
+        return captured.fake_mode.from_tensor(held, static_shapes=True) if is_tensor else said
+    if not _is_repeatable(node):
+        return said
+    args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+    if writes(node):  # it may change the sizes of what it is given
+        args, kwargs = _aliases((args, kwargs))
+    try:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    except Exception as why:
+        raise VerifyError(f"after {name}: {node.name} cannot be computed: {why}") from why
+
+
+def _check_value(node: Node, value: Any, name: str) -> None:
+    said = node.meta.get("val", value)
+    for got, want in zip(tree_leaves(value), tree_leaves(said), strict=False):
+        if isinstance(got, Tensor) and (not isinstance(want, Tensor) or _kind(got) != _kind(want)):
+            told = _kind(want) if isinstance(want, Tensor) else want
+            raise VerifyError(
+                f"after {name}: the fake value of {node.name} is {told}, "
+                f"but it computes {_kind(got)}"
+            )
+
+
+@contextmanager
+def _quietly(captured: Captured) -> Iterator[None]:
+    """Fake values, and nothing that the graph's sizes would be guarded by later."""
+    with ExitStack() as entered:
+        if (shapes := captured.fake_mode.shape_env) is not None:
+            entered.enter_context(shapes.suppress_guards())
+            entered.enter_context(shapes.ignore_fresh_unbacked_symbols())
+        entered.enter_context(torch.no_grad())
+        entered.enter_context(captured.fake_mode)
+        entered.enter_context(enable_python_dispatcher())  # as graph.fake_result does
+        yield
+
+
+def _is_repeatable(node: Node) -> bool:
+    if node.target is operator.getitem:
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload) or "val" not in node.meta:
+        return False
+    # sizes that are known only at run time would be other ones when they are asked for again
+    unknown = any(tag in node.target.tags for tag in _UNREPEATABLE)
+    return not unknown and not any(map(_is_unbacked, tree_leaves(node.meta["val"])))
+
+
+def _is_unbacked(value: Any) -> bool:
+    symbolic = isinstance(value, (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool))
+    return symbolic and bool(free_unbacked_symbols(value))
+
+
+def _aliases(value: Any) -> Any:
+    """The same values in the same memory, which may change their sizes on their own."""
+    return tree_map_only(Tensor, Tensor.detach, value)
+
+
+def _kind(value: Tensor) -> tuple[Any, ...]:
+    return tuple(map(_number, value.shape)), value.dtype, value.device
+
+
+def _number(size: int | torch.SymInt) -> int | str:
+    """Sizes that are equal are one number, or one text."""
+    return size if isinstance(size, int) else str(sympy.expand(size.node.expr))
+
+
+# --- outputs -------------------------------------------------------------------------------------
+
+
+def _outputs(captured: Captured, values: dict[Node, Any]) -> list[tuple[Node | None, Any]]:
+    """Of each output its node, and what can be seen of it: of a tensor also its layout, and the
+    first input or output that shares its memory."""
+    owners: dict[int, str] = {}
+    for node, value in values.items():
+        if node.op in ("placeholder", "get_attr") and isinstance(value, Tensor):
+            owners.setdefault(_memory(value), node.name)
+    found: list[tuple[Node | None, Any]] = []
+    for i, leaf in enumerate(tree_leaves(captured.gm.graph.output_node().args)):
+        value = values[leaf] if isinstance(leaf, Node) else leaf
+        seen: Any = str(value)
+        if isinstance(value, Tensor):
+            owner = owners.setdefault(_memory(value), f"output {i}")
+            seen = (*_layout(value), f"in the memory of {owner}")
+        found.append((leaf if isinstance(leaf, Node) else None, seen))
+    return found
+
+
+def _memory(value: Tensor) -> int:
+    return value.untyped_storage()._cdata if value.layout is torch.strided else id(value)
+
+
+def _layout(value: Tensor) -> tuple[Any, ...]:
+    """Its kind, strides of dims that have any, where it begins in its memory, and how large that
+    is."""
+    if value.layout is not torch.strided or _number(value.numel()) == 0:
+        return _kind(value)
+    strides = (
+        _number(s) for s, n in zip(value.stride(), value.shape, strict=True) if _number(n) != 1
+    )
+    size = value.untyped_storage().nbytes()
+    begins = _number(value.storage_offset())
+    return *_kind(value), tuple(strides), begins, f"{_number(size)} bytes"
+
+
+def _check_outputs(before: list[Any], now: list[Any], name: str) -> None:
+    if len(before) != len(now):
+        raise VerifyError(f"after {name}: {len(now)} outputs, {len(before)} were captured")
+    for i, ((_, want), (node, got)) in enumerate(zip(before, now, strict=True)):
+        if want != got:
+            raise VerifyError(
+                f"after {name}: output {i}, {node and node.name}, is {got}, captured was {want}"
+            )
+
+
+# --- constants and linears -----------------------------------------------------------------------
+
+
+def _check_constants(
+    graph: Graph, taken: Iterable[Node], values: dict[Node, Any], name: str
+) -> None:
+    if not (written := _written(graph, values)):
+        return
+    weights = {n: _weights(n) for n in graph.nodes}
+    for reader, read in (*weights.items(), *((n, [n]) for n in taken)):
+        for value in _made_from(read):
+            if by := next((written[m] for m in _memories(values[value]) if m in written), None):
+                raise VerifyError(
+                    f"after {name}: {reader.name} takes {value.name} for constant, which "
+                    f"{by.name} writes in place"
+                )
+
+
+def _written(graph: Graph, values: dict[Node, Any]) -> dict[int, Node]:
+    """The memory that is written in place, and by whom."""
+    return {m: node for node in graph.nodes for v in writes(node) for m in _memories(values[v])}
+
+
+def _written_inputs(captured: Captured, values: dict[Node, Any]) -> set[str]:
+    written = _written(captured.gm.graph, values)
+    inputs = {*captured.gm.graph.find_nodes(op="placeholder"), *captured.parameters}
+    return {n.name for n in inputs if any(m in written for m in _memories(values[n]))}
+
+
+def _memories(value: Any) -> list[int]:
+    return [_memory(t) for t in tree_leaves(value) if isinstance(t, Tensor)]
+
+
+def _weights(linear: Node) -> list[Node]:
+    """Weights and bias of a rewritten linear."""
+    if not (linear.target is int8_linear.target or _is_ours(linear)):
+        return []
+    first = 3 if linear.target is int8_linear.target else 1
+    return [v for v in full_args(linear)[first : first + 4] if isinstance(v, Node)]
+
+
+def _made_from(values: Iterable[Node]) -> list[Node]:
+    """These values, and all that they are computed from."""
+    found = list(values)
+    for value in found:
+        found += [i for i in value.all_input_nodes if i not in found]
+    return found
+
+
+def _check_linears(graph: Graph, record: Record, name: str) -> None:
+    carriers = record.linears()
+    for node in graph.nodes:
+        if node.target is LINEAR and node not in carriers and not _is_ours(node):
+            raise VerifyError(f"after {name}: {node.name} is a linear that is not on record")
+    for node, paths in carriers.items():
+        if node._erased:
+            told = ", ".join(paths)
+            raise VerifyError(f"after {name}: {node.name} is gone, which computed {told}")
+
+
+def _is_ours(node: Node) -> bool:
+    return node.target is LINEAR and node.meta.get("graphquant") is not None

@@ -1,0 +1,246 @@
+"""The changes that `tools.mutate` makes: each is a fault, and its tests must fail under it.
+
+`old` stands in the file exactly once. An entry whose `old` is gone is stale: say the same of the
+code that took its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """A change of one file of graphquant, what it breaks, and pytest's arguments for its tests."""
+
+    file: str
+    old: str
+    new: str
+    breaks: str
+    tests: str
+
+
+SURVIVORS = "tests/passes/test_survivors.py"
+PASSES = ("apply", "normalize", "masks", "ranges", "judge", "smooth")
+APPLY, NORMALIZE, MASKS, RANGES, JUDGE, SMOOTH = (f"tests/passes/test_{n}.py" for n in PASSES)
+RULES = "tests/passes/rules/test_"
+STACK, ACT, NORM = f"{RULES}stack_siblings.py", f"{RULES}act_linear.py", f"{RULES}norm_linear.py"
+RESIDUAL, SCALE, LINEAR = (f"{RULES}{name}.py" for name in ("residual", "layer_scale", "linear"))
+QUANTIZE = "tests/ops/test_quantize.py -k reference"
+PACKED, PRODUCTS = "tests/test_packed.py", "tests/passes/test_products.py -k addmm"
+FILES, HISTOGRAM = "tests/calibration/test_files.py", "tests/calibration/test_histogram.py"
+CALIBRATE, BUDGET = "tests/calibration/test_calibrate.py", "tests/test_budget.py"
+CACHE, MEASURE = "tests/ops/test_cache.py", "tests/ops/test_measure.py"
+GRADIENTS = "tests/test_gradients.py"
+
+
+def _in(file: str, *changes: tuple[str, str, str, str]) -> list[Mutant]:
+    return [Mutant(file, *change) for change in changes]
+
+
+MUTANTS: Sequence[Mutant] = (
+    # --- rules and the engine ------------------------------------------------------------------
+    *_in(
+        "passes/rules/stack_siblings.py",
+        ("(group[0].x, *nodes)", "nodes", "the input may be written in between", SURVIVORS),
+        ("(group[0].x, *nodes)", "(group[0].x,)", "a sibling may be written", STACK),
+        ("any(n.bias is not None for", "any(n.bias is None for", "biases are lost", STACK),
+        ("dtype(linear.node), dtype(linear.weight)", "0", "types are mixed", STACK),
+        ("start = stop", "start = 0", "all siblings get the first one's columns", STACK),
+    ),
+    *_in(
+        "passes/rules/act_linear.py",
+        ("(act.x,) if up is None", "() if up is None", "x may be written before", SURVIVORS),
+        ("else (act.x, up)", "else (up,)", "the gate may be written before", SURVIVORS),
+        ("else (act.x, up)", "else (act.x,)", "up may be written before", SURVIVORS),
+        ("not views and ", "", "the gate's views are ignored", SURVIVORS),
+        ("not leads_only_to(value, goal)", "False", "float and int8 both computed", ACT),
+        ("(out.args, out.args[::-1])", "(out.args,)", "the gate may be the second factor", ACT),
+    ),
+    *_in(
+        "passes/rules/norm_linear.py",
+        ("(norm.x, out, *parameters)", "(out, *parameters)", "x may be written before", NORM),
+        ("(norm.x, out, *parameters)", "(norm.x, *parameters)", "the result may be written", NORM),
+        ("(norm.x, out, *parameters)", "(norm.x, out)", "gamma may be written before", NORM),
+        ("keep = not leads_only_to(out, linear.node)", "keep = False", "residual lost", NORM),
+        ("smooth = smooth._replace(factor=None)", "pass", "the scale is applied twice", SMOOTH),
+    ),
+    *_in(
+        "passes/rules/residual.py",
+        ("if total in view.needs_gradient", "if False", "a gradient is lost", GRADIENTS),
+        ("shape(end) != shape(total)", "False", "a broadcast linear", RESIDUAL),
+        ("shape(site.residual) != shape(total)", "False", "a broadcast residual", RESIDUAL),
+        ("or user.kwargs", "", "alpha is ignored", RESIDUAL),
+        ("[RESIDUAL] is not None", "[RESIDUAL] == 0", "a second residual replaces", SURVIVORS),
+    ),
+    *_in(
+        "passes/rules/layer_scale.py",
+        ("read = tuple(view.constants.made_from(gamma))", "read = ()", "gamma written", SCALE),
+        ("v in (w_scale, w_sum, bias)", "v in (w_scale, w_scale, bias)", "the shift", SCALE),
+        ("size[-1] == N and ", "", "a scale per token", SCALE),
+        ("if product in view.needs_gradient", "if False", "a gradient is lost", GRADIENTS),
+    ),
+    *_in(
+        "passes/apply.py",
+        ("found, x=self._now(found.x), gamma=", "found, x=found.x, gamma=",
+         "the norm's input was replaced", SURVIVORS),
+        (
+            "activations.get(out)\n        return found and replace(found, x=self._now(found.x))",
+            "activations.get(out)\n        return found",
+            "the activation's input was replaced",
+            f"{SURVIVORS} {ACT}",
+        ),
+        ("if x in bench.written), None)", "if False), None)", "nothing moved is safe", SURVIVORS),
+        ("bench.written.add(now)", "pass", "what stands for a written value is written", SURVIVORS),
+        ("(want := _spec(old)) != (got := _spec(now))", "False", "shapes", APPLY),
+        ("_autocast_at(first):", "ExitStack():", "types under autocast", APPLY),
+    ),
+    *_in(
+        "passes/graph.py",
+        ("last not in (node.args[1] % len(before), node.args[2] % len(before))", "True",
+         "a transposed row is no row", SURVIVORS),
+        ("bool(node.args[1][-1] % len(before) == last)", "True", "nor a permuted one", SURVIVORS),
+        ("user is goal or (", "(", "a reader at the goal counts as another", ACT),
+        ("and node.target is not aten.detach.default", "", "detached values", GRADIENTS),
+    ),
+    *_in(
+        "passes/regions.py",
+        ("autocast=(*now.autocast, node.args))", "autocast=now.autocast)", "autocast", APPLY),
+    ),
+    *_in(
+        "passes/pipeline.py",
+        ("if why := config.wants(path):", "if why := None:", "include and exclude", LINEAR),
+        ("if node in bench.needs_gradient:", "if False:", "training", GRADIENTS),
+        ('bench.constants:\n        return "its weight', 'set():\n        return "its weight',
+         "every linear is barred", LINEAR),
+        ("if n in bench.written), None", "if False), None", "written weights", STACK),
+    ),
+    *_in(
+        "passes/normalize.py",
+        ("return not train or p == 0", "return True", "dropout", NORMALIZE),
+    ),
+    *_in(
+        "passes/products.py",
+        ("if beta not in (0, 1):", "if False:", "addmm's beta", PRODUCTS),
+    ),
+    *_in(
+        "passes/masks.py",
+        ("return bool(value.all()) if", "return True if", "masks", MASKS),
+    ),
+    *_in(
+        "passes/ranges.py",
+        ("min(low for low, _", "max(low for low, _", "siblings' range", RANGES),
+        ("max(end, -clip)", "end", "the clip's lower end", RANGES),
+    ),
+    *_in(
+        "passes/smooth.py",
+        ("functools.reduce(torch.maximum, found)", "found[0]", "siblings' channels", SURVIVORS),
+    ),
+    *_in(
+        "passes/judge.py",
+        ("if sqnr >= least", "if sqnr >= 0", "min_sqnr", JUDGE),
+    ),
+    # --- the arithmetic ------------------------------------------------------------------------
+    *_in(
+        "ops/numerics.py",
+        ("x.amax(-1, keepdim=True).clamp(min=0.0)", "x.amax(-1, keepdim=True)",
+         "0 in range", QUANTIZE),
+        ("x.amin(-1, keepdim=True).clamp(max=0.0)", "x.amin(-1, keepdim=True)",
+         "0 in range", QUANTIZE),
+        ("absmax = (0.5 * most - 0.5 * least)", "absmax = (most - least) * 0.5",
+         "overflow", QUANTIZE),
+        ("MIN_ABSMAX = 1e-20", "MIN_ABSMAX = 1e-6", "small rows", SURVIVORS),
+        ("torch.round(x * (qmax / absmax))", "torch.floor(x * (qmax / absmax) + 0.5)",
+         "ties", QUANTIZE),
+        ("x = x * factor", "x = x / factor", "smoothing", QUANTIZE),
+        ("x.clamp(-clip, clip)", "x.clamp(max=clip)", "the clip's lower end", QUANTIZE),
+        ("torch.fmax(x, least)", "torch.maximum(x, least)", "nan in a static range", QUANTIZE),
+        ("most - shift, shift - least)", "most - shift, most - shift)", "rounded shifts", QUANTIZE),
+        ("1.702 * x", "1.7 * x", "quick GELU", "tests/ops/test_act_quantize.py"),
+    ),
+    *_in(
+        "ops/int8_linear/op.py",
+        ("EXACT_K = 1024", "EXACT_K = 4096", "sums are not exact", SURVIVORS),
+        (".addcmul(x_shift, w_sum)", "", "the shift", "tests/ops/test_int8_linear.py -k 'float64'"),
+        ("y = y + residual.float()", "y = y.to(dtype) + residual", "one rounding",
+         "tests/ops/test_int8_linear.py -k 'float64 or rounded'"),
+    ),
+    # --- packed weights ------------------------------------------------------------------------
+    *_in(
+        "packed.py",
+        ("and self._at_their_addresses(roots)", "", "other data", SURVIVORS),
+        ("and _versions(roots) == self.versions", "", "writes in place", PACKED),
+        ("self.epoch == _epoch\n            and ", "", "refresh()", PACKED),
+        ("(recipe, *(m.owner for m in others))", "(recipe,)", "tied weights", PACKED),
+        ("p for group in optimizer.param_groups", "p for group in []", "fused optimizers", PACKED),
+    ),
+    *_in(
+        "passes/prepack.py",
+        ("_cdata in theirs else t for t in made", "_cdata in () else t for t in made",
+         "a pack in a parameter's memory", SURVIVORS),
+    ),
+    # --- capture -------------------------------------------------------------------------------
+    *_in(
+        "capture.py",
+        ("captured.differentiable.add(new)", "pass", "training", GRADIENTS),
+        ("    torch._C._autograd._get_data_attr: Tensor.detach,", "", ".data",
+         "tests/test_backend.py -k data"),
+    ),
+    # --- calibration ---------------------------------------------------------------------------
+    *_in(
+        "calibration/histogram.py",
+        ("counts[BINS // 4 : -BINS // 4] = pairs", "counts[: BINS // 2] = pairs",
+         "ranges", HISTOGRAM),
+        ("BINS.bit_length() - 2)", "BINS.bit_length() - 3)",
+         "the last step", f"{FILES} -k quickly"),
+        ("(u - n) ** 3 / 3", "(u - n) ** 2 / 3", "the expected error", HISTOGRAM),
+        ("1 / ratio, ratio)", "1 / ratio)", "the search", HISTOGRAM),
+    ),
+    *_in(
+        "calibration/record.py",
+        ("torch.minimum(self.low, other.low)", "self.low", "ranges of parts", CALIBRATE),
+        ("self.left_out + other.left_out", "self.left_out", "what is left out", CALIBRATE),
+        ("x.where(finite, math.inf)", "x", "nan in ranges", CALIBRATE),
+    ),
+    *_in(
+        "calibration/sample.py",
+        ("found[1:] != found[:-1]", "found[1:] == found[1:]", "rows kept twice",
+         "tests/calibration/test_sample.py"),
+    ),
+    *_in(
+        "calibration/calibration.py",
+        ("merged.batches += other.batches", "pass", "the count of merged data", FILES),
+        ("!= sha256(", "== '' or sha256(", "damaged files", FILES),
+    ),
+    *_in(
+        "calibration/saved.py",
+        ("(counts >= 0).all()", "True", "negative counts", FILES),
+        ("values == rows * K - left_out", "True", "counts of no data", FILES),
+        ("integer(MIN_EXPONENT, MAX_EXPONENT)", "integer(-(10**9), 10**9)", "exponents", FILES),
+        ("unseen | seen", "unseen | ~unseen", "nan and inf in ranges", FILES),
+        ("inside.all()", "True", "rows that were never seen", FILES),
+    ),
+    # --- files and caches ----------------------------------------------------------------------
+    *_in(
+        "files.py",
+        ("os.replace(name, target)", "target.write_bytes(data)", "permissions and links", BUDGET),
+        ("if len(made) != len(pairs):", "if False:", "a key twice", BUDGET),
+        ("parse_constant=_refused", "parse_constant=float", "NaN", BUDGET),
+    ),
+    *_in(
+        "config.py",
+        ("if not _is_data(name, value):", "if False:", "a file that names a program", BUDGET),
+    ),
+    *_in(
+        "ops/cache.py",
+        ("about.st_uid != os.geteuid()", "False", "another user's files", CACHE),
+        ("stat.S_IWGRP | stat.S_IWOTH", "stat.S_IWOTH", "a group's files", CACHE),
+        ("checked and _read(", "False and _read(", "tampered files", CACHE),
+        ("os.O_DIRECTORY | os.O_NOFOLLOW", "os.O_DIRECTORY", "a linked directory", CACHE),
+    ),
+    *_in(
+        "ops/measure.py",
+        ("or len(answer) != len(found)", "", "times that are none", MEASURE),
+        ("asked != (question, machine(device)) or", "", "another question's times", MEASURE),
+    ),
+)  # fmt: skip
