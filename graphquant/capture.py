@@ -26,6 +26,7 @@ from torch._dynamo.source import (
     ParamBufferSource,
     UnspecializedParamBufferSource,
 )
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Interpreter, Node
@@ -64,7 +65,8 @@ def from_dynamo(gm: GraphModule, example_inputs: list[Any]) -> Captured | None:
     fake_mode = next((f.fake_mode for f in fakes if isinstance(f, FakeTensor)), None)
     if fake_mode is None:
         return None
-    if why := _unfollowable(gm):
+    trains = any(isinstance(v, Tensor) and v.requires_grad for v in example_inputs)
+    if why := _unfollowable(gm, trains):
         raise CaptureError(why)
     try:
         with fake_mode, preserve_node_meta():
@@ -131,7 +133,7 @@ def _drop_policies(gm: GraphModule) -> None:
             del module.meta[_POLICY]
 
 
-def _unfollowable(gm: GraphModule) -> str | None:
+def _unfollowable(gm: GraphModule, trains: bool) -> str | None:
     """Why this graph cannot be retraced, or None. Asked before anything of it is run.
 
     A call that takes and gives no value is there for what it does to the state of torch. Those of
@@ -139,7 +141,9 @@ def _unfollowable(gm: GraphModule) -> str | None:
     """
     for module in gm.modules():
         for node in module.graph.nodes if isinstance(module, GraphModule) else ():
-            if "functorch" in str(getattr(node.target, "__module__", "")):
+            if trains and getattr(node.target, "_name", "") == _FUNCTION:
+                return f"{node.name} is an autograd.Function with a backward of its own"
+            if _is_of_functorch(node.target):
                 return f"{node.name} is a step of torch.vmap or torch.func"
             if node.op == "call_method" and node.target in _ON_AUTOGRAD:
                 return f"{node.name} tells autograd something about a value"
@@ -154,6 +158,7 @@ def _unfollowable(gm: GraphModule) -> str | None:
     return None
 
 
+_FUNCTION = "autograd_function_apply"  # make_fx follows into its forward, and forgets the rest
 _ON_AUTOGRAD = ("requires_grad_", "retain_grad", "register_hook")
 
 
@@ -161,7 +166,17 @@ def _without_value(node: Node) -> bool:
     """Does this call neither take nor give a value? Contexts that it takes are none."""
     if any(not sets_state(n) for n in node.all_input_nodes):
         return False
-    return sets_state(node) or node.meta.get("example_value") is None
+    given = tree_leaves(node.meta.get("example_value"))
+    return sets_state(node) or not any(isinstance(v, _VALUES) for v in given)
+
+
+_VALUES = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, int, float)
+
+
+def _is_of_functorch(target: Any) -> bool:
+    if isinstance(target, HigherOrderOperator):  # autograd.Function is one
+        return False
+    return "functorch" in str(getattr(target, "__module__", ""))
 
 
 def _is_nested(value: Any) -> bool:
@@ -278,7 +293,7 @@ def _retrace(gm: GraphModule, *inputs: Any) -> Any:
             torch._C._set_grad_enabled(grad)
         if _sdpa_kernels() != sdpa:
             torch.nn.attention._sdpa_kernel(sdpa[0])
-            torch._C._set_sdp_priority_order(list(map(int, sdpa[1])))  # type: ignore[attr-defined]
+            torch._C._set_sdp_priority_order(list(map(int, sdpa[1])))
         if hooks is None:
             torch._C._autograd._saved_tensors_hooks_enable()
         else:
@@ -316,7 +331,10 @@ class _Retrace(Interpreter):
             return self._set_state(n)
         before = len(self._new.nodes)
         value = super().run_node(n)
-        if value is None and n.op in ("call_function", "call_method"):
+        calls = n.op == "call_method" or (
+            n.op == "call_function" and not isinstance(n.target, HigherOrderOperator)
+        )
+        if value is None and calls:
             made = list(reversed(self._new.nodes))[: len(self._new.nodes) - before]
             if n.all_input_nodes and (self._is_check(n) or not any(map(is_impure, made))):
                 for node in made:

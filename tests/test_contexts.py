@@ -411,6 +411,35 @@ def test_what_a_jagged_tensor_holds_is_int8(device: str) -> None:
     assert len(int8_paths(reports)) == 2
 
 
+class Straight(torch.autograd.Function):
+    """round(x), with the gradient of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def straight_through(mlp: nn.Module, x: Tensor) -> Tensor:
+    return mlp.fc1(Straight.apply(4 * x))
+
+
+def test_a_backward_of_the_models_own_is_kept(device: str, x: Tensor) -> None:
+    model = over(straight_through, device).requires_grad_(False)
+    gradients = []
+    for run in (model, int8(model, reports := list[Report]())):
+        leaf = x.clone().requires_grad_()
+        run(leaf).sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
+    assert "backward of its own" in reports[0].notes[0]
+    with torch.no_grad():
+        assert int8_paths(check(model, x))
+
+
 # Checks ------------------------------------------------------------------------------------------
 
 

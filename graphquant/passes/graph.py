@@ -492,6 +492,8 @@ def is_impure(node: Node) -> bool:
     """
     if node.is_impure() or sets_state(node):
         return True
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return "val" in node.meta and node.meta["val"] is None
     return isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.returns
 
 

@@ -81,16 +81,16 @@ def regions(graph: Graph, grad_enabled: bool = False) -> Iterator[tuple[Node, Re
             on = bool(node.args[0])
             now = replace(now, grad=not on, inference=on)  # as torch's guard does
         elif node.target is EXIT_INFERENCE:
-            grad, inference = entered[node.args[0]]  # type: ignore[index]
+            grad, inference = entered[node.args[0]]
             now = replace(now, grad=grad, inference=inference)
         elif node.target is ENTER_AUTOCAST:
             entered[node] = now.autocast
             now = replace(now, autocast=(*now.autocast, node.args))
         elif node.target is EXIT_AUTOCAST:
-            now = replace(now, autocast=entered[node.args[0]])  # type: ignore[index]
+            now = replace(now, autocast=entered[node.args[0]])
         elif node.target is SET_SDPA:
             names, *by_priority = node.args
-            backends = tuple(str(b.args[0]) for b in names)  # type: ignore[union-attr]
+            backends = tuple(str(b.args[0]) for b in names)
             now = replace(now, sdpa=(backends, bool(by_priority and by_priority[0])))
 
 
