@@ -471,7 +471,8 @@ def living(device: str) -> int:
     for t in gc.get_objects():
         if type(t) in (Tensor, nn.Parameter) and t.device.type == device:
             storage = t.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+            if storage.nbytes():  # to ask a released weight for its address raises
+                storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
