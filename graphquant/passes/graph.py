@@ -7,7 +7,6 @@ every node carries a fake tensor in `meta["val"]`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeGuard
 
@@ -394,17 +393,6 @@ def readers(node: Node) -> str:
         for u in node.users
     )
     return ", ".join(names) or "nothing"
-
-
-def module_path(node: Node) -> str:
-    """Where in the module tree this was called, "encoder.layers.0.mlp"; "" if not known."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    path = str(list(stack.values())[-1][0])
-    path = re.sub(r"^L\['\w+'\]\.?", "", path)  # the module itself, under the name it is called by
-    path = re.sub(r"\._(?:modules|parameters|buffers)(?=\[)", "", path)
-    return re.sub(r"\['?([^'\]]*)'?\]", r".\1", path).removeprefix(".")  # a['b'][0] -> a.b.0
 
 
 def calls(graph: Graph, wanted: Callable[[Node], bool]) -> Iterator[Node]:

@@ -262,7 +262,8 @@ def _written(graph: Graph, values: dict[Node, Any]) -> dict[int, Node]:
 def _written_inputs(captured: Captured, values: dict[Node, Any]) -> set[str]:
     written = _written(captured.gm.graph, values)
     inputs = {*captured.gm.graph.find_nodes(op="placeholder"), *captured.parameters}
-    return {n.name for n in inputs if any(m in written for m in _memories(values[n]))}
+    left = (n for n in inputs if n in values)  # a tied parameter may have been read by two nodes
+    return {n.name for n in left if any(m in written for m in _memories(values[n]))}
 
 
 def _memories(value: Any) -> list[int]:
