@@ -33,9 +33,7 @@ class Blocks(nn.Module):
 
 
 @pytest.fixture
-def one_process(
-    tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
+def one_process(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
     dist.init_process_group(
         "gloo" if device == "cpu" else "nccl",
