@@ -37,9 +37,9 @@ from torch.utils.checkpoint import noop_context_fn
 from torch.utils.weak import TensorWeakRef
 
 from graphquant.errors import CaptureError
-from graphquant.passes.graph import LITERAL, aten, is_impure
+from graphquant.passes.graph import LITERAL, aten, is_impure, module_path
 from graphquant.passes.ir import Captured
-from graphquant.passes.paths import Places, linear_path, module_path
+from graphquant.passes.paths import Places, linear_path
 from graphquant.passes.regions import (
     ENTER_AUTOCAST,
     ENTER_INFERENCE,

@@ -34,6 +34,7 @@ from torch.fx import GraphModule
 from graphquant.backend import graphquant
 from graphquant.config import Config
 from graphquant.errors import OptionError, ReleasedWeightError, UnsupportedInputError
+from graphquant.locks import Lock
 from graphquant.packed import forget
 from graphquant.released import bring_back, is_released
 from graphquant.report import Report
@@ -143,6 +144,14 @@ def _undo(optimized: list[nn.Module]) -> None:
         bring_back(chain(m.parameters(), m.buffers()))
 
 
+class _Run:
+    """A module compiled with some hooks: nothing else keeps its graphs."""
+
+    def __init__(self) -> None:
+        self.call: Callable[..., Any] = _call
+        self.graphs: list[Callable[..., Any]] = []
+
+
 class _Int8:
     """What a module calls instead of its forward and its hooks.
 
@@ -154,11 +163,11 @@ class _Int8:
         self.report = LiveReport(())
         self.before = vars(module).get(_CALL)
         self._options = options
-        self._module = ref(module)  # code of its classes may hold us, which live for ever
-        self._runs: dict[_Key, Callable[..., Any]] = {}
+        self._module = ref(module)
+        self._runs: dict[_Key, _Run] = {}
         self._graphs: dict[frozenset[Hashable], Report] = {}  # by ids of what each reads
         self._hooks = _hooks(module)
-        self._compiling = threading.RLock()
+        self._compiling = Lock()
         self._compilations = 0
         self._settled = False  # the last call compiled nothing
         self._tell(Report.merge(()), ("nothing is compiled yet: the module was not called",))
@@ -180,25 +189,39 @@ class _Int8:
         key = what, hooks
         run = self._runs.get(key)
         if run is not None and self._settled:
-            return run(module, *args, **kwargs)
+            return run.call(module, *args, **kwargs)
         with self._compiling:
             run = self._runs.get(key) or self._add(key)
             before = self._compilations
-            result = run(module, *args, **kwargs)
+            result = run.call(module, *args, **kwargs)
             self._settled = self._compilations == before
             return result
 
-    def _add(self, key: _Key) -> Callable[..., Any]:
+    def _add(self, key: _Key) -> _Run:
         if len(self._runs) == _HOOK_SETS:
             del self._runs[next(iter(self._runs))]
 
+        self._runs[key] = run = _Run()
+        mine, its = ref(self), ref(run)
+
         # Equal to no other backend: what is behind a graph break is compiled by itself, and must
-        # not be taken from a compilation with other hooks either.
+        # not be taken from a compilation with other hooks either. Dynamo keeps it, and what it
+        # returns, as long as the code it has compiled, such as the forward of a class: so neither
+        # keeps us alive, nor graphs and packed weights. Who calls us does while it calls.
         def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-            return self._compile(gm, example_inputs)
+            me, run = mine(), its()
+            assert me is not None and run is not None
+            at = len(run.graphs)
+            run.graphs.append(me._compile(gm, example_inputs))
+
+            def graph(*args: Any) -> Any:
+                run: Any = its()
+                return run.graphs[at](*args)
+
+            return graph
 
         call = FunctionType(key[0].__code__.replace(), globals())
-        self._runs[key] = run = torch.compile(call, backend=backend)
+        run.call = torch.compile(call, backend=backend)
         return run
 
     def _compile(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:

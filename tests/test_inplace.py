@@ -17,6 +17,7 @@ from weakref import ref
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import Graph
 
 import graphquant
 from graphquant import (
@@ -27,7 +28,8 @@ from graphquant import (
     optimize_,
     restore_,
 )
-from graphquant.packed import _MARK, is_released
+from graphquant.inplace import _Int8
+from graphquant.packed import _MARK, Supply, is_released
 from tests.models import error as errors
 from tests.models import on, relative, same_structure
 from tests.small import NEAR, Mlp, Model, again, error, int8, notes, seeded
@@ -516,6 +518,47 @@ def test_released_weights_cannot_be_restored_and_can_once_they_are_loaded(
     model.load_state_dict(values, assign=True)
     restore_(model)
     assert torch.equal(model(x), want)
+
+
+class TwoParts(nn.Module):
+    """Behind the graph break, code of the class is compiled by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Mlp(), Mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(x)
+
+
+def objects_of_ours() -> dict[str, int]:
+    """How many of these live."""
+    gc.collect()
+    kinds = (_Int8, Supply, Graph)
+    return {k.__name__: sum(type(o) is k for o in gc.get_objects()) for k in kinds}
+
+
+def test_nothing_stays_behind_what_is_restored_replaced_or_deleted(device: str, x: Tensor) -> None:
+    models = [seeded(TwoParts, i).to(device).eval() for i in range(2)]
+    before = objects_of_ours()
+    for model in models:
+        quick(model)
+        model(x)
+        quick(model, exclude="first")
+        model(x)
+        hook = model.second.register_forward_hook(lambda *_: None)
+        model(x)
+        hook.remove()
+    assert objects_of_ours()["Supply"] > before["Supply"] + len(models)
+    last = models.pop()
+    for model in models:
+        restore_(model)
+        assert error(model(x), again(model)(x)) == 0
+    assert objects_of_ours()["_Int8"] == before["_Int8"] + 1
+    del last
+    assert objects_of_ours() == before
 
 
 def test_a_module_that_is_deleted_is_gone(device: str) -> None:

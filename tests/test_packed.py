@@ -17,14 +17,19 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import graphquant
-from graphquant.packed import Supply
+from graphquant import probe, snapshot
+from graphquant.backend import can_run_twice
+from graphquant.packed import Supply, packs_of
 from graphquant.passes.prepack import Recipe
 from tests.small import FAR, NEAR, Mlp, Scaled, again, error, int8, seeded
 from tools import zoo
@@ -273,17 +278,198 @@ def test_inference_tensors_changed_in_place_need_refresh(device: str, x: Tensor)
         assert error(run(x), want) < NEAR
 
 
-# What leaves no trace needs refresh() ------------------------------------------------------------
+# What leaves no trace on a parameter: writes through an alias -----------------------------------
+
+
+def data_multiplied(model: Mlp) -> None:
+    model.fc1.weight.data.mul_(-1.5)
+
+
+def data_added_to(model: Mlp) -> None:
+    model.fc1.weight.data += other(model.fc1.weight) * 2
+
+
+def data_of_the_bias(model: Mlp) -> None:
+    model.fc2.bias.data += 3
+
+
+def storage_copied(model: Mlp) -> None:
+    new = other(model.fc1.weight)
+    model.fc1.weight.untyped_storage().copy_(new.untyped_storage())
+
+
+def a_third_of_the_rows(model: Mlp) -> None:
+    model.fc1.weight.data[32:64] = other(model.fc1.weight)[:32] * 4
+
+
+def some_columns(model: Mlp) -> None:
+    model.fc1.weight.data[:, 5:25] = 1
+
+
+ALIASES = [
+    data_multiplied,
+    data_added_to,
+    data_of_the_bias,
+    storage_copied,
+    a_third_of_the_rows,
+    some_columns,
+]
+
+
+def settled(run: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """On a GPU the values are compared behind the call's back, and the next call knows."""
+    if x.is_cuda:
+        run(x)
+        torch.cuda.synchronize()
+
+
+@pytest.fixture(params=["in C", "in Python"])
+def how_values_are_compared(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if request.param == "in Python":
+        monkeypatch.setattr("graphquant.snapshot._native", lambda: None)
+    else:
+        assert snapshot._native() is not None
+
+
+@pytest.mark.usefixtures("how_values_are_compared")
+@pytest.mark.parametrize("write", ALIASES, ids=lambda f: f.__name__)
+def test_this_write_through_an_alias_is_noticed(
+    write: Callable[[Mlp], None], device: str, x: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = seeded(Mlp).to(device)
+    run = int8(model)
+    old = run(x)
+    write(model)
+    want = again(model)(x)
+    assert error(old, want) > FAR
+    settled(run, x)
+    for _ in range(2):
+        assert error(run(x), want) < NEAR
+    if x.is_cuda:
+        (warning,) = [r for r in caplog.records if r.levelname == "WARNING"]
+        assert "fc" in warning.message
+
+
+def test_parameters_that_are_views_of_one_written_buffer(device: str, x: Tensor) -> None:
+    model = seeded(Mlp).to(device)
+    flat = parameters_to_vector(model.parameters()).detach()
+    start = 0
+    for p in model.parameters():
+        p.data = flat[start : start + p.numel()].view_as(p)
+        start += p.numel()
+    run = int8(model)
+    old = run(x)
+    flat.mul_(1.4)
+    want = again(model)(x)
+    assert error(old, want) > FAR
+    settled(run, x)
+    assert error(run(x), want) < NEAR
+
+
+def test_parameters_taken_from_one_vector_again_and_again(device: str, x: Tensor) -> None:
+    model = seeded(Mlp).to(device)
+    flat = parameters_to_vector(model.parameters()).detach()
+    vector_to_parameters(flat, model.parameters())
+    run = int8(model)
+    for seed in range(3):
+        flat.copy_(parameters_to_vector(seeded(Mlp, seed).parameters()))
+        vector_to_parameters(flat, model.parameters())
+        settled(run, x)
+        assert error(run(x), again(model)(x)) < NEAR
+
+
+def test_storage_of_parameters_can_still_be_resized(x: Tensor) -> None:
+    """numpy forbids it to what it has seen."""
+    model = seeded(Mlp).to(x.device)
+    run = int8(model)
+    run(x)
+    for p in model.parameters():
+        assert p.untyped_storage().resizable()
+
+
+def test_writes_through_numpy_and_to_inference_tensors_are_noticed() -> None:
+    x = seeded(lambda: torch.randn(8, 64))
+    for make in (seeded, under_inference_mode):
+        model = make(Mlp)
+        run = int8(model)
+        with torch.inference_mode():
+            old = run(x)
+            model.fc1.weight.detach().numpy()[...] *= -2
+            want = model(x)
+            assert error(old, want) > FAR
+            assert error(run(x), want) < NEAR
+
+
+def under_inference_mode(make: Callable[[], Mlp]) -> Mlp:
+    with torch.inference_mode():
+        return seeded(make)
+
+
+def test_a_change_that_bfloat16_hardly_holds_is_noticed(device: str) -> None:
+    """A thousandth of a weight: most of its values stay what they were, bit for bit."""
+    linear = seeded(lambda: nn.Linear(256, 256, bias=False)).to(device, torch.bfloat16)
+    x = seeded(lambda: torch.randn(8, 256)).to(device, torch.bfloat16)
+    run = int8(linear)
+    run(x)
+    before = linear.weight.clone()
+    stamp = mark_of(linear.weight).stamp
+    linear.weight.data += other(before) / 1000
+    assert 0.05 < (linear.weight != before).float().mean() < 0.5
+    settled(run, x)
+    run(x)
+    assert mark_of(linear.weight).stamp != stamp
+
+
+def test_a_weight_that_is_no_row_major_matrix_is_compared(device: str, x: Tensor) -> None:
+    linear = seeded(lambda: nn.Linear(64, 96)).to(device)
+    linear.weight.data = linear.weight.t().contiguous().t()
+    run = int8(linear)
+    old = run(x)
+    linear.weight.data[40:] *= -3
+    assert error(old, linear(x)) > FAR
+    settled(run, x)
+    assert error(run(x), linear(x)) < NEAR
+
+
+def test_a_graph_that_is_compiled_later_takes_no_pack_from_before_a_silent_write(
+    device: str, x: Tensor
+) -> None:
+    """Its own first look comes after the write."""
+    model = seeded(Mlp).to(device)
+    run = int8(model)
+    old = run(x)
+    model.fc1.weight.data.mul_(-2)
+    want = again(model)(x)
+    assert error(old, want) > FAR
+    assert error(int8(model, exclude="fc2")(x), want) < NEAR
+    assert error(run(x), want) < NEAR
+
+
+def test_one_value_that_is_not_looked_at_needs_refresh(device: str, x: Tensor) -> None:
+    """As documented."""
+    linear = seeded(lambda: nn.Linear(64, 96)).to(device)
+    run = int8(linear)
+    old = run(x)
+    places = set(snapshot._places(linear.weight.numel()).tolist())
+    unseen = next(i for i in range(linear.weight.numel()) if i not in places)
+    linear.weight.data.view(-1)[unseen] += 100
+    settled(run, x)
+    assert torch.equal(run(x), old)
+    graphquant.refresh(linear)
+    assert error(run(x), linear(x)) < NEAR
+    assert error(run(x), old) > FAR
 
 
 @pytest.mark.parametrize("of_module", [True, False], ids=["of the module", "of everything"])
-def test_change_through_data_needs_refresh(of_module: bool, device: str, x: Tensor) -> None:
+def test_refresh_packs_again_at_once(of_module: bool, device: str, x: Tensor) -> None:
+    """On a GPU a silent write is noticed one call later; after refresh() there is no such call."""
     run = int8(model := seeded(Mlp).to(device))
     old = run(x)
     model.fc1.weight.data += other(model.fc1.weight) * 2
     want = again(model)(x)
     assert error(old, want) > FAR
-    assert torch.equal(run(x), old)  # as documented: nobody can see this
     graphquant.refresh(model if of_module else None)
     assert error(run(x), want) < NEAR
 
@@ -510,7 +696,7 @@ def test_used_module_loads_where_graphquant_is_not(
 
     model, x = Users(), torch.randn(3, 64)
     int8(model)(x)
-    assert packs_of(model.fc.weight)  # there is something to leave behind
+    assert packs_of([model.fc.weight])  # there is something to leave behind
     torch.save(model, tmp_path / "model.pt")
     torch.save(dict([*model.named_parameters(), *model.named_buffers()]), tmp_path / "weights.pt")
     torch.save((x, model(x)), tmp_path / "call.pt")
@@ -533,7 +719,7 @@ def test_deleted_model_frees_its_weights_and_packs(make: type[nn.Module], x: Ten
     run = int8(model)
     run(x)
     tensors = [*model.parameters(), *model.buffers()]
-    packs = [t for p in tensors for t in packs_of(p)]
+    packs = packs_of(tensors)
     assert packs
     watched = [weakref.ref(t) for t in [*tensors, *packs]]
     del model, run, tensors, packs
@@ -541,10 +727,107 @@ def test_deleted_model_frees_its_weights_and_packs(make: type[nn.Module], x: Ten
     assert [r() for r in watched] == [None] * len(watched)
 
 
-def packs_of(root: Tensor) -> list[Tensor]:
-    """The packed tensors that hang on a parameter."""
-    mark = root.__dict__.get("_graphquant_mark")
-    return [] if mark is None else [t for p in mark.owner.packs.values() for t in p.tensors]
+def mark_of(root: Tensor) -> Any:
+    return root.__dict__["_graphquant_mark"]
+
+
+# Nothing outlives what it was made from ---------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Three stacked linears: one pack of six parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(64)
+        self.q, self.k, self.v = (nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return self.q(x) * self.k(x) + self.v(x)
+
+
+def int8_bytes() -> int:
+    gc.collect()
+    packs = [t for t in gc.get_objects() if type(t) is Tensor and t.dtype == torch.int8]
+    return sum(t.untyped_storage().nbytes() for t in packs)
+
+
+def test_replaced_parameters_take_their_packs_with_them(device: str, x: Tensor) -> None:
+    before = int8_bytes()
+    run = int8(model := seeded(Attention).to(device))
+    run(x)
+    one = int8_bytes() - before
+    for seed in range(40):
+        linear = (model.k, model.v, model.q)[seed % 3]
+        linear.weight = nn.Parameter(other(linear.weight, seed))
+        linear.bias = nn.Parameter(other(linear.bias, seed))
+        run(x)
+    assert 0 < int8_bytes() - before < 2 * one
+    assert error(run(x), model(x)) < 2 * NEAR
+
+
+def test_parameters_in_turn_are_packed_once(device: str, x: Tensor, packings: list[Recipe]) -> None:
+    """Both live, so both packs do."""
+    run = int8(model := seeded(Attention).to(device))
+    weights = [model.k.weight, nn.Parameter(other(model.k.weight))]
+    results = []
+    for i in range(6):
+        model.k.weight = weights[i % 2]
+        results.append(run(x))
+    assert len(packings) == 2
+    assert error(results[0], results[1]) > FAR
+    assert torch.equal(results[0], results[4]) and torch.equal(results[1], results[5])
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_dynamo_reset_frees_all_packs_of_a_living_model(inner: str, device: str, x: Tensor) -> None:
+    before = int8_bytes()
+    model = seeded(Attention).to(device)
+    run = int8(model, inner=inner)
+    run(x), run(x[:4])
+    assert int8_bytes() > before
+    torch._dynamo.reset()
+    assert int8_bytes() == before
+    assert error(run(x), model(x)) < 2 * NEAR
+    del model, run
+    torch._dynamo.reset()
+    assert int8_bytes() == before
+
+
+def test_other_recipes_replace_the_former_once_dynamo_forgets_them(device: str, x: Tensor) -> None:
+    """As each new calibration does: its statistics are part of the recipe."""
+    before = int8_bytes()
+    model = seeded(Attention).to(device)
+    sizes = []
+    for i in range(4):
+        torch._dynamo.reset()
+        int8(model, weight_scale=("absmax", "mse")[i % 2])(x)
+        graphquant.refresh()
+        sizes.append(int8_bytes() - before)
+    assert sizes[0] > 0 and max(sizes) < 2 * sizes[0]
+
+
+def test_packs_live_as_long_as_one_graph_that_reads_them() -> None:
+    w = nn.Parameter(torch.randn(4, 4))
+    one, two = supply_of(Doubled()), supply_of(Doubled())
+    pack = weakref.ref(one([w])[0])
+    assert two([w])[0] is pack()
+    del one
+    assert pack() is not None
+    del two
+    assert pack() is None
+    assert packs_of([w]) == []
+
+
+def test_packs_die_with_any_parameter_they_were_made_from() -> None:
+    supply = Supply([(Doubled(), (0, 1))], str)
+    for dies in (0, 1):
+        roots = [nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))]
+        pack = weakref.ref(supply(roots)[0])
+        assert pack() is not None
+        del roots[dies]
+        assert pack() is None
 
 
 # Supply, alone -----------------------------------------------------------------------------------
@@ -591,6 +874,45 @@ def test_two_supplies_with_one_recipe_share_the_pack() -> None:
     assert torch.equal(one([w])[0], 2 * w)
 
 
+def test_a_guess_is_confirmed_or_not() -> None:
+    """What a GPU begins with before it is known whether something has changed in silence."""
+    w = nn.Parameter(torch.randn(4, 4))
+    supply = supply_of(Doubled())
+    assert supply.guess([w]) is None  # nothing is packed yet
+    supply([w])
+    guess = supply.guess([w])
+    assert guess is not None and supply.confirms(guess, [w])
+    w.data.mul_(3)
+    guess = supply.guess([w])
+    assert guess is not None and not supply.confirms(guess, [w])
+    assert torch.equal(supply([w])[0], 2 * w)
+    assert supply.guess([w]) is None  # it looks first where things change from call to call
+    supply([w])
+    assert supply.guess([w]) is not None
+    graphquant.refresh()  # said aloud
+    assert supply.guess([w]) is None
+
+
+@pytest.mark.parametrize(
+    ("function", "twice"),
+    [
+        (lambda x, s: F.gelu(x) + s, True),
+        (lambda x, s: F.scaled_dot_product_attention(x, x, x), True),
+        (lambda x, s: F.scaled_dot_product_attention(x, x, x, dropout_p=0.1), False),
+        (lambda x, s: x + s.add_(1), False),
+        (lambda x, s: x + torch.rand_like(x), False),
+        (lambda x, s: F.dropout(x), False),
+        (lambda x, s: F.batch_norm(x, s.new_zeros(4), s.new_ones(4), training=True), False),
+    ],
+)
+def test_only_a_graph_without_side_effects_runs_before_its_packs_are_known_to_be_fresh(
+    function: Any, twice: bool
+) -> None:
+    x = torch.randn(2, 4, 3, 3)
+    graph = make_fx(function, pre_dispatch=True)(x, torch.randn(3)).graph
+    assert can_run_twice(graph) is twice
+
+
 def test_one_supply_serves_many_parameters() -> None:
     supply = supply_of(Doubled())
     weights = [nn.Parameter(torch.randn(4, 4)) for _ in range(3)]
@@ -633,3 +955,120 @@ def test_threads_share_a_compiled_model(device: str, x: Tensor) -> None:
     assert error(want, model_want) > FAR
     assert all(error(y, model_want) < NEAR for y in results)
     assert all(torch.equal(y, results[0]) for y in results)
+
+
+FORK = """
+import os, threading, torch
+from torch import nn
+from graphquant.packed import Supply
+
+class Slow:
+    def compute(self, roots):
+        if threading.current_thread() is not threading.main_thread():
+            packing.set()
+            forked.wait()
+        return [2 * roots[0].detach()]
+
+packing, forked = threading.Event(), threading.Event()
+w, supply = nn.Parameter(torch.ones(4)), Supply([(Slow(), (0,))], str)
+thread = threading.Thread(target=supply, args=([w],))
+thread.start()
+packing.wait()
+child = os.fork()
+if not child:
+    os._exit(0 if supply([w])[0].tolist() == [2] * 4 else 3)
+_, status = os.waitpid(child, 0)
+forked.set()
+thread.join()
+assert supply([w])[0].tolist() == [2] * 4
+print("child", os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_a_process_forked_while_another_thread_packs_can_pack() -> None:
+    """The child has the lock of a thread that it does not have."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORK], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.stdout == "child 0\n", done.stderr
+
+
+# Values on a GPU --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8])
+def test_a_probe_raises_its_flag_when_a_value_has_changed(dtype: torch.dtype, device: str) -> None:
+    """On a CPU its kernels run in Triton's interpreter."""
+    tensors = [
+        torch.arange(100, device=device).to(dtype),
+        torch.randint(-9, 9, (40, 50), device=device).to(dtype).t(),
+        torch.randint(-9, 9, (64, 64), device=device).to(dtype),
+    ]
+    where = tensors[0].device
+    rows = probe.read(probe._table(tensors).to(where)).cpu().numpy()
+    seen = [snapshot.Seen.of(t, row.tobytes()) for t, row in zip(tensors, rows, strict=True)]
+    looks = probe.Probe(tensors, seen, where)
+
+    def raised() -> bool:
+        looks.changed()
+        if where.type == "cuda":
+            torch.cuda.synchronize()
+        return looks.raised()
+
+    assert not raised() and not raised()
+    before = tensors[1].clone()
+    tensors[1].fill_(9)
+    assert raised() and raised()
+    tensors[1].copy_(before)
+    assert probe.Probe(tensors, seen, where).changed() is False
+
+
+def test_a_probe_reads_the_first_bytes_of_its_tensors_values() -> None:
+    x = torch.randn(3, 5).bfloat16()
+    (row,) = probe.read(probe._table([x]))
+    assert torch.equal(row[:15].short().view(torch.bfloat16).view(3, 5), x)
+
+
+@pytest.mark.cuda
+def test_a_probe_neither_waits_nor_keeps_parameters_alive(device: str, x: Tensor) -> None:
+    model = seeded(Mlp).to(device)
+    run = int8(model)
+    run(x)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(200_000_000)
+        start = time.perf_counter()
+        run(x)
+        assert time.perf_counter() - start < 0.05
+    torch.cuda.synchronize()
+    weight = weakref.ref(model.fc1.weight)
+    del model, run
+    gc.collect()
+    assert weight() is None
+
+
+@pytest.mark.cuda
+def test_a_call_that_is_recorded_as_a_cuda_graph_looks_at_nothing(device: str, x: Tensor) -> None:
+    model = seeded(Mlp).to(device)
+    run = int8(model)
+    for _ in range(3):
+        run(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run(x)
+    graph.replay()
+    assert error(y, model(x)) < NEAR
+
+
+@pytest.mark.cuda
+def test_a_change_that_is_seen_after_the_launch_is_right_in_the_same_call(
+    device: str, x: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The GPU begins with the old packs, and again with the new ones."""
+    model = seeded(Mlp).to(device)
+    run = int8(model)
+    for seed in range(4):
+        model.fc1.weight.copy_(other(model.fc1.weight, seed))
+        for _ in range(seed + 1):
+            assert error(run(x), again(model)(x)) < NEAR
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]

@@ -26,8 +26,7 @@ from graphquant.capture import from_dynamo, from_export
 from graphquant.config import Config
 from graphquant.ops import OPS, quantize_weight
 from graphquant.ops.smoothing import norm_smoothing, searched_smoothing, smoothing
-from graphquant.passes.graph import CASTS, LINEAR, ROW_VIEWS, Constants, aten, is_call
-from graphquant.passes.paths import module_path
+from graphquant.passes.graph import CASTS, LINEAR, ROW_VIEWS, Constants, aten, is_call, module_path
 from graphquant.passes.ir import Captured
 from graphquant.passes.pipeline import rewrite
 from graphquant.report import Report

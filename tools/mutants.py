@@ -27,7 +27,7 @@ RULES = "tests/passes/rules/test_"
 STACK, ACT, NORM = f"{RULES}stack_siblings.py", f"{RULES}act_linear.py", f"{RULES}norm_linear.py"
 RESIDUAL, SCALE, LINEAR = (f"{RULES}{name}.py" for name in ("residual", "layer_scale", "linear"))
 QUANTIZE = "tests/ops/test_quantize.py -k reference"
-PACKED, FREE = "tests/test_packed.py", "tests/test_free_weights.py"
+PACKED, PRODUCTS = "tests/test_packed.py", "tests/passes/test_products.py -k addmm"
 FILES, HISTOGRAM = "tests/calibration/test_files.py", "tests/calibration/test_histogram.py"
 CALIBRATE, BUDGET = "tests/calibration/test_calibrate.py", "tests/test_budget.py"
 CACHE, MEASURE = "tests/ops/test_cache.py", "tests/ops/test_measure.py"
@@ -111,14 +111,17 @@ MUTANTS: Sequence[Mutant] = (
         "passes/pipeline.py",
         ("if why := config.wants(path):", "if why := None:", "include and exclude", LINEAR),
         ("if node in bench.needs_gradient:", "if False:", "training", GRADIENTS),
-        ("if weight not in bench.constants:\n        return _why", "if False:\n        return _why",
-         "weights that are values", LINEAR),
+        ('bench.constants:\n        return "its weight', 'set():\n        return "its weight',
+         "every linear is barred", LINEAR),
         ("if n in bench.written), None", "if False), None", "written weights", STACK),
     ),
     *_in(
         "passes/normalize.py",
         ("return not train or p == 0", "return True", "dropout", NORMALIZE),
-        ("beta == alpha == 1 and ", "", "addmm's factors", NORMALIZE),
+    ),
+    *_in(
+        "passes/products.py",
+        ("if beta not in (0, 1):", "if False:", "addmm's beta", PRODUCTS),
     ),
     *_in(
         "passes/masks.py",
@@ -174,7 +177,7 @@ MUTANTS: Sequence[Mutant] = (
     *_in(
         "passes/prepack.py",
         ("_cdata in theirs else t for t in made", "_cdata in () else t for t in made",
-         "a pack in a parameter's memory", f"{FREE} {PACKED}"),
+         "a pack in a parameter's memory", SURVIVORS),
     ),
     # --- capture -------------------------------------------------------------------------------
     *_in(
@@ -188,7 +191,7 @@ MUTANTS: Sequence[Mutant] = (
         "calibration/histogram.py",
         ("counts[BINS // 4 : -BINS // 4] = pairs", "counts[: BINS // 2] = pairs",
          "ranges", HISTOGRAM),
-        ("BINS.bit_length() - 1)", "BINS.bit_length() - 2)",
+        ("BINS.bit_length() - 2)", "BINS.bit_length() - 3)",
          "the last step", f"{FILES} -k quickly"),
         ("(u - n) ** 3 / 3", "(u - n) ** 2 / 3", "the expected error", HISTOGRAM),
         ("1 / ratio, ratio)", "1 / ratio)", "the search", HISTOGRAM),

@@ -56,8 +56,8 @@ class Histogram:
     def over(self, exponent: int) -> Histogram:
         """The same values over the range of another exponent, which is not below this one."""
         counts = self.counts
-        # After log2(BINS) steps all is in the two bins around 0, and stays there.
-        for _ in range(min(exponent - self.exponent, BINS.bit_length() - 1)):
+        # After log2(BINS) - 1 steps all is in the two bins around 0, and stays there.
+        for _ in range(min(exponent - self.exponent, BINS.bit_length() - 2)):
             pairs = counts.view(-1, 2).sum(1)
             counts = torch.zeros_like(counts)
             counts[BINS // 4 : -BINS // 4] = pairs

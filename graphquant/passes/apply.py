@@ -1,7 +1,8 @@
 """Run one rule over a graph. The only module in which rules change one.
 
 It keeps the graph honest for them: fake values on new nodes, the same shape, dtype and device out
-as before, what was replaced is gone afterwards, and every decision is on record.
+as before (strides: layout.py), what was replaced is gone afterwards, and every decision is on
+record.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import itertools
 import logging
 import operator
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,6 +30,8 @@ from graphquant.passes.graph import (
     SIZED_VIEWS,
     Constants,
     aten,
+    autocast_at,
+    described,
     dtype,
     fake_result,
     full_args,
@@ -37,10 +39,11 @@ from graphquant.passes.graph import (
     shape,
 )
 from graphquant.passes.judge import Product, judge, too_rough
+from graphquant.passes.layout import restore_layouts, stands_for
 from graphquant.passes.ranges import SMOOTHED, Range, union, within
 from graphquant.passes.recognize import Activation, Norm, Recognized
 from graphquant.passes.record import Record
-from graphquant.passes.regions import are_apart, region_of
+from graphquant.passes.regions import are_apart
 from graphquant.passes.rule import Linear, Refuse, Rule, Site, Smooth
 from graphquant.passes.select import compare
 from graphquant.passes.smooth import sample, smooth
@@ -63,6 +66,7 @@ class Workbench:
     record: Record
     config: Config
     parameters: Mapping[Node, Tensor]
+    names: Mapping[Node, str]  # of parameters
     select: bool = False  # keep only what was measured to be faster
     ranges: dict[str, Range] = field(default_factory=dict)  # static ones: ranges.static_ranges
     unjudged: set[str] = field(default_factory=set)  # nodes of which min_sqnr has no rows
@@ -244,7 +248,7 @@ def apply(bench: Workbench, rule: Rule[Any]) -> None:
             continue
         editor = Editor(bench)
         first = min(site.outputs)  # in graph order
-        with bench.graph.inserting_before(first), _autocast_at(first):
+        with bench.graph.inserting_before(first), autocast_at(first):
             new = rule.rewrite(editor, site)
             rough = bench.why_rough(editor.product) if editor.product else ""
             measured = bench.select and not rough
@@ -276,6 +280,7 @@ def apply(bench: Workbench, rule: Rule[Any]) -> None:
         bench.record.apply(rule.name, site.subjects, carriers[0], times, value)
         log.debug("%s applied to %s", rule.name, site.outputs[0].name)
         for old, now in zip(site.outputs, new, strict=True):
+            stands_for(now, old)
             old.replace_all_uses_with(now)
             bench.replaced[old] = now
             if old in bench.written:
@@ -284,6 +289,7 @@ def apply(bench: Workbench, rule: Rule[Any]) -> None:
             _erase(bench.graph, old)
         if alive := [n.name for n in site.outputs if not n._erased]:
             raise RuleError(f"{rule.name} left what it replaced alive: {', '.join(alive)}")
+    restore_layouts(bench.graph, bench.fake_mode)
 
 
 def _late(replacing: dict[Node, Node]) -> str:
@@ -307,20 +313,12 @@ def _takes_over(carrier: Node, replaced: dict[Node, Node]) -> str:
     return old.name
 
 
-def _autocast_at(node: Node) -> ExitStack:
-    """The autocast regions that a node stands in: new fake values get the types of a real run."""
-    with ExitStack() as opened:
-        for args in region_of(node).autocast:
-            opened.enter_context(torch.autocast(*args))
-        return opened.pop_all()
-
-
 def _refusal(bench: Workbench, rule: Rule[Any], site: Site) -> Refuse | None:
     no = rule.check(bench, site)
     if no is not None and not isinstance(no, Refuse):
         raise RuleError(f"{rule.name}.check returned {no!r}; it must return None or a Refuse")
     if no is None and (hit := next((x for x in site.moved if x in bench.written), None)):
-        return Refuse(f"{hit.name} is written in place", hit)
+        return Refuse(f"{described(hit, bench.names)} is written in place", hit)
     if no is None and are_apart(site.outputs):
         return Refuse("a context, such as autocast, begins or ends between them", site.outputs[0])
     return no

@@ -24,6 +24,7 @@ from graphquant.ops.attention.hopper_tiles import ONLY, TILES
 from graphquant.ops.chip import chip
 from graphquant.ops.measure import times
 from graphquant.passes.graph import SDPA, aten, calls, full_args
+from graphquant.passes.layout import stands_for
 from graphquant.passes.regions import regions
 from graphquant.passes.select import MEASURED, random_like
 
@@ -61,6 +62,7 @@ def choose_kernels(graph: Graph, needs_gradient: set[Node]) -> None:
         log.debug("%s: %s", node.name, fastest)
         with graph.inserting_before(node):
             made = KERNELS[fastest].insert(graph, node, (q, k, v), causal, scale)
+        stands_for(made, node)
         node.replace_all_uses_with(made)
         graph.erase_node(node)
 
@@ -101,7 +103,10 @@ class OfTorch:
         made = graph.call_function(operator.getitem, (results, 0))
         results.meta.update(old.meta)
         made.meta.update(old.meta)
-        results.meta["val"] = (old.meta["val"],)  # nothing reads the rest
+        fakes = [n.meta["val"] for n in qkv]
+        with fakes[0].fake_mode:
+            results.meta["val"] = self.call(fakes, causal, scale)
+        made.meta["val"] = results.meta["val"][0]
         return made
 
 

@@ -7,23 +7,28 @@ every node carries a fake tensor in `meta["val"]`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
-from graphquant.passes.regions import regions, sets_state
+from graphquant.passes.regions import region_of, regions, sets_state
 
 aten = torch.ops.aten
 
 LINEAR = aten.linear.default
 SDPA = aten.scaled_dot_product_attention.default
 RESIDUAL = 7  # among the arguments of int8_linear
+MODULE = "graphquant_module"  # meta of a node: the path of the module that calls it (paths.py)
 LITERAL = "graphquant_literal"  # meta of an attribute that is no parameter: its tensor
 
 CASTS = frozenset(
@@ -116,6 +121,21 @@ def fake_result(mode: FakeTensorMode, target: Any, args: Any, kwargs: Any) -> An
     args, kwargs = map_arg((args, kwargs), lambda n: n.meta["val"])
     with mode, enable_python_dispatcher():
         return target(*args, **kwargs)
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Do two fake values lie in memory alike: sizes, strides, offset, and how much there is of it?
+
+    Of sizes that are symbols: only what is known without a guard.
+    """
+    return a.dim() == b.dim() and all(
+        statically_known_true(m == n) for m, n in zip(_layout(a), _layout(b), strict=True)
+    )
+
+
+def _layout(value: Tensor) -> tuple[Any, ...]:
+    storage = value.untyped_storage().nbytes() if _storage(value) is not None else 0
+    return (*value.shape, *value.stride(), value.storage_offset(), storage)
 
 
 def is_tensor(node: Node) -> bool:
@@ -214,6 +234,21 @@ def origin(node: Node, found: Callable[[Node], object]) -> tuple[Node, list[Node
     return node, views[::-1]
 
 
+def between(out: Node, x: Node) -> list[Node]:
+    """What is computed on the way from x to out, without these two."""
+    found: dict[Node, bool] = {x: True, out: False}
+
+    def from_x(node: Node) -> bool:
+        if node not in found:
+            inputs = node.all_input_nodes if node > x else []
+            found[node] = sum(map(from_x, inputs)) > 0  # all of them, not up to the first
+        return found[node]
+
+    for i in out.all_input_nodes:
+        from_x(i)
+    return [n for n, is_ in found.items() if is_ and n is not x]
+
+
 def only_user(node: Node) -> Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
@@ -229,13 +264,19 @@ def leads_only_to(node: Node, goal: Node) -> bool:
 class Constants:
     """Which nodes depend on parameters and buffers only. `roots` are those themselves.
 
+    What the graph writes to while it runs is no constant, under whatever name: it has one value
+    before the write and another after it, and the next run starts from that one.
+
     What numbers make (LITERAL, FACTORIES) may take part, but alone it is no weight: a packed weight
     belongs to its parameters.
     """
 
     def __init__(self, roots: Iterable[Node]) -> None:
         self.roots = frozenset(roots)
-        self._fixed: dict[Node, bool] = dict.fromkeys(self.roots, True)
+        self._written = {
+            n for graph in {r.graph for r in self.roots} for n in written_in_place(graph)
+        }
+        self._fixed = {root: root not in self._written for root in self.roots}
         self._rooted = set(self.roots)
 
     def __contains__(self, node: object) -> bool:
@@ -249,6 +290,7 @@ class Constants:
                 node.op == "call_function"
                 and (bool(inputs) or node.target in FACTORIES)
                 and node.target not in UNSET
+                and node not in self._written
                 and not is_impure(node)
                 and not is_random(node)
                 and all(map(self.is_fixed, inputs))
@@ -281,42 +323,101 @@ class Constants:
                 edge += fresh
         return list(found)
 
+    def written_in(self, node: Node) -> Node | None:
+        """What the graph writes to, if that is why this value is no constant: a parameter, or a
+        value that is made of such."""
+        edge, seen = [node], {node}
+        for value in edge:
+            if value not in self.roots and (value.op != "call_function" or is_random(value)):
+                return None
+            fresh = [i for i in value.all_input_nodes if not self.is_fixed(i) and i not in seen]
+            seen.update(fresh)
+            edge += fresh
+        return min((n for n in edge if n in self._written), default=None)
+
 
 def is_random(node: Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def writes(node: Node) -> list[Node]:
-    """The arguments this node writes to in place."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    """The arguments whose memory this node writes to."""
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return _written_inside(node)
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target in _WRITES_NO_VALUE:
         return []
-    schema = node.target._schema
-    if not schema.is_mutable:
-        return []
-    found: list[Node] = []
-    for argument, value in zip(schema.arguments, full_args(node), strict=True):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            found += nodes_in(value)
-    return found
+    schema, arguments = node.target._schema, full_args(node)
+    named = {a.name: value for a, value in zip(schema.arguments, arguments, strict=True)}
+    if schema.is_mutable:
+        mutable = [a for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+        return [n for a in mutable for n in nodes_in(named[a.name])]
+    if any(named.get(flag) is True for flag in _UPDATES_STATISTICS):
+        return [n for name in _STATISTICS for n in nodes_in(named.get(name))]
+    return []
+
+
+_WRITES_NO_VALUE = frozenset({aten.detach_.default})  # it changes what autograd knows
+
+# batch_norm, instance_norm and their kin update these without a word of it in their schemas
+_STATISTICS = ("running_mean", "running_var")
+_UPDATES_STATISTICS = ("training", "train", "use_input_stats")
+
+
+def _written_inside(node: Node) -> list[Node]:
+    """What a higher-order op writes to: all that it reads, if any of its graphs writes at all."""
+    root = node.graph.owning_module
+    read = [n for n in node.all_input_nodes if is_tensor(n)]
+    names = [n.target for n in node.all_input_nodes if n.op == "get_attr"]
+    inner = [g for name in names if isinstance(g := getattr(root, str(name), None), GraphModule)]
+    if any(writes(n) for g in inner for n in g.graph.nodes):
+        return read
+    return read if "mutation" in node.target.name() else []  # type: ignore[union-attr]  # Triton's
+
+
+def memory(node: Node) -> frozenset[int]:
+    """The storages in which the value of a node lies. Empty where none is known."""
+    return memory_of(node.meta.get("val"))
+
+
+def memory_of(value: object) -> frozenset[int]:
+    """The storages of a fake value, or of several."""
+    values = [value] if isinstance(value, Tensor) else tree_leaves(value)
+    return frozenset(at for v in values if (at := _storage(v)) is not None)
+
+
+def _storage(value: object) -> int | None:
+    if not isinstance(value, Tensor):
+        return None
+    try:
+        return int(value.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse tensors and subclasses have none
+        return None
 
 
 def may_alias(node: Node) -> list[Node]:
-    """The inputs whose memory this node's value may share."""
+    """The inputs whose memory this node's value may share.
+
+    What its fake value lies in says so, and the schema: einsum, meshgrid or broadcast_tensors
+    return views that their schemas do not declare; and a reshape that copied when the model was
+    traced may return a view once a rule has changed how its input lies in memory.
+    """
     if node.op != "call_function":
         return []
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return node.all_input_nodes if node.target.__name__ == "getitem" else []  # type: ignore[union-attr]
-    return [
-        value
-        for argument, given in zip(node.target._schema.arguments, full_args(node), strict=True)
-        if argument.alias_info is not None
-        for value in nodes_in(given)
-    ]
+    declared: list[Node] = []
+    if isinstance(node.target, torch._ops.OpOverload):
+        for argument, given in zip(node.target._schema.arguments, full_args(node), strict=True):
+            if argument.alias_info is not None:
+                declared += nodes_in(given)
+    elif node.target is operator.getitem:
+        declared = node.all_input_nodes
+    own = memory(node)
+    return [i for i in node.all_input_nodes if i in declared or not own.isdisjoint(memory(i))]
 
 
-def _families(graph: Graph) -> Callable[[Node], Node]:
+def families(graph: Graph) -> Callable[[Node], Node]:
     """Values that may share memory have one head."""
     family: dict[Node, Node] = {}
+    first: dict[int, Node] = {}
 
     def head(n: Node) -> Node:
         while n in family:
@@ -324,7 +425,8 @@ def _families(graph: Graph) -> Callable[[Node], Node]:
         return n
 
     for node in graph.nodes:
-        for other in may_alias(node):
+        here = (first.setdefault(at, node) for at in memory(node))  # inputs share memory as well
+        for other in (*may_alias(node), *here):
             if head(node) is not head(other):
                 family[head(node)] = head(other)
     return head
@@ -332,9 +434,19 @@ def _families(graph: Graph) -> Callable[[Node], Node]:
 
 def written_in_place(graph: Graph) -> set[Node]:
     """Every value whose memory some node of the graph writes to, through any alias of it."""
-    head = _families(graph)
-    written = {head(n) for node in graph.nodes for n in writes(node)}
-    return {n for n in graph.nodes if head(n) in written} if written else set()
+    targets = [n for node in graph.nodes for n in writes(node)]
+    if not targets:
+        return set()
+    head = families(graph)
+    written = {head(n) for n in targets}
+    return {n for n in graph.nodes if head(n) in written}
+
+
+def leaving(graph: Graph) -> set[Node]:
+    """Every value whose memory the caller gets to see, through any alias of it."""
+    head = families(graph)
+    returned = {head(n) for n in graph.output_node().all_input_nodes}
+    return {n for n in graph.nodes if head(n) in returned}
 
 
 def needs_gradient(graph: Graph, differentiable: Iterable[Node], grad_enabled: bool) -> set[Node]:
@@ -342,7 +454,7 @@ def needs_gradient(graph: Graph, differentiable: Iterable[Node], grad_enabled: b
     found = set(differentiable)
     if not found:
         return found
-    head = _families(graph)
+    head = families(graph)
     for node, region in regions(graph, grad_enabled):
         if (
             region.records
@@ -363,6 +475,14 @@ def _can_need_gradient(node: Node) -> bool:
     if isinstance(value, Tensor):
         return value.is_floating_point() or value.is_complex()
     return not isinstance(value, (int, torch.SymInt, torch.SymFloat, torch.SymBool, bool, float))
+
+
+def autocast_at(node: Node) -> ExitStack:
+    """The autocast regions that a node stands in: new fake values get the types of a real run."""
+    with ExitStack() as opened:
+        for args in region_of(node).autocast:
+            opened.enter_context(torch.autocast(*args))
+        return opened.pop_all()
 
 
 def is_impure(node: Node) -> bool:
@@ -393,6 +513,22 @@ def readers(node: Node) -> str:
         for u in node.users
     )
     return ", ".join(names) or "nothing"
+
+
+def described(node: Node, names: Mapping[Node, str]) -> str:
+    """What a value is, for a sentence: "bias" or "the result of gelu in encoder.layers.0"."""
+    if node in names:
+        return names[node]
+    if node.op != "call_function":
+        return "an input of the model"
+    op = getattr(node.target, "__name__", str(node.target)).split(".")[0]
+    path = module_path(node)
+    return f"the result of {op} in {path}" if path else f"the result of {op}"
+
+
+def module_path(node: Node) -> str:
+    """The path of the module that calls this, "encoder.layers.0.mlp"; "" if not known."""
+    return str(node.meta.get(MODULE, ""))
 
 
 def calls(graph: Graph, wanted: Callable[[Node], bool]) -> Iterator[Node]:

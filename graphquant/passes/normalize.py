@@ -1,8 +1,9 @@
 """Many spellings become one. Nothing here changes a number that the model computes.
 
 In order: traces of tracing go (assertions on metadata, eval-mode dropout, casts to the same type);
-in-place ops on values of their own become plain ones; equal views become one; a product with a
-constant matrix becomes `aten.linear`; what is computed from parameters alone moves to the top.
+writes in place to what the graph made become plain values (functional.py); equal views become one;
+a product with a constant matrix becomes `aten.linear`; what is computed from parameters alone moves
+to the top.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from graphquant.passes.functional import make_functional
 from graphquant.passes.graph import (
     CASTS,
     LINEAR,
@@ -20,11 +22,10 @@ from graphquant.passes.graph import (
     aten,
     calls,
     drop_dead_code,
-    dtype,
-    fake_result,
     full_args,
     is_call,
-    may_alias,
+    leaving,
+    memory,
     needs_gradient,
     written_in_place,
 )
@@ -32,23 +33,20 @@ from graphquant.passes.ir import Captured
 from graphquant.passes.products import spell_linears
 from graphquant.passes.regions import sets_state
 
-_DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
-_FUNCTIONAL = {
-    getattr(getattr(aten, f"{op}_"), overload): getattr(getattr(aten, op), overload)
-    for ops, overloads in (
-        (("add", "sub", "mul", "div"), ("Tensor", "Scalar")),
-        (("relu", "silu", "gelu", "sigmoid", "tanh"), ("default",)),
-    )
-    for op in ops
-    for overload in overloads
-    if overload in getattr(aten, f"{op}_").overloads()
-}
+_DROPOUTS = frozenset(
+    getattr(aten, f"{kind}dropout{in_place}").default
+    for kind in ("", "feature_", "alpha_")
+    for in_place in ("", "_")
+)
+# They return what they are given, whatever the fake values of some of them say.
+_ALIASES = frozenset({aten.alias.default, aten.lift.default, aten.lift_fresh.default})
 
 
 def normalize(captured: Captured) -> None:
     graph = captured.gm.graph
     _drop_no_ops(graph, differentiable=bool(captured.differentiable))
-    _make_functional(captured)
+    make_functional(captured)
+    _drop_copies_of_constants(graph)
     merge_equal_views(graph)
     constants = Constants(captured.parameters)
     trained = needs_gradient(graph, captured.differentiable, captured.grad_enabled)
@@ -64,9 +62,17 @@ def _drop_no_ops(graph: Graph, *, differentiable: bool) -> None:
         elif _is_no_op(node, differentiable):
             node.replace_all_uses_with(node.all_input_nodes[0])
             graph.erase_node(node)
-    written = written_in_place(graph)
-    for node in calls(graph, lambda n: n.target is aten.lift_fresh_copy.default):
-        if node not in written:  # else the constant itself would be written, once per call
+
+
+def _drop_copies_of_constants(graph: Graph) -> None:
+    """A constant of the forward, torch.tensor(0.5), is copied at every call: in vain, unless the
+    copy is written, or handed to the caller, who may do so."""
+    copies = list(calls(graph, lambda n: n.target is aten.lift_fresh_copy.default))
+    if not copies:
+        return
+    kept = written_in_place(graph) | leaving(graph)
+    for node in copies:
+        if node not in kept:
             node.replace_all_uses_with(node.all_input_nodes[0])
             graph.erase_node(node)
 
@@ -75,7 +81,7 @@ def _is_no_op(node: Node, differentiable: bool) -> bool:
     if is_call(node, *_DROPOUTS):
         _, p, train = full_args(node)
         return not train or p == 0
-    if is_call(node, aten.alias.default):
+    if is_call(node, *_ALIASES):
         return True
     if is_call(node, aten.detach.default):
         return not differentiable
@@ -93,35 +99,19 @@ def _is_no_op(node: Node, differentiable: bool) -> bool:
     return False
 
 
-def _make_functional(captured: Captured) -> None:
-    """`y.add_(z)` on a value that has no other name becomes `y = y + z`."""
-    graph = captured.gm.graph
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    for node in calls(graph, lambda n: n.target in _FUNCTIONAL):
-        target = node.args[0]
-        assert isinstance(target, Node)
-        if target.op != "call_function" or may_alias(target):
-            continue
-        if any(target in may_alias(user) for user in target.users if user is not node):
-            continue
-        plain = _FUNCTIONAL[node.target]
-        value = fake_result(captured.fake_mode, plain, node.args, node.kwargs)
-        if value.dtype != dtype(target):
-            continue  # in place keeps the type that the plain op would widen
-        node.target = plain
-        for user in list(target.users):
-            if order.get(user, 0) > order[node]:
-                user.replace_input_with(target, node)
-
-
 def merge_equal_views(graph: Graph) -> None:
-    """Siblings often make the same view of their input each: one is enough."""
+    """Siblings often make the same view of their input each: one is enough.
+
+    A reshape may copy. Two copies are not one if they are written, or if the caller gets them.
+    """
     seen: dict[Any, Node] = {}
-    written = written_in_place(graph)  # a reshape may copy: two copies of such are not one
+    written, returned = written_in_place(graph), leaving(graph)
     for node in calls(
         graph,
         lambda n: n.target in ROW_VIEWS and n.target is not aten.clone.default and n not in written,
     ):
+        if node in returned and memory(node).isdisjoint(memory(node.all_input_nodes[0])):
+            continue
         key = (node.target, repr(node.args), repr(node.kwargs), node.all_input_nodes[0])
         if (first := seen.setdefault(key, node)) is not node:
             node.replace_all_uses_with(first)
@@ -137,8 +127,6 @@ def _hoist_weights(graph: Graph, constants: Constants) -> None:
         if isinstance(value, Node) and constants.is_fixed(value) and value not in wanted:
             wanted.add(value)
             edge += value.all_input_nodes
-    if written := written_in_place(graph):  # it matters when such a weight is read
-        wanted = {n for n in wanted if written.isdisjoint(constants.made_from(n))}
     first: Node | None = None  # since a context began or ended: they say what a call computes
     for node in list(graph.nodes):
         if node in wanted:

@@ -22,9 +22,9 @@ from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
-MODULE = "graphquant_module"  # meta of a node: the path of the module that calls it
+from graphquant.passes.graph import MODULE
 
 _LOCAL = re.compile(r"^[LG]\[(?:'[^']*'|\"[^\"]*\")\]")
 _STEP = re.compile(
@@ -34,11 +34,6 @@ _STEP = re.compile(
     r"|\.(?P<name>[^.\[]+)"
 )
 _WRAPPED = ("cell_contents", "__self__", "_orig_mod")  # what the model is behind
-
-
-def module_path(node: Node) -> str:
-    """The path of the module that calls this, "encoder.layers.0.mlp"; "" if not known."""
-    return str(node.meta.get(MODULE, ""))
 
 
 def linear_path(module: str, weights: Sequence[str]) -> str:

@@ -24,11 +24,12 @@ from graphquant.passes.flops import other_products
 from graphquant.passes.graph import (
     LINEAR,
     Constants,
-    aten,
+    between,
     calls,
     drop_dead_code,
     dtype,
     full_args,
+    module_path,
     needs_gradient,
     readers,
     rows,
@@ -37,11 +38,12 @@ from graphquant.passes.graph import (
     written_in_place,
 )
 from graphquant.passes.ir import Captured
+from graphquant.passes.layout import restore_layouts
 from graphquant.passes.masks import drop_empty_masks
 from graphquant.passes.normalize import merge_equal_views, normalize
-from graphquant.passes.paths import linear_path, module_path
+from graphquant.passes.paths import linear_path
 from graphquant.passes.ranges import static_ranges
-from graphquant.passes.recognize import recognize
+from graphquant.passes.recognize import Recognized, recognize
 from graphquant.passes.record import Record
 from graphquant.passes.rule import Rule
 from graphquant.passes.rules.act_linear import ActLinear
@@ -101,11 +103,11 @@ def rewrite(captured: Captured, config: Config) -> Report:
     for rule in INT8_RULES if config.quantize else FLOAT_RULES:
         with step(f"rule {rule.name}"):
             apply(bench, rule)
-    with step("views to reshapes"):
-        _views_to_reshapes(bench)
     if bench.select and missing() is None:
         with step("the choice of attention kernels"):
             choose_kernels(gm.graph, bench.needs_gradient)
+    with step("the layout of what is seen"):
+        restore_layouts(gm.graph, bench.fake_mode)
     with step("the end of the rewrite"):
         merge_equal_views(gm.graph)  # a rule may have made one that the model has as well
         drop_dead_code(gm.graph)
@@ -123,19 +125,35 @@ def rewrite(captured: Captured, config: Config) -> Report:
 
 def _workbench(captured: Captured, config: Config) -> Workbench:
     gm = captured.gm
-    constants = Constants(captured.parameters)
+    constants, written = Constants(captured.parameters), written_in_place(gm.graph)
     return Workbench(
         gm=gm,
         fake_mode=captured.fake_mode,
         constants=constants,
-        recognized=recognize(gm.graph, constants),
+        recognized=_unwritten(recognize(gm.graph, constants), written),
         needs_gradient=needs_gradient(gm.graph, captured.differentiable, captured.grad_enabled),
-        written=written_in_place(gm.graph),
+        written=written,
         record=Record(),
         config=config,
         parameters=captured.parameters,
+        names=captured.names,
         select=config.select == "faster",
     )
+
+
+def _unwritten(found: Recognized, written: set[Node]) -> Recognized:
+    """Without those of which a step is written in place: they compute something else."""
+    if not written:
+        return found
+    norms, acts, unusable = dict(found.norms), dict(found.activations), dict(found.unusable)
+    inputs = {out: norm.x for out, norm in norms.items()}
+    inputs |= {out: act.x for out, act in acts.items()}
+    for out, x in inputs.items():
+        if not written.isdisjoint(between(out, x)):
+            norms.pop(out, None)
+            acts.pop(out, None)
+            unusable[out] = "a step of it is written in place"
+    return Recognized(norms, acts, unusable)
 
 
 def _enter_all(bench: Workbench, captured: Captured, config: Config) -> None:
@@ -226,6 +244,9 @@ def _why_barred(bench: Workbench, captured: Captured, config: Config, node: Node
     x, weight, bias = full_args(node)
     if node.meta.get("graphquant") == PatchLinear.name:
         return "it embeds pixels, which stay in float"
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and (written := bench.constants.written_in(value)):
+            return f"its {name} is not fixed: {_told(written, bench)} is written in place"
     if weight not in bench.constants:
         return "its weight is not a parameter"
     if bias is not None and not bench.constants.is_fixed(bias):
@@ -246,10 +267,7 @@ def _why_barred(bench: Workbench, captured: Captured, config: Config, node: Node
     if not 1 <= K <= MAX_K or N < 1:
         return f"K={K}, N={N}: int8 needs 1 <= K <= {MAX_K} and N >= 1"
     operands = [v for v in (weight, bias) if v is not None]
-    read = [n for v in operands for n in bench.constants.made_from(v)]
-    if hit := next((n for n in read if n in bench.written), None):
-        return f"{captured.names.get(hit, hit.name)} is written in place inside the graph"
-    for root in (n for n in read if n in bench.constants.roots):
+    for root in (r for v in operands for r in bench.constants.roots_of(v)):
         kind = type(captured.parameters[root])
         if kind not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
             return f"{captured.names[root]} is a {kind.__name__}, not a plain tensor"
@@ -264,19 +282,20 @@ def path_of(node: Node, captured: Captured, constants: Constants) -> str:
     return linear_path(module_path(node), [captured.names[root] for root in matrices])
 
 
+def _told(written: Node, bench: Workbench) -> str:
+    if written in bench.constants.roots:
+        return bench.names[written]
+    roots = " and ".join(bench.names[r] for r in bench.constants.roots_of(written))
+    where = f" in {path}" if (path := module_path(written)) else ""
+    return f"what is made of {roots or 'numbers'}{where}"
+
+
 def _linears_inside(gm: GraphModule, node: Node) -> Iterator[Node]:
     for argument in node.all_input_nodes:
         if argument.op == "get_attr":
             inner = getattr(gm, str(argument.target), None)
             if isinstance(inner, GraphModule):
                 yield from calls(inner.graph, lambda n: n.target is LINEAR and "val" in n.meta)
-
-
-def _views_to_reshapes(bench: Workbench) -> None:
-    """A slice of a stacked linear is not contiguous: where `view` fails, `reshape` copies."""
-    for node in calls(bench.graph, lambda n: n.target is aten.view.default):
-        if node not in bench.written:
-            node.target = aten.reshape.default
 
 
 def _leave_traces(bench: Workbench) -> None:

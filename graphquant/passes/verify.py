@@ -34,6 +34,7 @@ from graphquant.errors import VerifyError
 from graphquant.ops import int8_linear
 from graphquant.passes.graph import LINEAR, full_args, writes
 from graphquant.passes.ir import Captured
+from graphquant.passes.layout import EAGER
 from graphquant.passes.record import Record
 from graphquant.passes.regions import regions
 
@@ -43,7 +44,6 @@ computed from parameters before the graph runs."""
 Known = dict[Node, tuple[Any, Any]]
 """What a node was computed from, and its value."""
 
-EAGER = "graphquant_eager"
 # sizes that are known only at run time would be other ones when they are asked for again
 _UNREPEATABLE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 

@@ -176,12 +176,12 @@ def test_what_is_written_is_refused_by_the_engine_itself(
     def forward(m: Any, x: Tensor) -> Tensor:
         h = x.sin()
         y = m.fc(h)
-        h.view(-1).mul_(2)
+        torch.einsum("bij->bji", h).mul_(2)
         return y + h
 
     monkeypatch.setattr(pipeline, "INT8_RULES", (MovesItsInput(),))
     result = rewritten(Model(forward, fc=nn.Linear(K, K)), x)
-    assert result.refused("linear") == ["sin is written in place"]
+    assert result.refused("linear") == ["the result of sin is written in place"]
     assert torch.equal(result.got, result.want)
 
 
@@ -238,3 +238,25 @@ def test_every_linear_norm_and_activation_has_an_outcome(x: Tensor) -> None:
         ("norm", False, "read by gelu"),
         ("activation", False, "read by tanh"),
     ]
+
+
+class Late(AnyLinear):
+    """Reads what the model computes behind the linear's reader."""
+
+    name = "late"
+
+    def rewrite(self, edit: Edit, site: LinearSite) -> tuple[Node, ...]:
+        linear = site.linear
+        later = next(n for n in linear.node.graph.nodes if n.name == "cos")
+        x = edit.call(aten.add.Tensor, linear.x, later)
+        return (edit.call(LINEAR, x, linear.weight, linear.bias),)
+
+
+def test_a_rewrite_that_would_stand_behind_a_reader_is_refused(
+    monkeypatch: pytest.MonkeyPatch, x: Tensor
+) -> None:
+    monkeypatch.setattr(pipeline, "INT8_RULES", (Late(),))
+    result = rewritten(Model(lambda m, x: m.fc(x).sin() + x.cos(), fc=nn.Linear(K, K)), x)
+    (why,) = result.refused("linear")
+    assert why.startswith("sin reads linear before all is known")
+    torch.testing.assert_close(result.got, result.want)

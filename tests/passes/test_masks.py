@@ -102,15 +102,29 @@ def written_in_a_view(m: Any, x: Tensor) -> Tensor:
     return mask
 
 
-def filled(m: Any, x: Tensor) -> Tensor:
-    return torch.empty(T, T).fill_(0.0).clone()
+def written_undeclared(m: Any, x: Tensor) -> Tensor:
+    mask = torch.zeros(T, T)
+    torch.einsum("ij->ji", mask)[0, 1:].fill_(-torch.inf)
+    return mask
 
 
-@pytest.mark.parametrize("mask", [written_whole, written_in_a_view, filled])
+@pytest.mark.parametrize("mask", [written_whole, written_in_a_view, written_undeclared])
 def test_a_mask_that_is_written_in_place_is_not_what_it_was_made_as(mask: Any, x: Tensor) -> None:
     result = rewritten(attending(mask), x)
     assert isinstance(mask_of(result.graph), Node)
     assert torch.equal(result.got, result.want)
+
+
+def test_a_mask_that_is_written_and_masks_nothing_goes(x: Tensor) -> None:
+    def filled(m: Any, x: Tensor) -> Tensor:
+        mask = torch.empty(T, T)
+        mask[:, 1:].fill_(0.0)
+        mask[:, :1].copy_(torch.zeros(T, 1))
+        return mask
+
+    result = rewritten(attending(filled), x)
+    assert mask_of(result.graph) is None
+    assert torch.allclose(result.got, result.want, rtol=1e-5, atol=1e-5)
 
 
 def of_vmap(m: Any, x: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def test_siblings_whose_input_is_written_in_between_read_it_each_at_their_time(
         x = x.sin() if own else x
         q = m.q(x)
         x[:, 1:].mul_(-2)  # through a view: the second one reads a value of the same name
-        return q, m.k(x)
+        return q.sin(), m.k(x).sin()
 
     right(Model(forward, q=fc(), k=fc()), x)
 
@@ -62,7 +62,7 @@ def test_a_sibling_that_is_written_before_the_next_one_is_not_read_from_a_stack(
         q = m.q(x)
         kept = q[:, 0].sin()
         q[:, 0] = 3.0
-        return q, m.k(x) + kept.unsqueeze(1)
+        return q.sin(), m.k(x).sin() + kept.unsqueeze(1)
 
     right(Model(forward, q=fc(), k=fc()), x)
 
@@ -108,7 +108,7 @@ def test_a_norm_of_a_stacked_linears_result_reads_the_stack(x: Tensor) -> None:
     """As query and key norms do: the value that was there when norms were found is gone."""
 
     def forward(m: Any, x: Tensor) -> Any:
-        return m.out(m.norm(m.q(x))), m.k(x)
+        return m.out(m.norm(m.q(x))), m.k(x).sin()
 
     result = rewritten(Model(forward, q=fc(), k=fc(), norm=nn.LayerNorm(K), out=fc()).eval(), x)
     assert {"stack_siblings + linear": 2, "norm_linear": 1}.items() <= result.counts.items()
@@ -204,7 +204,7 @@ def test_small_rows_keep_their_values() -> None:
 def test_siblings_are_smoothed_by_the_largest_of_what_is_known_of_each(x: Tensor) -> None:
     def smoothed(**largest: Tensor) -> Any:
         torch.manual_seed(0)
-        model = Model(lambda m, x: (m.q(x), m.k(x)), q=fc(), k=fc())
+        model = Model(lambda m, x: (m.q(x).sin(), m.k(x).sin()), q=fc(), k=fc())
         return rewritten(model, x, smooth=0.5, calibration=Seen(largest=largest)).got
 
     q, k = torch.linspace(0.01, 9.0, K), torch.linspace(9.0, 0.01, K)
@@ -212,3 +212,19 @@ def test_siblings_are_smoothed_by_the_largest_of_what_is_known_of_each(x: Tensor
     want = smoothed(q=both, k=both)
     assert all(map(torch.equal, smoothed(q=q, k=k), want))
     assert not all(map(torch.equal, smoothed(q=q, k=q), want))
+
+
+def test_what_is_packed_is_not_in_the_memory_of_a_parameter() -> None:
+    """Packing again writes over the pack, which must not be what the parameter was before."""
+    parts = {
+        "weight": nn.Parameter(torch.randn(2 * K, K)),
+        "bias": nn.Parameter(torch.randn(2 * K)),
+    }
+    model = Model(lambda m, x: F.linear(x, m.weight[:K], m.bias[:K]), **parts).eval()
+    run, x = int8(model), torch.randn(8, K)
+    run(x)
+    old = model.bias.data
+    kept = old.clone()
+    model.bias.data = torch.randn(2 * K)
+    assert relative(run(x), model(x)) < NEAR
+    assert torch.equal(old, kept)

@@ -105,19 +105,13 @@ def weight_bytes(prepared: Prepared) -> int:
     if isinstance(prepared.run, Package):
         return prepared.run.weight_bytes
     tensors = [*prepared.module.parameters(), *prepared.module.buffers()]
-    packs = _packs(tensors) if prepared.reports else []
+    packs = packed.packs_of(tensors) if prepared.reports else []
     sizes: dict[tuple[torch.device, int], int] = {}
     for t in (inner for outer in (*tensors, *packs) for inner in _plain(outer)):
         if not is_released(t) and not is_in_host_memory(t):
             storage = t.untyped_storage()
             sizes[t.device, storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())
-
-
-def _packs(parameters: list[Tensor]) -> list[Tensor]:
-    marks = (getattr(p, packed._MARK, None) for p in parameters)
-    packs = (pack for mark in marks if mark for pack in mark.owner.packs.values())
-    return [t for pack in packs for t in pack.tensors]
 
 
 def _plain(t: Tensor) -> Iterator[Tensor]:

@@ -19,7 +19,15 @@ from typing import Any
 from torch.fx import Node
 
 from graphquant.ops import norm_quantize, norm_quantize_keep
-from graphquant.passes.graph import aten, dtype, leads_only_to, origin, overflowing, shape
+from graphquant.passes.graph import (
+    aten,
+    between,
+    dtype,
+    leads_only_to,
+    origin,
+    overflowing,
+    shape,
+)
 from graphquant.passes.recognize import Norm
 from graphquant.passes.rule import Edit, Linear, Refuse, Site, View, linears, not_floats
 
@@ -48,7 +56,7 @@ class NormLinear:
             fixed = all(p in view.constants for p in parameters)
             made_from = view.constants.made_from  # what is folded is read when it is packed
             parameters = [n for p in parameters for n in (made_from(p) if fixed else [p])]
-            read = (norm.x, out, *parameters)
+            read = (norm.x, out, *between(linear.node, out), *parameters)
             yield NormSite(outputs, both, read, norm, tuple(views), linear, keep, fixed)
 
     def check(self, view: View, site: NormSite) -> Refuse | None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from graphquant.passes.graph import LINEAR, aten, dtype, full_args, is_call, may_alias, shape
+from graphquant.passes.graph import LINEAR, aten, dtype, full_args, shape
 from graphquant.passes.rule import Edit, Linear, Refuse, Site, View, linears
 
 
@@ -40,9 +40,6 @@ class StackSiblings:
                 yield Siblings(tuple(nodes), tuple(nodes), (group[0].x, *nodes), group)
 
     def check(self, view: View, site: Siblings) -> Refuse | None:
-        for node in site.outputs:
-            if (reader := _reads_strides(node)) is not None:
-                return Refuse(f"{reader.name} reads the strides of {node.name}", reader)
         return None
 
     def rewrite(self, edit: Edit, site: Siblings) -> tuple[Node, ...]:
@@ -63,13 +60,3 @@ def _bias(edit: Edit, linear: Linear) -> Node:
     if linear.bias is not None:
         return linear.bias
     return edit.weigh(aten.new_zeros.default, linear.weight, [shape(linear.weight)[0]])
-
-
-def _reads_strides(value: Node) -> Node | None:
-    """Who depends on how this value lies in memory: a slice of a stacked result lies otherwise."""
-    for user in value.users:
-        if is_call(user, aten.as_strided.default):
-            return user
-        if value in may_alias(user) and (found := _reads_strides(user)) is not None:
-            return found
-    return None
