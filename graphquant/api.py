@@ -27,10 +27,10 @@ from graphquant.handover.exported import require_program, to_program
 from graphquant.handover.standalone import without_ops
 from graphquant.paired import Pair
 from graphquant.passes.ir import Captured
-from graphquant.passes.pipeline import rewrite
+from graphquant.passes.pipeline import rewrite, slow_here
 from graphquant.report import Report
-from graphquant.tally import Tally, copies, each_call, own_generators
-from graphquant.trace import Trace
+from graphquant.tally import Tally, copies, each_call, kept, own_generators
+from graphquant.trace import Trace, root_of
 from graphquant.watched import Paths
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def explain(
     config = Config.of(options or {})
 
     def take(captured: Captured, gm: GraphModule) -> tuple[Report, Callable[..., Any]]:
-        return rewrite(captured, config), gm.forward
+        return slow_here(rewrite(captured, config), captured), gm.forward
 
     trace = Trace(take)
     with forgotten_afterwards(trace.observe):
@@ -125,7 +125,7 @@ def standalone(program: ExportedProgram) -> ExportedProgram:
 
 
 def compare(
-    model: nn.Module, batches: Iterable[Any], *, options: Mapping[str, Any] | None = None
+    model: Callable[..., Any], batches: Iterable[Any], *, options: Mapping[str, Any] | None = None
 ) -> AccuracyReport:
     """How far int8 takes a model from float: at every int8 linear, and in what it returns.
 
@@ -153,9 +153,9 @@ def compare(
     GraphquantError if the model takes another path in int8 than in float (its control flow or its
     sizes depend on values that int8 has changed).
     """
-    model = _in_eval_mode("compare", model)
+    model = _callable("compare", model)
     config = Config.of(options or {})
-    paths = Paths(model)
+    paths = Paths(root_of(model))
     tally = Tally()
 
     def take(captured: Captured, gm: GraphModule) -> tuple[Report, Callable[..., Any]]:
@@ -166,9 +166,9 @@ def compare(
     trace = Trace(take, "compare")
     report = None
     with torch.no_grad(), forgotten_afterwards(trace.observe):
-        for args, kwargs in each_call(batches):
+        for args, kwargs in each_call(batches, model):
             with tally.float_run():
-                want = trace(model, *copies(args, kwargs))
+                want = kept(trace(model, *copies(args, kwargs)))
             report = report or trace.report(model)
             with tally.int8_run():
                 got = trace(model, *copies(args, kwargs))
@@ -179,7 +179,7 @@ def compare(
 
 
 def calibrate(
-    model: nn.Module,
+    model: Callable[..., Any],
     batches: Iterable[Any],
     *,
     method: str = "absmax",
@@ -212,11 +212,11 @@ def calibrate(
     that hold nothing, and for a batch of another type; OptionError for a method that does not
     exist; CalibrationError if `resume` is of another model.
     """
-    model = _in_eval_mode("calibrate", model)
-    calibration = Calibration(model, method=method, percentile=percentile)
+    model = _callable("calibrate", model)
+    calibration = Calibration(_owner(model), method=method, percentile=percentile)
     if resume is not None:
         calibration = calibration.merge(resume)
-    paths = Paths(model)
+    paths = Paths(root_of(model))
 
     def found(readers: Sequence[str], x: Tensor) -> None:
         calibration.add(readers, Record.of(x))
@@ -229,7 +229,9 @@ def calibrate(
     before = calibration.batches
     total = len(batches) if isinstance(batches, Sized) else None
     with torch.no_grad(), forgotten_afterwards(trace.observe):
-        calls = tqdm(each_call(batches), "calibrate", total, unit="batch", disable=not progress)
+        calls = tqdm(
+            each_call(batches, model), "calibrate", total, unit="batch", disable=not progress
+        )
         for args, kwargs in calls:
             with own_generators():
                 trace(model, *copies(args, kwargs))
@@ -242,7 +244,7 @@ def calibrate(
 
 
 def fit_budget(
-    model: nn.Module,
+    model: Callable[..., Any],
     batches: Iterable[Any],
     *,
     cosine: float | None = None,
@@ -279,9 +281,9 @@ def fit_budget(
     even float keeps it, which is so for a model that computes something else at every call; and as
     `compare` does.
     """
-    model = _in_eval_mode("fit_budget", model)
+    model = _callable("fit_budget", model)
     metric, least = goal(cosine=cosine, worst_cosine=worst_cosine, sqnr=sqnr)
-    calls = list(each_call(batches))
+    calls = list(each_call(batches, model))
     chosen = dict(options or {})
     report = compare(model, calls, options=chosen)
     before = after = metric(report.outputs)
@@ -320,7 +322,22 @@ def _excluded(options: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
     return [*Config.of(options).exclude, *map(literally, paths)]
 
 
-def _in_eval_mode(entry: str, model: nn.Module) -> nn.Module:
+def _callable(entry: str, model: Callable[..., Any]) -> Callable[..., Any]:
+    """The module or the method of a module, if it may be run as in inference."""
+    owner = getattr(model, "__self__", None)
+    if not isinstance(owner, nn.Module):
+        return _in_eval_mode(entry, model)
+    _in_eval_mode(entry, owner)
+    return model
+
+
+def _owner(model: Callable[..., Any]) -> nn.Module:
+    owner = root_of(model)
+    assert owner is not None  # _callable has looked
+    return owner
+
+
+def _in_eval_mode(entry: str, model: Any) -> nn.Module:
     """The module itself, if it is one and may be run as in inference."""
     if isinstance(model, torch._dynamo.OptimizedModule):
         model = model._orig_mod  # what torch.compile returned

@@ -25,10 +25,10 @@ from graphquant.left import or_in_float
 from graphquant.packed import Supply
 from graphquant.passes.graph import readers
 from graphquant.passes.ir import Captured
-from graphquant.passes.pipeline import rewrite
+from graphquant.passes.pipeline import rewrite, slow_here
 from graphquant.passes.prepack import prepack
 from graphquant.released import is_released
-from graphquant.report import Report
+from graphquant.report import Quiet, Report
 
 log = logging.getLogger(__name__)
 
@@ -39,14 +39,16 @@ def graphquant(
     *,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
+    root: torch.nn.Module | None = None,
 ) -> Callable[..., Any]:
     """Compile one of Dynamo's graphs. Found by name through the entry point; not called directly.
 
     mode     as for Inductor: "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
     options  the fields of graphquant.Config
+    root     where paths begin: by itself the module that torch.compile was given
     """
     config = Config.of({**({"mode": mode} if mode is not None else {}), **(options or {})})
-    report, run = or_in_float(gm, lambda: _in_int8(gm, example_inputs, config))
+    report, run = or_in_float(gm, lambda: _in_int8(gm, example_inputs, config, root))
     if run is None:
         run = compile_graph(gm, example_inputs, config)
     _tell(config, report)
@@ -54,21 +56,21 @@ def graphquant(
 
 
 def _in_int8(
-    gm: GraphModule, example_inputs: list[Any], config: Config
+    gm: GraphModule, example_inputs: list[Any], config: Config, root: torch.nn.Module | None
 ) -> tuple[Report, Callable[..., Any]]:
     """What was done, and what runs instead of Dynamo's graph, which stays as it is."""
     with stage("capture"):
-        captured = from_dynamo(gm, example_inputs)
+        captured = from_dynamo(gm, example_inputs, root)
     if captured is None:  # a graph of numbers only
         return Report(()), compile_graph(gm, example_inputs, config)
-    report = rewrite(captured, config)
+    report = slow_here(rewrite(captured, config), captured)
     owned = [i for i, held in enumerate(belong_to_modules(gm)) if held]
     return report, _hand_over(captured, example_inputs, config, owned)
 
 
 def _tell(config: Config, report: Report) -> None:
     for note in report.notes:
-        log.warning("%s", note)
+        log.log(logging.INFO if isinstance(note, Quiet) else logging.WARNING, "%s", note)
     if config.on_report is not None:
         config.on_report(report)
 

@@ -10,7 +10,7 @@ The private surface of torch that capture needs (`example_value`, `grapharg`,
 from __future__ import annotations
 
 import operator
-import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -35,10 +35,12 @@ from torch.fx.node import map_arg
 from torch.fx.traceback import preserve_node_meta
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import noop_context_fn
+from torch.utils.weak import TensorWeakRef
 
 from graphquant.errors import CaptureError
-from graphquant.passes.graph import LITERAL, aten, is_impure
+from graphquant.passes.graph import LITERAL, aten, is_impure, module_path
 from graphquant.passes.ir import Captured
+from graphquant.passes.paths import Places, linear_path
 from graphquant.passes.regions import (
     ENTER_AUTOCAST,
     ENTER_INFERENCE,
@@ -50,12 +52,19 @@ from graphquant.passes.regions import (
 
 _HELD = (ParamBufferSource, UnspecializedParamBufferSource)  # an entry of a module's tables
 
+_CALL = torch.nn.Module._wrapped_call_impl.__code__
+_WRAPPER = "compile_wrapper"  # the function that torch.compile returns
+
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 _POLICY = "_checkpoint_context_fn"  # make_fx wants one, and most checkpoints have none
 
 
-def from_dynamo(gm: GraphModule, example_inputs: list[Any]) -> Captured | None:
+def from_dynamo(
+    gm: GraphModule, example_inputs: list[Any], root: torch.nn.Module | None = None
+) -> Captured | None:
     """Retrace what Dynamo hands to a backend. None if the graph has no tensor input.
+
+    root  where paths begin: by itself the module that is being compiled
 
     Raises CaptureError for a graph that would not be the model's any more: one with a value that
     make_fx cannot follow, or with an effect that it would lose.
@@ -76,6 +85,8 @@ def from_dynamo(gm: GraphModule, example_inputs: list[Any]) -> Captured | None:
     _drop_policies(retraced)
     if why := _lost(retraced):
         raise CaptureError(why)
+    places = Places(_being_compiled() if root is None else root)
+    places.mark(retraced)
     captured = Captured(retraced, fake_mode, {}, {}, grad_enabled=torch.is_grad_enabled())
     for node in retraced.graph.find_nodes(op="get_attr"):
         value = getattr(retraced, str(node.target), None)
@@ -91,7 +102,9 @@ def from_dynamo(gm: GraphModule, example_inputs: list[Any]) -> Captured | None:
             captured.differentiable.add(new)
         if _is_parameter(value):
             captured.parameters[new] = value
-            captured.names[new] = _module_name(old)
+            captured.names[new] = places.tensor(value, _spelling(old))
+    captured.training = places.training
+    captured.elsewhere = places.elsewhere(captured.parameters.values())
     # CUDA graphs treat parameters as static only if the graph says where its inputs come from
     retraced.meta.update(gm.meta)
     # constants of the forward, such as the 0 of `y[:, 0] = 0`, need a name of their own
@@ -209,6 +222,7 @@ def from_export(program: ExportedProgram) -> Captured | None:
         return None
     for node, value in attributes.items():
         node.meta.setdefault("val", fake_mode.from_tensor(value, static_shapes=True))
+    Places(None).mark(gm)
     return Captured(gm, fake_mode, attributes, {n: str(n.target) for n in attributes})
 
 
@@ -249,22 +263,52 @@ def _is_held(placeholder: Node) -> bool:
 
 
 def linears_of(gm: GraphModule) -> Iterator[tuple[Node, str]]:
-    """The linears of Dynamo's graph, and their module paths where a module holds the weight."""
+    """The linears of Dynamo's graph, and their module paths."""
+    places = Places(_being_compiled())
+    places.mark(gm)
     for node in gm.graph.find_nodes(op="call_function", target=F.linear):
         weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
-        held = isinstance(weight, Node) and _is_held(weight)
-        yield node, _module_name(weight) if held else ""
+        held = isinstance(weight, Node) and weight.op == "placeholder" and _is_held(weight)
+        names = [places.tensor(_example(weight), _spelling(weight))] if held else []
+        yield node, linear_path(module_path(node), names)
 
 
-def _module_name(placeholder: Node) -> str:
-    """`L['self']._modules['encoder']._parameters['weight']` -> "encoder.weight"."""
+def _example(placeholder: Node) -> Any:
+    """What Dynamo was called with, if it is still there."""
+    found = getattr(placeholder.meta.get("grapharg"), "_example", None)
+    return found() if isinstance(found, TensorWeakRef) else found
+
+
+def _spelling(placeholder: Node) -> str:
+    """How Dynamo says where an input is: "L['self']._modules['fc']._parameters['weight']"."""
     argument = placeholder.meta.get("grapharg")
     if argument is None or argument.source is None:
         return placeholder.name
     name = argument.source.name
-    text = name() if callable(name) else str(name)
-    parts = re.findall(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", text)
-    return ".".join(parts) or text
+    return name() if callable(name) else str(name)
+
+
+def _being_compiled() -> torch.nn.Module | None:
+    """The module that torch.compile was given and whose call brought Dynamo here. Behind a graph
+    break Dynamo speaks of what is inside it as if it stood alone.
+
+    None for a function that is compiled.
+    """
+    frame = sys._getframe(1)
+    while frame := frame.f_back:  # type: ignore[assignment]
+        if frame.f_code is _CALL:
+            module = frame.f_locals.get("self")
+            if isinstance(module, torch._dynamo.OptimizedModule):
+                return module._orig_mod
+            if isinstance(module, torch.nn.Module) and module._compiled_call_impl is not None:
+                return module
+        elif frame.f_code.co_name == _WRAPPER and "fn" in frame.f_code.co_freevars:
+            fn = frame.f_locals.get("fn")
+            for method in (fn, getattr(fn, "__wrapped__", None)):
+                owner = getattr(method, "__self__", None)
+                if isinstance(owner, torch.nn.Module):  # torch.compile(model.forward)
+                    return owner
+    return None
 
 
 def _keep_metadata(old: Node, new: Node) -> None:

@@ -207,9 +207,9 @@ class Config:
 
     def wants(self, path: str) -> str | None:
         """None if the linear at this module path may be rewritten, else why not."""
-        if self.include and not any(_matches(p, path) for p in self.include):
+        if self.include and not any(matches(p, path) for p in self.include):
             return "not named by include"
-        if (hit := next((p for p in self.exclude if _matches(p, path)), None)) is not None:
+        if (hit := next((p for p in self.exclude if matches(p, path)), None)) is not None:
             return f"excluded by {hit!r}"
         return None
 
@@ -279,7 +279,8 @@ def _patterns(name: str, value: object) -> tuple[str, ...]:
     return tuple(given)
 
 
-def _matches(pattern: str, path: str) -> bool:
+def matches(pattern: str, path: str) -> bool:
+    """Does a pattern of `include` or `exclude` match this module path?"""
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], path) is not None
     return fnmatch.fnmatchcase(path, pattern)

@@ -15,9 +15,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from graphquant.budget import Metric
@@ -27,8 +26,8 @@ from graphquant.failure import stage
 from graphquant.paired import Pair
 from graphquant.passes.ir import Captured
 from graphquant.report import Outcome, Report
-from graphquant.tally import Call, Tally, copies, own_generators
-from graphquant.trace import Trace
+from graphquant.tally import Call, Tally, copies, kept, own_generators
+from graphquant.trace import Trace, root_of
 from graphquant.watched import Paths
 
 Quality = Callable[[frozenset[str]], float]  # with the linears at these paths in float
@@ -85,13 +84,13 @@ class Trials:
     scaled as if all were in int8, which is nearly what becomes of them.
     """
 
-    def __init__(self, model: nn.Module, calls: Sequence[Call], config: Config) -> None:
+    def __init__(self, model: Callable[..., Any], calls: Sequence[Call], config: Config) -> None:
         self._model, self._calls, self._config = model, calls, config
-        self._paths = Paths(model)
+        self._paths = Paths(root_of(model))
         self._sites: dict[str, list[tuple[Outcome, float]]] = {}  # and the share of its product
         self._int8: Collection[str] = ()
         self.trace = Trace(self._take, "fit_budget")
-        self._wanted: list[Any] = []
+        self._wanted: list[dict[str, Tensor]] = []
 
     def _take(self, captured: Captured, gm: GraphModule) -> tuple[Report, Callable[..., Any]]:
         with stage("the pairing of float and int8"):
@@ -117,7 +116,7 @@ class Trials:
         """What leaving the linears at a path in float costs: microseconds as measured, if all int8
         linears of the model were; else FLOPs."""
         if not self._wanted:
-            self._wanted = [tree_map(_kept, result) for result in self._run(())]
+            self._wanted = [kept(result) for result in self._run(())]
         every = [outcome for site in self._sites.values() for outcome, _ in site]
         timed = all(outcome.float_us > 0 for outcome in every)
 
@@ -147,7 +146,3 @@ class Trials:
                 return known[in_float]
 
             return search(costs, quality, metric.loss, goal)
-
-
-def _kept(value: Any) -> Any:
-    return value.clone() if isinstance(value, torch.Tensor) else value

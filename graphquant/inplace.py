@@ -1,7 +1,8 @@
 """A module that runs int8 from its next call: `optimize_`, and `restore_`, which undoes it.
 
-It is done where torch.nn.Module.compile does it, in the module's `_compiled_call_impl`; nothing
-else of the module is touched, and copies and pickles leave that out. Three things differ:
+It is done where torch.nn.Module.compile does it, in the module's `_compiled_call_impl`, and for
+callers of `module.forward` in an attribute `forward` of the instance; copies and pickles leave both
+out. Three things differ from torch.nn.Module.compile:
 
     each module has a function of its own for Dynamo to compile: else all modules of a process share
     one recompile_limit, behind which Dynamo runs float
@@ -16,10 +17,13 @@ else of the module is touched, and copies and pickles leave that out. Three thin
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Iterable
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import wraps
 from itertools import chain
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 from weakref import ref
 
@@ -37,12 +41,20 @@ from graphquant.report import Report
 from graphquant.trace import unseen
 
 _CALL = "_compiled_call_impl"  # torch.nn.Module.__call__ calls this, if it is set
+_FORWARD, _STATE = "forward", "__getstate__"  # attributes of the instance, in front of its class's
+_OURS = "_graphquant_optimized"  # marks the functions of these
+_running = threading.local()  # .modules: ids of those that are in a call of their own
 _EMBEDDED = ("inputs_embeds", "hidden_states")  # arguments of shape [batch, tokens, hidden_size]
 _HOOK_SETS = 8  # of one module that are kept compiled; Dynamo, too, keeps 8 variants of a function
 
 
 class LiveReport(Report):
     """The Report of what a module has compiled until now: it fills in as that happens."""
+
+    @property
+    def ran(self) -> bool:
+        """Has the module been called since `optimize_`?"""
+        return self.graphs > 0
 
     def become(self, report: Report) -> None:
         for field in fields(Report):
@@ -65,15 +77,16 @@ def optimize_(
 
     Signature, outputs and their types, parameters, state_dict, hooks and submodules are the
     module's own. What can need a gradient stays float, so call it under torch.inference_mode() or
-    torch.no_grad(). Copies and pickles of it are float, and so are calls of `module.forward`. If a
-    module around this one is compiled as well, that compilation takes it in, with its own backend.
+    torch.no_grad(). Calls of `module.forward(...)` run in int8 as well, past the hooks as ever;
+    not if the instance has a `forward` of its own. Copies and pickles of it are float. If a module
+    around this one is compiled as well, that compilation takes it in, with its own backend.
 
     Again with equal options it does nothing and returns the same Report; with others, these replace
     the former.
 
-    The Report is empty until a graph is compiled, and says so; whenever it is read, it is up to
-    date. A graph that is compiled again (other sizes, other arguments) replaces what was reported
-    for it. Paths begin at the module.
+    The Report is empty until a graph is compiled, and says so (`report.ran`); whenever it is read,
+    it is up to date. A graph that is compiled again (other sizes, other arguments) replaces what
+    was reported for it. Paths begin at the module.
 
     Raises UnsupportedInputError for what is no module, is never called by itself (nn.ModuleList),
     or came from torch.compile; OptionError for an option that does not exist, or bsz or seqlen that
@@ -93,6 +106,9 @@ def optimize_(
         with torch.no_grad():
             call(weight.new_zeros(bsz, seqlen, width))
     setattr(module, _CALL, call)
+    if _FORWARD not in vars(module):
+        vars(module)[_FORWARD] = MethodType(_forward_of(type(module)), module)
+        vars(module)[_STATE] = MethodType(_state_of(type(module)), module)
     return call.report
 
 
@@ -118,6 +134,10 @@ def _undo(optimized: list[nn.Module]) -> None:
             )
     for m in optimized:
         before = vars(m).pop(_CALL).before
+        if _is_ours(vars(m).get(_FORWARD)):
+            del vars(m)[_FORWARD]
+        if _is_ours(vars(m).get(_STATE)):
+            del vars(m)[_STATE]
         if before is not None:
             setattr(m, _CALL, before)
         forget(m)
@@ -144,7 +164,7 @@ class _Int8:
         self.before = vars(module).get(_CALL)
         self._options = options
         self._module = ref(module)
-        self._runs: dict[tuple[int, ...], _Run] = {}  # by the hooks inside
+        self._runs: dict[_Key, _Run] = {}
         self._graphs: dict[frozenset[Hashable], Report] = {}  # by ids of what each reads
         self._hooks = _hooks(module)
         self._compiling = Lock()
@@ -156,22 +176,32 @@ class _Int8:
         module: Any = self._module()
         if torch.compiler.is_dynamo_compiling():  # with something around the module
             return module._call_impl(*args, **kwargs)
+        with _inside(module):
+            return self._run(_call, module, args, kwargs)
+
+    def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What module.forward(...) runs."""
+        with _inside(module):
+            return self._run(_forward, module, args, kwargs)
+
+    def _run(self, what: Callable[..., Any], module: Any, args: Any, kwargs: Any) -> Any:
         hooks = tuple(chain.from_iterable(self._hooks)) if any(self._hooks) else ()
-        run = self._runs.get(hooks)
+        key = what, hooks
+        run = self._runs.get(key)
         if run is not None and self._settled:
             return run.call(module, *args, **kwargs)
         with self._compiling:
-            run = self._runs.get(hooks) or self._add(hooks)
+            run = self._runs.get(key) or self._add(key)
             before = self._compilations
             result = run.call(module, *args, **kwargs)
             self._settled = self._compilations == before
             return result
 
-    def _add(self, hooks: tuple[int, ...]) -> _Run:
+    def _add(self, key: _Key) -> _Run:
         if len(self._runs) == _HOOK_SETS:
             del self._runs[next(iter(self._runs))]
 
-        self._runs[hooks] = run = _Run()
+        self._runs[key] = run = _Run()
         mine, its = ref(self), ref(run)
 
         # Equal to no other backend: what is behind a graph break is compiled by itself, and must
@@ -190,7 +220,7 @@ class _Int8:
 
             return graph
 
-        call = FunctionType(_call.__code__.replace(), globals())
+        call = FunctionType(key[0].__code__.replace(), globals())
         run.call = torch.compile(call, backend=backend)
         return run
 
@@ -210,7 +240,8 @@ class _Int8:
             if self.config.on_report is not None:
                 self.config.on_report(report)
 
-        return graphquant(gm, example_inputs, options={**self._options, "on_report": tell})
+        options = {**self._options, "on_report": tell}
+        return graphquant(gm, example_inputs, options=options, root=module)
 
     def _tell(self, report: Report, notes: Iterable[str]) -> None:
         self.report.become(replace(report, notes=(*report.notes, *notes)))
@@ -218,6 +249,59 @@ class _Int8:
 
 def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
     return self._call_impl(*args, **kwargs)  # `self` as in a method: paths begin behind it
+
+
+def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return type(self).forward(self, *args, **kwargs)
+
+
+_Key = tuple[Any, tuple[int, ...]]  # what is compiled, and the hooks inside
+
+
+@contextmanager
+def _inside(module: nn.Module) -> Iterator[None]:
+    """In this thread, module.forward is the class's own: its call is what is being run."""
+    modules: list[int] = _running.__dict__.setdefault("modules", [])
+    modules.append(id(module))
+    try:
+        yield
+    finally:
+        modules.pop()
+
+
+def _forward_of(cls: Any) -> Callable[..., Any]:
+    """The `forward` of this class's modules that are optimized, with the class's signature."""
+
+    @wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling() or id(self) in _running.__dict__.get("modules", ()):
+            return type(self).forward(self, *args, **kwargs)
+        call = _optimized(self)
+        if call is None:  # a copy that was made past __getstate__
+            return type(self).forward(self, *args, **kwargs)
+        return call.forward(self, args, kwargs)
+
+    setattr(forward, _OURS, True)
+    return forward
+
+
+def _state_of(cls: Any) -> Callable[..., Any]:
+    """The `__getstate__` of this class's modules that are optimized: as if they were not."""
+
+    @wraps(cls.__getstate__)
+    def state(self: Any) -> Any:
+        found = cls.__getstate__(self)
+        if not isinstance(found, dict):
+            return found
+        return {k: v for k, v in found.items() if k != _CALL and not _is_ours(v)}
+
+    setattr(state, _OURS, True)
+    return state
+
+
+def _is_ours(value: object) -> bool:
+    """Is this a method that `optimize_` has put on a module?"""
+    return isinstance(value, MethodType) and hasattr(value.__func__, _OURS)
 
 
 def _hooks(module: nn.Module) -> list[dict[int, Any]]:

@@ -14,7 +14,6 @@ from graphquant.config import strict
 from graphquant.errors import CaptureError
 from graphquant.failure import NEVER_CAUGHT, what_failed, what_to_do
 from graphquant.passes.graph import hint
-from graphquant.passes.pipeline import linear_path
 from graphquant.report import Outcome, Report
 
 
@@ -41,8 +40,8 @@ def or_in_float(
 def left_in_float(gm: GraphModule, why: object) -> Report:
     """Every linear of Dynamo's graph is float for this reason."""
     outcomes = (
-        Outcome("linear", linear_path(name), node.name, (), str(why), *_sizes(node))
-        for node, name in linears_of(gm)
+        Outcome("linear", path, node.name, (), str(why), *_sizes(node))
+        for node, path in linears_of(gm)
     )
     return Report(tuple(outcomes), notes=Report.left(why).notes)
 

@@ -35,7 +35,7 @@ from graphquant.passes.ir import Captured
 from graphquant.passes.normalize import normalize
 from graphquant.passes.pipeline import LINEARS, STANDS_FOR, rewrite
 from graphquant.report import Outcome
-from graphquant.watched import Paths, Watched
+from graphquant.watched import Caller, Paths, Watched
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class _Part:
 
     outcome  what the report says of it
     node     the linear in the float graph
-    weight   which input of the graph its weight is
+    caller   its path, and which input of the graph its weight is
     value    the float graph's node that holds its result
     columns  of the int8_linear's result
     """
 
     outcome: Outcome
     node: Node
-    weight: int
+    caller: Caller
     value: Node
     columns: slice
 
@@ -85,6 +85,12 @@ class Pair:
         self._names = {old.name: new for old, new in copies.items()}
         self._inputs = {n: i for i, n in enumerate(graph.find_nodes(op="placeholder"))}
         self._constants = Constants(copies[n] for n in captured.parameters)
+        given = captured.gm.graph.find_nodes(op="placeholder")
+        self._roots = {
+            i: (captured.names[n], captured.parameters[n])
+            for i, n in enumerate(given)
+            if n in captured.parameters
+        }
         self._paths = paths
         self.report = rewrite(captured, config)
         self._int8 = captured.gm
@@ -101,8 +107,9 @@ class Pair:
                 linear = self._names[outcome.node]
                 root = self._constants.roots_of(full_args(linear)[1])[0]
                 columns = slice(start, start := start + outcome.N)
-                weight = self._inputs[root]
-                parts.append(_Part(outcome, linear, weight, self._names[value], columns))
+                name, weight = self._roots[self._inputs[root]]
+                caller = Caller(outcome.path, name, weight, self._inputs[root])
+                parts.append(_Part(outcome, linear, caller, self._names[value], columns))
             first = min(part.node for part in parts)
             yield _Product(node, first, frozenset(self._leaves(node)), tuple(parts))
 
@@ -164,7 +171,7 @@ class Pair:
         return [self._named(part, args) for part in self._parts]
 
     def _named(self, part: _Part, args: Sequence[Any]) -> Outcome:
-        return replace(part.outcome, path=self._paths.of(args[part.weight], part.outcome.path)[0])
+        return replace(part.outcome, path=self._paths.of(part.caller, args)[0])
 
     def run_float(self, args: Sequence[Any], found: Callable[[int, Tensor, Tensor], None]) -> Any:
         """The float graph's results. found(i, y, local y8) for the i-th of `linears`."""

@@ -1,11 +1,11 @@
-"""What was rewritten, what was not, and why: one Outcome per linear, norm and activation."""
+"""What was rewritten, what was not, and why: an Outcome for every linear, norm and activation."""
 
 from __future__ import annotations
 
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 from rich.console import Console, Group, RenderableType
@@ -17,11 +17,24 @@ from graphquant import files
 INT8_RULES = frozenset({"norm_linear", "act_linear", "linear"})
 
 
+class Quiet(str):
+    """A note that is logged as information, not as a warning."""
+
+    __slots__ = ()
+
+
+SLOW_ON_CPU = Quiet(
+    "int8 is slower than float on a CPU, where it is for correctness and for accuracy; see "
+    "docs/limits.md"
+)
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one linear, norm or activation of the model.
+    """What became of one linear, norm or activation of the model, or of another product.
 
-    kind     "linear" | "norm" | "activation"
+    kind     "linear" | "norm" | "activation"; of what multiplies and is no linear "attention",
+             "convolution" or "matmul"
     path     its module path, e.g. "encoder.layers.0.self_attn.q_proj"
     node     its name in the traced graph
     rules    the rules that rewrote it, in order; empty if none did
@@ -31,6 +44,7 @@ class Outcome:
     not_smoothed  why not, if the options ask for it
     float_us, int8_us  microseconds of the chain that it is part of, with its norm or activation and
              its siblings, in float and in int8, as measured; 0 where nothing was
+    product_flops  of a product that is no linear
     """
 
     kind: str
@@ -45,6 +59,7 @@ class Outcome:
     not_smoothed: str = ""
     float_us: float = 0.0
     int8_us: float = 0.0
+    product_flops: int = 0
 
     @property
     def applied(self) -> bool:
@@ -57,8 +72,9 @@ class Outcome:
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions of a linear: 2 M N K. 0 for anything else."""
-        return 2 * self.M * self.N * self.K if self.kind == "linear" else 0
+        """Multiplications and additions of a linear, 2 M N K, or of another product. 0 for norms
+        and activations."""
+        return 2 * self.M * self.N * self.K if self.kind == "linear" else self.product_flops
 
     def __str__(self) -> str:
         size = f" {self.M}x{self.N}x{self.K}" if self.kind == "linear" else ""
@@ -80,12 +96,37 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Pattern:
+    """A pattern of the options `include` and `exclude`, and how many linears it matched."""
+
+    option: str
+    pattern: str
+    matched: int
+
+    @property
+    def note(self) -> str:
+        return (
+            f"{self.option}: no linear has a path that {self.pattern!r} matches; patterns match "
+            "whole paths, as the report shows them"
+        )
+
+
+@dataclass(frozen=True)
 class Report:
-    """The outcomes of one compiled graph, or of several (one per graph break)."""
+    """The outcomes of one compiled graph, or of several (one per graph break).
+
+    outcomes  of linears, norms and activations
+    graphs    how many
+    notes     what a user should know
+    products  of all else that multiplies, which stays in float: attention, convolutions, matmuls
+    patterns  those of the options
+    """
 
     outcomes: tuple[Outcome, ...]
     graphs: int = 1
     notes: tuple[str, ...] = ()
+    products: tuple[Outcome, ...] = ()
+    patterns: tuple[Pattern, ...] = ()
 
     @classmethod
     def left(cls, why: object) -> Report:
@@ -95,9 +136,20 @@ class Report:
     @classmethod
     def merge(cls, reports: Iterable[Report]) -> Report:
         every = list(reports)
+        matched: Counter[tuple[str, str]] = Counter()
+        for p in (p for r in every for p in r.patterns):
+            matched[p.option, p.pattern] += p.matched
+        patterns = tuple(Pattern(*key, n) for key, n in matched.items())
         notes = dict.fromkeys(n for r in every for n in r.notes)
+        for pattern in patterns:
+            if pattern.matched:  # in another graph than the one that said it did not
+                notes.pop(pattern.note, None)
         return cls(
-            tuple(o for r in every for o in r.outcomes), sum(r.graphs for r in every), tuple(notes)
+            tuple(o for r in every for o in r.outcomes),
+            sum(r.graphs for r in every),
+            tuple(notes),
+            tuple(o for r in every for o in r.products),
+            patterns,
         )
 
     @property
@@ -118,6 +170,13 @@ class Report:
         total = sum(o.flops for o in self.linears)
         return sum(o.flops for o in self.linears if o.int8) / total if total else 0.0
 
+    @property
+    def total_coverage(self) -> float:
+        """Share of the FLOPs of all products that runs in int8, 0 to 1: of linears, attention,
+        convolutions and matmuls. 0 for a graph without any."""
+        total = sum(o.flops for o in (*self.linears, *self.products))
+        return sum(o.flops for o in self.linears if o.int8) / total if total else 0.0
+
     def counts(self) -> dict[str, int]:
         """How many linears each combination of rules took: {"stack_siblings + norm_linear": 6}."""
         return dict(Counter(" + ".join(o.rules) for o in self.linears if o.rules))
@@ -132,9 +191,11 @@ class Report:
         taken = ", ".join(f"{rules} {n}" for rules, n in self.counts().items())
         refused = ", ".join(f"{reason} ({n})" for reason, n in self.reasons().items())
         graphs = "" if self.graphs == 1 else f" in {self.graphs} graphs"
+        others = any(o.flops for o in self.products)
+        of_all = f" and {self.total_coverage:.1%} of all products'" if others else ""
         return (
             f"{int8} of {len(self.linears)} linears{graphs} in int8, "
-            f"{self.coverage:.1%} of their FLOPs"
+            f"{self.coverage:.1%} of their FLOPs{of_all}"
             + (f"; {taken}" if taken else "")
             + (f"; refused: {refused}" if refused else "")
         )
@@ -143,10 +204,13 @@ class Report:
         return json.dumps(
             {
                 "coverage": self.coverage,
+                "total_coverage": self.total_coverage,
                 "graphs": self.graphs,
                 "counts": self.counts(),
                 "notes": list(self.notes),
                 "outcomes": [asdict(o) for o in self.outcomes],
+                "products": [asdict(o) for o in self.products],
+                "patterns": [asdict(p) for p in self.patterns],
             },
             indent=indent,
         )
@@ -155,9 +219,20 @@ class Report:
     def from_json(cls, text: str) -> Report:
         """What `to_json` gave. Raises FileError for anything else."""
         data = files.parse(text, "this is no report")
-        data.only(("coverage", "graphs", "counts", "notes", "outcomes"))
-        outcomes = tuple(one.record(Outcome) for one in data["outcomes"].list())
-        return cls(outcomes, data["graphs"].integer(), data["notes"].texts())
+        computed = ("coverage", "total_coverage", "counts")
+        data.only((*computed, "graphs", "notes", "outcomes", "products", "patterns"))
+        outcomes, products, patterns = (
+            data[name].list() if data.has(name) or name == "outcomes" else ()
+            for name in ("outcomes", "products", "patterns")
+        )
+        graphs, notes = data["graphs"].integer(), data["notes"].texts()
+        return cls(
+            tuple(one.record(Outcome) for one in outcomes),
+            graphs,
+            notes,
+            tuple(one.record(Outcome) for one in products),
+            tuple(one.record(Pattern) for one in patterns),
+        )
 
     def __rich__(self) -> RenderableType:
         table = Table(title="graphquant", title_justify="left", header_style="bold", expand=False)
@@ -171,8 +246,21 @@ class Report:
             refused = [f"[yellow]refused:[/] {escape(o.refused)}"]
             refused *= not o.applied or o.refused != ""
             table.add_row(escape(o.path or o.node), o.kind, size, "; ".join((*taken, *refused)))
+        for kind, products in self._by_kind():
+            share = sum(o.flops for o in products) / self._flops
+            why = "; ".join(dict.fromkeys(escape(o.refused) for o in products))
+            where = f"{len(products)} {kind}{'s' * (len(products) != 1 and kind != 'attention')}"
+            table.add_row(where, kind, f"{share:.1%} of all FLOPs", f"[yellow]float:[/] {why}")
         notes = (f"note: {n}" for n in self.notes)
         return Group(table, *map(escape, (self.summary(), *notes)))
+
+    @property
+    def _flops(self) -> int:
+        return sum(o.flops for o in (*self.linears, *self.products)) or 1
+
+    def _by_kind(self) -> Iterator[tuple[str, list[Outcome]]]:
+        for kind in dict.fromkeys(o.kind for o in self.products):
+            yield kind, [o for o in self.products if o.kind == kind]
 
     def __str__(self) -> str:
         """The table without colour, wide enough for its longest row."""

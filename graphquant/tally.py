@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+import inspect
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from inspect import Signature
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from graphquant.accuracy import AccuracyReport, Error, OutputAccuracy, RowCosines, SiteAccuracy
 from graphquant.errors import GraphquantError, UnsupportedInputError
@@ -18,29 +22,48 @@ from graphquant.paired import Pair
 from graphquant.report import Outcome, Report
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+Named = tuple[str, Tensor]
 Key = tuple[str, int]  # a linear's path, and how many times this call of the model was there before
 
-_FORMS = "a tensor, a tuple of arguments, a dict of keyword arguments, or (arguments, dict)"
+_VALUES = (
+    *(type(None), bool, int, float, complex, str, bytes, type, range),
+    *(torch.dtype, torch.device, torch.Size, torch.SymInt, torch.SymFloat, torch.SymBool),
+    *(nn.Module, FunctionType, MethodType, ModuleType),
+)
+"""What holds no result."""
+_FORMS = "a tensor, a tuple of arguments, a mapping, or (arguments, dict of keyword arguments)"
 
 
-def each_call(batches: Iterable[Any]) -> Iterator[Call]:
-    """(args, kwargs) of each batch. Raises UnsupportedInputError for what is none."""
+def each_call(batches: Iterable[Any], model: Callable[..., Any] | None = None) -> Iterator[Call]:
+    """(args, kwargs) of each batch. Raises UnsupportedInputError for what is none.
+
+    A mapping is the keyword arguments of the call, if the model can be called with them, else its
+    one argument.
+    """
     if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
         raise UnsupportedInputError(
             f"batches is a {type(batches).__name__}, needs an iterable of batches, such as [batch]"
         )
-    return (_call(i, batch) for i, batch in enumerate(batches))
+    takes = _signature(model)
+    return (_call(i, batch, takes) for i, batch in enumerate(batches))
 
 
-def _call(i: int, batch: Any) -> Call:
+def _call(i: int, batch: Any, takes: Signature | None) -> Call:
     if isinstance(batch, Tensor):
         return (batch,), {}
     if isinstance(batch, tuple):
         if len(batch) == 2 and isinstance(batch[0], (tuple, list)) and _is_keywords(batch[1]):
             return tuple(batch[0]), dict(batch[1])
         return batch, {}
-    if _is_keywords(batch):
-        return (), dict(batch)
+    if isinstance(batch, Mapping):
+        if _is_keywords(batch) and (takes is None or _binds(takes, (), batch)):
+            return (), dict(batch)
+        if takes is None or _binds(takes, (batch,), {}):
+            return (batch,), {}
+        raise UnsupportedInputError(
+            f"batch {i} is a {type(batch).__name__} with {', '.join(map(repr, batch))}: the model "
+            f"takes {takes}"
+        )
     raise UnsupportedInputError(f"batch {i} is a {type(batch).__name__}, needs {_FORMS}")
 
 
@@ -48,10 +71,42 @@ def _is_keywords(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(k, str) for k in value)
 
 
+def _signature(model: Callable[..., Any] | None) -> Signature | None:
+    called = model.forward if isinstance(model, nn.Module) else model
+    if called is None:
+        return None
+    try:
+        return inspect.signature(called)
+    except (TypeError, ValueError):  # it has none that can be read
+        return None
+
+
+def _binds(takes: Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    try:
+        takes.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
 def copies(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """With tensors of their own: a model may write to its arguments."""
-    made: Call = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (args, kwargs))
+    """With tensors and mappings of their own: a model may write to its arguments."""
+    made: Call = tree_map(_copied, (args, kwargs))
     return made
+
+
+def _copied(value: Any) -> Any:
+    """Of what is no pytree of its own: transformers' BatchEncoding is a mapping, and no dict."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if not isinstance(value, Mapping):
+        return value
+    items = {k: tree_map(_copied, v) for k, v in value.items()}
+    if not isinstance(value, MutableMapping):
+        return items
+    own = copy.copy(value)
+    own.update(items)
+    return own
 
 
 @contextmanager
@@ -123,10 +178,10 @@ class Tally:
         else:
             self._accumulated[key] = self._accumulated.get(key, Error()) + Error.of(y8, y)
 
-    def outputs(self, got: Any, want: Any) -> None:
-        """What the model returned in int8 and in float."""
+    def outputs(self, got: Any, theirs: Mapping[str, Tensor]) -> None:
+        """What the model returned in int8, and the tensors that were `kept` of it in float."""
         self._batches += 1
-        ours, theirs = (dict(_tensors(v)) for v in (got, want))
+        ours = kept(got)
         if ours.keys() != theirs.keys():
             raise _other_path("its outputs")
         for name, y in theirs.items():
@@ -152,23 +207,49 @@ def _other_path(where: str) -> GraphquantError:
     )
 
 
-def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+def kept(result: Any) -> dict[str, Tensor]:
+    """Copies of the floating-point tensors of what a model returned, and where each stands: the
+    next call may write to the same memory, or into the same mapping.
+
+    Raises UnsupportedInputError if there are none, or if it holds something that cannot be looked
+    into.
+    """
+    found = {name: tensor.detach().clone() for name, tensor in _tensors(result)}
+    if not found:
+        raise UnsupportedInputError("the model returns no floating-point tensor to compare")
+    return found
+
+
+def _tensors(value: Any, name: str = "", above: tuple[int, ...] = ()) -> Iterator[Named]:
     """The floating-point tensors of a model's output, and where each stands."""
     if isinstance(value, Tensor):
+        if value.is_complex():
+            value = torch.view_as_real(value)
         if value.is_floating_point():
             yield name or "output", value
-        return
-    parts: Iterable[tuple[str, Any]] = ()
+    elif not isinstance(value, _VALUES) and id(value) not in above:
+        for inner, part in _parts(value, name):
+            yield from _tensors(part, inner, (*above, id(value)))
+
+
+def _parts(value: Any, name: str) -> Iterable[tuple[str, Any]]:
+    """What a container holds, and where."""
     if isinstance(value, Mapping):  # transformers' ModelOutput is one
-        parts = ((f"{name}.{k}" if name else str(k), v) for k, v in value.items())
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        parts = _fields(name, value, value._fields)
-    elif isinstance(value, (tuple, list)):
-        parts = ((f"{name}[{i}]", v) for i, v in enumerate(value))
-    elif dataclasses.is_dataclass(value):
-        parts = _fields(name, value, [f.name for f in dataclasses.fields(value)])
-    for inner, part in parts:
-        yield from _tensors(part, inner)
+        return ((f"{name}.{k}" if name else str(k), v) for k, v in value.items())
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return _fields(name, value, value._fields)
+    if isinstance(value, (tuple, list, deque)):
+        return ((f"{name}[{i}]", v) for i, v in enumerate(value))
+    if dataclasses.is_dataclass(value):
+        return _fields(name, value, [f.name for f in dataclasses.fields(value)])
+    leaves = tree_leaves(value)
+    if not (len(leaves) == 1 and leaves[0] is value):  # a pytree that was registered
+        return ((f"{name}[{i}]", v) for i, v in enumerate(leaves))
+    if hasattr(value, "__dict__"):  # such as a cache of keys and values
+        return _fields(name, value, list(vars(value)))
+    raise UnsupportedInputError(
+        f"{name or 'what the model returns'} is a {type(value).__name__}, which cannot be compared"
+    )
 
 
 def _fields(name: str, value: Any, fields: Iterable[str]) -> Iterator[tuple[str, Any]]:

@@ -36,6 +36,7 @@ class Trace:
         self._entry = entry
         self._reports: list[Report] = []
         self._seen: set[int] = set()  # ids of parameters
+        self._root: nn.Module | None = None
         # Dynamo counts compilations by code object, and runs eager after a few: this one is new
         call = FunctionType(_call.__code__.replace(), globals())
         self._compiled = torch.compile(call, backend=self.observe)
@@ -43,6 +44,7 @@ class Trace:
     def __call__(
         self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        self._root = root_of(model)
         many = {"recompile_limit": 2**16, "accumulated_recompile_limit": 2**16}
         with torch._dynamo.config.patch(many), promised(self._entry):
             return self._compiled(model, *args, **kwargs)
@@ -50,7 +52,7 @@ class Trace:
     def observe(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         def attempt() -> tuple[Report, Callable[..., Any]]:
             with stage("capture"):
-                captured = from_dynamo(gm, example_inputs)
+                captured = from_dynamo(gm, example_inputs, self._root)
             if captured is None:
                 return Report((), graphs=0), gm.forward
             self._seen.update(map(id, captured.parameters.values()))
@@ -73,12 +75,20 @@ class Trace:
         if not self._reports:
             raise GraphquantError(f"torch.compile found no tensor code in {type(model).__name__}")
         report = Report.merge(self._reports)
-        return replace(report, notes=(*report.notes, *unseen(model, self._seen)))
+        return replace(report, notes=(*report.notes, *unseen(root_of(model), self._seen)))
 
 
-def unseen(model: Callable[..., Any], seen: Collection[Any]) -> Iterator[str]:
+def root_of(model: Callable[..., Any]) -> nn.Module | None:
+    """The module at which paths begin: the model, or whose method it is; None for a function."""
+    model = getattr(model, "__self__", model)
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        return root_of(model._orig_mod)
+    return model if isinstance(model, nn.Module) else None
+
+
+def unseen(model: nn.Module | None, seen: Collection[Any]) -> Iterator[str]:
     """A note if the model has linears that no graph holds: coverage does not count them."""
-    if not isinstance(model, nn.Module):
+    if model is None:
         return
     every = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     if missing := [n for n, m in every.items() if id(m.weight) not in seen]:

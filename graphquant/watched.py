@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from itertools import chain
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from graphquant.passes.pipeline import linear_path
+from graphquant.passes.paths import Places, moved_path, weight_path
 
 
 class Watched(Interpreter):
@@ -28,21 +27,40 @@ class Watched(Interpreter):
         return value if instead is None else instead
 
 
-class Paths:
-    """The module paths of a model's linears, by the weight.
+class Caller(NamedTuple):
+    """A linear of a captured graph.
 
-    Layers may share one graph, and behind a graph break the graph does not know where in the model
-    it is; the weights that it is called with do.
+    path    its module path, as it was captured
+    name    of a parameter that its weight is computed from
+    weight  that parameter
+    place   which input of the graph that is
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._known: dict[int, list[str]] = {}
-        named = (model.named_parameters, model.named_buffers)
-        for name, tensor in chain(*(each(remove_duplicate=False) for each in named)):
-            self._known.setdefault(id(tensor), []).append(linear_path(name))
+    path: str
+    name: str
+    weight: Tensor
+    place: int
 
-    def of(self, weight: Any, path: str) -> tuple[str, ...]:
-        """Every path of the linears with this weight: several if it is tied, `path` first if it is
-        one of them. `path` alone for a weight that the model does not have."""
-        known = self._known.get(id(weight), [path])
-        return tuple(sorted(known, key=lambda p: p != path))
+
+class Paths:
+    """The module paths of a model's linears.
+
+    Layers may share one graph, which has the paths of the one that it was captured from; the
+    weights that it is called with tell which layer it is.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self._places = Places(model)
+        self._ran: set[str] = set()
+
+    def of(self, linear: Caller, args: Sequence[Any]) -> tuple[str, ...]:
+        """The path of this linear in a call of its graph, and behind it those of other linears with
+        the same weight."""
+        weight = args[linear.place]
+        names = self._places.names(weight)
+        if weight is linear.weight:
+            self._ran.add(linear.path)
+            tied = (path for path in map(weight_path, names) if path in self._ran)
+            return tuple(dict.fromkeys((linear.path, *tied)))
+        moved = (moved_path(linear.path, linear.name, n) for n in names)  # any, if it is tied
+        return tuple(dict.fromkeys(moved)) or (linear.path,)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphquant import Report
+from graphquant.report import Quiet
 
 # A row of int8 values has steps of absmax / 127. On gaussian rows (absmax about 3 sigma) the
 # rounding error is 0.7 % of the row, for x and for the weight: 1 % of a linear, 1.4 % of two.
@@ -90,3 +91,8 @@ def error(got: Tensor, want: Tensor) -> float:
     """|got - want| / |want|"""
     got, want = got.detach().double(), want.detach().double()
     return float((got - want).norm() / want.norm())
+
+
+def notes(report: Report) -> tuple[str, ...]:
+    """The report's notes, but for those that warn of nothing: on a CPU there always is one."""
+    return tuple(note for note in report.notes if not isinstance(note, Quiet))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import graphquant
 from graphquant import OptionError, Report
 from tests.seen import Seen, seen
-from tests.small import FAR, NEAR, Mlp, error, int8, seeded
+from tests.small import FAR, NEAR, Mlp, error, int8, notes, seeded
 
 DIM, TOKENS = 64, (2, 9)
 
@@ -58,7 +58,7 @@ def test_static_ranges_serve_an_encoder(encoder: nn.Module, x: Tensor, inner: st
     run = int8(encoder, reports, inner=inner, activation="static", calibration=known)
     assert error(run(x), encoder(x)) < 2 * NEAR
     (report,) = reports
-    assert report.coverage == 1.0 and len(report.linears) == 15 and not report.notes
+    assert report.coverage == 1.0 and len(report.linears) == 15 and not notes(report)
     torch._dynamo.reset()
     assert not torch.equal(run(x), int8(encoder, inner=inner)(x))
 

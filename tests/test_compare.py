@@ -8,7 +8,7 @@ import importlib.util
 import json
 import math
 import sys
-from collections import namedtuple
+from collections import UserDict, namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import BatchEncoding
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import graphquant
@@ -585,3 +586,99 @@ def test_the_values_are_what_int8_costs_a_real_model_most() -> None:
     for layer in (f"encoder.layer.{i}.attention.self" for i in range(6)):
         assert sqnr[f"{layer}.value"] < min(sqnr[f"{layer}.query"], sqnr[f"{layer}.key"])
     assert min(sqnr.values()) > 28
+
+
+# What a model may take and return ---------------------------------------------------------------
+
+
+class Features(nn.Module):
+    """As sentence-transformers' modules: a mapping comes in, and goes out with more in it."""
+
+    def __init__(self, result: Any) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 64)
+        self.register_buffer("memory", torch.zeros(6, 5, 64), persistent=False)
+        self.result = result
+        self.eval()
+
+    def forward(self, features: Any, **kwargs: Any) -> Any:
+        return self.result(self, features, self.fc(features["x"]))
+
+    def embed(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+
+def into(m: Any, features: Any, y: Tensor) -> Any:
+    features["y"] = y
+    return features
+
+
+class Holder:
+    def __init__(self, y: Tensor) -> None:
+        self.y = [y]
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict, BatchEncoding])
+def test_a_mapping_that_is_the_argument_and_the_result_is_compared(kind: Any, x: Tensor) -> None:
+    batch = kind({"x": x})
+    report = graphquant.compare(Features(into), [batch])
+    outputs = {o.name: o.error for o in report.outputs}
+    assert outputs["x"].exact and not outputs["y"].exact and outputs["y"].sqnr < 60
+    assert list(batch) == ["x"]  # the user's own stays as it is
+    assert graphquant.calibrate(Features(into), [batch], progress=False).sites == ("fc",)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        lambda m, features, y: UserDict(y=y),
+        lambda m, features, y: m.memory.copy_(y),
+        lambda m, features, y: Holder(y),
+        lambda m, features, y: torch.view_as_complex(y.unflatten(-1, (32, 2))),
+    ],
+)
+def test_no_result_is_exact_for_how_it_is_returned(result: Any, x: Tensor) -> None:
+    (output,) = graphquant.compare(Features(result), [({"x": x},)]).outputs
+    assert not output.error.exact and 30 < output.error.sqnr < 60
+
+
+def test_a_result_that_cannot_be_looked_into_is_refused(x: Tensor) -> None:
+    for result in (lambda m, f, y: y.argmax(), lambda m, f, y: None, lambda m, f, y: iter([y])):
+        torch._dynamo.reset()
+        with pytest.raises(UnsupportedInputError):
+            graphquant.compare(Features(result), [{"x": x}])
+
+
+def test_a_budget_is_not_kept_by_a_result_that_hides(x: Tensor) -> None:
+    budget = graphquant.fit_budget(Features(into), [{"x": x}], sqnr=100.0, progress=False)
+    assert budget.before < 60 and [site.path for site in budget.left] == ["fc"]
+
+
+def test_a_method_of_a_module_is_compared_and_calibrated(x: Tensor) -> None:
+    model = Features(into)
+    report = graphquant.compare(model.embed, [x])
+    assert [s.path for s in report.sites] == ["fc"] and not report.outputs[0].error.exact
+    assert graphquant.calibrate(model.embed, [x], progress=False).sites == ("fc",)
+    with torch.no_grad():
+        assert [o.path for o in graphquant.explain(model.embed, x).linears] == ["fc"]
+    model.train()
+    with pytest.raises(UnsupportedInputError, match="eval"):
+        graphquant.compare(model.embed, [x])
+
+
+def test_a_mapping_is_keyword_arguments_where_the_model_takes_them(x: Tensor) -> None:
+    model = Model(lambda m, *, x: m.fc(x), fc=nn.Linear(64, 64))
+    assert len(graphquant.compare(model, [{"x": x}]).sites) == 1
+    strict = Strict()
+    with pytest.raises(UnsupportedInputError, match="'z'"):
+        graphquant.compare(strict, [{"z": x}])
+
+
+class Strict(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 64)
+        self.eval()
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.fc(a + b)

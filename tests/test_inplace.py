@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import logging
 import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from weakref import ref
 
@@ -31,7 +33,7 @@ from graphquant.inplace import _Int8
 from graphquant.packed import _MARK, Supply, is_released
 from tests.models import error as errors
 from tests.models import on, relative, same_structure
-from tests.small import NEAR, Mlp, Model, again, error, int8, seeded
+from tests.small import NEAR, Mlp, Model, again, error, int8, notes, seeded
 from tools import zoo
 
 BOUND = 0.04  # of two layers, as in tests/test_models.py
@@ -273,7 +275,7 @@ def test_the_report_fills_in_when_the_module_is_called(device: str, x: Tensor) -
     assert isinstance(report, Report) and report.graphs == 0 and not report.outcomes
     assert report.notes == ("nothing is compiled yet: the module was not called",)
     model(x)
-    assert report.graphs == 1 and not report.notes
+    assert report.graphs == 1 and not notes(report)
     assert report == type(report)(*vars(told[0]).values())
     assert "fc1" in str(report) and Report.from_json(report.to_json()) == Report.merge([report])
 
@@ -313,7 +315,7 @@ def test_graphs_of_other_layers_are_added_and_what_they_do_not_hold_is_named(
     report = quick(model)
     model(x)
     assert report.graphs == 2 and len(report.linears) == 3
-    assert [n[:41] for n in report.notes] == ["1 of 4 nn.Linear modules are in no captur"]
+    assert [n[:41] for n in notes(report)] == ["1 of 4 nn.Linear modules are in no captur"]
 
 
 def test_a_call_with_gradients_says_that_nothing_is_int8(
@@ -328,7 +330,7 @@ def test_a_call_with_gradients_says_that_nothing_is_int8(
     assert report.coverage == 0 and "under torch.inference_mode()" in report.notes[0]
     assert report.notes[0] in caplog.messages
     model(x)
-    assert report.coverage == 1 and not report.notes
+    assert report.coverage == 1 and not notes(report)
 
 
 # Again, and back ---------------------------------------------------------------------------------
@@ -597,9 +599,98 @@ def test_copies_and_pickles_are_float(device: str, x: Tensor) -> None:
     quick(model)
     assert not torch.equal(model(x), want)
     for other in (copy.deepcopy(model), copy.copy(model), pickle.loads(pickle.dumps(model))):
-        assert "_compiled_call_impl" not in vars(other)
-        assert torch.equal(other(x), want)
-    assert torch.equal(model.forward(x), want)
+        assert vars(other).keys() == vars(small(device)).keys()
+        assert torch.equal(other(x), want) and torch.equal(other.forward(x), want)
+
+
+def gelu_last(m: Any, x: Tensor, *, broken: bool = False) -> Tensor:
+    y = m.fc(x)
+    if broken:
+        torch._dynamo.graph_break()
+    return torch.nn.functional.gelu(y)
+
+
+class Direct(nn.Module):
+    """Called as sentence-transformers 6 calls its modules: module.forward(...)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 64)
+        self.eval()
+
+    def forward(self, x: Tensor, *, broken: bool = False) -> Tensor:
+        return gelu_last(self, x, broken=broken)
+
+
+def test_calls_of_forward_are_int8_too(device: str, x: Tensor) -> None:
+    model = seeded(Direct).to(device)
+    want, signature, names = model(x), inspect.signature(model.forward), set(vars(model))
+    report = quick(model)
+    assert not report.ran and inspect.signature(model.forward) == signature
+    got = model.forward(x)
+    assert report.ran and report.coverage == 1 and [o.path for o in report.linears] == ["fc"]
+    assert 1e-4 < error(got, want) < NEAR
+    for broken in (False, True):  # behind a graph break forward runs eagerly, in its own call
+        assert torch.equal(model(x, broken=broken), got)
+        assert torch.equal(model.forward(x, broken=broken), got)
+    restore_(model)
+    assert set(vars(model)) == names and torch.equal(model.forward(x), want)
+
+
+def test_calls_of_forward_pass_by_the_hooks(device: str, x: Tensor) -> None:
+    model, seen = seeded(Direct).to(device), []
+    quick(model)
+    model.register_forward_hook(lambda *given: seen.append(1))
+    model.forward(x)
+    assert not seen
+    model(x)
+    assert seen == [1]
+
+
+def test_an_instance_with_a_forward_of_its_own_keeps_it(device: str, x: Tensor) -> None:
+    model = seeded(Direct).to(device)
+    model.forward = own = lambda x: model.fc(x) + 1  # type: ignore[method-assign,assignment]
+    want = model(x)
+    report = quick(model)
+    assert model.forward is own and torch.equal(model.forward(x), want)
+    assert 1e-4 < error(model(x), want) < NEAR and report.coverage == 1
+    restore_(model)
+    assert model.forward is own
+
+
+def test_a_compilation_around_it_takes_its_forward_in(device: str, x: Tensor) -> None:
+    model = nn.Sequential(seeded(Direct), seeded(Direct, 1)).to(device).eval()
+    want = model(x)
+    for part in model:
+        quick(part)
+    around = torch.compile(lambda x: model[1].forward(model[0](x)), backend="eager", fullgraph=True)
+    assert torch.equal(around(x), want)
+
+
+def test_sentence_transformers_run_int8(device: str, tmp_path: Path) -> None:
+    sentences = pytest.importorskip("sentence_transformers")
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    (tmp_path / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c"])
+    )
+    BertTokenizerFast(vocab_file=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    config = BertConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=48,
+        vocab_size=8,
+        initializer_range=0.2,
+    )
+    BertModel(config).save_pretrained(tmp_path)
+    model = sentences.SentenceTransformer(str(tmp_path), device=device).eval()
+    want = torch.tensor(model.encode(["a b c", "c b"]))
+    report = quick(model[0])
+    got = torch.tensor(model.encode(["a b c", "c b"]))
+    assert report.ran and report.coverage == 1 and len(report.linears) == 6
+    assert report.linears[0].path == "model.encoder.layer.0.attention.self.query"
+    assert 1e-5 < error(got, want) < NEAR
 
 
 def test_it_follows_its_weights(device: str, x: Tensor) -> None:

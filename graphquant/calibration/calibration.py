@@ -25,7 +25,7 @@ from graphquant.calibration.saved import NUMBERS, read_record, saved, sha256
 from graphquant.calibration.sync import all_reduced, gathered
 from graphquant.errors import CalibrationError, FileError, OptionError
 from graphquant.files import Field
-from graphquant.passes.pipeline import linear_path
+from graphquant.passes.paths import weight_path
 
 FORMAT, VERSION = "graphquant.calibration", 1
 
@@ -271,7 +271,7 @@ def _refuse_other(who: str, ours: Fingerprint, theirs: Fingerprint, sites: Seque
         return
     said = "; ".join(f"{name} {what}" for name, what in found[:NAMED])
     more = f"; and {len(found) - NAMED} more parameters" if len(found) > NAMED else ""
-    concerned = sorted({linear_path(name) for name, _ in found} & set(sites))
+    concerned = sorted({weight_path(name) for name, _ in found} & set(sites))
     paths = ", ".join(concerned) or "none"
     raise CalibrationError(
         f"{who} is not the one that was calibrated: {said}{more}. Calibrated linears concerned: "

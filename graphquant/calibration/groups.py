@@ -124,25 +124,28 @@ class SharedQuantState(nn.Module, ABC):
     name                   of the kind of state, as in `metadata`
     managed_attrs          the buffers that it shares, under the names that the quantisers use
     target_quantizer_kind  "weight", "input" or "output": whose quantisers
-    default_patterns       what `resolve_patterns` gives where nothing else is said
+    default_patterns       what `resolve_patterns` gives where nothing else is said: no groups
 
-    A subclass says how `sync` works and, unless hooks make the value, what `finalize` does.
+    A subclass says how `sync` works and, unless hooks make the value, what `finalize` does. Handles
+    of hooks that it puts into `_hook_handles` are removed by `remove_hooks`.
     """
 
     name: ClassVar[str]
     managed_attrs: ClassVar[tuple[str, ...]] = ()
     target_quantizer_kind: ClassVar[str] = "weight"
-    default_patterns: ClassVar[tuple[str, ...]] = SHARED_PATTERNS
+    default_patterns: ClassVar[tuple[str, ...]] = ()
+    _syncs_without_value: ClassVar[bool] = False  # so that no other process waits for this one
 
     def __init__(self) -> None:
         super().__init__()
         for attr in self.managed_attrs:
             self.register_buffer(attr, None, persistent=False)
-        self.set_members(self, ())
+        object.__setattr__(self, "_hook_handles", [])
+        self.set_members(None, ())
 
     # Members ------------------------------------------------------------------------------------
 
-    def set_members(self, parent: nn.Module, members: Sequence[nn.Module]) -> None:
+    def set_members(self, parent: nn.Module | None, members: Sequence[nn.Module]) -> None:
         """Link them. They are no submodules of the state: each has its one place in the model."""
         object.__setattr__(self, "_parent", parent)
         object.__setattr__(self, "_members", tuple(members))
@@ -181,7 +184,7 @@ class SharedQuantState(nn.Module, ABC):
                     re.compile(pattern)
                 except re.error as bad:
                     raise OptionError(f"invalid regex {pattern!r} of {name}: {bad}") from bad
-        own = (shared_states or {}).get(cls.name, {})
+        own = (shared_states or {}).get(getattr(cls, "name", ""), {})
         return list(own.get("patterns", cls.default_patterns))
 
     @classmethod
@@ -224,29 +227,46 @@ class SharedQuantState(nn.Module, ABC):
         """For states whose value is made while the model runs. Nothing here."""
 
     def remove_hooks(self) -> None:
-        """Of `install_hooks`. Nothing here."""
+        """Those whose handles `install_hooks` has put into `_hook_handles`."""
+        for handle in self.__dict__["_hook_handles"]:
+            handle.remove()
+        object.__setattr__(self, "_hook_handles", [])
 
     def finalize(self) -> bool:
         """Make the value; is there one? Here: has a hook made one?"""
         return any(_is_set(self._buffers[attr]) for attr in self.managed_attrs)
 
     @abstractmethod
-    def sync(self, group: torch.distributed.ProcessGroup | None = None) -> None:
-        """Agree on the value with all processes of the group."""
+    def sync(self, parallel_state: Any = None) -> None:
+        """Agree on the value with all processes of a group.
+
+        parallel_state  a ProcessGroup; or, as in Model-Optimizer, an object whose
+                        `expert_model_parallel_group` and `tensor_parallel_group` have
+                        `is_initialized()` and `group`; None is the default group
+        """
 
     @classmethod
     def populate(cls, model: nn.Module, group: torch.distributed.ProcessGroup | None = None) -> int:
         """Finalise and sync every state of this class; how many have a value now.
 
+        A state whose `finalize` returns False is left as it is: neither synced nor counted. States
+        of this module sync none the less, and take the other processes' value.
+
+        group  for states whose members have no `parallel_state`
+
         Where torch.distributed is initialised, every process of the group must call it.
         """
-        ready = 0
-        for state in shared_quant_states(model, cls):
-            state.finalize()
-            state.sync(group)
-            if SharedQuantState.finalize(state):
-                state.remove_hooks()
-                ready += 1
+        return sum(state._populate(group) for state in shared_quant_states(model, cls))
+
+    def _populate(self, group: torch.distributed.ProcessGroup | None) -> bool:
+        ready = self.finalize()
+        if ready or self._syncs_without_value:
+            given = (getattr(m, "parallel_state", None) for m in self.members)
+            had = SharedQuantState.finalize(self)
+            self.sync(next((s for s in given if s is not None), group))
+            ready = ready or (not had and SharedQuantState.finalize(self))
+        if ready:
+            self.remove_hooks()
         return ready
 
     # Tie, save, restore -------------------------------------------------------------------------
@@ -289,13 +309,16 @@ class SharedQuantState(nn.Module, ABC):
 
     def restore_from_members(self) -> bool:
         """Take the first value that a member's quantiser has, and tie; was there one?"""
+        restored = False
         for attr in self.managed_attrs:
             values = (getattr(q, attr, None) for q in self.quantizers)
             value = next((v for v in values if _is_set(v)), None)
             if value is not None:
                 self._set(attr, value)
-        self.tie_member_quantizers()
-        return SharedQuantState.finalize(self)
+                restored = True
+        if restored:
+            self.tie_member_quantizers()
+        return restored
 
     def _set(self, attr: str, value: Tensor) -> None:
         """Where the buffer is tied, in it."""
@@ -324,6 +347,9 @@ class SharedQuantState(nn.Module, ABC):
 class _SharedAmaxState(SharedQuantState):
     """One maximum, 0-d float32, in the one buffer that is managed."""
 
+    default_patterns = SHARED_PATTERNS
+    _syncs_without_value = True
+
     def finalize(self) -> bool:
         """The maximum over all values of the members' `_amax`; nan if one is. Members without one,
         or with one on the meta device, don't count. False if none has one."""
@@ -334,14 +360,18 @@ class _SharedAmaxState(SharedQuantState):
             self._set(self.managed_attrs[0], torch.stack(highest).amax())
         return bool(found)
 
-    def sync(self, group: torch.distributed.ProcessGroup | None = None) -> None:
+    def sync(self, parallel_state: Any = None) -> None:
         """All-reduce (MAX); nan on one process is nan on all, one without a value takes theirs.
 
         Without an initialised process group nothing happens. RuntimeError if it fails.
         """
         dist = torch.distributed
-        if not (dist.is_available() and dist.is_initialized()):
-            return
+        if dist.is_available() and dist.is_initialized():
+            for group in _process_groups(parallel_state):
+                self._sync(group)
+
+    def _sync(self, group: torch.distributed.ProcessGroup | None) -> None:
+        dist = torch.distributed
         own = self._buffers[self.managed_attrs[0]]
         value = own if _is_set(own) else torch.tensor(-torch.inf)
         nan = value.isnan()
@@ -396,6 +426,15 @@ def shared_quant_states(
     for module in model.modules():
         if isinstance(module, state_cls):
             yield module
+
+
+def _process_groups(parallel_state: Any) -> list[Any]:
+    """Those that SharedQuantState.sync is given."""
+    kinds = ("expert_model_parallel_group", "tensor_parallel_group")
+    if not any(hasattr(parallel_state, kind) for kind in kinds):
+        return [parallel_state]
+    given = (getattr(parallel_state, kind, None) for kind in kinds)
+    return [group.group for group in given if group is not None and group.is_initialized()]
 
 
 def _names(cls: Any) -> Iterator[str]:

@@ -11,8 +11,8 @@ from torch.fx import Node
 from graphquant.passes.graph import LINEAR, Constants, calls, dtype, full_args, written_in_place
 from graphquant.passes.ir import Captured
 from graphquant.passes.normalize import normalize
-from graphquant.passes.pipeline import linear_path
-from graphquant.watched import Paths, Watched
+from graphquant.passes.pipeline import path_of
+from graphquant.watched import Caller, Paths, Watched
 
 Found = Callable[[Sequence[str], Tensor], None]
 
@@ -32,7 +32,7 @@ class Observed:
         self._gm = captured.gm
         self._paths = paths
         self._found = found
-        self._readers: dict[Node, list[tuple[str, int]]] = {}  # by the first linear that reads it
+        self._readers: dict[Node, list[Caller]] = {}  # by the first linear that reads it
         inputs = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
         constants = Constants(captured.parameters)
         written = written_in_place(graph)
@@ -41,7 +41,8 @@ class Observed:
             x, weight, _ = full_args(node)
             if weight in constants and dtype(x).is_floating_point:
                 root = constants.roots_of(weight)[0]
-                reader = linear_path(captured.names[root]), inputs[root]
+                path = path_of(node, captured, constants)
+                reader = Caller(path, captured.names[root], captured.parameters[root], inputs[root])
                 at = node if x in written else first.setdefault(x, node)
                 self._readers.setdefault(at, []).append(reader)
 
@@ -50,7 +51,7 @@ class Observed:
 
         def after(node: Node, value: Any, env: Mapping[Node, Any]) -> None:
             if readers := self._readers.get(node):
-                paths = [p for path, i in readers for p in self._paths.of(args[i], path)]
+                paths = [p for reader in readers for p in self._paths.of(reader, args)]
                 self._found(paths, env[full_args(node)[0]])
 
         return Watched(self._gm, after).run(*args)

@@ -22,9 +22,9 @@ from graphquant.capture import from_export
 from graphquant.config import Config
 from graphquant.errors import UnsupportedInputError
 from graphquant.failure import stage
-from graphquant.passes.graph import operand, shape
+from graphquant.passes.graph import operand
 from graphquant.passes.ir import Captured
-from graphquant.passes.pipeline import linear_path, rewrite
+from graphquant.passes.pipeline import LINEARS, rewrite
 from graphquant.passes.prepack import prepack
 from graphquant.report import Report
 
@@ -104,7 +104,7 @@ def packed(captured: Captured) -> GraphModule:
 
     for packing in prepack(captured, new_input):
         values = packing.recipe.compute([captured.parameters[r].detach() for r in packing.roots])
-        path = _path([captured.names[r] for r in packing.roots if len(shape(r)) == 2])
+        path = _path(packing.inputs)
         for node, value in zip(packing.inputs, values, strict=True):
             if node.users:  # a quantiser of nothing but weights was packed with its result
                 node.target = _keep(gm, f"{path}.{operand(node, next(iter(node.users)))}", value)
@@ -115,11 +115,12 @@ def packed(captured: Captured) -> GraphModule:
     return module
 
 
-def _path(weights: Sequence[str]) -> str:
-    """Of linears that are one product: "layers.0.q_proj_k_proj_v_proj"."""
-    # an input may be a parameter too, as the probe of a pooling head is
-    named = [name for name in weights if name.endswith("weight")] or weights
-    paths = [linear_path(name) for name in named]
+def _path(inputs: Sequence[Node]) -> str:
+    """Of the linears that are one product, whose weights these are: "layers.0.q_proj_k_proj"."""
+    readers = dict.fromkeys(user for node in inputs for user in node.users)
+    paths: list[str] = [
+        outcome.path for r in readers for outcome, _ in r.meta.get(LINEARS, ())
+    ] or ["packed"]
     parents = {path.rpartition(".")[0] for path in paths}
     if len(parents) > 1:
         return paths[0]

@@ -8,7 +8,6 @@ every node carries a fake tensor in `meta["val"]`.
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any, TypeGuard
@@ -29,6 +28,7 @@ aten = torch.ops.aten
 LINEAR = aten.linear.default
 SDPA = aten.scaled_dot_product_attention.default
 RESIDUAL = 7  # among the arguments of int8_linear
+MODULE = "graphquant_module"  # meta of a node: the path of the module that calls it (paths.py)
 LITERAL = "graphquant_literal"  # meta of an attribute that is no parameter: its tensor
 
 CASTS = frozenset(
@@ -529,14 +529,8 @@ def described(node: Node, names: Mapping[Node, str]) -> str:
 
 
 def module_path(node: Node) -> str:
-    """Where in the module tree this was called, "encoder.layers.0.mlp"; "" if not known."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    path = str(list(stack.values())[-1][0])
-    path = re.sub(r"^L\['\w+'\]\.?", "", path)  # the module itself, under the name it is called by
-    path = re.sub(r"\._(?:modules|parameters|buffers)(?=\[)", "", path)
-    return re.sub(r"\['?([^'\]]*)'?\]", r".\1", path).removeprefix(".")  # a['b'][0] -> a.b.0
+    """The path of the module that calls this, "encoder.layers.0.mlp"; "" if not known."""
+    return str(node.meta.get(MODULE, ""))
 
 
 def calls(graph: Graph, wanted: Callable[[Node], bool]) -> Iterator[Node]:

@@ -20,6 +20,8 @@ class Captured:
     names           their names in the module, "encoder.layers.0.fc1.weight"
     differentiable  graph inputs that require a gradient
     grad_enabled    was autograd on when the graph begins
+    training        the paths of the model's modules in training mode, "" is the model itself
+    elsewhere       the paths that linears of the model may have which are in other graphs
     """
 
     gm: GraphModule
@@ -28,3 +30,5 @@ class Captured:
     names: dict[Node, str]
     differentiable: set[Node] = field(default_factory=set)
     grad_enabled: bool = False
+    training: tuple[str, ...] = ()
+    elsewhere: frozenset[str] = frozenset()

@@ -6,12 +6,13 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from graphquant.config import Config
+from graphquant.config import Config, matches
 from graphquant.failure import stage
 from graphquant.ops import int8_linear
 from graphquant.ops.checks import FLOATS
@@ -19,6 +20,7 @@ from graphquant.ops.define import missing
 from graphquant.ops.int8_linear.op import MAX_K
 from graphquant.passes.apply import Workbench, apply
 from graphquant.passes.attention import choose_kernels
+from graphquant.passes.flops import other_products
 from graphquant.passes.graph import (
     LINEAR,
     Constants,
@@ -39,6 +41,7 @@ from graphquant.passes.ir import Captured
 from graphquant.passes.layout import restore_layouts
 from graphquant.passes.masks import drop_empty_masks
 from graphquant.passes.normalize import merge_equal_views, normalize
+from graphquant.passes.paths import linear_path
 from graphquant.passes.ranges import static_ranges
 from graphquant.passes.recognize import Recognized, recognize
 from graphquant.passes.record import Record
@@ -52,7 +55,7 @@ from graphquant.passes.rules.residual import Residual
 from graphquant.passes.rules.stack_siblings import StackSiblings
 from graphquant.passes.smooth import NO_NORM
 from graphquant.passes.verify import verifier
-from graphquant.report import Outcome, Report
+from graphquant.report import SLOW_ON_CPU, Outcome, Pattern, Quiet, Report
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +96,7 @@ def rewrite(captured: Captured, config: Config) -> Report:
         bench = _workbench(captured, config)
     with stage("the record of linears"):
         _enter_all(bench, captured, config)
+        products = tuple(_others(bench))
     if config.activation == "static" and config.calibration is not None:
         with stage("static ranges"):
             bench.ranges = static_ranges(_open_linears(bench), config.calibration)
@@ -111,7 +115,10 @@ def rewrite(captured: Captured, config: Config) -> Report:
         gm.graph.lint()
         gm.recompile()
         _leave_traces(bench)
-        report = Report(bench.record.outcomes(), notes=tuple(_notes(bench, config)))
+        patterns = tuple(_patterns(bench, config))
+        missed = (p for p in patterns if not p.matched and not _elsewhere(p, captured))
+        notes = (*_notes(bench, config), *_in_training(captured), *(p.note for p in missed))
+        report = Report(bench.record.outcomes(), 1, notes, products, patterns)
     log.info("%s", report.summary())
     return report
 
@@ -157,8 +164,8 @@ def _enter_all(bench: Workbench, captured: Captured, config: Config) -> None:
     for node in bench.graph.nodes:
         path = module_path(node)
         if node.target is LINEAR:
-            x, weight, _ = full_args(node)
-            path = _linear_path(bench, captured, weight) or path
+            x = full_args(node)[0]
+            path = path_of(node, captured, bench.constants)
             M, N, K = rows(node), width(node), width(x)
             outcome = Outcome("linear", path, node.name, refused=idle, M=M, N=N, K=K)
             barred = _why_barred(bench, captured, config, node, path)
@@ -181,6 +188,45 @@ def _enter_all(bench: Workbench, captured: Captured, config: Config) -> None:
                         K=width(inner.all_input_nodes[0]),
                     )
                 )
+
+
+def _others(bench: Workbench) -> Iterator[Outcome]:
+    """What multiplies and is no linear, also inside higher-order ops."""
+    for gm in bench.gm.modules():
+        if isinstance(gm, GraphModule):
+            constants = bench.constants if gm is bench.gm else Constants(())
+            for node, product in other_products(gm.graph, constants):
+                kind, why, flops = product
+                path = module_path(node)
+                yield Outcome(kind, path, node.name, refused=why, product_flops=flops)
+
+
+def _patterns(bench: Workbench, config: Config) -> Iterator[Pattern]:
+    paths = [o.path for o in bench.record.outcomes() if o.kind == "linear"]
+    for option in ("include", "exclude"):
+        for pattern in dict.fromkeys(getattr(config, option)):
+            yield Pattern(option, pattern, sum(matches(pattern, path) for path in paths))
+
+
+def _elsewhere(pattern: Pattern, captured: Captured) -> bool:
+    """Could it match a linear of the model that is in another graph?"""
+    return any(matches(pattern.pattern, path) for path in captured.elsewhere)
+
+
+def _in_training(captured: Captured) -> Iterator[str]:
+    if training := captured.training:
+        which = "the model is" if "" in training else f"{len(training)} of its modules are"
+        such = "" if "" in training else f", such as {training[0]}"
+        note = f"{which} in training mode{such}: for inference, call model.eval()"
+        yield Quiet(note) if captured.grad_enabled else note  # who trains needs no warning
+
+
+def slow_here(report: Report, captured: Captured) -> Report:
+    """The report, with a note if int8 products run on a processor that is slower with them."""
+    products = calls(captured.gm.graph, lambda n: n.target is int8_linear.target)
+    if not any(node.meta["val"].device.type == "cpu" for node in products):
+        return report
+    return replace(report, notes=(*report.notes, SLOW_ON_CPU))
 
 
 def _open_linears(bench: Workbench) -> dict[Node, str]:
@@ -228,23 +274,20 @@ def _why_barred(bench: Workbench, captured: Captured, config: Config, node: Node
     return ""
 
 
+def path_of(node: Node, captured: Captured, constants: Constants) -> str:
+    """The module path of a linear."""
+    weight = full_args(node)[1]
+    roots = constants.roots_of(weight) if weight in constants else []
+    matrices = sorted(roots, key=lambda root: len(shape(root)) < 2)  # stable: in reading order
+    return linear_path(module_path(node), [captured.names[root] for root in matrices])
+
+
 def _told(written: Node, bench: Workbench) -> str:
     if written in bench.constants.roots:
         return bench.names[written]
     roots = " and ".join(bench.names[r] for r in bench.constants.roots_of(written))
     where = f" in {path}" if (path := module_path(written)) else ""
     return f"what is made of {roots or 'numbers'}{where}"
-
-
-def _linear_path(bench: Workbench, captured: Captured, weight: Node) -> str:
-    if weight not in bench.constants:
-        return ""
-    return linear_path(captured.names[bench.constants.roots_of(weight)[0]])
-
-
-def linear_path(weight: str) -> str:
-    """ "layers.0.fc1" for the weight "layers.0.fc1.weight", "attn.in_proj" for a packed one."""
-    return weight.removesuffix(".weight").removesuffix("_weight")
 
 
 def _linears_inside(gm: GraphModule, node: Node) -> Iterator[Node]:
@@ -259,11 +302,11 @@ def _leave_traces(bench: Workbench) -> None:
     """What ties the rewritten graph to the model's, by names: the model's nodes may be gone.
 
     meta[STANDS_FOR]  of a node that a rule made: the node whose value it holds
-    meta[LINEARS]     of an int8_linear: Record.carried
+    meta[LINEARS]     of a linear, in int8 or not: Record.carried
     """
     for old, new in bench.replaced.items():  # in the order of the rewrites: chains are followed
         new.meta[STANDS_FOR] = old.meta.get(STANDS_FOR, old.name)
-    for node in calls(bench.graph, lambda n: n.target is int8_linear.target):
+    for node in calls(bench.graph, lambda n: n.target in (LINEAR, int8_linear.target)):
         node.meta[LINEARS] = bench.record.carried(node)
 
 

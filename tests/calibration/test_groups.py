@@ -230,6 +230,96 @@ def test_hooks_are_installed_for_new_states_and_removed_when_there_is_a_value() 
     assert float(first._amax) == float(x.abs().max())
 
 
+class Bare(SharedQuantState):
+    """As Model-Optimizer's own tests define kinds of state: sync and one attribute."""
+
+    name = "bare"
+    managed_attrs = ("_amax",)
+
+    def __init__(self, ready: bool = True) -> None:
+        super().__init__()
+        self.ready, self.synced = ready, []  # type: ignore[var-annotated]
+
+    def finalize(self) -> bool:
+        return self.ready
+
+    def sync(self, parallel_state: Any = None) -> None:
+        self.synced.append(parallel_state)
+
+
+def bare(model: nn.Module) -> Any:
+    assert Bare.attach(model, [QKV]) == 2
+    return next(shared_quant_states(model, Bare))
+
+
+def test_populate_counts_and_syncs_what_finalize_says_is_ready() -> None:
+    model = quantized()
+    first = bare(model)
+    first.members[1].parallel_state = "of the members"
+    assert Bare.populate(model) == 2 and first.synced == ["of the members"]
+    first.ready = False
+    first._set("_amax", torch.tensor(1.0))  # a value of before: it does not count
+    assert Bare.populate(model) == 1 and first.synced == ["of the members"]
+
+
+def test_hooks_whose_handles_are_kept_are_removed_once_there_is_a_value() -> None:
+    model, seen = quantized(), []
+    first = bare(model)
+    handle = first.members[0].register_forward_hook(lambda *given: seen.append(1))
+    first._hook_handles.append(handle)
+    first.ready = False
+    Bare.populate(model)
+    model(torch.randn(3, 8))
+    assert seen == [1]
+    first.ready = True
+    Bare.populate(model)
+    model(torch.randn(3, 8))
+    assert seen == [1] and first._hook_handles == []
+
+
+def test_a_bare_kind_of_state_has_no_groups_by_itself() -> None:
+    assert Bare.resolve_patterns() == Bare.resolve_patterns({}) == []
+
+    class Nameless(SharedQuantState):
+        def sync(self, parallel_state: Any = None) -> None: ...
+
+    assert Nameless.resolve_patterns() == [] and not Nameless().finalize()
+    assert SharedInputAmaxState.resolve_patterns() == PATTERNS
+
+
+def test_nothing_is_restored_where_no_member_has_a_value() -> None:
+    model = quantized()
+    SharedWeightGlobalAmaxState.attach(model, [QKV])
+    state = shared(model)[0]
+    state.global_amax = torch.tensor(3.0)
+    assert not state.restore_from_members()
+    assert all(q._global_amax is None for q in state.quantizers)  # nor tied
+
+
+def test_groups_of_processes_may_be_given_as_model_optimizer_gives_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Group:
+        def __init__(self, group: str, ready: bool) -> None:
+            self.group, self.is_initialized = group, lambda: ready
+
+    class Parallel:
+        expert_model_parallel_group = Group("experts", True)
+        tensor_parallel_group = Group("tensors", False)
+
+    reduced = []
+    for name, value in (
+        ("is_initialized", lambda: True),
+        ("get_backend", lambda group: "gloo"),
+        ("all_reduce", lambda tensor, op, group: reduced.append(group)),
+    ):
+        monkeypatch.setattr(torch.distributed, name, value)
+    SharedWeightGlobalAmaxState().sync(parallel_state=Parallel())
+    assert reduced == ["experts"]
+    SharedWeightGlobalAmaxState().sync()
+    assert reduced == ["experts", None]
+
+
 @pytest.mark.parametrize(
     ("config", "want"),
     [

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import graphquant
 from graphquant import OptionError, Report, UnsupportedInputError
-from graphquant.passes.pipeline import linear_path
+from graphquant.passes.paths import weight_path
 from tests.handover.processes import in_a_new_process
 from tests.models import BREAKS, error, pairs, run_entry, same_structure
 from tests.models import on as moved
@@ -70,9 +70,9 @@ def test_a_program_computes_what_torch_compile_computes(name: str, attn: str, de
         assert equal(got, compiled.int8)
     (report,) = reports
     assert report.coverage == 1.0
-    packed = {linear_path(n) for n in model.state_dict() if n.endswith("weight")}
+    packed = {weight_path(n) for n in model.state_dict() if n.endswith("weight")}
     packed &= {o.path for o in report.linears}
-    left = [n for n in program.state_dict if n.endswith("weight") and linear_path(n) in packed]
+    left = [n for n in program.state_dict if n.endswith("weight") and weight_path(n) in packed]
     assert packed and not left
 
 

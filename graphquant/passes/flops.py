@@ -1,0 +1,136 @@
+"""What multiplies in a graph and is no linear: attention, convolutions, matmuls of any spelling.
+
+These stay in float. They are counted, so that a share of all products can be told next to the share
+of the linears. The counting is torch.utils.flop_counter's, on tensors without values of the sizes
+seen at compile time: ops that it does not know are opened as torch opens them (einsum is a bmm).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey
+from torch.fx import Graph, Node
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from graphquant.passes.graph import (
+    LINEAR,
+    SDPA,
+    Constants,
+    aten,
+    hint,
+    is_call,
+    is_tensor,
+)
+
+log = logging.getLogger(__name__)
+
+
+def _of_matrix(_: Any, matrix: Any, *rest: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * int(math.prod(matrix))
+
+
+def _of_first(value: Any, *rest: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * int(math.prod(value))
+
+
+_OF_VECTORS = {aten.mv: _of_first, aten.dot: _of_first, aten.vdot: _of_first} | {
+    aten.addmv: _of_matrix
+}
+"""What the counter does not know: every element of one argument is multiplied once."""
+
+
+class OtherProduct(NamedTuple):
+    """kind: "attention", "convolution" or "matmul"; why it stays in float; its FLOPs."""
+
+    kind: str
+    why: str
+    flops: int
+
+
+def other_products(graph: Graph, constants: Constants) -> Iterator[tuple[Node, OtherProduct]]:
+    """Every node that multiplies on more than weights and is no linear."""
+    known: dict[Any, int] = {}  # layers are alike
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target is LINEAR or node in constants:
+            continue
+        if flops := _flops(node, known):
+            yield node, OtherProduct(kind := _kind(node), _why(node, kind, constants), flops)
+
+
+def _flops(node: Node, known: dict[Any, int]) -> int:
+    if is_call(node, SDPA) or _name(node) == "flex_attention":
+        return _attention_flops(*(v.meta["val"] for v in node.args[:3]))  # type: ignore[union-attr]
+    if not isinstance(node.target, torch._ops.OpOverload) or not is_tensor(node):
+        return 0
+    if not _may_multiply(node):
+        return 0
+    args, kwargs = tree_map_only(Node, _without_values, (node.args, node.kwargs))
+    key = repr((node.target, args, kwargs))
+    if key not in known:
+        known[key] = _counted(node.target, args, kwargs)
+    return known[key]
+
+
+def _may_multiply(node: Node) -> bool:
+    """The counter knows it, or it is made of other ops and takes two tensors or more."""
+    op: Any = node.target
+    if op.overloadpacket in flop_registry or op.overloadpacket in _OF_VECTORS:
+        return True
+    tensors = [v for v in tree_leaves((node.args, node.kwargs)) if isinstance(v, Node)]
+    composite = op.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd)
+    return composite and sum(map(is_tensor, tensors)) > 1
+
+
+def _counted(op: Any, args: Any, kwargs: Any) -> int:
+    counter = FlopCounterMode(display=False, custom_mapping=_OF_VECTORS)
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), counter:
+            op(*args, **kwargs)
+    except (RuntimeError, NotImplementedError) as no:
+        log.debug("the FLOPs of %s are not counted: %s", op, no)
+        return 0
+    return int(counter.get_total_flops())
+
+
+def _without_values(node: Node) -> Any:
+    value = node.meta["val"]
+    if isinstance(value, Tensor):
+        sizes, strides = map(hint, value.shape), map(hint, value.stride())
+        return torch.empty_strided([*sizes], [*strides], dtype=value.dtype, device="meta")
+    return hint(value) if isinstance(value, torch.SymInt) else value
+
+
+def _attention_flops(q: Tensor, k: Tensor, v: Tensor) -> int:
+    """Of q k^T and of the weights times v. Fewer heads of k and v than of q save none."""
+    scores = math.prod(map(hint, q.shape[:-1])) * hint(k.shape[-2])
+    return 2 * scores * (hint(q.shape[-1]) + hint(v.shape[-1]))
+
+
+def _name(node: Node) -> str:
+    return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+
+
+def _kind(node: Node) -> str:
+    name = _name(node)
+    kinds = ("attention", "conv")
+    found = next((kind for kind in kinds if kind in name), "matmul")
+    return {"conv": "convolution"}.get(found, found)
+
+
+def _why(node: Node, kind: str, constants: Constants) -> str:
+    if kind == "attention":
+        return "attention is computed in float"
+    if kind == "convolution":
+        return "convolutions stay in float"
+    weights = [v for v in node.all_input_nodes if v in constants]
+    if not weights:
+        return "it multiplies two values that the model computes"
+    dims: Sequence[Any] = max((v.meta["val"].shape for v in weights if is_tensor(v)), key=len)
+    return f"{_name(node)} with a weight of {len(dims)} dims is not computed as a linear"
