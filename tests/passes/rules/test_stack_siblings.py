@@ -201,9 +201,7 @@ def test_computed_weights_behind_a_write_are_ready_before_the_stack(x: Tensor) -
     model = Model(forward, a=parameter(32, 32), b=parameter(32, 32), counter=torch.randn(32, 32))
     result = compiled(model, x)
     assert result.counts == {"stack_siblings + linear": 2}
-    assert result.refused("linear") == [
-        "its weight is not fixed: counter is written in place"
-    ]
+    assert result.refused("linear") == ["its weight is not fixed: counter is written in place"]
     assert_near(result.got, result.want, linear_bound(x, model.a.T) + linear_bound(x, model.b.T))
 
 
