@@ -92,6 +92,8 @@ def from_dynamo(
         value = getattr(retraced, str(node.target), None)
         if isinstance(value, Tensor):  # torch.tensor([1.0]) in the forward
             node.meta[LITERAL] = value
+            # make_fx leaves a fake value of another mode, which does not go with the others
+            node.meta["val"] = fake_mode.from_tensor(value, static_shapes=True)
     placeholders = retraced.graph.find_nodes(op="placeholder")
     for old, new, value in zip(given, placeholders, example_inputs, strict=True):
         _keep_metadata(old, new)

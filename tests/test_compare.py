@@ -246,7 +246,6 @@ def test_a_batch_may_be_a_tensor_arguments_keywords_or_both(x: Tensor) -> None:
         (None, "batches is a NoneType"),
         ([torch.ones(2, 64), 3], "batch 1 is a int, needs a tensor, a tuple"),
         ([[torch.ones(2, 64)]], "batch 0 is a list"),
-        ([{1: torch.ones(2, 64)}], "batch 0 is a dict"),
     ],
 )
 def test_wrong_batches_are_refused(batches: Any, said: str) -> None:

@@ -275,7 +275,8 @@ def test_a_state_that_is_not_kept_leaves_the_graph_in_float(
     forward: Callable[..., Any], device: str, x: Tensor
 ) -> None:
     with torch.no_grad():
-        reports = check(over(forward, device), x, near=1e-6)
+        # on a GPU "high" is TF32
+        reports = check(over(forward, device), x, near=1e-6 if device == "cpu" else 2e-3)
     assert int8_paths(reports) == []
     assert all("changes a state that is not kept" in r.notes[0] for r in reports)
 

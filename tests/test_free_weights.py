@@ -402,7 +402,7 @@ WRITES: dict[str, Callable[[nn.Module], object]] = {
     "_foreach_add_": lambda m: torch._foreach_add_([m.fc1.weight.data], 1.0),
     "nn.init": lambda m: nn.init.normal_(m.fc1.weight),
     "load_state_dict": lambda m: m.load_state_dict(Mlp().state_dict()),
-    "numpy": lambda m: m.fc1.weight.detach().numpy(),
+    "numpy": lambda m: m.fc1.weight.detach().cpu().numpy(),
     "torch.save of a state_dict": lambda m: torch.save(m.state_dict(), io.BytesIO()),
     "torch.save of the old format": lambda m: torch.save(
         m.state_dict(), io.BytesIO(), _use_new_zipfile_serialization=False

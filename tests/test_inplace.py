@@ -31,6 +31,7 @@ from graphquant import (
 )
 from graphquant.inplace import _Int8
 from graphquant.packed import _MARK, Supply, is_released
+from graphquant.snapshot import SAMPLES
 from tests.models import error as errors
 from tests.models import on, relative, same_structure
 from tests.small import NEAR, Mlp, Model, again, error, int8, notes, seeded
@@ -384,7 +385,7 @@ def test_restoring_leaves_no_trace(device: str) -> None:
     before = state()
     quick(encoder)
     model(pixels)
-    assert state()[2:] == before[2:]  # which optimising does not touch either
+    assert state()[3:] == before[3:]  # which optimizing does not touch either
     assert marked(encoder)
     restore_(encoder)
     assert state() == before
@@ -497,6 +498,9 @@ def test_memory_afterwards_is_no_more_than_before(
     got = None
     weights = sum(p.nbytes for p in encoder.parameters() if p.dim() == 2)
     after = living(device)
+    # what is remembered of each parameter's values on a GPU, see graphquant/probe.py
+    probes = 24 * SAMPLES * len([*encoder.parameters()]) if device == "cuda" else 0
+    before += probes
     assert after <= before
     if quantize:
         assert after < before - 0.9 * weights * (1 - 1 / dtype.itemsize)

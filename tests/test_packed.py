@@ -1023,9 +1023,9 @@ def test_a_probe_raises_its_flag_when_a_value_has_changed(dtype: torch.dtype, de
     assert probe.Probe(tensors, seen, where).changed() is False
 
 
-def test_a_probe_reads_the_first_bytes_of_its_tensors_values() -> None:
-    x = torch.randn(3, 5).bfloat16()
-    (row,) = probe.read(probe._table([x]))
+def test_a_probe_reads_the_first_bytes_of_its_tensors_values(device: str) -> None:
+    x = torch.randn(3, 5, device=device).bfloat16()
+    (row,) = probe.read(probe._table([x]).to(device))
     assert torch.equal(row[:15].short().view(torch.bfloat16).view(3, 5), x)
 
 
@@ -1065,7 +1065,7 @@ def test_a_change_that_is_seen_after_the_launch_is_right_in_the_same_call(
     device: str, x: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The GPU begins with the old packs, and again with the new ones."""
-    model = seeded(Mlp).to(device)
+    model = seeded(Mlp).to(device).eval()
     run = int8(model)
     for seed in range(4):
         model.fc1.weight.copy_(other(model.fc1.weight, seed))

@@ -43,7 +43,7 @@ from graphquant.passes.layout import restore_layouts, stands_for
 from graphquant.passes.ranges import SMOOTHED, Range, union, within
 from graphquant.passes.recognize import Activation, Norm, Recognized
 from graphquant.passes.record import Record
-from graphquant.passes.regions import are_apart
+from graphquant.passes.regions import APART, are_apart
 from graphquant.passes.rule import Linear, Refuse, Rule, Site, Smooth
 from graphquant.passes.select import compare
 from graphquant.passes.smooth import sample, smooth
@@ -319,8 +319,8 @@ def _refusal(bench: Workbench, rule: Rule[Any], site: Site) -> Refuse | None:
         raise RuleError(f"{rule.name}.check returned {no!r}; it must return None or a Refuse")
     if no is None and (hit := next((x for x in site.moved if x in bench.written), None)):
         return Refuse(f"{described(hit, bench.names)} is written in place", hit)
-    if no is None and are_apart(site.outputs):
-        return Refuse("a context, such as autocast, begins or ends between them", site.outputs[0])
+    if no is None and are_apart(site.outputs, autocast=False):
+        return Refuse(APART, site.outputs[0])
     return no
 
 

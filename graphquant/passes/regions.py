@@ -24,6 +24,8 @@ SDPA_BACKEND = torch.nn.attention._backend_from_string  # an argument of SET_SDP
 FORBID_HOOKS = torch._C._autograd._saved_tensors_hooks_disable
 ALLOW_HOOKS = torch._C._autograd._saved_tensors_hooks_enable
 
+APART = "a context, such as autocast, begins or ends between them"
+
 STATEFUL: frozenset[Any] = frozenset(
     {
         SET_GRAD,
@@ -98,10 +100,14 @@ def region_of(node: Node) -> Region:
     return next(region for n, region in regions(node.graph) if n is node)
 
 
-def are_apart(nodes: Collection[Node]) -> bool:
-    """Is a context entered or left between the first and the last of these nodes?"""
+def are_apart(nodes: Collection[Node], *, autocast: bool) -> bool:
+    """Is a context entered or left between the first and the last of these nodes?
+
+    autocast  does autocast count? Not for our ops, which are told what they compute in.
+    """
     if len(nodes) < 2:
         return False
     first, last = min(nodes), max(nodes)
-    setters = (n for t in STATEFUL for n in first.graph.find_nodes(op="call_function", target=t))
+    targets = STATEFUL if autocast else STATEFUL - {ENTER_AUTOCAST, EXIT_AUTOCAST}
+    setters = (n for t in targets for n in first.graph.find_nodes(op="call_function", target=t))
     return any(first < n < last for n in setters)

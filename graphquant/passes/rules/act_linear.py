@@ -61,9 +61,11 @@ class ActLinear:
                 return Refuse(
                     f"its result is read by {readers(value)}; fusing would compute it twice", value
                 )
+        if (no := not_floats(site.act.x, site.up)) is not None:
+            return no
         if (cast := _overflowing(site)) is not None:
             return Refuse(f"between them is a cast to {dtype(cast)}, which may overflow", cast)
-        return not_floats(site.act.x, site.up)
+        return None
 
     def rewrite(self, edit: Edit, site: ActSite) -> tuple[Node, ...]:
         linear, x = site.linear, edit.replay(site.views, site.act.x)

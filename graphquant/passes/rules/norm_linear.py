@@ -61,9 +61,11 @@ class NormLinear:
 
     def check(self, view: View, site: NormSite) -> Refuse | None:
         norm = site.norm
+        if (no := not_floats(norm.x, norm.gamma, norm.beta)) is not None:
+            return no
         if (cast := overflowing(site.linear.x, norm.out, dtype(norm.x))) is not None:
             return Refuse(f"between them is a cast to {dtype(cast)}, which may overflow", cast)
-        return not_floats(norm.x, norm.gamma, norm.beta)
+        return None
 
     def rewrite(self, edit: Edit, site: NormSite) -> tuple[Node, ...]:
         linear = site.linear

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from graphquant.passes.graph import LINEAR, aten, dtype, full_args, shape
+from graphquant.passes.regions import APART, are_apart
 from graphquant.passes.rule import Edit, Linear, Refuse, Site, View, linears
 
 
@@ -40,7 +41,8 @@ class StackSiblings:
                 yield Siblings(tuple(nodes), tuple(nodes), (group[0].x, *nodes), group)
 
     def check(self, view: View, site: Siblings) -> Refuse | None:
-        return None
+        # it makes a float linear, whose type is that of the autocast region that it stands in
+        return Refuse(APART, site.outputs[0]) if are_apart(site.outputs, autocast=True) else None
 
     def rewrite(self, edit: Edit, site: Siblings) -> tuple[Node, ...]:
         weight = edit.weigh(aten.cat.default, [n.weight for n in site.linears])
