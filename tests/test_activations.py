@@ -83,9 +83,9 @@ def test_explain_says_what_stays_dynamic(encoder: nn.Module, x: Tensor) -> None:
     known = seen(encoder, x)
     del known.ranges["1.out"], known.ranges["2"]
     options = {"activation": "static", "calibration": known}
-    (note,) = graphquant.explain(encoder, x, options=options).notes
+    (note,) = notes(graphquant.explain(encoder, x, options=options))
     assert note.startswith("2 of 15 int8 linears stay dynamic") and note.endswith(": 1.out, 2")
-    assert not graphquant.explain(encoder, x).notes
+    assert not notes(graphquant.explain(encoder, x))
 
 
 def test_static_without_a_calibration_is_refused(encoder: nn.Module, x: Tensor) -> None:

@@ -28,7 +28,7 @@ from graphquant import (
     UnsupportedInputError,
 )
 from graphquant.accuracy import Error, RowCosines
-from tests.small import Mlp, Model, error, int8, seeded
+from tests.small import Mlp, Model, error, int8, notes, seeded
 from tools import zoo
 
 SAME = 0.02  # dB: float32 sums and a few roundings that fall the other way
@@ -457,7 +457,8 @@ def test_what_is_reported_is_what_explain_reports(x: Tensor) -> None:
     model = seeded(Mlp).eval()
     with torch.no_grad():
         want = graphquant.explain(model, x)
-    assert graphquant.compare(model, [x]).report == want
+    # of accuracy: not that int8 is slow on a CPU
+    assert graphquant.compare(model, [x]).report == dataclasses.replace(want, notes=notes(want))
 
 
 def test_half_precision_is_compared_in_half_precision(x: Tensor) -> None:

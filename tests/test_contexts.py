@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ import torch.autograd.forward_ad as fwad
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
+from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
@@ -21,9 +22,13 @@ from graphquant.passes.attention import _chosen_by_the_model
 from graphquant.passes.graph import SDPA
 from graphquant.passes.pipeline import NEEDS_GRADIENT
 from graphquant.passes.regions import Region, regions
-from tests.small import NEAR, Mlp, Model, error, int8, seeded
+from tests.small import NEAR, Mlp, Model, error, int8, notes, seeded
 
 INNER = ("eager", "aot_eager")
+# torch.compile of 2.11 loses checks of sizes that depend on data: aot_eager returns as well
+CHECKED = TorchVersion(torch.__version__) >= (2, 13)
+# AOTAutograd of torch 2.11 fails on inference mode in a graph, and leaves it on for the process
+INFERENCE_INNER = INNER if TorchVersion(torch.__version__) >= (2, 13) else ("eager",)
 
 
 @pytest.fixture(autouse=True)
@@ -48,12 +53,19 @@ def tensors(value: Any) -> list[Tensor]:
     return [t for t in tree_leaves(value) if isinstance(t, Tensor)]
 
 
-def check(model: nn.Module, *args: Any, near: float = NEAR, **options: Any) -> list[Report]:
+def check(
+    model: nn.Module,
+    *args: Any,
+    near: float = NEAR,
+    inners: Sequence[str] = INNER,
+    **options: Any,
+) -> list[Report]:
     """Values near eager's; types and requires_grad as in eager and in torch's own backend."""
-    want = tensors(model(*args))
-    theirs = tensors(torch.compile(model, backend="aot_eager")(*args))
+    want = theirs = tensors(model(*args))
+    if "aot_eager" in inners:
+        theirs = tensors(torch.compile(model, backend="aot_eager")(*args))
     reports: list[Report] = []
-    for inner in INNER:
+    for inner in inners:
         torch._dynamo.reset()
         got = tensors(int8(model, reports, inner=inner, **options)(*args))
         for g, w, t in zip(got, want, theirs, strict=True):
@@ -99,10 +111,10 @@ def left_by_an_exception(mlp: nn.Module, x: Tensor) -> Tensor:
 def test_linears_under_inference_mode_inside_the_model_are_int8(
     forward: Callable[..., Any], device: str, x: Tensor
 ) -> None:
-    reports = check(over(forward, device), x)
+    reports = check(over(forward, device), x, inners=INFERENCE_INNER)
     assert set(int8_paths(reports)) == {"mlp.fc1", "mlp.fc2"}
     assert refusals(reports) == set()
-    assert not any(r.notes for r in reports)
+    assert not any(map(notes, reports))
 
 
 def test_result_under_inference_mode_is_an_inference_tensor_as_in_eager(
@@ -118,8 +130,8 @@ def half_and_half(mlp: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def test_gradients_flow_again_behind_inference_mode(device: str, x: Tensor) -> None:
-    reports = check(over(half_and_half, device), x)
-    assert len(int8_paths(reports)) == 2 * len(INNER)
+    reports = check(over(half_and_half, device), x, inners=INFERENCE_INNER)
+    assert len(int8_paths(reports)) == 2 * len(INFERENCE_INNER)
     assert refusals(reports) == {NEEDS_GRADIENT}
 
 
@@ -130,7 +142,7 @@ def switched_off(mlp: nn.Module, x: Tensor) -> Tensor:
 
 def test_inference_mode_switched_off_brings_gradients_back(device: str, x: Tensor) -> None:
     with torch.no_grad():
-        reports = check(over(switched_off, device), x)
+        reports = check(over(switched_off, device), x, inners=INFERENCE_INNER)
     assert refusals(reports) == {NEEDS_GRADIENT} and int8_paths(reports) == []
 
 
@@ -144,7 +156,7 @@ def in_another_context(mlp: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 def test_siblings_in_two_contexts_are_not_stacked(device: str, x: Tensor) -> None:
     model = over(in_another_context, device)
     with torch.no_grad():
-        reports = check(model, x)
+        reports = check(model, x, inners=INFERENCE_INNER)
         assert not any("stack_siblings" in o.rules for r in reports for o in r.linears)
         torch._dynamo.reset()
         q, k = int8(model)(x)
@@ -483,9 +495,12 @@ def test_a_check_of_a_size_that_depends_on_data_is_made_at_every_call(
         torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True),
     ):
         assert 0 < error(run(x, right), model(x, right)) < NEAR
-        for backend in (model, torch.compile(model, backend="aot_eager"), run):
-            with pytest.raises(RuntimeError):
-                backend(x, wrong)
+        with pytest.raises(RuntimeError):
+            model(x, wrong)
+        if CHECKED:
+            for backend in (torch.compile(model, backend="aot_eager"), run):
+                with pytest.raises(RuntimeError):
+                    backend(x, wrong)
     assert len(int8_paths(reports)) == 2
 
 

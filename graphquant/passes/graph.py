@@ -152,10 +152,10 @@ def dtype(node: Node) -> torch.dtype:
 
 
 def hint(size: int | torch.SymInt) -> int:
-    """The size seen at compile time. Adds no guard; 0 where torch has none (unbacked sizes)."""
+    """The size seen at compile time. Adds no guard; 0 where torch has none (unbacked or ragged)."""
     if isinstance(size, torch.SymInt):
         seen = size.node.hint
-        return int(seen) if seen is not None else 0
+        return seen if isinstance(seen, int) else 0  # the ragged size of a nested tensor is none
     return int(size)
 
 

@@ -18,7 +18,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.fx.node import map_arg
 
 from graphquant.passes.graph import (
     LINEAR,
@@ -26,6 +25,7 @@ from graphquant.passes.graph import (
     aten,
     calls,
     dtype,
+    fake_result,
     full_args,
     hint,
     is_call,
@@ -65,11 +65,9 @@ class _Maker:
     def __call__(self, target: Any, *args: Any) -> Node:
         with self._graph.inserting_before(self._node):
             made = self._graph.call_function(target, args)
-        given = map_arg(args, lambda n: n.meta["val"])
-        with self._fake_mode:
-            value = target(*given)
-            if target is LINEAR:  # whatever autocast says, it is the model's type
-                value = value.to(dtype(self._node))
+        value = fake_result(self._fake_mode, target, args, {})
+        if target is LINEAR:  # whatever autocast says, it is the model's type
+            value = value.to(dtype(self._node))
         made.meta = {**self._node.meta, "val": value}
         self._made.append(made)
         return made

@@ -278,8 +278,8 @@ def test_a_norm_whose_gamma_is_written_is_left_alone(x: Tensor) -> None:
 
     model = Model(forward, fc=nn.Linear(K, N), gamma=torch.randn(K), beta=torch.randn(K))
     result = rewritten(model, x, smooth="norm")
-    assert result.counts == {"linear": 1}
-    assert any("is written in place" in why for why in result.refused("norm"))
+    assert not any(o.smoothed for o in result.report.linears)
+    assert relative(result.got, result.want) < 0.03
 
 
 def siblings() -> nn.Module:
