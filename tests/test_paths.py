@@ -160,7 +160,8 @@ class Own(nn.Module):
         self.attn = nn.MultiheadAttention(D, 2, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        for w in (self.w, *self.ws, *self.named.values()):
+        named = (self.named[name] for name in ("it's", "a b"))
+        for w in (self.w, *self.ws, *named):
             x = F.linear(x, w)
         return x + self.attn(x, x, x, need_weights=False)[0]
 
