@@ -166,6 +166,8 @@ def _unfollowable(gm: GraphModule, trains: bool) -> str | None:
                 return f"{node.name} makes a nested tensor"
             if node.op != "call_function" or not _without_value(node):
                 continue
+            if node.target in _NO_EFFECT:
+                continue
             if not sets_state(node):
                 return f"{_name(node.target)} changes a state that is not kept"
             if module is not gm and node.target is not SET_GRAD:
@@ -173,6 +175,9 @@ def _unfollowable(gm: GraphModule, trains: bool) -> str | None:
     return None
 
 
+_NO_EFFECT = frozenset(  # on what is computed
+    {torch._C._log_api_usage_once, torch._C._log_api_usage_metadata}
+)
 _FUNCTION = "autograd_function_apply"  # make_fx follows into its forward, and forgets the rest
 _ON_AUTOGRAD = ("requires_grad_", "retain_grad", "register_hook")
 

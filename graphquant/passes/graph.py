@@ -336,6 +336,21 @@ class Constants:
         return min((n for n in edge if n in self._written), default=None)
 
 
+_DROPOUTS = frozenset(
+    getattr(aten, f"{kind}dropout{in_place}").default
+    for kind in ("", "feature_", "alpha_")
+    for in_place in ("", "_")
+)
+
+
+def drops_nothing(node: Node) -> bool:
+    """A dropout that returns what it is given, itself: fake values say that it is a copy."""
+    if not is_call(node, *_DROPOUTS):
+        return False
+    _, p, train = full_args(node)
+    return not train or p == 0
+
+
 def is_random(node: Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 

@@ -22,6 +22,7 @@ from graphquant.passes.graph import (
     aten,
     calls,
     drop_dead_code,
+    drops_nothing,
     full_args,
     is_call,
     leaving,
@@ -33,11 +34,6 @@ from graphquant.passes.ir import Captured
 from graphquant.passes.products import spell_linears
 from graphquant.passes.regions import sets_state
 
-_DROPOUTS = frozenset(
-    getattr(aten, f"{kind}dropout{in_place}").default
-    for kind in ("", "feature_", "alpha_")
-    for in_place in ("", "_")
-)
 # They return what they are given, whatever the fake values of some of them say.
 _ALIASES = frozenset({aten.alias.default, aten.lift.default, aten.lift_fresh.default})
 
@@ -78,9 +74,8 @@ def _drop_copies_of_constants(graph: Graph) -> None:
 
 
 def _is_no_op(node: Node, differentiable: bool) -> bool:
-    if is_call(node, *_DROPOUTS):
-        _, p, train = full_args(node)
-        return not train or p == 0
+    if drops_nothing(node):
+        return True
     if is_call(node, *_ALIASES):
         return True
     if is_call(node, aten.detach.default):

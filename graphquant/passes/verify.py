@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from graphquant.config import verifying
 from graphquant.errors import VerifyError
 from graphquant.ops import int8_linear
-from graphquant.passes.graph import LINEAR, full_args, writes
+from graphquant.passes.graph import LINEAR, drops_nothing, full_args, writes
 from graphquant.passes.ir import Captured
 from graphquant.passes.layout import EAGER
 from graphquant.passes.record import Record
@@ -126,6 +126,8 @@ def _computed(captured: Captured, node: Node, values: dict[Node, Any], name: str
         return captured.fake_mode.from_tensor(held, static_shapes=True) if is_tensor else said
     if not _is_repeatable(node):
         return said
+    if drops_nothing(node):
+        return values[node.all_input_nodes[0]]
     args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
     if writes(node):  # it may change the sizes of what it is given
         args, kwargs = _aliases((args, kwargs))
