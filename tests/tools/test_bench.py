@@ -682,8 +682,14 @@ def test_what_was_not_run_for_lack_of_time_is_not_shown() -> None:
     assert [n.record.variant for n in latest([late], "encoders")] == ["bf16-default"]
 
 
+def unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tests run with is no part of a command."""
+    for name in ("SELECT", "STRICT", "VERIFY"):
+        monkeypatch.delenv(f"GRAPHQUANT_{name}", raising=False)
+
+
 def test_the_header_says_with_what_but_not_where_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("GRAPHQUANT_SELECT", raising=False)
+    unset(monkeypatch)
     found = header(["ops", "--json", "/a/path.json", "--chart=/b/c.png", "--batch", "1"])
     assert found["command"] == "python -m tools.bench ops --batch 1"
     for name in ("card", "driver", "torch", "triton", "transformers", "torchao", "date"):
@@ -695,7 +701,7 @@ def test_settings_in_the_environment_are_part_of_the_command(
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS", "ATEN,CPP")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/somewhere")
-    monkeypatch.delenv("GRAPHQUANT_SELECT", raising=False)
+    unset(monkeypatch)
     said = header(["ops"])["command"]
     assert said == "TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS=ATEN,CPP python -m tools.bench ops"
 
