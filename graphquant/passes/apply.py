@@ -26,6 +26,7 @@ from graphquant.ops.define import Op
 from graphquant.passes.graph import (
     LINEAR,
     LITERAL,
+    MODULE,
     RESIDUAL,
     SIZED_VIEWS,
     Constants,
@@ -272,7 +273,7 @@ def apply(bench: Workbench, rule: Rule[Any]) -> None:
             continue
         for node in editor.made:
             node.meta.setdefault("graphquant", rule.name)
-            for key in ("nn_module_stack", "stack_trace", "custom"):
+            for key in (MODULE, "nn_module_stack", "stack_trace", "custom"):
                 if key in site.outputs[0].meta:
                     node.meta.setdefault(key, site.outputs[0].meta[key])
         value = _takes_over(carriers[0], dict(zip(new, site.outputs, strict=True)))
