@@ -100,13 +100,13 @@ def optimize_(
         if now.config == config:
             return now.report
         _undo([module])
-    width = _width(module) if bsz and seqlen else None
+    width = _width(module)
     call = _Int8(module, config, options)
     setattr(module, _CALL, call)
     if _FORWARD not in vars(module):
         vars(module)[_FORWARD] = MethodType(_forward_of(type(module)), module)
         vars(module)[_STATE] = MethodType(_state_of(type(module)), module)
-    if width:  # now that the module is as it will be called: Dynamo guards on its attributes
+    if bsz and seqlen and width:  # now that the module is as it will be called: Dynamo guards on its attributes
         weight = next(module.parameters())
         try:
             with torch.no_grad():
