@@ -106,7 +106,8 @@ def optimize_(
     if _FORWARD not in vars(module):
         vars(module)[_FORWARD] = MethodType(_forward_of(type(module)), module)
         vars(module)[_STATE] = MethodType(_state_of(type(module)), module)
-    if bsz and seqlen and width:  # now that the module is as it will be called: Dynamo guards on its attributes
+    # now that the module is as it will be called: Dynamo guards on its attributes
+    if bsz and seqlen and width:
         weight = next(module.parameters())
         try:
             with torch.no_grad():
