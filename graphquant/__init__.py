@@ -1,9 +1,9 @@
 """int8 for transformer encoders: `torch.compile(model, backend="graphquant")`."""
 
 from graphquant import onnx, tensorrt
-from graphquant.accuracy import AccuracyReport, OutputAccuracy, SiteAccuracy
+from graphquant.accuracy.budget import Budget, LeftInFloat
+from graphquant.accuracy.report import AccuracyReport, OutputAccuracy, SiteAccuracy
 from graphquant.api import calibrate, compare, explain, export, fit_budget, standalone
-from graphquant.budget import Budget, LeftInFloat
 from graphquant.calibration import Calibration
 from graphquant.config import Config
 from graphquant.errors import (
@@ -17,11 +17,11 @@ from graphquant.errors import (
     UnsupportedInputError,
     VerifyError,
 )
-from graphquant.handover import lowering
-from graphquant.handover.torchscript import torchscript
+from graphquant.exporters.torchscript import torchscript
 from graphquant.inplace import LiveReport, optimize_, restore_
-from graphquant.packed import refresh
+from graphquant.lowering import inductor as lowering
 from graphquant.report import Outcome, Report
+from graphquant.weights.packed import refresh
 
 lowering.register()  # AOTInductor may compile a program that this process has only loaded
 

@@ -14,24 +14,24 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from tqdm import tqdm
 
-from graphquant.accuracy import AccuracyReport
-from graphquant.budget import Budget, LeftInFloat, goal
+from graphquant.accuracy.budget import Budget, LeftInFloat, goal
+from graphquant.accuracy.compare import Tally, copies, each_call, kept, own_generators
+from graphquant.accuracy.pair import Pair
+from graphquant.accuracy.report import AccuracyReport
+from graphquant.accuracy.search import Trials
 from graphquant.calibration import Calibration, Record
 from graphquant.calibration.observed import Observed
-from graphquant.capture import forgotten_afterwards
+from graphquant.capture.aten import forgotten_afterwards
+from graphquant.capture.tracing import Trace, root_of
 from graphquant.config import Config, literally
 from graphquant.errors import GraphquantError, OptionError, UnsupportedInputError
+from graphquant.exporters.program import require_program, to_program
+from graphquant.exporters.standalone import without_ops
 from graphquant.failure import promised, stage
-from graphquant.fit import Trials
-from graphquant.handover.exported import require_program, to_program
-from graphquant.handover.standalone import without_ops
-from graphquant.paired import Pair
-from graphquant.passes.ir import Captured
+from graphquant.ir.captured import Captured
+from graphquant.ir.interpret import Paths
 from graphquant.passes.pipeline import rewrite, slow_here
 from graphquant.report import Report
-from graphquant.tally import Tally, copies, each_call, kept, own_generators
-from graphquant.trace import Trace, root_of
-from graphquant.watched import Paths
 
 log = logging.getLogger(__name__)
 

@@ -16,19 +16,20 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.fx import Graph, GraphModule, Node
 
-from graphquant.capture import belong_to_modules, from_dynamo, mark_static
+from graphquant.capture.aten import from_dynamo
+from graphquant.capture.fallback import or_in_float
+from graphquant.capture.sources import belong_to_modules, mark_static
 from graphquant.config import Config
 from graphquant.errors import ReleasedWeightError
 from graphquant.failure import stage
-from graphquant.handover.inductor import build_kernels, compile_graph
-from graphquant.left import or_in_float
-from graphquant.packed import Supply
-from graphquant.passes.graph import readers
-from graphquant.passes.ir import Captured
+from graphquant.ir.captured import Captured
+from graphquant.ir.graph import readers
+from graphquant.lowering.inner import build_kernels, compile_graph
 from graphquant.passes.pipeline import rewrite, slow_here
 from graphquant.passes.prepack import prepack
-from graphquant.released import is_released
 from graphquant.report import Quiet, Report
+from graphquant.weights.packed import Supply
+from graphquant.weights.released import is_released
 
 log = logging.getLogger(__name__)
 

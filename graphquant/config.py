@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from graphquant.errors import OptionError
-from graphquant.files import as_float
+from graphquant.utils.serialization import as_float
 
 INNERS = ("inductor", "eager", "aot_eager", "torch_tensorrt")
 SELECTS = ("faster", "always")

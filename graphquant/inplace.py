@@ -32,13 +32,13 @@ from torch import nn
 from torch.fx import GraphModule
 
 from graphquant.backend import graphquant
+from graphquant.capture.tracing import unseen
 from graphquant.config import Config
 from graphquant.errors import OptionError, ReleasedWeightError, UnsupportedInputError
-from graphquant.locks import Lock
-from graphquant.packed import forget
-from graphquant.released import bring_back, is_released
 from graphquant.report import Report
-from graphquant.trace import unseen
+from graphquant.utils.locks import Lock
+from graphquant.weights.packed import forget
+from graphquant.weights.released import bring_back, is_released
 
 _CALL = "_compiled_call_impl"  # torch.nn.Module.__call__ calls this, if it is set
 _FORWARD, _STATE = "forward", "__getstate__"  # attributes of the instance, in front of its class's

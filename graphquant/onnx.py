@@ -1,5 +1,5 @@
 """ONNX files of exported programs: `graphquant.onnx.save(graphquant.export(model, args), path)`."""
 
-from graphquant.handover.onnx import PROFILES, save
+from graphquant.exporters.onnx import PROFILES, save
 
 __all__ = ["PROFILES", "save"]

@@ -12,7 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from graphquant import files
+from graphquant.utils import serialization as files
 
 INT8_RULES = frozenset({"norm_linear", "act_linear", "linear"})
 

@@ -1,5 +1,5 @@
 """For TensorRT: `graphquant.tensorrt.qdq(program)`. Imports neither TensorRT nor Torch-TensorRT."""
 
-from graphquant.handover.qdq import qdq
+from graphquant.exporters.tensorrt import qdq
 
 __all__ = ["qdq"]

@@ -15,11 +15,13 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils.checkpoint import checkpoint
 
 import graphquant
-from graphquant import GraphquantError, OptionError, Report, capture
+from graphquant import GraphquantError, OptionError, Report
 from graphquant import backend as backend_module
+from graphquant.capture.aten import aten as capture
 from graphquant.errors import KernelBuildError, MissingPackageError, UnsupportedInputError
-from graphquant.handover import exported
-from graphquant.ops import define, launch
+from graphquant.exporters import program as exported
+from graphquant.ops import define
+from graphquant.ops.runtime import launch
 from graphquant.passes import apply, pipeline
 from graphquant.passes.pipeline import FLOAT_RULES, INT8_RULES
 from graphquant.passes.prepack import Recipe

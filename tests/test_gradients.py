@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from graphquant import Report
-from graphquant.passes.pipeline import NEEDS_GRADIENT
+from graphquant.passes.eligibility import NEEDS_GRADIENT
 from tests.small import FAR, NEAR, Mlp, again, error, int8, notes, seeded
 from tools import zoo
 

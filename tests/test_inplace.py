@@ -26,12 +26,12 @@ from graphquant import (
     Report,
     UnsupportedInputError,
     optimize_,
-    released,
     restore_,
 )
 from graphquant.inplace import _Int8
-from graphquant.packed import _MARK, Supply, is_released
-from graphquant.snapshot import SAMPLES
+from graphquant.weights import released
+from graphquant.weights.packed import _MARK, Supply, is_released
+from graphquant.weights.snapshot import SAMPLES
 from tests.models import error as errors
 from tests.models import on, relative, same_structure
 from tests.small import NEAR, Mlp, Model, again, error, int8, notes, seeded
@@ -498,7 +498,7 @@ def test_memory_afterwards_is_no_more_than_before(
     got = None
     weights = sum(p.nbytes for p in encoder.parameters() if p.dim() == 2)
     after = living(device)
-    # what is remembered of each parameter's values on a GPU, see graphquant/probe.py
+    # what is remembered of each parameter's values on a GPU, see graphquant/weights/gpu_probe.py
     probes = 24 * SAMPLES * len([*encoder.parameters()]) if device == "cuda" else 0
     before += probes
     assert after <= before

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphquant import Config, Report
-from graphquant.capture import from_export
+from graphquant.capture.aten import from_export
 from graphquant.ops.numerics import quantize_rows, quantize_symmetric
 from graphquant.passes.pipeline import rewrite
 from tests import budget

@@ -33,14 +33,14 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
-from graphquant.capture import from_dynamo
+from graphquant.capture.aten import from_dynamo
 from graphquant.config import Config
-from graphquant.packed import Supply
-from graphquant.passes.graph import hint
-from graphquant.passes.ir import Captured
+from graphquant.ir.captured import Captured
+from graphquant.ir.graph import hint
 from graphquant.passes.pipeline import rewrite
 from graphquant.passes.prepack import prepack
 from graphquant.report import Report
+from graphquant.weights.packed import Supply
 from tools import zoo
 
 TARGET_S = 15.0  # capture + rewrite + pack of SO400M on two slow CPU cores

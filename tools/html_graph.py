@@ -18,7 +18,8 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from graphquant.accuracy import AccuracyReport, Error, SiteAccuracy
+from graphquant.accuracy.report import AccuracyReport, SiteAccuracy
+from graphquant.metrics import Error
 from graphquant.report import Outcome, Report
 from tools.inspect_graph import Inspected, Line, Row
 from tools.module_tree import Module, tree

@@ -22,13 +22,15 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from graphquant.capture import from_dynamo, from_export
+from graphquant.capture.aten import from_dynamo, from_export
 from graphquant.config import Config
+from graphquant.ir.captured import Captured
+from graphquant.ir.constants import Constants
+from graphquant.ir.graph import LINEAR, aten, is_call, module_path
+from graphquant.ir.rows import CASTS, ROW_VIEWS
 from graphquant.ops import OPS, quantize_weight
-from graphquant.ops.smoothing import norm_smoothing, searched_smoothing, smoothing
-from graphquant.passes.graph import CASTS, LINEAR, ROW_VIEWS, Constants, aten, is_call, module_path
-from graphquant.passes.ir import Captured
 from graphquant.passes.pipeline import rewrite
+from graphquant.passes.policy.smoothing import norm_smoothing, searched_smoothing, smoothing
 from graphquant.report import Report
 
 

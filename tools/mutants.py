@@ -21,16 +21,18 @@ class Mutant(NamedTuple):
 
 
 SURVIVORS = "tests/passes/test_survivors.py"
-PASSES = ("apply", "normalize", "masks", "ranges", "judge", "smooth")
-APPLY, NORMALIZE, MASKS, RANGES, JUDGE, SMOOTH = (f"tests/passes/test_{n}.py" for n in PASSES)
+APPLY, NORMALIZE, MASKS = (f"tests/passes/test_{n}.py" for n in ("apply", "normalize", "masks"))
+POLICY = "tests/passes/policy/test_"
+RANGES, JUDGE, SMOOTH = (f"{POLICY}{name}.py" for name in ("ranges", "accuracy", "smoothquant"))
+CONSTANTS = "tests/ir/test_constants.py tests/ir/test_written_state.py"
 RULES = "tests/passes/rules/test_"
 STACK, ACT, NORM = f"{RULES}stack_siblings.py", f"{RULES}act_linear.py", f"{RULES}norm_linear.py"
 RESIDUAL, SCALE, LINEAR = (f"{RULES}{name}.py" for name in ("residual", "layer_scale", "linear"))
 QUANTIZE = "tests/ops/test_quantize.py -k reference"
-PACKED, PRODUCTS = "tests/test_packed.py", "tests/passes/test_products.py -k addmm"
+PACKED, PRODUCTS = "tests/weights/test_packed.py", "tests/passes/test_products.py -k addmm"
 FILES, HISTOGRAM = "tests/calibration/test_files.py", "tests/calibration/test_histogram.py"
-CALIBRATE, BUDGET = "tests/calibration/test_calibrate.py", "tests/test_budget.py"
-CACHE, MEASURE = "tests/ops/test_cache.py", "tests/ops/test_measure.py"
+CALIBRATE, BUDGET = "tests/calibration/test_calibrate.py", "tests/accuracy/test_budget.py"
+CACHE, MEASURE = "tests/ops/runtime/test_cache.py", "tests/ops/runtime/test_timing.py"
 GRADIENTS = "tests/test_gradients.py"
 
 
@@ -59,9 +61,9 @@ MUTANTS: Sequence[Mutant] = (
     ),
     *_in(
         "passes/rules/norm_linear.py",
-        ("(norm.x, out, *parameters)", "(out, *parameters)", "x may be written before", NORM),
-        ("(norm.x, out, *parameters)", "(norm.x, *parameters)", "the result may be written", NORM),
-        ("(norm.x, out, *parameters)", "(norm.x, out)", "gamma may be written before", NORM),
+        ("read = (norm.x, out, ", "read = (out, ", "x may be written before", NORM),
+        ("read = (norm.x, out, ", "read = (norm.x, ", "the result may be written", NORM),
+        ("out), *parameters)", "out))", "gamma may be written before", NORM),
         ("keep = not leads_only_to(out, linear.node)", "keep = False", "residual lost", NORM),
         ("smooth = smooth._replace(factor=None)", "pass", "the scale is applied twice", SMOOTH),
     ),
@@ -93,30 +95,37 @@ MUTANTS: Sequence[Mutant] = (
         ("if x in bench.written), None)", "if False), None)", "nothing moved is safe", SURVIVORS),
         ("bench.written.add(now)", "pass", "what stands for a written value is written", SURVIVORS),
         ("(want := _spec(old)) != (got := _spec(now))", "False", "shapes", APPLY),
-        ("_autocast_at(first):", "ExitStack():", "types under autocast", APPLY),
+        ("autocast_at(first):", "bench.fake_mode:", "types under autocast", APPLY),
     ),
     *_in(
-        "passes/graph.py",
+        "ir/rows.py",
         ("last not in (node.args[1] % len(before), node.args[2] % len(before))", "True",
          "a transposed row is no row", SURVIVORS),
         ("bool(node.args[1][-1] % len(before) == last)", "True", "nor a permuted one", SURVIVORS),
         ("user is goal or (", "(", "a reader at the goal counts as another", ACT),
+    ),
+    *_in(
+        "ir/gradients.py",
         ("and node.target is not aten.detach.default", "", "detached values", GRADIENTS),
     ),
     *_in(
-        "passes/regions.py",
+        "ir/contexts.py",
         ("autocast=(*now.autocast, node.args))", "autocast=now.autocast)", "autocast", APPLY),
     ),
     *_in(
-        "passes/pipeline.py",
+        "passes/eligibility.py",
         ("if why := config.wants(path):", "if why := None:", "include and exclude", LINEAR),
         ("if node in bench.needs_gradient:", "if False:", "training", GRADIENTS),
         ('bench.constants:\n        return "its weight', 'set():\n        return "its weight',
          "every linear is barred", LINEAR),
-        ("if n in bench.written), None", "if False), None", "written weights", STACK),
     ),
     *_in(
-        "passes/normalize.py",
+        "ir/constants.py",
+        ("root not in self._written for root", "True for root", "written weights", STACK),
+        ("and node not in self._written", "", "written values", CONSTANTS),
+    ),
+    *_in(
+        "ir/graph.py",
         ("return not train or p == 0", "return True", "dropout", NORMALIZE),
     ),
     *_in(
@@ -128,16 +137,16 @@ MUTANTS: Sequence[Mutant] = (
         ("return bool(value.all()) if", "return True if", "masks", MASKS),
     ),
     *_in(
-        "passes/ranges.py",
+        "passes/policy/ranges.py",
         ("min(low for low, _", "max(low for low, _", "siblings' range", RANGES),
         ("max(end, -clip)", "end", "the clip's lower end", RANGES),
     ),
     *_in(
-        "passes/smooth.py",
+        "passes/policy/smoothquant.py",
         ("functools.reduce(torch.maximum, found)", "found[0]", "siblings' channels", SURVIVORS),
     ),
     *_in(
-        "passes/judge.py",
+        "passes/policy/accuracy.py",
         ("if sqnr >= least", "if sqnr >= 0", "min_sqnr", JUDGE),
     ),
     # --- the arithmetic ------------------------------------------------------------------------
@@ -167,12 +176,19 @@ MUTANTS: Sequence[Mutant] = (
     ),
     # --- packed weights ------------------------------------------------------------------------
     *_in(
-        "packed.py",
-        ("and self._at_their_addresses(roots)", "", "other data", SURVIVORS),
-        ("and _versions(roots) == self.versions", "", "writes in place", PACKED),
-        ("self.epoch == _epoch\n            and ", "", "refresh()", PACKED),
-        ("(recipe, *(m.owner for m in others))", "(recipe,)", "tied weights", PACKED),
+        "weights/packed.py",
+        ("_stamps(roots(args)) != self.stamps", "False", "new stamps", PACKED),
+        ("pack.stamps != stamps or ", "", "weights that have changed", PACKED),
+        (" or pack.epoch != epoch", "", "refresh()", PACKED),
+        ("(recipe, *(m.name for m in marks))", "(recipe, marks[0].name)", "tied weights", PACKED),
         ("p for group in optimizer.param_groups", "p for group in []", "fused optimizers", PACKED),
+    ),
+    *_in(
+        "weights/snapshot.py",
+        ("return self.version, self.address, self.storage.cdata",
+         "return self.version, self.storage.cdata", "other data", f"{SURVIVORS} {PACKED}"),
+        ("return self.version, self.address, self.storage.cdata",
+         "return self.address, self.storage.cdata", "writes in place", PACKED),
     ),
     *_in(
         "passes/prepack.py",
@@ -181,7 +197,7 @@ MUTANTS: Sequence[Mutant] = (
     ),
     # --- capture -------------------------------------------------------------------------------
     *_in(
-        "capture.py",
+        "capture/aten.py",
         ("captured.differentiable.add(new)", "pass", "training", GRADIENTS),
         ("    torch._C._autograd._get_data_attr: Tensor.detach,", "", ".data",
          "tests/test_backend.py -k data"),
@@ -222,7 +238,7 @@ MUTANTS: Sequence[Mutant] = (
     ),
     # --- files and caches ----------------------------------------------------------------------
     *_in(
-        "files.py",
+        "utils/serialization.py",
         ("os.replace(name, target)", "target.write_bytes(data)", "permissions and links", BUDGET),
         ("if len(made) != len(pairs):", "if False:", "a key twice", BUDGET),
     ),
@@ -231,14 +247,14 @@ MUTANTS: Sequence[Mutant] = (
         ("if not _is_data(name, value):", "if False:", "a file that names a program", BUDGET),
     ),
     *_in(
-        "ops/cache.py",
+        "ops/runtime/cache.py",
         ("about.st_uid != os.geteuid()", "False", "another user's files", CACHE),
         ("stat.S_IWGRP | stat.S_IWOTH", "stat.S_IWOTH", "a group's files", CACHE),
         ("checked and _read(", "False and _read(", "tampered files", CACHE),
         ("os.O_DIRECTORY | os.O_NOFOLLOW", "os.O_DIRECTORY", "a linked directory", CACHE),
     ),
     *_in(
-        "ops/measure.py",
+        "ops/runtime/timing.py",
         ("or len(answer) != len(found)", "", "times that are none", MEASURE),
         ("asked != (question, machine(device)) or", "", "another question's times", MEASURE),
     ),

@@ -39,7 +39,7 @@ if not __package__:  # run as a file, `python tools/show_graph.py`: find the fol
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import graphquant
-from graphquant.accuracy import AccuracyReport
+from graphquant.accuracy.report import AccuracyReport
 from graphquant.config import Config
 from graphquant.errors import GraphquantError, OptionError, UnsupportedInputError
 from graphquant.report import Report

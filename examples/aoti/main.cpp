@@ -4,7 +4,7 @@
 //   ./run model.pt2 results.pt input.pt [input.pt ...]
 //
 // Inputs are tensors that torch.save wrote, in the order of the program's arguments; results are a
-// tuple that torch.load reads. docs/hand-over/aoti.md shows how both are made.
+// tuple that torch.load reads. docs/export/aoti.md shows how both are made.
 
 #include <fstream>
 #include <iostream>

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from graphquant import files
 from graphquant.calibration.fingerprint import (
     NAMED,
     Fingerprint,
@@ -24,8 +23,9 @@ from graphquant.calibration.record import METHODS, Record, Site
 from graphquant.calibration.saved import NUMBERS, read_record, saved, sha256
 from graphquant.calibration.sync import all_reduced, gathered
 from graphquant.errors import CalibrationError, FileError, OptionError
-from graphquant.files import Field
-from graphquant.passes.paths import weight_path
+from graphquant.ir.paths import weight_path
+from graphquant.utils import serialization as files
+from graphquant.utils.serialization import Field
 
 FORMAT, VERSION = "graphquant.calibration", 1
 

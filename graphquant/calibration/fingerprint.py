@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from graphquant.files import Field
+from graphquant.utils.serialization import Field
 
 SAMPLES = 64  # values of each parameter, evenly spaced, the first and the last among them
 NAMED = 5  # parameters in a message

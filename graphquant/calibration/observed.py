@@ -8,11 +8,13 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from graphquant.passes.graph import LINEAR, Constants, calls, dtype, full_args, written_in_place
-from graphquant.passes.ir import Captured
+from graphquant.ir.aliases import written_in_place
+from graphquant.ir.captured import Captured
+from graphquant.ir.constants import Constants
+from graphquant.ir.graph import LINEAR, calls, dtype, full_args
+from graphquant.ir.interpret import Caller, Paths, Watched
+from graphquant.passes.eligibility import path_of
 from graphquant.passes.normalize import normalize
-from graphquant.passes.pipeline import path_of
-from graphquant.watched import Caller, Paths, Watched
 
 Found = Callable[[Sequence[str], Tensor], None]
 

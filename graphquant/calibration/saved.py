@@ -21,7 +21,7 @@ from graphquant.calibration.histogram import BINS, MAX_EXPONENT, MIN_EXPONENT, H
 from graphquant.calibration.record import Record, Site
 from graphquant.calibration.sample import ROWS
 from graphquant.errors import FileError
-from graphquant.files import MOST, Field, parse
+from graphquant.utils.serialization import MOST, Field, parse
 
 NUMBERS = ("rows", "calls", "left_out")
 

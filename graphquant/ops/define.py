@@ -21,7 +21,7 @@ from torch import Tensor
 
 from graphquant.errors import KernelBuildError, UnsupportedInputError
 from graphquant.ops.checks import FLOATS
-from graphquant.ops.launch import native, needs_triton, prepare, stream_of
+from graphquant.ops.runtime.launch import native, needs_triton, prepare, stream_of
 
 # Library.define + impl costs 3 us a call; torch.library.custom_op 15 to 24.
 LIB = torch.library.Library("graphquant", "DEF")

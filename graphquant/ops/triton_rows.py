@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from graphquant.ops.launch import launch_triton
 from graphquant.ops.numerics import ALIGN, MIN_ABSMAX, QMAX, row_stride, vectors
+from graphquant.ops.runtime.launch import launch_triton
 from graphquant.ops.triton_util import as_rows, overlap, unit_of, wait_for_inputs
 
 WHOLE_ROW = 16_384  # float32 elements of one row that one program's registers can hold

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from graphquant.ops.launch import launch_triton
+from graphquant.ops.runtime.launch import launch_triton
 
 
 @triton.jit

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from graphquant.ops.chip import chip
 from graphquant.ops.numerics import ALIGN, row_stride
+from graphquant.ops.runtime.device import chip
 
 
 def as_rows(x: Tensor) -> tuple[Tensor, int]:

@@ -21,15 +21,13 @@ from torch.fx import Graph, GraphModule, Node
 
 from graphquant.config import Config
 from graphquant.errors import RuleError
-from graphquant.ops import int8_linear, quantize_weight
-from graphquant.ops.define import Op
-from graphquant.passes.graph import (
+from graphquant.ir.constants import Constants
+from graphquant.ir.contexts import APART, are_apart
+from graphquant.ir.graph import (
     LINEAR,
     LITERAL,
     MODULE,
     RESIDUAL,
-    SIZED_VIEWS,
-    Constants,
     aten,
     autocast_at,
     described,
@@ -39,15 +37,17 @@ from graphquant.passes.graph import (
     is_impure,
     shape,
 )
-from graphquant.passes.judge import Product, judge, too_rough
+from graphquant.ir.rows import SIZED_VIEWS
+from graphquant.ops import int8_linear, quantize_weight
+from graphquant.ops.define import Op
 from graphquant.passes.layout import restore_layouts, stands_for
-from graphquant.passes.ranges import SMOOTHED, Range, union, within
+from graphquant.passes.policy.accuracy import Product, judge, too_rough
+from graphquant.passes.policy.ranges import SMOOTHED, Range, union, within
+from graphquant.passes.policy.smoothquant import sample, smooth
+from graphquant.passes.policy.speed import compare
 from graphquant.passes.recognize import Activation, Norm, Recognized
 from graphquant.passes.record import Record
-from graphquant.passes.regions import APART, are_apart
 from graphquant.passes.rule import Linear, Refuse, Rule, Site, Smooth
-from graphquant.passes.select import compare
-from graphquant.passes.smooth import sample, smooth
 
 log = logging.getLogger(__name__)
 

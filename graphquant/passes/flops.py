@@ -19,15 +19,8 @@ from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from graphquant.passes.graph import (
-    LINEAR,
-    SDPA,
-    Constants,
-    aten,
-    hint,
-    is_call,
-    is_tensor,
-)
+from graphquant.ir.constants import Constants
+from graphquant.ir.graph import LINEAR, SDPA, aten, hint, is_call, is_tensor
 
 log = logging.getLogger(__name__)
 

@@ -21,18 +21,9 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 from torch.utils._pytree import tree_leaves
 
-from graphquant.passes.graph import (
-    SIZED_VIEWS,
-    aten,
-    autocast_at,
-    fake_result,
-    hint,
-    is_tensor,
-    may_alias,
-    memory,
-    memory_of,
-    same_layout,
-)
+from graphquant.ir.aliases import may_alias, memory, memory_of, same_layout
+from graphquant.ir.graph import aten, autocast_at, fake_result, hint, is_tensor
+from graphquant.ir.rows import SIZED_VIEWS
 
 EAGER = "graphquant_eager"
 

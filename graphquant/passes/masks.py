@@ -17,15 +17,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
-from graphquant.passes.graph import (
-    SDPA,
-    calls,
-    drop_dead_code,
-    full_args,
-    is_impure,
-    is_random,
-    written_in_place,
-)
+from graphquant.ir.aliases import written_in_place
+from graphquant.ir.graph import SDPA, calls, drop_dead_code, full_args, is_impure, is_random
 
 log = logging.getLogger(__name__)
 

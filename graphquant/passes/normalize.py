@@ -13,26 +13,23 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from graphquant.passes.functional import make_functional
-from graphquant.passes.graph import (
-    CASTS,
+from graphquant.ir.aliases import leaving, memory, written_in_place
+from graphquant.ir.captured import Captured
+from graphquant.ir.constants import Constants
+from graphquant.ir.contexts import sets_state
+from graphquant.ir.gradients import needs_gradient
+from graphquant.ir.graph import (
     LINEAR,
-    ROW_VIEWS,
-    Constants,
     aten,
     calls,
     drop_dead_code,
     drops_nothing,
     full_args,
     is_call,
-    leaving,
-    memory,
-    needs_gradient,
-    written_in_place,
 )
-from graphquant.passes.ir import Captured
+from graphquant.ir.rows import CASTS, ROW_VIEWS
+from graphquant.passes.functionalize import make_functional
 from graphquant.passes.products import spell_linears
-from graphquant.passes.regions import sets_state
 
 # They return what they are given, whatever the fake values of some of them say.
 _ALIASES = frozenset({aten.alias.default, aten.lift.default, aten.lift_fresh.default})

@@ -9,40 +9,30 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from graphquant.config import Config, matches
 from graphquant.failure import stage
-from graphquant.ops import int8_linear
-from graphquant.ops.checks import FLOATS
-from graphquant.ops.define import missing
-from graphquant.ops.int8_linear.op import MAX_K
-from graphquant.passes.apply import Workbench, apply
-from graphquant.passes.attention import choose_kernels
-from graphquant.passes.flops import other_products
-from graphquant.passes.graph import (
+from graphquant.ir.aliases import written_in_place
+from graphquant.ir.captured import Captured
+from graphquant.ir.constants import Constants
+from graphquant.ir.gradients import needs_gradient
+from graphquant.ir.graph import (
     LINEAR,
-    Constants,
     between,
     calls,
     drop_dead_code,
-    dtype,
-    full_args,
-    module_path,
-    needs_gradient,
-    readers,
-    rows,
-    shape,
-    width,
-    written_in_place,
 )
-from graphquant.passes.ir import Captured
+from graphquant.ops import int8_linear
+from graphquant.ops.define import missing
+from graphquant.passes.apply import Workbench, apply
+from graphquant.passes.attention_kernels import choose_kernels
+from graphquant.passes.eligibility import NEEDS_GRADIENT, _enter_all, _others
 from graphquant.passes.layout import restore_layouts
 from graphquant.passes.masks import drop_empty_masks
 from graphquant.passes.normalize import merge_equal_views, normalize
-from graphquant.passes.paths import linear_path
-from graphquant.passes.ranges import static_ranges
+from graphquant.passes.policy.ranges import static_ranges
+from graphquant.passes.policy.smoothquant import NO_NORM
 from graphquant.passes.recognize import Recognized, recognize
 from graphquant.passes.record import Record
 from graphquant.passes.rule import Rule
@@ -53,7 +43,6 @@ from graphquant.passes.rules.norm_linear import NormLinear
 from graphquant.passes.rules.patch_linear import PatchLinear
 from graphquant.passes.rules.residual import Residual
 from graphquant.passes.rules.stack_siblings import StackSiblings
-from graphquant.passes.smooth import NO_NORM
 from graphquant.passes.verify import verifier
 from graphquant.report import SLOW_ON_CPU, Outcome, Pattern, Quiet, Report
 
@@ -70,10 +59,7 @@ INT8_RULES: tuple[Rule[Any], ...] = (
     PatchLinear(),  # last: pixels stay in float
 )
 
-NEEDS_GRADIENT = "its result can need a gradient"
 STANDS_FOR, LINEARS = "graphquant_stands_for", "graphquant_linears"  # see _leave_traces
-DEVICES = ("cpu", "cuda")
-NEED_KERNELS = ("cuda",)
 
 
 def rewrite(captured: Captured, config: Config) -> Report:
@@ -156,51 +142,6 @@ def _unwritten(found: Recognized, written: set[Node]) -> Recognized:
     return Recognized(norms, acts, unusable)
 
 
-def _enter_all(bench: Workbench, captured: Captured, config: Config) -> None:
-    """Put every linear, norm and activation on record, in graph order."""
-    norms, acts = bench.recognized.norms, bench.recognized.activations
-    unusable = bench.recognized.unusable
-    idle = "" if config.quantize else "quantize=False, and no other linear reads its input"
-    for node in bench.graph.nodes:
-        path = module_path(node)
-        if node.target is LINEAR:
-            x = full_args(node)[0]
-            path = path_of(node, captured, bench.constants)
-            M, N, K = rows(node), width(node), width(x)
-            outcome = Outcome("linear", path, node.name, refused=idle, M=M, N=N, K=K)
-            barred = _why_barred(bench, captured, config, node, path)
-            bench.record.enter(node, outcome, barred)
-        elif node in norms or node in acts or node in unusable:
-            kind = "activation" if node in acts else "norm"
-            why = f"read by {readers(node)}" if config.quantize else "quantize=False"
-            outcome = Outcome(kind, path, node.name, refused=why, K=width(node))
-            bench.record.enter(node, outcome, unusable.get(node, ""))
-        elif isinstance(node.target, torch._ops.HigherOrderOperator):
-            for inner in _linears_inside(bench.gm, node):
-                bench.record.enter_outside(
-                    Outcome(
-                        "linear",
-                        module_path(inner) or path,
-                        f"{node.name}.{inner.name}",
-                        refused=f"inside the higher-order op {node.target.name()}",
-                        M=rows(inner),
-                        N=width(inner),
-                        K=width(inner.all_input_nodes[0]),
-                    )
-                )
-
-
-def _others(bench: Workbench) -> Iterator[Outcome]:
-    """What multiplies and is no linear, also inside higher-order ops."""
-    for gm in bench.gm.modules():
-        if isinstance(gm, GraphModule):
-            constants = bench.constants if gm is bench.gm else Constants(())
-            for node, product in other_products(gm.graph, constants):
-                kind, why, flops = product
-                path = module_path(node)
-                yield Outcome(kind, path, node.name, refused=why, product_flops=flops)
-
-
 def _patterns(bench: Workbench, config: Config) -> Iterator[Pattern]:
     paths = [o.path for o in bench.record.outcomes() if o.kind == "linear"]
     for option in ("include", "exclude"):
@@ -237,65 +178,6 @@ def _open_linears(bench: Workbench) -> dict[Node, str]:
         for outcome, _ in bench.record.carried(node)
         if bench.open(node)
     }
-
-
-def _why_barred(bench: Workbench, captured: Captured, config: Config, node: Node, path: str) -> str:
-    """Why no rule may touch this linear, or "" if they may."""
-    x, weight, bias = full_args(node)
-    if node.meta.get("graphquant") == PatchLinear.name:
-        return "it embeds pixels, which stay in float"
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and (written := bench.constants.written_in(value)):
-            return f"its {name} is not fixed: {_told(written, bench)} is written in place"
-    if weight not in bench.constants:
-        return "its weight is not a parameter"
-    if bias is not None and not bench.constants.is_fixed(bias):
-        return "its bias is not a parameter"
-    if why := config.wants(path):
-        return why
-    if node in bench.needs_gradient:
-        return NEEDS_GRADIENT
-    if dtype(node) not in FLOATS or dtype(x) not in FLOATS or dtype(weight) not in FLOATS:
-        return f"computes in {str(dtype(node)).removeprefix('torch.')}"
-    if (device := node.meta["val"].device.type) not in DEVICES:
-        return f"graphquant has no kernels for {device}"
-    if device in NEED_KERNELS and (why := missing()) is not None:
-        return why
-    if len(shape(weight)) != 2:
-        return f"its weight has {len(shape(weight))} dims, not two"
-    N, K = shape(weight)
-    if not 1 <= K <= MAX_K or N < 1:
-        return f"K={K}, N={N}: int8 needs 1 <= K <= {MAX_K} and N >= 1"
-    operands = [v for v in (weight, bias) if v is not None]
-    for root in (r for v in operands for r in bench.constants.roots_of(v)):
-        kind = type(captured.parameters[root])
-        if kind not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
-            return f"{captured.names[root]} is a {kind.__name__}, not a plain tensor"
-    return ""
-
-
-def path_of(node: Node, captured: Captured, constants: Constants) -> str:
-    """The module path of a linear."""
-    weight = full_args(node)[1]
-    roots = constants.roots_of(weight) if weight in constants else []
-    matrices = sorted(roots, key=lambda root: len(shape(root)) < 2)  # stable: in reading order
-    return linear_path(module_path(node), [captured.names[root] for root in matrices])
-
-
-def _told(written: Node, bench: Workbench) -> str:
-    if written in bench.constants.roots:
-        return bench.names[written]
-    roots = " and ".join(bench.names[r] for r in bench.constants.roots_of(written))
-    where = f" in {path}" if (path := module_path(written)) else ""
-    return f"what is made of {roots or 'numbers'}{where}"
-
-
-def _linears_inside(gm: GraphModule, node: Node) -> Iterator[Node]:
-    for argument in node.all_input_nodes:
-        if argument.op == "get_attr":
-            inner = getattr(gm, str(argument.target), None)
-            if isinstance(inner, GraphModule):
-                yield from calls(inner.graph, lambda n: n.target is LINEAR and "val" in n.meta)
 
 
 def _leave_traces(bench: Workbench) -> None:

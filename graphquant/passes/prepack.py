@@ -18,19 +18,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx import Node
 
+from graphquant.ir.captured import Captured
+from graphquant.ir.constants import Constants
+from graphquant.ir.graph import LINEAR, LITERAL, calls, drop_dead_code, is_call, operand
+from graphquant.ir.rows import SIZED_VIEWS, keeps_rows
 from graphquant.ops import int8_linear
-from graphquant.passes.graph import (
-    LINEAR,
-    LITERAL,
-    SIZED_VIEWS,
-    Constants,
-    calls,
-    drop_dead_code,
-    is_call,
-    keeps_rows,
-    operand,
-)
-from graphquant.passes.ir import Captured
 from graphquant.passes.verify import verifier
 
 

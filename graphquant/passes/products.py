@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from graphquant.passes.graph import (
+from graphquant.ir.constants import Constants
+from graphquant.ir.graph import (
     LINEAR,
-    Constants,
     aten,
     calls,
     dtype,

@@ -3,7 +3,7 @@
 A spelled-out form such as `w * (x * rsqrt(mean(x**2) + eps))` or `0.5 * x * (1 + erf(x / sqrt(2)))`
 has many spellings: operand orders, pow or mul, casts in between. Instead of one pattern per
 spelling, the smallest region of arithmetic with a single activation `x` as its input is *evaluated*
-in float64 on random parameters and on all that `x` can be (passes/agree.py), and compared with the
+in float64 on random parameters and on all that `x` can be (equivalence.py), and compared with the
 norms and activations that the ops know.
 """
 
@@ -23,22 +23,12 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from graphquant.ir.constants import Constants
+from graphquant.ir.graph import aten, calls, dtype, full_args, is_call, is_tensor, shape
+from graphquant.ir.rows import CASTS, is_float_cast, is_widening
 from graphquant.ops.checks import FLOATS
 from graphquant.ops.numerics import ACTIVATIONS
-from graphquant.passes.agree import RELATIVE, Steps, elementwise, rowwise
-from graphquant.passes.graph import (
-    CASTS,
-    Constants,
-    aten,
-    calls,
-    dtype,
-    full_args,
-    is_call,
-    is_float_cast,
-    is_tensor,
-    is_widening,
-    shape,
-)
+from graphquant.passes.equivalence import RELATIVE, Steps, elementwise, rowwise
 
 HALF_MOST, FLOAT_MOST = 65504.0, 3.38e38  # of float16; of bfloat16, and so of float32
 LONGEST = 24  # nodes of a spelled-out form; layer norm with casts takes 14

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from graphquant.ir.constants import Constants
+from graphquant.ir.graph import LINEAR, calls, dtype, full_args
 from graphquant.ops.checks import FLOATS
 from graphquant.ops.define import Op
-from graphquant.passes.graph import LINEAR, Constants, calls, dtype, full_args
 from graphquant.passes.recognize import Activation, Norm
 
 

@@ -31,12 +31,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from graphquant.config import verifying
 from graphquant.errors import VerifyError
+from graphquant.ir.aliases import writes
+from graphquant.ir.captured import Captured
+from graphquant.ir.contexts import regions
+from graphquant.ir.graph import LINEAR, drops_nothing, full_args
 from graphquant.ops import int8_linear
-from graphquant.passes.graph import LINEAR, drops_nothing, full_args, writes
-from graphquant.passes.ir import Captured
 from graphquant.passes.layout import EAGER
 from graphquant.passes.record import Record
-from graphquant.passes.regions import regions
 
 Check = Callable[..., None]
 """check(pass name, record=None, taken=()): see `verifier`; `taken` are values that are going to be

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 import graphquant
 from graphquant import OptionError
-from graphquant.calibration.groups import (
+from graphquant.calibration.modelopt.groups import (
     SharedInputAmaxState,
     SharedQuantState,
     SharedWeightGlobalAmaxState,
     groups_at,
     shared_quant_states,
 )
-from graphquant.calibration.quantizer import QuantizedLinear, Quantizer, quantize_linears_
+from graphquant.calibration.modelopt.quantizer import QuantizedLinear, Quantizer, quantize_linears_
 from graphquant.calibration.utils import SHARED_PATTERNS, find_shared_input_groups
 from tests.calibration import ranks
 from tests.small import seeded

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import graphquant
-from graphquant.calibration.quantizer import QuantizedLinear, Quantizer, quantize_linears_
+from graphquant.calibration.modelopt.quantizer import QuantizedLinear, Quantizer, quantize_linears_
 from graphquant.calibration.utils import (
     export_torch_mode,
     is_quantized,
@@ -27,7 +27,7 @@ from graphquant.calibration.utils import (
     update_quant_cfg_with_kv_cache_quant,
     weight_attr_names,
 )
-from graphquant.capture import from_dynamo
+from graphquant.capture.aten import from_dynamo
 from graphquant.config import Config
 from graphquant.ops.numerics import quantize_symmetric
 from graphquant.passes.pipeline import rewrite

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any
 
@@ -146,3 +147,11 @@ def test_empty_tensors_and_dims_that_are_named_twice() -> None:
     for function in (reduce_amax, reduce_sum):
         with pytest.raises(RuntimeError, match="multiple times"):
             function(X, (0, -3))
+
+
+@pytest.mark.parametrize("name", ["groups", "utils"])
+def test_the_names_of_model_optimizer_have_a_short_path_too(name: str) -> None:
+    short = importlib.import_module(f"graphquant.calibration.{name}")
+    long = importlib.import_module(f"graphquant.calibration.modelopt.{name}")
+    public = [n for n in vars(long) if not n.startswith("_")]
+    assert all(getattr(short, n) is getattr(long, n) for n in getattr(long, "__all__", public))

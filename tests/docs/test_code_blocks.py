@@ -30,7 +30,7 @@ import pytest
 from torch.fx import GraphModule
 
 import graphquant.backend
-from graphquant.handover.onnx import _overflows_here
+from graphquant.exporters.onnx import _overflows_here
 from graphquant.ops import quantize
 from tests.docs.pages import NAMES, ROOT, Block, blocks
 
@@ -58,7 +58,7 @@ def test_every_block_does_what_it_says(
         monkeypatch.setattr(graphquant.backend, "compile_graph", _as_it_stands)
     printed: str | None = None
     other = others()
-    if page == "docs/hand-over/onnx.md" and _overflows_here():
+    if page == "docs/export/onnx.md" and _overflows_here():
         pytest.skip("onnxruntime's 8-bit products overflow on x86 without VNNI")
     for block in blocks(page):
         if block.not_run:

@@ -67,7 +67,7 @@ def test_every_public_name_is_in_the_reference() -> None:
 def test_every_module_of_calibration_that_users_call_is_in_the_reference() -> None:
     page = (DOCS / "reference" / "calibration.md").read_text()
     for name in ("groups", "quantizer", "utils"):
-        assert f"::: graphquant.calibration.{name}\n" in page
+        assert f"::: graphquant.calibration.modelopt.{name}\n" in page
 
 
 def test_every_rule_has_a_section() -> None:

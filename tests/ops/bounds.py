@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphquant.ops import nvrtc
 from graphquant.ops.define import Kernel, Op, load_kernels
 from graphquant.ops.numerics import MIN_ABSMAX, padded, with_pads
+from graphquant.ops.runtime import nvrtc
 from tests.ops.told import Arguments, meant
 
 U = 2.0**-24  # float32 rounds to nearest with a relative error of at most U

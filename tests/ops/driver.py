@@ -256,7 +256,7 @@ class Stub:
                 check=True,
             )  # fmt: skip
         self.folder = folder
-        build = "from graphquant.ops.launch import native; print(native().__file__)"
+        build = "from graphquant.ops.runtime.launch import native; print(native().__file__)"
         built = self.python("-c", build)
         assert built.returncode == 0, built.stderr
         self.module = built.stdout.strip()

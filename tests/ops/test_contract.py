@@ -22,8 +22,8 @@ from torch.fx.experimental.symbolic_shapes import (
 from graphquant import ops
 from graphquant.errors import UnsupportedInputError
 from graphquant.ops.define import OPS, Kernel, Op, _as_tuple, define
-from graphquant.ops.launch import recorded
 from graphquant.ops.numerics import row_stride, vectors, with_pads
+from graphquant.ops.runtime.launch import recorded
 from graphquant.ops.triton_rows import block_widths, row_config
 from graphquant.ops.triton_util import as_rows, unit_of
 from tests.ops.bounds import assert_weight, assert_within_a_step, kernels, to_cpu

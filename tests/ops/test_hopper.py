@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphquant.ops import nvrtc
 from graphquant.ops.int8_linear import hopper_tiles
 from graphquant.ops.int8_linear.hopper_tiles import SHARED, TILES, HopperTile, choose, descriptors
 from graphquant.ops.numerics import padded
+from graphquant.ops.runtime import nvrtc
 from tests.ops.bounds import needs_nvrtc
 from tests.ops.offline import CUOBJDUMP
 

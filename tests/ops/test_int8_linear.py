@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from graphquant.ops import int8_linear, quantize, quantize_weight
-from graphquant.ops.chip import Chip
 from graphquant.ops.define import Kernel, Op
 from graphquant.ops.int8_linear import hopper, tiles, triton_tma
 from graphquant.ops.numerics import empty_rows, quantize_symmetric, with_pads
+from graphquant.ops.runtime.device import Chip
 from tests.ops.bounds import HALF, U, implementations, kernels
 from tests.strategies import FINITE, FLOATS, Rows, rows
 

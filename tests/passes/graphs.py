@@ -15,9 +15,9 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
 from graphquant import Config, Report
-from graphquant.capture import from_export
-from graphquant.passes.graph import LINEAR, full_args
-from graphquant.passes.ir import Captured
+from graphquant.capture.aten import from_export
+from graphquant.ir.captured import Captured
+from graphquant.ir.graph import LINEAR, full_args
 from graphquant.passes.pipeline import rewrite
 from graphquant.passes.prepack import prepack
 

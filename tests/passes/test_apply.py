@@ -13,8 +13,8 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import Node
 
 from graphquant import Config, RuleError
+from graphquant.ir.graph import LINEAR, aten
 from graphquant.passes import pipeline
-from graphquant.passes.graph import LINEAR, aten
 from graphquant.passes.pipeline import rewrite
 from graphquant.passes.rule import Edit, Refuse, View
 from graphquant.passes.rules.linear import AnyLinear, LinearSite

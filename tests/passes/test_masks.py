@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
+from graphquant.ir.graph import SDPA, calls, full_args
 from graphquant.passes import masks
-from graphquant.passes.graph import SDPA, calls, full_args
 from graphquant.passes.masks import drop_empty_masks
 from tests.passes.graphs import Model, argument, compiled, exported, honest, rewritten
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphquant.capture import from_dynamo
-from graphquant.passes.ir import Captured
+from graphquant.capture.aten import from_dynamo
+from graphquant.ir.captured import Captured
 from graphquant.passes.normalize import normalize
 from tests.passes.graphs import (
     Model,

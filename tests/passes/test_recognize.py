@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from graphquant.passes.graph import Constants
+from graphquant.ir.constants import Constants
 from graphquant.passes.normalize import normalize
 from graphquant.passes.recognize import Norm, Recognized, recognize
 from tests.passes.graphs import (

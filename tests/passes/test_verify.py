@@ -15,9 +15,9 @@ from torch.fx import Graph, Node
 
 from graphquant import Config
 from graphquant.errors import VerifyError
+from graphquant.ir.graph import LINEAR, aten
 from graphquant.ops import int8_linear
 from graphquant.passes import pipeline
-from graphquant.passes.graph import LINEAR, aten
 from graphquant.passes.pipeline import rewrite
 from graphquant.passes.verify import verifier
 from tests.passes.graphs import Model, exported

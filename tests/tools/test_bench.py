@@ -178,7 +178,7 @@ def test_one_process_at_a_time_measures(tmp_path: Path, monkeypatch: pytest.Monk
 
     from torch._inductor.runtime.benchmarking import benchmarker
 
-    from graphquant.ops import measure
+    from graphquant.ops.runtime import timing as measure
 
     lock, seen = tmp_path / "lock", []
 

@@ -38,7 +38,7 @@ def test_a_stale_mutant_is_named_and_an_error(monkeypatch: Any, capsys: Any) -> 
 
 
 def test_words_choose_by_file_and_by_what_breaks() -> None:
-    m = Mutant("ops/cache.py", "a", "b", "tampered files", "tests")
+    m = Mutant("ops/runtime/cache.py", "a", "b", "tampered files", "tests")
     chosen = [
         words for words in ([], ["cache"], ["tampered"], ["x", "ops/"]) if mutate._named(m, words)
     ]

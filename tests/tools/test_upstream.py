@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from graphquant import backend
-from graphquant.passes.graph import aten
+from graphquant.ir.graph import aten
 from tools.upstream import difference, faults
 
 ONE = torch.arange(6.0).view(2, 3)

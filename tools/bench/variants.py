@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from graphquant import Report, packed
+from graphquant import Report
 from graphquant.backend import graphquant as graphquant_backend
-from graphquant.released import is_in_host_memory, is_released
+from graphquant.weights import packed
+from graphquant.weights.released import is_in_host_memory, is_released
 from tools.bench.packages import FLOAT_PACKAGES, INT8_PACKAGES, PACKAGES, Package
 
 MODES = {

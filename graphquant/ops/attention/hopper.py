@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from graphquant.ops import nvrtc
 from graphquant.ops.attention.hopper_tiles import (
     HALVES,
     ONLY,
@@ -22,8 +21,9 @@ from graphquant.ops.attention.hopper_tiles import (
     HopperTile,
 )
 from graphquant.ops.attention.op import attention
-from graphquant.ops.chip import chip
-from graphquant.ops.launch import ALIGNED, MAP_SWIZZLES, MAP_TYPES, Param, launch, native
+from graphquant.ops.runtime import nvrtc
+from graphquant.ops.runtime.device import chip
+from graphquant.ops.runtime.launch import ALIGNED, MAP_SWIZZLES, MAP_TYPES, Param, launch, native
 
 LOG2_E = 1.4426950408889634
 _TYPES = "typedef unsigned long long u64;\n"  # behind which the products may stand

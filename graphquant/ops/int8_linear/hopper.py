@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from graphquant.ops import nvrtc
-from graphquant.ops.chip import chip
 from graphquant.ops.int8_linear import hopper_tiles
 from graphquant.ops.int8_linear.hopper_tiles import Descriptor, HopperTile
 from graphquant.ops.int8_linear.tiled import Operands, Problem, Tiled, tiled
-from graphquant.ops.launch import MAP_SWIZZLES, MAP_TYPES, Param, launch, native
 from graphquant.ops.numerics import ALIGN, row_stride
+from graphquant.ops.runtime import nvrtc
+from graphquant.ops.runtime.device import chip
+from graphquant.ops.runtime.launch import MAP_SWIZZLES, MAP_TYPES, Param, launch, native
 
 MATRICES = ("xq", "wq", "residual")
 ONLY = 90  # its instructions are Hopper's own

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from graphquant.ops.chip import Chip
+from graphquant.ops.runtime.device import Chip
 
 
 @dataclass(frozen=True)

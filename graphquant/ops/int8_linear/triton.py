@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from graphquant.ops.chip import chip
 from graphquant.ops.int8_linear import tiles
 from graphquant.ops.int8_linear.tiled import Operands, Problem, Tiled, tiled
 from graphquant.ops.int8_linear.tiles import Tile
 from graphquant.ops.int8_linear.triton_tile import dequantize, tile_of
-from graphquant.ops.launch import launch_triton
 from graphquant.ops.numerics import ALIGN, empty_rows, padded, row_stride, vectors
+from graphquant.ops.runtime.device import chip
+from graphquant.ops.runtime.launch import launch_triton
 from graphquant.ops.triton_util import as_rows, misaligned, unit_of
 
 OLDEST = 80  # Ampere: int8 tensor cores with asynchronous copies

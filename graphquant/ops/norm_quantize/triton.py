@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from graphquant.ops.launch import launch_triton
 from graphquant.ops.norm_quantize.op import norm_quantize, norm_quantize_keep
 from graphquant.ops.numerics import padded, vectors
+from graphquant.ops.runtime.launch import launch_triton
 from graphquant.ops.triton_rows import (
     WHOLE_ROW,
     clamped,

@@ -15,18 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from graphquant.ir.graph import aten, dtype, is_call, is_tensor, readers, shape
+from graphquant.ir.rows import leads_only_to, origin, overflowing
 from graphquant.ops import act_quantize, glu_quantize
-from graphquant.passes.graph import (
-    aten,
-    dtype,
-    is_call,
-    is_tensor,
-    leads_only_to,
-    origin,
-    overflowing,
-    readers,
-    shape,
-)
 from graphquant.passes.recognize import Activation
 from graphquant.passes.rule import Edit, Linear, Refuse, Site, View, linears, not_floats
 

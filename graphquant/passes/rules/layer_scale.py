@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from graphquant.ops import int8_linear
-from graphquant.passes.graph import (
+from graphquant.ir.graph import (
     RESIDUAL,
     aten,
     calls,
@@ -26,6 +25,7 @@ from graphquant.passes.graph import (
     only_user,
     shape,
 )
+from graphquant.ops import int8_linear
 from graphquant.passes.rule import Edit, Refuse, Site, View
 
 

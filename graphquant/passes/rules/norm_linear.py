@@ -18,16 +18,9 @@ from typing import Any
 
 from torch.fx import Node
 
+from graphquant.ir.graph import aten, between, dtype, shape
+from graphquant.ir.rows import leads_only_to, origin, overflowing
 from graphquant.ops import norm_quantize, norm_quantize_keep
-from graphquant.passes.graph import (
-    aten,
-    between,
-    dtype,
-    leads_only_to,
-    origin,
-    overflowing,
-    shape,
-)
 from graphquant.passes.recognize import Norm
 from graphquant.passes.rule import Edit, Linear, Refuse, Site, View, linears, not_floats
 

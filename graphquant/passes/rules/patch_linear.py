@@ -18,7 +18,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from graphquant.passes.graph import LINEAR, aten, calls, dtype, full_args, shape
+from graphquant.ir.graph import LINEAR, aten, calls, dtype, full_args, shape
 from graphquant.passes.rule import Edit, Refuse, Site, View
 
 CONVOLUTIONS = {

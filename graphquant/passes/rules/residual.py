@@ -13,20 +13,19 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from graphquant.ops import int8_linear
-from graphquant.passes.graph import (
+from graphquant.ir.graph import (
     RESIDUAL,
-    SIZED_VIEWS,
     aten,
     calls,
     dtype,
     full_args,
     is_call,
     is_tensor,
-    keeps_rows,
     only_user,
     shape,
 )
+from graphquant.ir.rows import SIZED_VIEWS, keeps_rows
+from graphquant.ops import int8_linear
 from graphquant.passes.rule import Edit, Refuse, Site, View
 
 

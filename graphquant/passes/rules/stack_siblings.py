@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from graphquant.passes.graph import LINEAR, aten, dtype, full_args, shape
-from graphquant.passes.regions import APART, are_apart
+from graphquant.ir.contexts import APART, are_apart
+from graphquant.ir.graph import LINEAR, aten, dtype, full_args, shape
 from graphquant.passes.rule import Edit, Linear, Refuse, Site, View, linears
 
 

@@ -1,0 +1,243 @@
+"""One captured graph twice: as the model computes it, in float, and rewritten to int8.
+
+Both are run node by node, so that every int8 linear can be held against the float one. What is
+compared is what the int8 product adds to the model:
+
+    y   the float model's  linear(x, W, bias), times the layer scale if a rule has folded one in
+    y8  the same from int8_linear, without the residual that it adds in its epilogue
+
+    local        y8 on what the float model computes in front of the linear: quantisers, norms and
+                 activations that were fused with them run as in the int8 graph, on float values
+    accumulated  y8 as the int8 graph computes it
+
+Or any of the linears are int8 and the others are not: y8 takes the place of y in the float graph.
+
+Nothing here knows a rule. `passes/pipeline.py` leaves on the nodes of the rewritten graph which
+value of the model each one holds; whatever holds none, a quantiser or a packed weight, is computed
+from those that do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from graphquant.config import Config
+from graphquant.errors import RuleError
+from graphquant.ir.captured import Captured
+from graphquant.ir.constants import Constants
+from graphquant.ir.graph import LITERAL, RESIDUAL, calls, full_args
+from graphquant.ir.interpret import Caller, Paths, Watched
+from graphquant.ops import int8_linear
+from graphquant.passes.normalize import normalize
+from graphquant.passes.pipeline import LINEARS, STANDS_FOR, rewrite
+from graphquant.report import Outcome
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One linear of an int8_linear.
+
+    outcome  what the report says of it
+    node     the linear in the float graph
+    caller   its path, and which input of the graph its weight is
+    value    the float graph's node that holds its result
+    columns  of the int8_linear's result
+    """
+
+    outcome: Outcome
+    node: Node
+    caller: Caller
+    value: Node
+    columns: slice
+
+
+@dataclass(frozen=True)
+class _Product:
+    """An int8_linear of the rewritten graph, and the linears that it computes side by side.
+
+    first   the first of them in the float graph: where all read what the model multiplied
+    leaves  the float values from which its local result is computed
+    """
+
+    node: Node
+    first: Node
+    leaves: frozenset[Node]
+    parts: tuple[_Part, ...]
+
+
+class Pair:
+    """A captured graph in float and in int8. Rewrites `captured`, as the backend does.
+
+    paths  those of the model that it was captured from
+    """
+
+    def __init__(self, captured: Captured, config: Config, paths: Paths) -> None:
+        normalize(captured)  # `rewrite` will find it done: linears get their names in it
+        copies: dict[Node, Node] = {}
+        graph = Graph()
+        graph.output(graph.graph_copy(captured.gm.graph, copies))
+        self._float = GraphModule(captured.gm, graph)
+        self._names = {old.name: new for old, new in copies.items()}
+        self._inputs = {n: i for i, n in enumerate(graph.find_nodes(op="placeholder"))}
+        self._constants = Constants(copies[n] for n in captured.parameters)
+        given = captured.gm.graph.find_nodes(op="placeholder")
+        self._roots = {
+            i: (captured.names[n], captured.parameters[n])
+            for i, n in enumerate(given)
+            if n in captured.parameters
+        }
+        self._paths = paths
+        self.report = rewrite(captured, config)
+        self._int8 = captured.gm
+        self._weights = Constants(captured.parameters)
+        self._packed: dict[tuple[Node, tuple[int, ...]], Any] = {}  # what no run changes
+        self._products = list(self._find())
+        parts = (part for product in self._products for part in product.parts)
+        self._parts = sorted(parts, key=lambda part: part.node)
+
+    def _find(self) -> Iterator[_Product]:
+        for node in calls(self._int8.graph, lambda n: n.target is int8_linear.target):
+            start, parts = 0, []
+            for outcome, value in node.meta[LINEARS]:
+                linear = self._names[outcome.node]
+                root = self._constants.roots_of(full_args(linear)[1])[0]
+                columns = slice(start, start := start + outcome.N)
+                name, weight = self._roots[self._inputs[root]]
+                caller = Caller(outcome.path, name, weight, self._inputs[root])
+                parts.append(_Part(outcome, linear, caller, self._names[value], columns))
+            first = min(part.node for part in parts)
+            yield _Product(node, first, frozenset(self._leaves(node)), tuple(parts))
+
+    def _of_float(self, node: Node) -> Node | None:
+        """The float graph's node with the same value. What was kept has kept its name.
+
+        None for what is computed from parameters: a layer scale may be, behind the linear.
+        """
+        found = self._names.get(node.meta.get(STANDS_FOR, node.name))
+        computed = found in self._constants and found not in self._constants.roots
+        return None if computed else found
+
+    def _leaves(self, product: Node) -> set[Node]:
+        leaves: set[Node] = set()
+        inner = [product]
+        for node in inner:
+            arguments = _without_residual(node) if node is product else node.all_input_nodes
+            for i in (a for a in arguments if isinstance(a, Node)):
+                if (leaf := self._of_float(i)) is not None:
+                    leaves.add(leaf)
+                elif i.target is int8_linear.target:
+                    raise RuleError(f"{i.name}, in front of {product.name}, has no float value")
+                elif i not in inner:
+                    inner.append(i)
+        return leaves
+
+    def _local(self, product: Node, known: Mapping[Node, Any], layer: tuple[int, ...]) -> Tensor:
+        """layer: which weights the graph runs with."""
+        done: dict[Node, Any] = {}
+
+        def computed(node: Node) -> Any:
+            if (leaf := self._of_float(node)) is not None:
+                return known[leaf]
+            if LITERAL in node.meta:
+                return node.meta[LITERAL]
+            if node not in done:
+                of = computed if node in self._weights else value
+                args, kwargs = map_arg((node.args, node.kwargs), of)
+                done[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            return done[node]
+
+        def value(node: Node) -> Any:
+            if node not in self._weights or self._of_float(node) is not None:
+                return computed(node)
+            if (node, layer) not in self._packed:
+                self._packed[node, layer] = computed(node)
+            return self._packed[node, layer]
+
+        return _multiply(product, value)
+
+    @property
+    def products(self) -> list[tuple[Outcome, ...]]:
+        """The linears of each int8 product, by their paths in the graph."""
+        return [tuple(part.outcome for part in product.parts) for product in self._products]
+
+    def linears(self, args: Sequence[Any]) -> list[Outcome]:
+        """The int8 linears in the float graph's order, as layers of the model whose weights these
+        arguments are."""
+        return [self._named(part, args) for part in self._parts]
+
+    def _named(self, part: _Part, args: Sequence[Any]) -> Outcome:
+        return replace(part.outcome, path=self._paths.of(part.caller, args)[0])
+
+    def run_float(self, args: Sequence[Any], found: Callable[[int, Tensor, Tensor], None]) -> Any:
+        """The float graph's results. found(i, y, local y8) for the i-th of `linears`."""
+        return self._run(args, self._products, found)
+
+    def run_mixed(self, args: Sequence[Any], int8: Callable[[Outcome], bool]) -> Any:
+        """The float graph's results with those linears in int8 for which int8(its outcome, by its
+        path in the graph) is true. Siblings of one product may be of both kinds."""
+        chosen = {i for i, part in enumerate(self._parts) if int8(part.outcome)}
+        parts = {self._parts[i].node for i in chosen}
+        products = [p for p in self._products if any(part.node in parts for part in p.parts)]
+        return self._run(args, products, lambda i, y, y8: y8.clone() if i in chosen else None)
+
+    def _run(
+        self,
+        args: Sequence[Any],
+        products: Sequence[_Product],
+        found: Callable[[int, Tensor, Tensor], Tensor | None],
+    ) -> Any:
+        """The float graph. What found(i, y, y8) returns stands for y from there on."""
+        to_come = list(products)
+        layer = tuple(id(args[self._inputs[root]]) for root in self._constants.roots)
+        known: dict[Node, Any] = {}  # leaves, until the last product that reads them
+        made: dict[Node, list[tuple[_Part, Tensor]]] = {}  # y8, until there is its y
+
+        def after(node: Node, value: Any, env: Mapping[Node, Any]) -> Tensor | None:
+            for product in [p for p in to_come if p.first is node]:
+                y8 = self._local(product.node, known, layer)
+                for part in product.parts:
+                    made.setdefault(part.value, []).append((part, y8[..., part.columns]))
+                to_come.remove(product)
+                for leaf in product.leaves:
+                    if not any(leaf in p.leaves for p in to_come):
+                        del known[leaf]
+            instead = None
+            for part, y8 in made.pop(node, ()):
+                instead = found(self._parts.index(part), value, y8)
+            if any(node in p.leaves for p in to_come):
+                known[node] = value if instead is None else instead
+            return instead
+
+        return Watched(self._float, after).run(*args)
+
+    def run_int8(self, args: Sequence[Any], found: Callable[[int, Tensor], None]) -> Any:
+        """The int8 graph's results. found(i, y8) for the i-th of `linears`."""
+        products = {p.node: p for p in self._products}
+
+        def after(node: Node, value: Any, env: Mapping[Node, Any]) -> None:
+            if (product := products.get(node)) is not None:
+                y8 = value
+                if full_args(node)[RESIDUAL] is not None:
+                    y8 = _multiply(node, env.__getitem__)
+                for part in product.parts:
+                    found(self._parts.index(part), y8[..., part.columns])
+
+        return Watched(self._int8, after).run(*args)
+
+
+def _without_residual(product: Node) -> tuple[Any, ...]:
+    arguments = list(full_args(product))
+    arguments[RESIDUAL] = None
+    return tuple(arguments)
+
+
+def _multiply(product: Node, value: Callable[[Node], Any]) -> Tensor:
+    """int8_linear on these values, without its residual."""
+    y8: Tensor = int8_linear(*map_arg(_without_residual(product), value))
+    return y8

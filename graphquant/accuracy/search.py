@@ -1,0 +1,148 @@
+"""The search of `graphquant.fit_budget`: which linears to leave in float.
+
+Errors of linears add up in the outputs nearly as powers of independent noise do, so a linear that
+makes much of it alone makes much of it among others. The order is that of
+
+    loss with this linear alone in int8 / what leaving it in float costs
+
+and then whole sets are tried, the others in int8: first parts of that order, by bisection, then
+without one linear after the other, to give back what is not needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from tqdm import tqdm
+
+from graphquant.accuracy.budget import Metric
+from graphquant.accuracy.compare import Call, Tally, copies, kept, own_generators
+from graphquant.accuracy.pair import Pair
+from graphquant.capture.tracing import Trace, root_of
+from graphquant.config import Config
+from graphquant.errors import GraphquantError
+from graphquant.failure import stage
+from graphquant.ir.captured import Captured
+from graphquant.ir.interpret import Paths
+from graphquant.report import Outcome, Report
+
+Quality = Callable[[frozenset[str]], float]  # with the linears at these paths in float
+_LEAST = 1e-9  # of the cost of all: what costs nothing to leave in float is still compared by loss
+
+
+class Found(NamedTuple):
+    """The linears to leave in float, all others in the order in which they would be next, and for
+    all what the outputs reach with it alone in int8."""
+
+    left: list[str]
+    others: list[str]
+    alone: dict[str, float]
+
+
+def search(
+    costs: Mapping[str, float], quality: Quality, loss: Callable[[float], float], goal: float
+) -> Found:
+    """Few linears to leave in float, for quality(they) >= goal.
+
+    costs  of leaving each linear in float, in any unit
+
+    Raises GraphquantError if not even all of them suffice.
+    """
+    every = frozenset(costs)
+    if not (best := quality(every)) >= goal:
+        raise GraphquantError(
+            f"this budget cannot be kept: with every linear in float the outputs reach {best:g}, "
+            f"less than {goal:g}. Does the model compute the same when it is called twice?"
+        )
+    floor = _LEAST * sum(max(c, 0.0) for c in costs.values()) or 1.0
+    alone = {path: quality(every - {path}) for path in costs}
+    gain = {path: loss(alone[path]) / max(costs[path], floor) for path in costs}
+    ranked = sorted(costs, key=lambda path: gain[path], reverse=True)
+    low, high = 0, len(ranked)
+    while low < high:
+        middle = (low + high) // 2
+        if quality(frozenset(ranked[:middle])) >= goal:
+            high = middle
+        else:
+            low = middle + 1
+    left = ranked[:high]
+    for path in sorted(left, key=lambda path: costs[path], reverse=True):
+        fewer = [other for other in left if other != path]
+        if quality(frozenset(fewer)) >= goal:
+            left = fewer
+    return Found(left, [path for path in ranked if path not in left], alone)
+
+
+class Trials:
+    """A model with any of its linears in int8 and the others in float, run on these calls.
+
+    What it returned in float is kept. Stacked siblings may be of both kinds; they are smoothed and
+    scaled as if all were in int8, which is nearly what becomes of them.
+    """
+
+    def __init__(self, model: Callable[..., Any], calls: Sequence[Call], config: Config) -> None:
+        self._model, self._calls, self._config = model, calls, config
+        self._paths = Paths(root_of(model))
+        self._sites: dict[str, list[tuple[Outcome, float]]] = {}  # and the share of its product
+        self._int8: Collection[str] = ()
+        self.trace = Trace(self._take, "fit_budget")
+        self._wanted: list[dict[str, Tensor]] = []
+
+    def _take(self, captured: Captured, gm: GraphModule) -> tuple[Report, Callable[..., Any]]:
+        with stage("the pairing of float and int8"):
+            pair = Pair(captured, self._config, self._paths)
+        here: dict[str, list[tuple[Outcome, float]]] = {}
+        for product in pair.products:
+            width = sum(outcome.N for outcome in product)
+            for outcome in product:
+                here.setdefault(outcome.path, []).append((outcome, outcome.N / width))
+        for path, outcomes in here.items():
+            self._sites.setdefault(path, outcomes)
+        return pair.report, lambda *args: pair.run_mixed(args, lambda o: o.path in self._int8)
+
+    def _run(self, int8: Collection[str]) -> Iterator[Any]:
+        """What each call returns, one after the other."""
+        self._int8 = int8
+        for args, kwargs in self._calls:
+            with torch.no_grad(), own_generators():
+                result = self.trace(self._model, *copies(args, kwargs))
+            yield result
+
+    def costs(self) -> dict[str, float]:
+        """What leaving the linears at a path in float costs: microseconds as measured, if all int8
+        linears of the model were; else FLOPs."""
+        if not self._wanted:
+            self._wanted = [kept(result) for result in self._run(())]
+        every = [outcome for site in self._sites.values() for outcome, _ in site]
+        timed = all(outcome.float_us > 0 for outcome in every)
+
+        def cost(outcome: Outcome, share: float) -> float:
+            return (outcome.float_us - outcome.int8_us) * share if timed else outcome.flops
+
+        return {path: sum(cost(*one) for one in site) for path, site in self._sites.items()}
+
+    def flops(self, path: str) -> int:
+        return sum(outcome.flops for outcome, _ in self._sites[path])
+
+    def quality(self, metric: Metric, in_float: frozenset[str]) -> float:
+        """How exact the outputs are with these in float and all others in int8."""
+        tally = Tally()
+        for got, want in zip(self._run(self._sites.keys() - in_float), self._wanted, strict=True):
+            tally.outputs(got, want)
+        return metric(tally.result(Report(())).outputs)
+
+    def search(self, metric: Metric, goal: float, *, progress: bool) -> Found:
+        costs, known = self.costs(), dict[frozenset[str], float]()
+        with tqdm(desc="fit_budget", unit="run", disable=not progress) as bar:
+
+            def quality(in_float: frozenset[str]) -> float:
+                if in_float not in known:
+                    known[in_float] = self.quality(metric, in_float)
+                    bar.update()
+                return known[in_float]
+
+            return search(costs, quality, metric.loss, goal)

@@ -1,0 +1,55 @@
+"""A graph that runs as Dynamo gave it, all of it in float, and its report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from graphquant.capture.sources import linears_of
+from graphquant.config import strict
+from graphquant.errors import CaptureError
+from graphquant.failure import NEVER_CAUGHT, what_failed, what_to_do
+from graphquant.ir.graph import hint
+from graphquant.report import Outcome, Report
+
+
+def or_in_float(
+    gm: GraphModule, attempt: Callable[[], tuple[Report, Callable[..., Any]]]
+) -> tuple[Report, Callable[..., Any] | None]:
+    """attempt(), or (why this graph runs in float, None).
+
+    Dynamo's graph itself must not be changed in it. Of what has failed nothing is kept alive: it
+    may have lacked the memory.
+    """
+    try:
+        return attempt()
+    except CaptureError as why:
+        return left_in_float(gm, why), None
+    except NEVER_CAUGHT:
+        raise
+    except Exception as error:
+        if strict():
+            raise
+        return left_in_float(gm, f"{what_failed(error)}. {what_to_do(error)}"), None
+
+
+def left_in_float(gm: GraphModule, why: object) -> Report:
+    """Every linear of Dynamo's graph is float for this reason."""
+    outcomes = (
+        Outcome("linear", path, node.name, (), str(why), *_sizes(node))
+        for node, path in linears_of(gm)
+    )
+    return Report(tuple(outcomes), notes=Report.left(why).notes)
+
+
+def _sizes(linear: Node) -> tuple[int, int, int]:
+    """M, N, K; zeros if they are not known."""
+    values = [a.meta.get("example_value") for a in linear.args[:2] if isinstance(a, Node)]
+    if len(values) < 2 or not all(isinstance(v, Tensor) and v.dim() for v in values):
+        return 0, 0, 0
+    x, weight = ([hint(n) for n in v.shape] for v in values if v is not None)
+    return prod(x[:-1]), weight[0] if len(weight) > 1 else 1, x[-1]

@@ -1,0 +1,166 @@
+"""A rewritten model as an ExportedProgram: int8 weights are its buffers, float ones are gone.
+
+The rewritten graph becomes a module that owns its packed weights, and torch.export takes that: so
+what comes out is a program like any other, with torch's own checks of its inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain, count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.utils._pytree import tree_leaves
+from torch.utils._sympy.numbers import int_oo
+
+from graphquant.capture.aten import from_export
+from graphquant.config import Config
+from graphquant.errors import UnsupportedInputError
+from graphquant.failure import stage
+from graphquant.ir.captured import Captured
+from graphquant.ir.graph import operand
+from graphquant.passes.pipeline import LINEARS, rewrite
+from graphquant.passes.prepack import prepack
+from graphquant.report import Report
+
+
+def to_program(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    dynamic_shapes: Any,
+    config: Config,
+) -> tuple[ExportedProgram, Report]:
+    """Export, rewrite, pack, and export what came of it."""
+
+    def exported(module: nn.Module, sizes: Any) -> ExportedProgram:
+        return torch.export.export(
+            module, tuple(args), dict(kwargs), dynamic_shapes=sizes, strict=False
+        )
+
+    with torch.no_grad():
+        program = exported(model, dynamic_shapes)
+        with stage("capture"):
+            captured = from_export(program)
+        if captured is None:  # a program of numbers only
+            return program, Report(())
+        sizes = _sizes(program, tree_leaves((tuple(args), dict(kwargs))))
+        report = rewrite(captured, config)
+        with stage("packing"):
+            module = packed(captured)
+        with stage("the export of the int8 graph"):
+            int8 = exported(module, sizes)
+    return int8, report
+
+
+def _sizes(program: ExportedProgram, inputs: Sequence[Any]) -> ShapesCollection:
+    """Which sizes of the inputs may be others, as the program found: it may have narrowed what it
+    was told, and its graph is right for those sizes alone."""
+    placeholders = program.graph.find_nodes(op="placeholder")[-len(inputs) or None :]
+    dims: dict[Any, Any] = {}
+
+    def dim(size: torch.SymInt) -> Any:
+        """A Dim, or a * Dim + b."""
+        (symbol,) = (expr := size.node.expr).free_symbols
+        if symbol not in dims:
+            found = program.range_constraints[symbol]
+            top = None if found.upper >= int_oo else int(found.upper)
+            dims[symbol] = Dim(str(symbol), min=int(found.lower), max=top)
+        if expr == symbol:
+            return dims[symbol]
+        return int(expr.coeff(symbol, 1)) * dims[symbol] + int(expr.coeff(symbol, 0))
+
+    sizes = ShapesCollection()
+    for node, value in zip(placeholders, inputs, strict=True):
+        if isinstance(value, Tensor):
+            found = enumerate(node.meta["val"].shape)
+            sizes[value] = {i: dim(n) for i, n in found if not is_concrete_int(n)}
+    return sizes
+
+
+def require_program(entry: str, program: object) -> None:
+    """Raises UnsupportedInputError, in the name of an entry, for what is no exported program."""
+    if not isinstance(program, ExportedProgram):
+        raise UnsupportedInputError(
+            f"{entry} needs what graphquant.export returned, got {type(program).__name__}"
+        )
+
+
+def packed(captured: Captured) -> GraphModule:
+    """The rewritten graph as a module with packed weights in buffers: "layers.0.fc1.wq"."""
+    gm, graph = captured.gm, captured.gm.graph
+    theirs = {id(t) for t in chain(gm.parameters(), gm.buffers())}
+    first = next(iter(graph.nodes))
+
+    def new_input(name: str) -> Node:
+        gm.register_buffer(name, torch.empty(0))  # until its values are known
+        with graph.inserting_before(first):
+            return graph.create_node("get_attr", name, name=name)
+
+    for packing in prepack(captured, new_input):
+        values = packing.recipe.compute([captured.parameters[r].detach() for r in packing.roots])
+        path = _path(packing.inputs)
+        for node, value in zip(packing.inputs, values, strict=True):
+            if node.users:  # a quantiser of nothing but weights was packed with its result
+                node.target = _keep(gm, f"{path}.{operand(node, next(iter(node.users)))}", value)
+    graph.eliminate_dead_code()
+    graph.lint()
+    module = GraphModule(gm, graph)  # holds what the graph reads, and nothing else
+    _copy(module, theirs)
+    return module
+
+
+def _path(inputs: Sequence[Node]) -> str:
+    """Of the linears that are one product, whose weights these are: "layers.0.q_proj_k_proj"."""
+    readers = dict.fromkeys(user for node in inputs for user in node.users)
+    paths: list[str] = [
+        outcome.path for r in readers for outcome, _ in r.meta.get(LINEARS, ())
+    ] or ["packed"]
+    parents = {path.rpartition(".")[0] for path in paths}
+    if len(parents) > 1:
+        return paths[0]
+    return ".".join(filter(None, (*parents, "_".join(path.rpartition(".")[2] for path in paths))))
+
+
+def _keep(root: nn.Module, name: str, value: Tensor) -> str:
+    """Make it a buffer, under this name if that is free."""
+    *path, last = name.split(".")
+    taken: list[str] = []
+    owner = root
+    for part in path:
+        found = (n for n in _numbered(part) if isinstance(getattr(owner, n, owner), nn.Module))
+        taken.append(next(found))
+        if not hasattr(owner, taken[-1]):
+            owner.add_module(taken[-1], nn.Module())
+        owner = owner.get_submodule(taken[-1])
+    free = next(n for n in _numbered(last) if not hasattr(owner, n))
+    owner.register_buffer(free, value)
+    return ".".join((*taken, free))
+
+
+def _numbered(name: str) -> chain[str]:
+    return chain([name], (f"{name}_{i}" for i in count(1)))
+
+
+def _copy(module: nn.Module, theirs: set[int]) -> None:
+    """Copies of these tensors, for which no gradient is kept, in place of them: the module does not
+    follow a model that changes."""
+    copies: dict[int, Tensor] = {}
+    held: list[dict[str, Any]] = []
+    for owner in module.modules():
+        held += (owner._parameters, owner._buffers)
+    for table in held:
+        for name, tensor in table.items():
+            if id(tensor) not in theirs:
+                continue
+            if id(tensor) not in copies:
+                with torch.inference_mode(False):
+                    copy = tensor.detach().clone()
+                is_parameter = isinstance(tensor, nn.Parameter)
+                copies[id(tensor)] = nn.Parameter(copy, False) if is_parameter else copy
+            table[name] = copies[id(tensor)]

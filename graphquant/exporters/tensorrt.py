@@ -1,0 +1,210 @@
+"""A static program with quantise and dequantise nodes around its linears, for TensorRT to fuse.
+
+graphquant's ops become float ops, and what made int8 of a value becomes a pair of nodes:
+
+    x   Q(x) = clamp(round(x / s), -128, 127),  DQ(q) = q s     one s for the tensor, no zero point
+    W   DQ(wq) = wq w_scale                                     one for each output channel
+    y   linear(DQ(Q(x)), DQ(wq), bias) + residual               in floats
+
+A static range [low, high] is quantised around its middle by graphquant, in steps of (high - low) /
+254; TensorRT knows no zero point:
+
+    s = max(|low|, |high|) / 127
+
+which is the same step for a range that is symmetric, and twice as large for one on one side of zero
+(what a GELU or a ReLU returns): up to one bit. Within the range the two differ by at most half a
+step of each. Beyond it graphquant clips at `low` and `high`, TensorRT at -128 s and 127 s.
+
+Norms and activations are computed in the dtype of what they read, as in the float model, and no
+longer in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from graphquant.errors import MissingPackageError, OptionError, UnsupportedInputError
+from graphquant.exporters.program import require_program
+from graphquant.exporters.scales import dynamic_linears
+from graphquant.ops import (
+    act_quantize,
+    attention,
+    glu_quantize,
+    int8_linear,
+    norm_quantize,
+    norm_quantize_keep,
+    quantize,
+)
+from graphquant.ops.numerics import MIN_ABSMAX, QMAX
+
+QMIN = -128  # TensorRT's, of activations; weights have none below -127
+
+# in ops that converters know: those of numerics.ACTIVATIONS are written to be exact
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": F.silu,
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x) * F.relu(x),
+}
+
+
+def qdq(program: ExportedProgram, *, ops: str = "modelopt") -> ExportedProgram:
+    """The program with quantise and dequantise nodes in place of graphquant's ops.
+
+    program  graphquant.export(model, ..., activation="static", calibration=...); it stays as it is
+    ops      how the nodes are spelled. "modelopt": `torch.ops.tensorrt.quantize_op` of NVIDIA's
+             ModelOpt, the only ones that Torch-TensorRT converts; they run on CUDA. "torch":
+             `torch.ops.quantized_decomposed`, which run everywhere and compute the same: how exact
+             the engine will be
+
+    Inputs, outputs, dynamic shapes and the int8 weights are those of the program. Activations
+    become symmetric, which costs up to one bit where a range is one-sided:
+    graphquant/exporters/tensorrt.py has the equations.
+
+    Raises UnsupportedInputError for what is no ExportedProgram, and for one with a scale for each
+    token, which TensorRT's nodes cannot have; OptionError for other `ops`; MissingPackageError
+    where ModelOpt is not installed.
+    """
+    require_program("tensorrt.qdq", program)
+    if ops not in _NODES:
+        raise OptionError(f"ops={ops!r} is not one of {', '.join(map(repr, _NODES))}")
+    if dynamic := list(dynamic_linears(program)):
+        named = ", ".join(dynamic[:3]) + (", ..." if len(dynamic) > 3 else "")
+        raise UnsupportedInputError(
+            f"{len(dynamic)} int8 linears have a scale for each token ({named}), "
+            'TensorRT\'s nodes one for the tensor: export with activation="static" and '
+            "calibration=graphquant.calibrate(model, batches), and leave in float by `exclude` "
+            "what the calibration does not know"
+        )
+    converted: ExportedProgram = program.run_decompositions(_Floats(_NODES[ops]()).table())
+    return converted
+
+
+class _Nodes(Protocol):
+    """How Q and DQ are spelled."""
+
+    def activation(self, x: Tensor, absmax: float) -> Tensor:
+        """DQ(Q(x)) with absmax = 127 s, in x's dtype."""
+        ...
+
+    def weight(self, wq: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """DQ(wq) [N, K] in this dtype."""
+        ...
+
+
+class _Torch:
+    def __init__(self) -> None:
+        import torch.ao.quantization.fx._decomposed  # registers the ops
+
+        self.ops = torch.ops.quantized_decomposed
+
+    def activation(self, x: Tensor, absmax: float) -> Tensor:
+        steps = absmax / QMAX, 0, QMIN, QMAX, torch.int8
+        q = self.ops.quantize_per_tensor(x, *steps)
+        return self.ops.dequantize_per_tensor(q, *steps, out_dtype=x.dtype)  # type: ignore[no-any-return]
+
+    def weight(self, wq: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.ops.dequantize_per_channel(  # type: ignore[no-any-return]
+            wq, w_scale, None, 0, -QMAX, QMAX, torch.int8, out_dtype=dtype
+        )
+
+
+class _ModelOpt:
+    """One node is Q and DQ at once, of weights as well: TensorRT makes the int8 again, the same."""
+
+    def __init__(self) -> None:
+        try:
+            import modelopt.torch.quantization  # noqa: F401 registers the ops
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != "modelopt":
+                raise
+            raise MissingPackageError(
+                "Torch-TensorRT converts the quantisation ops of NVIDIA's ModelOpt, which is not "
+                'installed: pip install "graphquant[tensorrt]". ops="torch" gives a program that '
+                "needs neither, to look at its accuracy"
+            ) from error
+        self.op = torch.ops.tensorrt.quantize_op
+
+    def activation(self, x: Tensor, absmax: float) -> Tensor:
+        return self._fake(x, torch.full((), absmax, dtype=torch.float32, device=x.device))
+
+    def weight(self, wq: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
+        w_scale = w_scale[:, None]
+        return self._fake((wq * w_scale).to(dtype), w_scale * QMAX)
+
+    def _fake(self, x: Tensor, absmax: Tensor) -> Tensor:
+        bits, exponent_bits, unsigned, narrow_range = 8, 0, False, False
+        return self.op(x, absmax, bits, exponent_bits, unsigned, narrow_range)  # type: ignore[no-any-return]
+
+
+_NODES: dict[str, Callable[[], _Nodes]] = {"modelopt": _ModelOpt, "torch": _Torch}
+
+
+class _Floats:
+    """graphquant's ops in float ops and nodes. What stands for xq is x itself, after its nodes."""
+
+    def __init__(self, nodes: _Nodes) -> None:
+        self.nodes = nodes
+
+    def table(self) -> dict[Any, Callable[..., Any]]:
+        """For run_decompositions."""
+        return {
+            quantize.target: self.rows,
+            norm_quantize.target: lambda *a: self.rows(_norm(*a[:5]), *a[5:]),
+            norm_quantize_keep.target: self.norm_keep,
+            act_quantize.target: lambda x, act, *told: self.rows(_ACTIVATIONS[act](x), *told),
+            glu_quantize.target: lambda gate, up, act, *told: self.rows(
+                _ACTIVATIONS[act](gate) * up, *told
+            ),
+            int8_linear.target: self.linear,
+            attention.target: lambda q, k, v, scale, tile: F.scaled_dot_product_attention(
+                q, k, v, scale=scale
+            ),
+        }
+
+    def rows(
+        self, x: Tensor, factor: Tensor | None, low: float, high: float, clip: None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if factor is not None:
+            x = (x * factor).to(x.dtype)
+        x = self.nodes.activation(x, max(-low, high, MIN_ABSMAX))
+        return x, x[..., :1], x[..., :1]  # in place of a scale and a shift: not read any more
+
+    def norm_keep(self, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        y, (dtype, *told) = _norm(*args[:5]), args[5:]
+        return y.to(dtype), *self.rows(y, *told)
+
+    def linear(
+        self,
+        x: Tensor,
+        x_scale: Tensor,
+        x_shift: Tensor,
+        wq: Tensor,
+        w_scale: Tensor,
+        w_sum: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        if x.dtype == torch.int8:  # of parameters alone, quantised when the program was packed
+            x = x * x_scale + x_shift
+        bias = None if bias is None else bias.to(dtype)
+        y = F.linear(x.to(dtype), self.nodes.weight(wq, w_scale, dtype), bias)
+        return y if residual is None else (y + residual).to(dtype)
+
+
+def _norm(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, rms: bool) -> Tensor:
+    gamma, beta = (None if t is None else t.to(x.dtype) for t in (gamma, beta))
+    if not rms:
+        return F.layer_norm(x, x.shape[-1:], gamma, beta, eps)
+    y = F.rms_norm(x, x.shape[-1:], gamma, eps)
+    return y if beta is None else y + beta

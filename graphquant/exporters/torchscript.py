@@ -1,0 +1,104 @@
+"""An exported program as TorchScript, for hosts that still load that.
+
+torch.jit.trace follows sizes through methods of tensors, `x.size(0)` and `x.reshape(n, -1)`, but
+not through calls of overloads such as aten.sym_size.int: what these return are numbers to it, those
+of the example, for good. So calls that give or take a dynamic size become methods first.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+
+from graphquant.capture.aten import without_checks
+from graphquant.errors import UnsupportedInputError
+from graphquant.exporters.program import require_program
+from graphquant.ir.graph import aten, is_call
+
+CHECKS = (
+    aten._assert_scalar.default,
+    aten._assert_async.msg,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+)
+
+
+def torchscript(program: ExportedProgram) -> torch.jit.ScriptModule:
+    """The program as a traced TorchScript module: `.save(path)` it, `torch.jit.load(path)` it.
+
+    program  what `graphquant.export` returned; it stays as it is, and its example inputs are those
+             of the trace
+
+    It takes the model's arguments by position or by name, and returns plain dicts, tuples and
+    tensors. What was dynamic in the export is dynamic in the trace. Its weights are the program's
+    own tensors until it is saved.
+
+    A process that loads the file has to import graphquant first, for its ops; so it needs Python.
+    torch itself deprecates TorchScript: where you can choose, save the program.
+
+    Raises UnsupportedInputError for what is no ExportedProgram, and for one without example inputs
+    or with ones that are not tensors; and what torch.jit.trace raises.
+    """
+    require_program("torchscript", program)
+    if program.example_inputs is None:
+        raise UnsupportedInputError("torchscript needs a program with example inputs")
+    gm = without_checks(program)
+    _with_traced_sizes(gm)
+    args, kwargs = program.example_inputs
+    inputs = {**dict(zip(inspect.signature(gm.forward).parameters, args, strict=False)), **kwargs}
+    if strange := [name for name, x in inputs.items() if not isinstance(x, Tensor)]:
+        raise UnsupportedInputError(
+            f"torchscript takes tensors alone, but {strange[0]} is "
+            f"{type(inputs[strange[0]]).__name__}: wrap the model in a module that sets it"
+        )
+    with torch.no_grad():
+        traced: torch.jit.ScriptModule = torch.jit.trace(
+            gm.eval(),
+            example_kwarg_inputs=inputs,
+            strict=False,  # a dict may be returned
+            check_trace=False,  # it would run the model twice more
+        )
+    return traced
+
+
+def _with_traced_sizes(gm: GraphModule) -> None:
+    """Calls that give or take a dynamic size as functions that torch.jit.trace follows."""
+    graph = gm.graph
+    for check in CHECKS:
+        for node in graph.find_nodes(op="call_function", target=check):
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    for node in graph.nodes:
+        if node.op == "call_function" and any(map(_is_size, (node, *node.all_input_nodes))):
+            node.target = _traced(node)
+    gm.recompile()
+
+
+def _is_size(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.SymInt)
+
+
+def _traced(node: Node) -> Any:
+    """The same function by another name: torch.Tensor's, or torch's."""
+    if is_call(node, aten.sym_size.int):
+        return torch.Tensor.size
+    if is_call(node, aten.sym_numel.default):
+        return torch.Tensor.numel
+    if is_call(node, aten.slice.Tensor):
+        return _slice
+    if not isinstance(node.target, torch._ops.OpOverload):  # arithmetic on sizes
+        return node.target
+    name = node.target._schema.name.removeprefix("aten::")
+    for owner in (torch.Tensor, torch):
+        if (found := getattr(owner, name, None)) is not None:
+            return found
+    return node.target
+
+
+def _slice(x: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1) -> Tensor:
+    return x[(slice(None),) * (dim % x.dim()) + (slice(start, end, step),)]

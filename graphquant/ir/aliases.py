@@ -1,0 +1,142 @@
+"""Which values of a graph share memory, and which are written in place."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._pytree import tree_leaves
+
+from graphquant.ir.graph import aten, full_args, is_tensor, nodes_in
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Do two fake values lie in memory alike: sizes, strides, offset, and how much there is of it?
+
+    Of sizes that are symbols: only what is known without a guard.
+    """
+    return a.dim() == b.dim() and all(
+        statically_known_true(m == n) for m, n in zip(_layout(a), _layout(b), strict=True)
+    )
+
+
+def _layout(value: Tensor) -> tuple[Any, ...]:
+    storage = value.untyped_storage().nbytes() if _storage(value) is not None else 0
+    return (*value.shape, *value.stride(), value.storage_offset(), storage)
+
+
+def writes(node: Node) -> list[Node]:
+    """The arguments whose memory this node writes to."""
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return _written_inside(node)
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target in _WRITES_NO_VALUE:
+        return []
+    schema, arguments = node.target._schema, full_args(node)
+    named = {a.name: value for a, value in zip(schema.arguments, arguments, strict=True)}
+    if schema.is_mutable:
+        mutable = [a for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+        return [n for a in mutable for n in nodes_in(named[a.name])]
+    if any(named.get(flag) is True for flag in _UPDATES_STATISTICS):
+        return [n for name in _STATISTICS for n in nodes_in(named.get(name))]
+    return []
+
+
+_WRITES_NO_VALUE = frozenset({aten.detach_.default})  # it changes what autograd knows
+
+
+# batch_norm, instance_norm and their kin update these without a word of it in their schemas
+_STATISTICS = ("running_mean", "running_var")
+
+
+_UPDATES_STATISTICS = ("training", "train", "use_input_stats")
+
+
+def _written_inside(node: Node) -> list[Node]:
+    """What a higher-order op writes to: all that it reads, if any of its graphs writes at all."""
+    root = node.graph.owning_module
+    read = [n for n in node.all_input_nodes if is_tensor(n)]
+    names = [n.target for n in node.all_input_nodes if n.op == "get_attr"]
+    inner = [g for name in names if isinstance(g := getattr(root, str(name), None), GraphModule)]
+    if any(writes(n) for g in inner for n in g.graph.nodes):
+        return read
+    return read if "mutation" in node.target.name() else []  # type: ignore[union-attr]  # Triton's
+
+
+def memory(node: Node) -> frozenset[int]:
+    """The storages in which the value of a node lies. Empty where none is known."""
+    return memory_of(node.meta.get("val"))
+
+
+def memory_of(value: object) -> frozenset[int]:
+    """The storages of a fake value, or of several."""
+    values = [value] if isinstance(value, Tensor) else tree_leaves(value)
+    return frozenset(at for v in values if (at := _storage(v)) is not None)
+
+
+def _storage(value: object) -> int | None:
+    if not isinstance(value, Tensor):
+        return None
+    try:
+        return int(value.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse tensors and subclasses have none
+        return None
+
+
+def may_alias(node: Node) -> list[Node]:
+    """The inputs whose memory this node's value may share.
+
+    What its fake value lies in says so, and the schema: einsum, meshgrid or broadcast_tensors
+    return views that their schemas do not declare; and a reshape that copied when the model was
+    traced may return a view once a rule has changed how its input lies in memory.
+    """
+    if node.op != "call_function":
+        return []
+    declared: list[Node] = []
+    if isinstance(node.target, torch._ops.OpOverload):
+        for argument, given in zip(node.target._schema.arguments, full_args(node), strict=True):
+            if argument.alias_info is not None:
+                declared += nodes_in(given)
+    elif node.target is operator.getitem:
+        declared = node.all_input_nodes
+    own = memory(node)
+    return [i for i in node.all_input_nodes if i in declared or not own.isdisjoint(memory(i))]
+
+
+def families(graph: Graph) -> Callable[[Node], Node]:
+    """Values that may share memory have one head."""
+    family: dict[Node, Node] = {}
+    first: dict[int, Node] = {}
+
+    def head(n: Node) -> Node:
+        while n in family:
+            n = family[n]
+        return n
+
+    for node in graph.nodes:
+        here = (first.setdefault(at, node) for at in memory(node))  # inputs share memory as well
+        for other in (*may_alias(node), *here):
+            if head(node) is not head(other):
+                family[head(node)] = head(other)
+    return head
+
+
+def written_in_place(graph: Graph) -> set[Node]:
+    """Every value whose memory some node of the graph writes to, through any alias of it."""
+    targets = [n for node in graph.nodes for n in writes(node)]
+    if not targets:
+        return set()
+    head = families(graph)
+    written = {head(n) for n in targets}
+    return {n for n in graph.nodes if head(n) in written}
+
+
+def leaving(graph: Graph) -> set[Node]:
+    """Every value whose memory the caller gets to see, through any alias of it."""
+    head = families(graph)
+    returned = {head(n) for n in graph.output_node().all_input_nodes}
+    return {n for n in graph.nodes if head(n) in returned}

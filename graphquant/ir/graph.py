@@ -1,0 +1,192 @@
+"""Questions about a graph. Nothing here changes one.
+
+The graph is pre-dispatch ATen: `aten.linear`, `aten.layer_norm`, `aten.gelu` and
+`aten.scaled_dot_product_attention` are single nodes, parameters are inputs (or attributes), and
+every node carries a fake tensor in `meta["val"]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from graphquant.ir.contexts import region_of, sets_state
+
+aten = torch.ops.aten
+
+LINEAR = aten.linear.default
+SDPA = aten.scaled_dot_product_attention.default
+RESIDUAL = 7  # among the arguments of int8_linear
+MODULE = "graphquant_module"  # meta of a node: the path of the module that calls it (paths.py)
+LITERAL = "graphquant_literal"  # meta of an attribute that is no parameter: its tensor
+
+
+def is_call(value: object, *targets: Any) -> TypeGuard[Node]:
+    """Is this a node that calls one of these functions?"""
+    return isinstance(value, Node) and value.op == "call_function" and value.target in targets
+
+
+def full_args(node: Node) -> tuple[Any, ...]:
+    """All arguments in schema order, defaults filled in."""
+    assert isinstance(node.target, torch._ops.OpOverload), node
+    return tuple(
+        node.args[i] if i < len(node.args) else node.kwargs.get(a.name, a.default_value)
+        for i, a in enumerate(node.target._schema.arguments)
+    )
+
+
+def operand(value: Node, reader: Node) -> str:
+    """What this reader of the value calls it: "wq"."""
+    assert isinstance(reader.target, torch._ops.OpOverload), reader
+    for argument, given in zip(reader.target._schema.arguments, full_args(reader), strict=True):
+        if value in nodes_in(given):
+            return argument.name
+    raise AssertionError(f"{reader.name} does not read {value.name}")
+
+
+def nodes_in(argument: Any) -> list[Node]:
+    """The nodes in an argument, which may be a list of them, in order."""
+    found: list[Node] = []
+    map_arg(argument, found.append)
+    return found
+
+
+def fake_result(mode: FakeTensorMode, target: Any, args: Any, kwargs: Any) -> Any:
+    """What a call computes, as a fake value, from the fake values of its arguments.
+
+    With the Python dispatcher, as in tracing: some of torch's C++ composites (matmul in torch 2.11)
+    ask for sizes that are symbols here.
+    """
+    args, kwargs = map_arg((args, kwargs), lambda n: n.meta["val"])
+    with mode, enable_python_dispatcher():
+        return target(*args, **kwargs)
+
+
+def is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
+
+
+def shape(node: Node) -> tuple[Any, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+def dtype(node: Node) -> torch.dtype:
+    result: torch.dtype = node.meta["val"].dtype
+    return result
+
+
+def hint(size: int | torch.SymInt) -> int:
+    """The size seen at compile time. Adds no guard; 0 where torch has none (unbacked or ragged)."""
+    if isinstance(size, torch.SymInt):
+        seen = size.node.hint
+        return seen if isinstance(seen, int) else 0  # the ragged size of a nested tensor is none
+    return int(size)
+
+
+def between(out: Node, x: Node) -> list[Node]:
+    """What is computed on the way from x to out, without these two."""
+    found: dict[Node, bool] = {x: True, out: False}
+
+    def from_x(node: Node) -> bool:
+        if node not in found:
+            inputs = node.all_input_nodes if node > x else []
+            found[node] = sum(map(from_x, inputs)) > 0  # all of them, not up to the first
+        return found[node]
+
+    for i in out.all_input_nodes:
+        from_x(i)
+    return [n for n, is_ in found.items() if is_ and n is not x]
+
+
+def only_user(node: Node) -> Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+_DROPOUTS = frozenset(
+    getattr(aten, f"{kind}dropout{in_place}").default
+    for kind in ("", "feature_", "alpha_")
+    for in_place in ("", "_")
+)
+
+
+def drops_nothing(node: Node) -> bool:
+    """A dropout that returns what it is given, itself: fake values say that it is a copy."""
+    if not is_call(node, *_DROPOUTS):
+        return False
+    _, p, train = full_args(node)
+    return not train or p == 0
+
+
+def is_random(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def autocast_at(node: Node) -> ExitStack:
+    """The autocast regions that a node stands in: new fake values get the types of a real run."""
+    with ExitStack() as opened:
+        for args in region_of(node).autocast:
+            opened.enter_context(torch.autocast(*args))
+        return opened.pop_all()
+
+
+def is_impure(node: Node) -> bool:
+    """Does this node do more than compute its value? Then it stays, read or not.
+
+    torch's own answer knows neither the contexts that are kept nor every op that returns nothing.
+    """
+    if node.is_impure() or sets_state(node):
+        return True
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return "val" in node.meta and node.meta["val"] is None
+    return isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.returns
+
+
+def drop_dead_code(graph: Graph) -> None:
+    """Erase what nobody reads and what does nothing but to draw random numbers."""
+
+    def stays(node: Node) -> bool:
+        return is_impure(node) and not (is_random(node) and not node.target._schema.is_mutable)  # type: ignore[union-attr]
+
+    graph.eliminate_dead_code(stays)
+
+
+def readers(node: Node) -> str:
+    """Who reads this value, for a sentence: "add, scaled_dot_product_attention"."""
+    names = dict.fromkeys(
+        "the output"
+        if u.op == "output"
+        else getattr(u.target, "__name__", str(u.target)).split(".")[0]
+        for u in node.users
+    )
+    return ", ".join(names) or "nothing"
+
+
+def described(node: Node, names: Mapping[Node, str]) -> str:
+    """What a value is, for a sentence: "bias" or "the result of gelu in encoder.layers.0"."""
+    if node in names:
+        return names[node]
+    if node.op != "call_function":
+        return "an input of the model"
+    op = getattr(node.target, "__name__", str(node.target)).split(".")[0]
+    path = module_path(node)
+    return f"the result of {op} in {path}" if path else f"the result of {op}"
+
+
+def module_path(node: Node) -> str:
+    """The path of the module that calls this, "encoder.layers.0.mlp"; "" if not known."""
+    return str(node.meta.get(MODULE, ""))
+
+
+def calls(graph: Graph, wanted: Callable[[Node], bool]) -> Iterator[Node]:
+    """The live nodes for which `wanted` holds, in order. The graph may change in between."""
+    for node in list(graph.nodes):
+        if not node._erased and node.op == "call_function" and wanted(node):
+            yield node

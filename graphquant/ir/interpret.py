@@ -1,0 +1,66 @@
+"""A captured graph, run with a view of every value, and the layers of a model that it runs for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+
+from graphquant.ir.paths import Places, moved_path, weight_path
+
+
+class Watched(Interpreter):
+    """Runs a graph and calls after(node, value, values of its inputs) behind every node. What that
+    returns, if it is not None, stands for the node's value from there on."""
+
+    def __init__(
+        self, gm: GraphModule, after: Callable[[Node, Any, Mapping[Node, Any]], Any]
+    ) -> None:
+        super().__init__(gm)
+        self._after = after
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        instead = self._after(n, value, self.env)
+        return value if instead is None else instead
+
+
+class Caller(NamedTuple):
+    """A linear of a captured graph.
+
+    path    its module path, as it was captured
+    name    of a parameter that its weight is computed from
+    weight  that parameter
+    place   which input of the graph that is
+    """
+
+    path: str
+    name: str
+    weight: Tensor
+    place: int
+
+
+class Paths:
+    """The module paths of a model's linears.
+
+    Layers may share one graph, which has the paths of the one that it was captured from; the
+    weights that it is called with tell which layer it is.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self._places = Places(model)
+        self._ran: set[str] = set()
+
+    def of(self, linear: Caller, args: Sequence[Any]) -> tuple[str, ...]:
+        """The path of this linear in a call of its graph, and behind it those of other linears with
+        the same weight."""
+        weight = args[linear.place]
+        names = self._places.names(weight)
+        if weight is linear.weight:
+            self._ran.add(linear.path)
+            tied = (path for path in map(weight_path, names) if path in self._ran)
+            return tuple(dict.fromkeys((linear.path, *tied)))
+        moved = (moved_path(linear.path, linear.name, n) for n in names)  # any, if it is tied
+        return tuple(dict.fromkeys(moved)) or (linear.path,)

@@ -1,0 +1,198 @@
+"""How Inductor's code calls our ops on CUDA: `site(stream, *tensors)`, with results it allocated.
+
+Left to itself, Inductor calls a custom op through torch's dispatcher and lets it allocate: 20 us of
+host time where a kernel runs 5. Here every call gets a Site of its own (ops/runtime/launch.py):
+after the first, a few lines of C read the addresses and launch. Results are Inductor's buffers, so
+its memory planning covers them. Symbolic sizes and C++ wrappers take the usual way,
+AOTInductor's packages that of packaged.py.
+
+What an activation's quantiser writes goes over what it reads, if that is large and read by nothing
+else: between two linears of an MLP the floats and the int8 of the widest value would stand side by
+side, more than the float model ever holds.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor import ir
+from torch._inductor.decomposition import register_decomposition
+from torch._inductor.lowering import (
+    add_layout_constraint,
+    fallback_handler,
+    lowerings,
+    register_lowering,
+)
+from torch._inductor.virtualized import V
+from torch.fx import Node
+
+from graphquant.lowering import aoti as packaged
+from graphquant.ops import act_quantize, attention, int8_linear
+from graphquant.ops.define import OPS, Op
+from graphquant.ops.numerics import OVERLAID, padded, row_stride
+
+aten = torch.ops.aten
+LOW = 3  # among the arguments of act_quantize
+LARGE = 2**26  # bytes: memory counts from here, and 5 us of host time do not
+
+
+@functools.cache
+def register() -> None:
+    """Tell Inductor, once in a process."""
+    for op in OPS.values():
+        if op.files:
+            add_layout_constraint(op.target, functools.partial(_constrain, op))
+            register_lowering(op.target, type_promotion_kind=None)(functools.partial(_lower, op))
+    register_decomposition([attention.target])(packaged.attention_of_torch)
+
+
+def _constrain(op: Op, node: Node, *args: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs as they were traced, strides included, where a kernel reads them in place."""
+
+    def one(value: Any, traced: Any) -> Any:
+        if not isinstance(value, ir.IRNode):
+            return value
+        fake = traced.meta["val"]
+        if isinstance(getattr(value, "data", None), _Overlay):
+            return value
+        if not _in_place(op, fake):
+            return ir.ExternKernel.require_contiguous(value)
+        return ir.ExternKernel.require_exact_strides(value, fake.stride())
+
+    return tuple(map(one, args, node.args)), {}
+
+
+def _lower(op: Op, *args: Any) -> Any:
+    results = V.graph.current_node.meta["val"]
+    fakes = results if isinstance(results, tuple) else (results,)
+    if V.graph.aot_mode:
+        if fakes[0].device.type == "cuda":
+            given = [_as_read(op, a) for a in op.full(V.graph.current_node.args)]
+            made = packaged.lower(op, given, op.full(args), fakes)
+            if made is not None:
+                return tuple(made) if isinstance(results, tuple) else made[0]
+        overload, args = op.typed(args)
+        return fallback_handler(overload, add_to_fallback_set=False)(*args)
+    if V.graph.cpp_wrapper or not _has_sites(fakes[0].device) or not all(map(_is_static, fakes)):
+        return fallback_handler(op.target, add_to_fallback_set=False)(*args)
+    over = _overlay(op, args[0], fakes[0])
+    buffers = [_empty(f) for f in fakes] if over is None else [over, *map(_empty, fakes[1:])]
+    _Call(op, *op.split(args), buffers)
+    return tuple(buffers) if isinstance(results, tuple) else buffers[0]
+
+
+def _has_sites(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _as_read(op: Op, traced: Any) -> Any:
+    """The fake value of an argument as `_constrain` has Inductor hand it over."""
+    value = traced.meta["val"] if isinstance(traced, Node) else traced
+    if not isinstance(value, Tensor) or _in_place(op, value):
+        return value
+    return aten.clone.default(value, memory_format=torch.contiguous_format)
+
+
+def _in_place(op: Op, fake: Tensor) -> bool:
+    """Do kernels read it as it lies? Not rows whose distance is a symbol: in a package they are
+    compiled for what divides it."""
+    return isinstance(row_stride(fake), int) if op.in_rows else fake.stride(-1) == 1
+
+
+def _is_static(fake: Tensor) -> bool:
+    return all(isinstance(n, int) for n in (*fake.shape, *fake.stride(), fake.numel()))
+
+
+def _empty(fake: Tensor) -> Any:
+    """A buffer of Inductor's with the layout of `fake`, the pads of int8 rows included."""
+    K = fake.shape[-1]
+    size, strides = fake.shape, fake.stride()
+    if fake.dtype == torch.int8:
+        size = torch.Size((*size[:-1], padded(K)))
+        strides = torch.empty(size, device="meta").stride()
+    made = lowerings[aten.empty_strided.default](
+        size, strides, dtype=fake.dtype, device=fake.device
+    )
+    return made if size[-1] == K else lowerings[aten.slice.Tensor](made, -1, 0, K)
+
+
+class _Overlay(ir.ReinterpretView):
+    """numerics.overlay of a buffer."""
+
+    def codegen_reference(self, writer: Any = None) -> str:
+        return f"graphquant_overlay({self.get_name()})"
+
+
+def _overlay(op: Op, x: Any, fake: Tensor) -> Any | None:
+    """Room for xq over x, or None if xq needs memory of its own."""
+    source = V.graph.current_node.args[0]
+    if op is not act_quantize or not isinstance(source, Node) or len(source.users) > 1:
+        return None
+    if op.full(V.graph.current_node.args)[LOW] is not None:
+        return None  # a static range: no program waits for its whole row
+    floats, storage = source.meta["val"], x.data
+    if source.target is not int8_linear.target or not isinstance(storage, ir.StorageBox):
+        return None  # may be the caller's own memory
+    if floats.itemsize != 2 or 2 * floats.numel() < LARGE or floats.shape[-1] not in OVERLAID:
+        return None
+    storage.realize()
+    strides = [2 * n for n in floats.stride()[:-1]]
+    layout = ir.FixedLayout(fake.device, fake.dtype, list(fake.shape), [*strides, 1])
+    return ir.TensorBox(_Overlay(data=storage, layout=layout))
+
+
+class _Call(ir.ExternKernel):
+    """One op call that fills buffers: for Inductor, a kernel that mutates them."""
+
+    def __init__(
+        self,
+        op: Op,
+        given: Sequence[Any],
+        constants: Sequence[Any],
+        results: Sequence[Any],
+    ) -> None:
+        tensors = [t for t in (*given, *results) if t is not None]
+        inputs = [self._input(t) for t in tensors]
+        self.device: Any = inputs[0].get_device()
+        super().__init__(None, ir.NoneLayout(device=self.device), inputs, tuple(constants))
+        self.op = op
+        self.is_given = [t is not None for t in (*given, *results)]
+        self.mutation_outputs = [
+            ir.MutationOutput(ir.NoneLayout(device=self.device), r, self) for r in results
+        ]
+        V.graph.register_operation(self)
+
+    def _input(self, value: Any) -> Any:
+        if isinstance(value.data, _Overlay):
+            return value.data
+        return self.unwrap_storage_for_input(self.realize_input(value))
+
+    def codegen(self, wrapper: Any) -> None:
+        buffer = self.mutation_outputs[0].get_mutation_names()[0]  # no other call fills it
+        name = f"graphquant_{self.op.name}_{buffer}"
+        wrapper.add_import_once("from graphquant.ops.define import site as graphquant_site")
+        if any(isinstance(i, _Overlay) for i in self.inputs):
+            wrapper.add_import_once(
+                "from graphquant.ops.numerics import overlay as graphquant_overlay"
+            )
+        constants = "".join(f", {c!r}" for c in self.constant_args)
+        wrapper.header.writeline(f"{name} = graphquant_site({self.op.name!r}{constants})")
+        inputs: Iterator[Any] = iter(self.inputs)
+        tensors = [next(inputs).codegen_reference() if is_ else "None" for is_ in self.is_given]
+        stream = "0"
+        if self.device.type == "cuda":
+            stream = wrapper.write_get_raw_stream(self.device.index, V.graph.name)
+        wrapper.writeline(f"{name}({', '.join((stream, *tensors))})")
+
+    def get_outputs(self) -> list[Any]:
+        return list(self.mutation_outputs)
+
+    def get_device(self) -> Any:
+        return self.device
+
+    def get_unbacked_symbol_defs(self) -> Any:
+        return torch.utils._ordered_set.OrderedSet()

@@ -1,0 +1,84 @@
+"""What runs the rewritten graph under torch.compile: Inductor, TensorRT, aot_eager or eager."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx import GraphModule, Node
+
+from graphquant.config import Config
+from graphquant.ir.graph import calls, full_args
+from graphquant.lowering import torch_tensorrt as tensorrt
+from graphquant.ops import int8_linear
+from graphquant.ops.int8_linear.tiled import Operands, Problem, tune
+from graphquant.passes.policy.speed import cut_out
+
+
+def compile_graph(
+    gm: GraphModule, example_inputs: Sequence[Any], config: Config
+) -> Callable[..., Any]:
+    """A callable with the graph's inputs as arguments."""
+    if config.inner == "eager":
+        return gm.forward
+    if config.inner == "aot_eager":
+        aot_eager = torch._dynamo.lookup_backend("aot_eager")
+        return aot_eager(gm, list(example_inputs))
+    if config.inner == "torch_tensorrt":
+        return tensorrt.compile_graph(gm, example_inputs, config)
+    mode = config.mode or "default"
+    if mode.startswith("max-autotune"):
+        _tune(gm)
+    options = {**torch._inductor.list_mode_options(mode), **config.inductor}
+    theirs = torch.compiler.config.cache_key_tag
+    with torch.compiler.config.patch(cache_key_tag=theirs + _version()):  # type: ignore[attr-defined]
+        compiled: Callable[..., Any] = torch._inductor.compile(
+            gm, list(example_inputs), options=options
+        )
+    return compiled
+
+
+def build_kernels(gm: GraphModule) -> None:
+    """Call each of our ops once on CUDA as the graph will: what cannot be built raises now, while
+    the graph can still run in float."""
+    known = set()
+    with unset_fake_temporarily(), torch.inference_mode():
+        for node in calls(gm.graph, _is_our_kernel):
+            alone = cut_out([node])
+            if alone.text not in known:
+                known.add(alone.text)
+                alone.bind()()
+
+
+def _is_our_kernel(node: Node) -> bool:
+    if getattr(node.target, "namespace", None) != "graphquant":
+        return False
+    first = node.all_input_nodes[0].meta["val"]
+    return isinstance(first, torch.Tensor) and first.device.type == "cuda"
+
+
+@functools.cache
+def _version() -> str:
+    """Of all our code. Inductor keeps what it compiled on disk, and that calls our functions: code
+    that an earlier graphquant has left there must not be found."""
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    digest = hashlib.sha256(b"".join(f.read_bytes() for f in files))
+    return f"graphquant {digest.hexdigest()}"
+
+
+def _tune(gm: GraphModule) -> None:
+    """Measure the tiles of every int8 product on CUDA, of equal ones once."""
+    problems = {}
+    for node in gm.graph.find_nodes(op="call_function", target=int8_linear.target):
+        *operands, dtype = (a.meta["val"] if isinstance(a, Node) else a for a in full_args(node))
+        o = Operands(*operands)
+        if o.xq.device.type == "cuda" and isinstance(o.xq.numel(), int):
+            problems[Problem.of(o, dtype)] = o.xq.device
+    with unset_fake_temporarily(), torch.inference_mode():
+        for problem, device in problems.items():
+            tune(problem, device)

@@ -1,0 +1,305 @@
+"""Kernel launches that are prepared once and then repeated by a few lines of C (launch.c).
+
+Triton's own launch takes 20 to 100 us of host time, more than many of our kernels run. So the first
+call of a kernel, on tensors of given shapes, goes its way through Python and is watched; if it was
+one launch that read the caller's own tensors, all 16-byte aligned, it can be repeated with new
+addresses and nothing else. Or it is not launched at all but written down, for a package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.machinery
+import importlib.util
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphquant.errors import KernelBuildError, UnsupportedInputError
+from graphquant.ops.runtime import cache
+
+log = logging.getLogger(__name__)
+
+ALIGNED = 16  # bytes: what launch.c asks of every address
+# CUtensorMapDataType and CUtensorMapSwizzle (by its bytes) in cuda.h
+MAP_TYPES = {torch.uint8: 0, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
+MAP_SWIZZLES = {64: 2, 128: 3}
+Param = tuple[Any, ...]  # as launch.c takes them, with tensors where it wants their positions
+
+_watching = threading.local()
+
+
+@functools.cache
+def native() -> ModuleType:
+    """launch.c as a module, built by the C compiler that Triton needs as well.
+
+    Raises UnsupportedInputError without Triton, KernelBuildError without a compiler, OSError
+    without a driver.
+    """
+    with needs_triton():
+        import triton
+
+    headers = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    return extension(Path(__file__).with_suffix(".c"), "graphquant_launch", headers)
+
+
+@contextlib.contextmanager
+def needs_triton() -> Iterator[None]:
+    """Imports of Triton. Raises UnsupportedInputError where it is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "triton":
+            raise
+        raise UnsupportedInputError(
+            "graphquant's CUDA kernels need triton, which is not installed (torch's Linux CUDA "
+            "wheels bring it). On the CPU the ops run without it."
+        ) from error
+
+
+def extension(source: Path, name: str, *include: Path) -> ModuleType:
+    """A C file, whose PyInit has this name, as a module: built once and then taken from the cache.
+
+    Raises KernelBuildError if it cannot be built.
+    """
+    python = str(sysconfig.get_config_var("INCLUDEPY"))
+    command = [*_compiler(), "-O3", "-shared", "-fPIC", *(f"-I{i}" for i in (python, *include))]
+    file = name + str(sysconfig.get_config_var("EXT_SUFFIX"))
+    made_from = (source.read_text(), *command, file, platform.platform(), sys.version)
+    key = hashlib.sha256("\0".join(made_from).encode()).hexdigest()
+    if (module := _cached(key, name, file)) is not None:
+        return module
+    with tempfile.TemporaryDirectory(prefix="graphquant-") as folder:
+        library = Path(folder, file)
+        _run([*command, str(source), "-o", str(library)])
+        cache.put(key, file, library.read_bytes(), checked=True)
+        if (module := _cached(key, name, file)) is not None:
+            return module
+        return _load(name, library)
+
+
+def _cached(key: str, name: str, file: str) -> ModuleType | None:
+    with cache.loadable(key, file) as found:
+        if found is None:
+            return None
+        try:
+            module = _load(name, found.opened)
+        except ImportError as why:
+            log.debug("%s is built again: %s", file, why)
+            return None
+        module.__file__ = str(found.path)
+        return module
+
+
+def _load(name: str, library: Path) -> ModuleType:
+    loader = importlib.machinery.ExtensionFileLoader(name, str(library))
+    spec = importlib.util.spec_from_file_location(name, library, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def _compiler() -> list[str]:
+    if named := os.environ.get("CC"):
+        return shlex.split(named)
+    found = next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))), None)
+    if found is None:
+        raise KernelBuildError(f"{_NEEDS_C}: none was found")
+    return [found]
+
+
+_NEEDS_C = (
+    "graphquant's CUDA kernels need a C compiler, as Triton does (gcc or clang; the variable CC "
+    "may name it)"
+)
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except OSError as why:
+        raise KernelBuildError(f"{_NEEDS_C}: {why}") from why
+    if done.returncode:
+        raise KernelBuildError(f"{_NEEDS_C}: {shlex.join(command)} said: {done.stderr.strip()}")
+
+
+def stream_of(device: torch.device) -> int:
+    """The handle of the device's current stream."""
+    handle: int = torch._C._cuda_getCurrentRawStream(device.index)
+    return handle
+
+
+@dataclass
+class _Watch:
+    """What happens while a kernel runs for the first time."""
+
+    tensors: Sequence[Tensor | None]
+    launches: int = 0
+    made: Any = None  # a Launch
+
+    def take(self, make: Callable[[Sequence[Tensor | None]], Any]) -> None:
+        self.launches += 1
+        self.made = make(self.tensors)
+
+
+def prepare(run: Callable[[], None], tensors: Sequence[Tensor | None]) -> Any:
+    """Run a kernel; the Launch that repeats it on other tensors like these, or None."""
+    before = getattr(_watching, "now", None)
+    watch = _watching.now = _Watch(tensors)
+    try:
+        run()
+    finally:
+        _watching.now = before
+    return watch.made if watch.launches == 1 else None
+
+
+def launch(
+    function: int,
+    grid: int,
+    block: int,
+    shared: int,
+    params: Sequence[Param],
+    keep: object = None,
+    *,
+    cluster: int = 1,
+    pdl: bool = False,
+) -> None:
+    """Launch a loaded function. Raises ValueError if an address is no multiple of 16."""
+
+    def make(tensors: Sequence[Tensor | None]) -> Any:
+        placed = _placed(params, tensors)
+        if placed is None:
+            return None
+        dims = (grid, 1, 1)
+        return native().Launch(function, dims, block, shared, cluster, pdl, placed, keep)
+
+    mine = list({id(v): v for p in params for v in p if isinstance(v, Tensor)}.values())
+    if not make(mine)(stream_of(mine[0].device), *mine):
+        raise ValueError(f"an address is not a multiple of {ALIGNED} bytes")
+    _tell(make)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """An argument of a Triton kernel: a matrix [rows, columns] that it reads or writes in blocks,
+    by the tensor memory accelerator. `rows` may be a symbol. `optional`: None will do as well."""
+
+    base: Tensor  # its first element is the matrix's
+    shape: tuple[int, int]
+    row: int  # elements from row to row
+    block: tuple[int, int]
+    optional: bool = False
+
+    def descriptor(self) -> Any:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return TensorDescriptor(self.base, list(self.shape), [self.row, 1], list(self.block))
+
+
+@dataclass(frozen=True)
+class TritonCall:
+    """A launch of a Triton kernel, as it was asked for."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]  # the kernel's first arguments
+    meta: dict[str, Any]  # the rest, and how it is compiled
+
+    def launch(self) -> Any:
+        """What `kernel[grid]` returns: the compiled kernel, but for the interpreter's nothing."""
+        args = (a.descriptor() if isinstance(a, Blocks) else a for a in self.args)
+        return self.kernel[self.grid](*args, **self.meta)
+
+
+def recorded(run: Callable[[], None]) -> list[TritonCall]:
+    """What `run` would launch by `launch_triton`; nothing is launched, and tensors may be fake."""
+    calls: list[TritonCall] = []
+    _watching.calls = calls
+    try:
+        run()
+    finally:
+        _watching.calls = None
+    return calls
+
+
+def launch_triton(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """`kernel[grid](*args, **meta)`, watched."""
+    call = TritonCall(kernel, grid, args, meta)
+    calls: list[TritonCall] | None = getattr(_watching, "calls", None)
+    if calls is not None:
+        calls.append(call)
+        return
+    compiled = call.launch()
+    if getattr(_watching, "now", None) is None or not hasattr(compiled, "metadata"):
+        return  # the interpreter returns nothing
+
+    def make(tensors: Sequence[Tensor | None]) -> Any:
+        about = compiled.metadata
+        types = list(compiled.src.signature.values())
+        special = about.global_scratch_size or about.profile_scratch_size or about.num_ctas != 1
+        params = [(t, a) for t, a in zip(types, args, strict=False) if t != "constexpr"]
+        if special or any(t not in _KINDS and not t.startswith("*") for t, _ in params):
+            return None
+        placed = _placed(
+            [("pointer", a) if t.startswith("*") else (_KINDS[t], a) for t, a in params], tensors
+        )
+        if placed is None or any(isinstance(a, Tensor) and a.data_ptr() % ALIGNED for a in args):
+            return None
+        dims = (*grid, 1, 1)[:3]
+        scratch = (("null",), ("null",))
+        return native().Launch(
+            compiled.function, dims, 32 * about.num_warps, about.shared, 1, about.launch_pdl,
+            placed + scratch, compiled,
+        )  # fmt: skip
+
+    _tell(make)
+
+
+_KINDS = {"i32": "i32", "i64": "i64", "fp32": "f32"}
+
+
+def _placed(
+    params: Sequence[Param], tensors: Sequence[Tensor | None]
+) -> tuple[tuple[Any, ...], ...] | None:
+    """Params with positions for tensors; None if one is not among them (a copy that was made), or
+    twice: next time there may be two tensors in these places."""
+    ids = [id(t) for t in tensors]
+    at = {i: ids.index(i) for i in ids}
+    if any(isinstance(v, Tensor) and ids.count(id(v)) != 1 for p in params for v in p):
+        return None
+    return tuple(tuple(at[id(v)] if isinstance(v, Tensor) else v for v in p) for p in params)
+
+
+def _tell(make: Callable[[Sequence[Tensor | None]], Any]) -> None:
+    watch = getattr(_watching, "now", None)
+    if watch is not None:
+        watch.take(make)
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Launches in here are not what the caller's op does: a measurement, say."""
+    before = getattr(_watching, "now", None)
+    _watching.now = None
+    try:
+        yield
+    finally:
+        _watching.now = before

@@ -1,0 +1,140 @@
+"""How long candidates take on this machine, measured once and remembered on disk.
+
+The answers lie in the cache (cache.py), one file for each question and each combination of card,
+torch, Triton and graphquant.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import statistics
+from collections.abc import Callable, Mapping
+
+import torch
+
+from graphquant.ops.runtime import cache
+from graphquant.ops.runtime.launch import unwatched
+from graphquant.utils.serialization import as_float
+
+log = logging.getLogger(__name__)
+
+FILE = "times.json"
+
+ROUNDS = 7  # the median of these counts
+ROUND_US = 300.0  # at least, of one candidate's calls in one round
+MAX_CALLS = 50
+
+
+def times(
+    question: str, device: torch.device, candidates: Mapping[str, Callable[[], object]]
+) -> dict[str, float] | None:
+    """Microseconds of each candidate, or None while a CUDA graph records and nothing is known.
+
+    question    what is asked, shapes and dtypes included: the same words mean the same answer
+    candidates  called with their tensors bound, host time not counted; one that raises an
+                exception or is missing from an earlier answer is left out
+    """
+    known = recall(question, device)
+    if known is not None and set(candidates) <= set(known):
+        return {name: known[name] for name in candidates if known[name] >= 0}
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    with torch.cuda.device(device), unwatched():
+        found = _measure(candidates)
+    log.info("%s: %s", question, ", ".join(f"{n} {t:.1f} us" for n, t in found.items()))
+    failed = {name: -1.0 for name in candidates if name not in found}
+    _store(question, device, {**(known or {}), **found, **failed})
+    return found
+
+
+def recall(question: str, device: torch.device) -> dict[str, float] | None:
+    """What was measured before: microseconds, negative for a candidate that failed."""
+    if device.type != "cuda":
+        return None
+    data = cache.get(_key(question, device), FILE)
+    return None if data is None else _answer(data, question, device)
+
+
+def _answer(data: bytes, question: str, device: torch.device) -> dict[str, float] | None:
+    """What `_store` put there; None for anything else."""
+    try:
+        held = json.loads(data)
+        asked = held["question"], held["on"]
+        found = {str(name): as_float(us) for name, us in held["times"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as bad:
+        log.debug("%s: what was measured cannot be read: %r", question, bad)
+        return None
+    answer = {n: us for n, us in found.items() if us is not None and math.isfinite(us)}
+    if asked != (question, machine(device)) or len(answer) != len(found):
+        log.debug("%s: what was measured is no answer to this", question)
+        return None
+    return answer
+
+
+def _store(question: str, device: torch.device, answer: Mapping[str, float]) -> None:
+    data = json.dumps({"question": question, "on": machine(device), "times": dict(answer)})
+    cache.put(_key(question, device), FILE, data.encode())
+
+
+def _key(question: str, device: torch.device) -> str:
+    return hashlib.sha256(f"{question}\n{machine(device)}".encode()).hexdigest()
+
+
+@functools.cache
+def machine(device: torch.device) -> str:
+    """What an answer depends on beside the question."""
+    versions = [f"{p} {_version(p)}" for p in ("torch", "triton", "graphquant")]
+    return ", ".join((torch.cuda.get_device_name(device), *versions))
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _measure(candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """In turn, A B C A B C, so that a card that slows down slows all of them down."""
+    replays: dict[str, tuple[Callable[[], object], int]] = {}
+    for name, call in candidates.items():
+        try:
+            replays[name] = _recorded(call)
+        except Exception as error:  # noqa: BLE001 - there are others: compilers have many errors
+            log.debug("%s cannot be timed: %s", name, error)
+    seen: dict[str, list[float]] = {name: [] for name in replays}
+    for _ in range(ROUNDS):
+        for name, (replay, calls) in replays.items():
+            seen[name].append(_microseconds(replay) / calls)
+    return {name: statistics.median(us) for name, us in seen.items()}
+
+
+def _recorded(call: Callable[[], object]) -> tuple[Callable[[], object], int]:
+    """A CUDA graph of some calls, enough of them for ROUND_US, and their number."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    calls = min(max(int(ROUND_US / max(_microseconds(call), 1.0)), 1), MAX_CALLS)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(calls):
+            call()
+    graph.replay()
+    return graph.replay, calls
+
+
+def _microseconds(call: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return 1000.0 * float(start.elapsed_time(end))

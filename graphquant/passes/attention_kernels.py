@@ -1,0 +1,191 @@
+"""Attention stays in floats, and gets the fastest kernel.
+
+Which of torch's kernels (cuDNN, flash, efficient) and of ours is fastest depends on the card and
+the sizes, so on CUDA it is measured, for equal sizes once (graphquant/ops/runtime/timing.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx import Graph, Node
+from torch.nn.attention import _cur_sdpa_kernel_backends
+
+from graphquant.ir.contexts import regions
+from graphquant.ir.graph import SDPA, aten, calls, full_args
+from graphquant.ops import attention
+from graphquant.ops.attention.hopper_tiles import ONLY, TILES
+from graphquant.ops.runtime.device import chip
+from graphquant.ops.runtime.timing import times
+from graphquant.passes.layout import stands_for
+from graphquant.passes.policy.speed import MEASURED, random_like
+
+log = logging.getLogger(__name__)
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def choose_kernels(graph: Graph, needs_gradient: set[Node]) -> None:
+    """Every attention without a mask calls the kernel that was measured to be the fastest."""
+    chosen = _chosen_by_the_model(graph)
+    for node in calls(graph, lambda n: n.target is SDPA and n not in needs_gradient | chosen):
+        q, k, v, mask, dropout, causal, scale, gqa = full_args(node)
+        values = [n.meta["val"] for n in (q, k, v)]
+        if mask is not None or dropout or gqa or not all(map(_is_timed, values)):
+            continue
+        if not _fits_together(values, causal):
+            continue
+        scale = values[0].shape[-1] ** -0.5 if scale is None else scale
+        width, sm = values[0].shape[-1], chip(values[0].device).sm
+        allowed = {n: k for n, k in KERNELS.items() if k.takes(width, causal, scale, sm)}
+        if len(allowed) < 2:
+            continue
+        question = f"attention {[_layout(t) for t in values]} causal={causal}"
+        inputs = cache(partial(_like, values))  # made only if there is something to measure
+        with unset_fake_temporarily(), torch.inference_mode():
+            found = times(
+                question,
+                values[0].device,
+                {n: partial(_run, k, inputs, causal, scale) for n, k in allowed.items()},
+            )
+        if not found:
+            continue
+        fastest = min(found, key=lambda name: found[name])
+        log.debug("%s: %s", node.name, fastest)
+        with graph.inserting_before(node):
+            made = KERNELS[fastest].insert(graph, node, (q, k, v), causal, scale)
+        stands_for(made, node)
+        node.replace_all_uses_with(made)
+        graph.erase_node(node)
+
+
+def _chosen_by_the_model(graph: Graph) -> set[Node]:
+    """Attention under torch.nn.attention.sdpa_kernel inside of the model."""
+
+    def outside(backends: tuple[str, ...], by_priority: bool) -> bool:
+        now = [b.name for b in _cur_sdpa_kernel_backends(with_priority=by_priority)]
+        return list(backends) == now if by_priority else set(backends) == set(now)
+
+    return {
+        node
+        for node, region in regions(graph)
+        if node.target is SDPA and region.sdpa is not None and not outside(*region.sdpa)
+    }
+
+
+@dataclass(frozen=True)
+class OfTorch:
+    """One of torch's kernels. `extra` stands between v and what all of them take."""
+
+    op: Any
+    allowed: Callable[[], bool]
+    extra: tuple[Any, ...]
+
+    def takes(self, width: int, causal: bool, scale: float, sm: int) -> bool:
+        return self.allowed()
+
+    def call(self, qkv: Sequence[Any], causal: bool, scale: float) -> Any:
+        return self.op(*qkv, *self.extra, 0.0, causal, scale=scale)
+
+    def insert(
+        self, graph: Graph, old: Node, qkv: Sequence[Node], causal: bool, scale: float
+    ) -> Node:
+        args = (*qkv, *self.extra, 0.0, causal)
+        results = graph.call_function(self.op, args, {"scale": scale})
+        made = graph.call_function(operator.getitem, (results, 0))
+        results.meta.update(old.meta)
+        made.meta.update(old.meta)
+        fakes = [n.meta["val"] for n in qkv]
+        with fakes[0].fake_mode:
+            results.meta["val"] = self.call(fakes, causal, scale)
+        made.meta["val"] = results.meta["val"][0]
+        return made
+
+
+@dataclass(frozen=True)
+class Ours:
+    """graphquant::attention in one of its tiles."""
+
+    tile: str
+
+    def takes(self, width: int, causal: bool, scale: float, sm: int) -> bool:
+        fits = sm == ONLY and TILES[self.tile].refuses(width) is None
+        return fits and not causal and scale > 0 and _fusing()
+
+    def call(self, qkv: Sequence[Any], causal: bool, scale: float) -> Any:
+        return attention(*qkv, scale, self.tile)
+
+    def insert(
+        self, graph: Graph, old: Node, qkv: Sequence[Node], causal: bool, scale: float
+    ) -> Node:
+        made = graph.call_function(attention.target, (*qkv, scale, self.tile))
+        made.meta.update(old.meta)
+        made.meta["val"] = old.meta["val"].transpose(1, 2).contiguous().transpose(1, 2)
+        return made
+
+
+KERNELS: dict[str, OfTorch | Ours] = {
+    "cudnn": OfTorch(
+        aten._scaled_dot_product_cudnn_attention.default,
+        torch.backends.cuda.cudnn_sdp_enabled,
+        (None, False),  # no bias, no log-sum-exp
+    ),
+    "flash": OfTorch(
+        aten._scaled_dot_product_flash_attention.default,
+        torch.backends.cuda.flash_sdp_enabled,
+        (),
+    ),
+    "efficient": OfTorch(
+        aten._scaled_dot_product_efficient_attention.default,
+        torch.backends.cuda.mem_efficient_sdp_enabled,
+        (None, False),
+    ),
+    **{f"graphquant {tile}": Ours(tile) for tile in TILES},
+}
+
+
+def _fusing() -> bool:
+    """Is any kernel allowed that does not write the scores? Ours stands for all of them."""
+    ours = (k for k in KERNELS.values() if isinstance(k, OfTorch))
+    return any(kernel.allowed() for kernel in ours)
+
+
+def _like(values: Sequence[Tensor]) -> list[Tensor]:
+    return [random_like(t) for t in values]
+
+
+def _run(
+    kernel: OfTorch | Ours, inputs: Callable[[], Sequence[Tensor]], causal: bool, scale: float
+) -> object:
+    return kernel.call(inputs(), causal, scale)
+
+
+def _is_timed(value: Tensor) -> bool:
+    """The kernels take half floats [B, H, S, D], D a multiple of 8 next to each other."""
+    return (
+        value.device.type in MEASURED
+        and value.dtype in HALVES
+        and value.dim() == 4
+        and all(isinstance(n, int) for n in (*value.shape, *value.stride()))
+        and value.shape[-1] % 8 == 0
+        and value.stride(-1) == 1
+    )
+
+
+def _fits_together(qkv: Sequence[Tensor], causal: bool) -> bool:
+    """The kernels broadcast nothing, and do not agree on where the diagonal of a part begins."""
+    q, k, v = qkv
+    square = q.shape[2] == k.shape[2]
+    return q.shape[:2] == k.shape[:2] == v.shape[:2] and (square or not causal)
+
+
+def _layout(value: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
+    return tuple(value.shape), value.stride(), value.dtype

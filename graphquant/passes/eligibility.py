@@ -1,0 +1,142 @@
+"""Which linears, norms and activations the rules may rewrite, and why not the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.fx import GraphModule, Node
+
+from graphquant.config import Config
+from graphquant.ir.captured import Captured
+from graphquant.ir.constants import Constants
+from graphquant.ir.graph import (
+    LINEAR,
+    calls,
+    dtype,
+    full_args,
+    module_path,
+    readers,
+    shape,
+)
+from graphquant.ir.paths import linear_path
+from graphquant.ir.rows import rows, width
+from graphquant.ops.checks import FLOATS
+from graphquant.ops.define import missing
+from graphquant.ops.int8_linear.op import MAX_K
+from graphquant.passes.apply import Workbench
+from graphquant.passes.flops import other_products
+from graphquant.passes.rules.patch_linear import PatchLinear
+from graphquant.report import Outcome
+
+NEEDS_GRADIENT = "its result can need a gradient"
+
+
+DEVICES = ("cpu", "cuda")
+
+
+NEED_KERNELS = ("cuda",)
+
+
+def _enter_all(bench: Workbench, captured: Captured, config: Config) -> None:
+    """Put every linear, norm and activation on record, in graph order."""
+    norms, acts = bench.recognized.norms, bench.recognized.activations
+    unusable = bench.recognized.unusable
+    idle = "" if config.quantize else "quantize=False, and no other linear reads its input"
+    for node in bench.graph.nodes:
+        path = module_path(node)
+        if node.target is LINEAR:
+            x = full_args(node)[0]
+            path = path_of(node, captured, bench.constants)
+            M, N, K = rows(node), width(node), width(x)
+            outcome = Outcome("linear", path, node.name, refused=idle, M=M, N=N, K=K)
+            barred = _why_barred(bench, captured, config, node, path)
+            bench.record.enter(node, outcome, barred)
+        elif node in norms or node in acts or node in unusable:
+            kind = "activation" if node in acts else "norm"
+            why = f"read by {readers(node)}" if config.quantize else "quantize=False"
+            outcome = Outcome(kind, path, node.name, refused=why, K=width(node))
+            bench.record.enter(node, outcome, unusable.get(node, ""))
+        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+            for inner in _linears_inside(bench.gm, node):
+                bench.record.enter_outside(
+                    Outcome(
+                        "linear",
+                        module_path(inner) or path,
+                        f"{node.name}.{inner.name}",
+                        refused=f"inside the higher-order op {node.target.name()}",
+                        M=rows(inner),
+                        N=width(inner),
+                        K=width(inner.all_input_nodes[0]),
+                    )
+                )
+
+
+def _others(bench: Workbench) -> Iterator[Outcome]:
+    """What multiplies and is no linear, also inside higher-order ops."""
+    for gm in bench.gm.modules():
+        if isinstance(gm, GraphModule):
+            constants = bench.constants if gm is bench.gm else Constants(())
+            for node, product in other_products(gm.graph, constants):
+                kind, why, flops = product
+                path = module_path(node)
+                yield Outcome(kind, path, node.name, refused=why, product_flops=flops)
+
+
+def _why_barred(bench: Workbench, captured: Captured, config: Config, node: Node, path: str) -> str:
+    """Why no rule may touch this linear, or "" if they may."""
+    x, weight, bias = full_args(node)
+    if node.meta.get("graphquant") == PatchLinear.name:
+        return "it embeds pixels, which stay in float"
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and (written := bench.constants.written_in(value)):
+            return f"its {name} is not fixed: {_told(written, bench)} is written in place"
+    if weight not in bench.constants:
+        return "its weight is not a parameter"
+    if bias is not None and not bench.constants.is_fixed(bias):
+        return "its bias is not a parameter"
+    if why := config.wants(path):
+        return why
+    if node in bench.needs_gradient:
+        return NEEDS_GRADIENT
+    if dtype(node) not in FLOATS or dtype(x) not in FLOATS or dtype(weight) not in FLOATS:
+        return f"computes in {str(dtype(node)).removeprefix('torch.')}"
+    if (device := node.meta["val"].device.type) not in DEVICES:
+        return f"graphquant has no kernels for {device}"
+    if device in NEED_KERNELS and (why := missing()) is not None:
+        return why
+    if len(shape(weight)) != 2:
+        return f"its weight has {len(shape(weight))} dims, not two"
+    N, K = shape(weight)
+    if not 1 <= K <= MAX_K or N < 1:
+        return f"K={K}, N={N}: int8 needs 1 <= K <= {MAX_K} and N >= 1"
+    operands = [v for v in (weight, bias) if v is not None]
+    for root in (r for v in operands for r in bench.constants.roots_of(v)):
+        kind = type(captured.parameters[root])
+        if kind not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+            return f"{captured.names[root]} is a {kind.__name__}, not a plain tensor"
+    return ""
+
+
+def path_of(node: Node, captured: Captured, constants: Constants) -> str:
+    """The module path of a linear."""
+    weight = full_args(node)[1]
+    roots = constants.roots_of(weight) if weight in constants else []
+    matrices = sorted(roots, key=lambda root: len(shape(root)) < 2)  # stable: in reading order
+    return linear_path(module_path(node), [captured.names[root] for root in matrices])
+
+
+def _told(written: Node, bench: Workbench) -> str:
+    if written in bench.constants.roots:
+        return bench.names[written]
+    roots = " and ".join(bench.names[r] for r in bench.constants.roots_of(written))
+    where = f" in {path}" if (path := module_path(written)) else ""
+    return f"what is made of {roots or 'numbers'}{where}"
+
+
+def _linears_inside(gm: GraphModule, node: Node) -> Iterator[Node]:
+    for argument in node.all_input_nodes:
+        if argument.op == "get_attr":
+            inner = getattr(gm, str(argument.target), None)
+            if isinstance(inner, GraphModule):
+                yield from calls(inner.graph, lambda n: n.target is LINEAR and "val" in n.meta)

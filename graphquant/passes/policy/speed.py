@@ -1,0 +1,157 @@
+"""Never slower: on CUDA a rewrite to int8 is kept only if it was measured to be faster.
+
+What a rewrite replaces and what it makes are both cut out of the graph as they stand, run on random
+values of the sizes seen at compile time, and timed in turn (ops/runtime/timing.py). One answer
+serves all layers of equal sizes, and all later processes. Host time does not count.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx import Graph, GraphModule, Node
+
+from graphquant.ir.constants import Constants
+from graphquant.ir.graph import hint
+from graphquant.ops import int8_linear
+from graphquant.ops.numerics import padded, row_stride
+from graphquant.ops.runtime.timing import times
+from graphquant.passes.record import Times
+
+MOST_NODES = 100  # of a region: a larger one is no chain
+MEASURED = ("cuda",)  # device types
+
+
+def compare(
+    old: Collection[Node], new: Collection[Node], made: Collection[Node], constants: Constants
+) -> Times | None:
+    """Time what computes `old` against what computes `new`; None where there is nothing to time.
+
+    old   nodes about to be replaced           new  the nodes that will stand for them
+    made  all nodes that the rewrite made
+    """
+    device = next(iter(old)).meta["val"].device
+    if device.type not in MEASURED or not any(n.target is int8_linear.target for n in made):
+        return None  # float fusing: fewer launches, nothing to doubt
+    after = _region(new, lambda n: n in made and n not in constants)
+    before = _region(
+        old,
+        lambda n: n.op == "call_function" and n not in constants and n not in after.inputs,
+    )
+    if any(n.target is int8_linear.target for n in before.nodes):
+        return None  # int8 before as well: something more goes into its epilogue
+    if max(len(after.nodes), len(before.nodes)) > MOST_NODES:
+        return None
+    with unset_fake_temporarily(), torch.inference_mode():
+        both = {"float": before.bind(), "int8": after.bind()}
+        found = times(f"{before.text}\n->\n{after.text}", device, both)
+    if found is None or len(found) != len(both):
+        return None
+    return Times(found["float"], found["int8"])
+
+
+class Region(NamedTuple):
+    """A piece of a graph: its nodes in order, what it computes, and what it reads from outside, in
+    the order in which it does: that of the graph is another one in each layer."""
+
+    nodes: list[Node]
+    inputs: list[Node]
+    outputs: list[Node]
+
+    @property
+    def text(self) -> str:
+        """The same for regions that compute the same, in sizes and layouts as well."""
+        names = {n: f"%{i}" for i, n in enumerate((*self.inputs, *self.nodes))}
+        lines = [f"{names[n]} = {_spec(n.meta['val'])}" for n in self.inputs]
+        for n in self.nodes:
+            args = torch.fx.node.map_aggregate((n.args, n.kwargs), lambda a: _shown(a, names))
+            lines.append(f"{names[n]} = {n.target}{args}")
+        return "\n".join((*lines, ", ".join(names[n] for n in self.outputs)))
+
+    def bind(self) -> Callable[[], object]:
+        """Run it on random values, made at the first call: most answers are known."""
+        graph, made = Graph(), dict[Node, Node]()
+        for n in self.inputs:
+            made[n] = graph.placeholder(n.name)
+        for n in self.nodes:
+            made[n] = graph.node_copy(n, made.__getitem__)
+        graph.output(tuple(made[n] for n in self.outputs))
+        module = GraphModule({}, graph)
+        values = functools.cache(lambda: [_value(n.meta["val"]) for n in self.inputs])
+        return lambda: module(*values())
+
+
+def _shown(argument: Any, names: Mapping[Node, str]) -> Any:
+    """In a region's text. No kernel takes longer for another eps or range, which each layer has."""
+    if isinstance(argument, Node):
+        return names[argument]
+    return float if isinstance(argument, float) else argument
+
+
+def cut_out(nodes: Collection[Node]) -> Region:
+    """These nodes, all of whose results are read."""
+    return _region(nodes, lambda n: n in nodes)
+
+
+def _region(outputs: Collection[Node], inside: Callable[[Node], bool]) -> Region:
+    """What computes `outputs`, back to the first nodes that are not inside."""
+    found: set[Node] = set()
+    edge = list(outputs)
+    while edge:
+        n = edge.pop()
+        if len(found) <= MOST_NODES and inside(n):
+            edge += [i for i in n.all_input_nodes if i not in found]
+            found.add(n)
+    nodes = sorted(found)
+    read = (*(i for n in nodes for i in n.all_input_nodes), *outputs)
+    return Region(nodes, [n for n in dict.fromkeys(read) if n not in found], list(outputs))
+
+
+def _spec(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return str(_number(value))
+    sizes, strides = _layout(value)
+    return f"{value.dtype}{sizes}{strides}"
+
+
+def _value(value: object) -> object:
+    if not isinstance(value, Tensor):
+        return _number(value)
+    return random_like(value, *_layout(value))
+
+
+def _layout(value: Tensor) -> tuple[list[int], list[int]]:
+    """Sizes and strides when it runs: what lies in no rows is written in rows by Inductor."""
+    sizes, strides = ([hint(s) for s in of] for of in (value.shape, value.stride()))
+    if sizes and row_stride(torch.empty_strided(sizes, strides, device="meta")) is None:
+        strides = list(torch.empty(sizes, device="meta").stride())
+    return sizes, strides
+
+
+def _number(value: object) -> object:
+    return hint(value) if isinstance(value, torch.SymInt) else value
+
+
+def random_like(
+    value: Tensor, sizes: Sequence[int] | None = None, strides: Sequence[int] | None = None
+) -> Tensor:
+    """As this one is laid out, of random values: a card multiplies zeros faster than others."""
+    if sizes is None or strides is None:
+        sizes, strides = ([hint(s) for s in of] for of in (value.shape, value.stride()))
+    # filled before it is laid out: nothing can be written where strides are 0
+    extent = 1 + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
+    extent = 0 if 0 in sizes else padded(extent)  # a packed weight's last row has its pads
+    memory = torch.empty(extent, dtype=value.dtype, device=value.device)
+    random = torch.Generator(value.device).manual_seed(0)
+    if value.dtype.is_floating_point:
+        memory.normal_(generator=random)
+    elif value.dtype == torch.bool:
+        memory.bernoulli_(generator=random)
+    else:
+        memory.random_(-127, 128, generator=random)
+    return memory.as_strided(sizes, strides)

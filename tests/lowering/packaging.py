@@ -1,0 +1,129 @@
+"""What AOTInductor is told to launch for our ops on a Hopper card, without one.
+
+    python -m tests.lowering.packaging      {"mlp dynamic": [one object for each launch], ...}
+
+Runs in a process of its own, because under TRITON_INTERPRET kernels are no kernels to Inductor.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch._inductor import ir
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.graph import GraphLowering
+from torch._inductor.virtualized import V
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from triton.backends.compiler import GPUTarget
+
+import graphquant  # noqa: F401 - has Inductor know the ops
+from graphquant.ops import act_quantize, glu_quantize, int8_linear, norm_quantize_keep, quantize
+
+CUDA = torch.device("cuda", 0)
+BATCH, TOKENS, WIDTH = 2, 23, 64
+CARD = {"major": 9, "minor": 0, "multi_processor_count": 132}
+CARD |= {"shared_memory_per_block_optin": 232_448}
+
+
+class Driver:
+    """As much of one as it takes to compile."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def linear(x: tuple[Tensor, ...], N: int, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    K = x[0].shape[-1]
+    row = -(-K // 16) * 16
+    wq = torch.empty_strided((N, K), (row, 1), dtype=torch.int8, device=CUDA)
+    w_scale, w_sum = (torch.empty(N, device=CUDA) for _ in range(2))
+    y: Tensor = int8_linear(*x, wq, w_scale, w_sum, bias, residual, torch.bfloat16)
+    return y
+
+
+def mlp(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A norm that is also the residual, an activation that is clipped."""
+    y, *xq = norm_quantize_keep(x, None, None, 1e-5, False, torch.bfloat16)
+    hidden = linear(tuple(xq), 128, torch.empty(128, device=CUDA), None)
+    return y, linear(act_quantize(hidden, "gelu", None, None, None, 2.0), WIDTH, None, y)
+
+
+def gated(x: Tensor) -> Tensor:
+    """Rows with pads, halves of one product, and an N whose rows TMA cannot store."""
+    both = linear(quantize(x.narrow(-1, 0, 60)), 76, None, None)
+    gate, up = both.narrow(-1, 0, 38), both.narrow(-1, 38, 38)
+    return linear(glu_quantize(gate, up, "silu"), 27, None, None)
+
+
+def transposed(x: Tensor) -> Tensor:
+    """A quantiser of what is no [M, K] in memory."""
+    return linear(quantize(x.transpose(0, 1)), 32, None, None)
+
+
+def part(x: Tensor) -> Tensor:
+    """Rows that are a part of another tensor's."""
+    xq = x.view(torch.int8).narrow(-1, WIDTH, WIDTH)
+    column = torch.empty(*x.shape[:-1], 1, device=CUDA)
+    return linear((xq, column, column), 32, None, None)
+
+
+def first(x: Tensor) -> Tensor:
+    """Rows as far apart as the text is long."""
+    return linear(quantize(x.select(1, 0)), 32, None, None)
+
+
+def launches(function: Callable[[Tensor], Any], how: DimDynamic) -> list[dict[str, Any]]:
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    sizes = StatelessSymbolicContext([how, how, DimDynamic.STATIC])
+    x = mode.from_tensor(torch.empty(BATCH, TOKENS, WIDTH), symbolic_context=sizes)
+    with mode:
+        x = torch.empty_strided(x.shape, x.stride(), dtype=torch.bfloat16, device=CUDA)
+        gm = make_fx(function, decomposition_table=select_decomp_table())(x)
+    graph = GraphLowering(gm, [x], shape_env=mode.shape_env, aot_mode=True, cpp_wrapper=True)
+    with V.set_graph_handler(graph), V.set_fake_mode(mode):
+        graph.run(x)
+    return [
+        _launch(o) if isinstance(o, ir.UserDefinedTritonKernel) else {"kernel": str(o.op_overload)}
+        for o in graph.operations
+        if isinstance(o, (ir.UserDefinedTritonKernel, ir.FallbackKernel))
+    ]
+
+
+def _launch(node: Any) -> dict[str, Any]:
+    kernel, configs, *_ = node.get_kernel_and_metadata()
+    numbers = {n: v for n, v in node.kwargs.items() if not isinstance(v, ir.IRNode)}
+    blocks = {n: v for n, v in node.kwargs.items() if isinstance(v, ir.TMADescriptor)}
+    return {
+        "kernel": kernel.__name__,
+        "grid": [str(n) for n in node.grid[0]],
+        "numbers": {n: str(v) for n, v in numbers.items()},
+        "blocks": {n: [str(s) for s in v.tensor.get_size()] for n, v in blocks.items()},
+        "written": len({b.get_name() for b in node.mutable_args}),
+        "warps": configs[0].num_warps if configs else 4,
+    }
+
+
+def main() -> None:
+    triton.runtime.driver.set_active(Driver())
+    torch.utils._triton.has_triton_tensor_descriptor_host_tma = lambda: True
+    card: Any = SimpleNamespace(name="a card", **CARD)
+    torch.cuda.get_device_properties = lambda *_: card
+    told = {
+        f"{function.__name__} {sizes.name.lower()}": launches(function, sizes)
+        for function in (mlp, gated, transposed, part, first)
+        for sizes in (DimDynamic.STATIC, DimDynamic.DYNAMIC)
+    }
+    sys.stdout.write(json.dumps(told) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,508 @@
+"""Inductor's code calls sites that fill its buffers. On a CPU too here, with sites in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graphquant import ops
+from graphquant.lowering import inductor as lowering
+from graphquant.ops import define
+from graphquant.ops.define import Op
+from graphquant.ops.numerics import padded, row_stride
+from tests.ops.told import TOLD
+from tests.small import NEAR, error, seeded
+
+K, N = 40, 24
+
+
+@dataclass
+class Call:
+    """One call of one site: what its kernel would be given."""
+
+    site: int
+    op: str
+    constants: tuple[Any, ...]
+    given: tuple[Tensor | None, ...]
+    results: tuple[Tensor, ...]
+
+
+@dataclass
+class Sites:
+    """Stand for Op.site: each runs the op's reference into the buffers that it is given."""
+
+    made: list[str] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+
+    def site(self, op: Op, *constants: Any) -> Callable[..., None]:
+        number, n_inputs = len(self.made), sum(op.tensors)
+        self.made.append(op.name)
+
+        def run(stream: int, *tensors: Tensor | None) -> None:
+            given, results = tensors[:n_inputs], tensors[n_inputs:]
+            left, rest = iter(given), iter(constants)
+            found = op.reference(*(next(left if is_ else rest) for is_ in op.tensors))
+            for buffer, value in zip(results, define._as_tuple(found), strict=True):
+                assert buffer is not None
+                assert (buffer.shape, buffer.dtype) == (value.shape, value.dtype)
+                if is_over(buffer, given[0]):
+                    buffer.as_strided(
+                        (*buffer.shape[:-1], 2 * buffer.shape[-1]), buffer.stride()
+                    ).fill_(99)
+                else:
+                    assert buffer.stride() == value.stride()
+                    whole_rows(buffer).fill_(99)
+                buffer.copy_(value)
+            self.calls.append(Call(number, op.name, constants, given, results))  # type: ignore[arg-type]
+
+        return run
+
+
+def is_over(xq: Tensor, x: Tensor | None) -> bool:
+    """Do the rows xq lie at the start of the rows x?"""
+    return x is not None and xq.data_ptr() == x.data_ptr() and x.numel() > 0
+
+
+def whole_rows(buffer: Tensor) -> Tensor:
+    """A result with the pads of its int8 rows. Raises if they are not in its storage."""
+    if buffer.dtype != torch.int8:
+        return buffer
+    wide = (*buffer.shape[:-1], padded(buffer.shape[-1]))
+    return buffer.as_strided(wide, buffer.stride(), buffer.storage_offset())
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    lowering.register()
+    # what is on disk was lowered without our sites, and what we lower needs them
+    with torch.inference_mode(), torch._inductor.config.patch(force_disable_caches=True):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def sites(monkeypatch: pytest.MonkeyPatch) -> Sites:
+    made = Sites()
+    monkeypatch.setattr(lowering, "_has_sites", lambda device: True)
+    monkeypatch.setattr(Op, "site", lambda op, *constants: made.site(op, *constants))
+    return made
+
+
+class Layer(nn.Module):
+    """A layer whose rows have pads, in width and in hidden width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(K), nn.RMSNorm(K, eps=1e-3)
+        self.q, self.k, self.v, self.out = (nn.Linear(K, K) for _ in range(4))
+        self.fc1, self.gate, self.fc2 = nn.Linear(K, 72), nn.Linear(K, 72), nn.Linear(72, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm1(x)
+        x = x + self.out(F.scaled_dot_product_attention(self.q(h), self.k(h), self.v(h)))
+        h = self.norm2(x)
+        return x + self.fc2(F.silu(self.gate(h)) * self.fc1(h))
+
+
+def encoder() -> nn.Module:
+    return seeded(lambda: nn.Sequential(Layer(), Layer(), nn.Linear(K, N, bias=False)))
+
+
+PER_LAYER = [
+    "norm_quantize", "int8_linear", "quantize", "int8_linear",
+    "norm_quantize", "int8_linear", "glu_quantize", "int8_linear",
+]  # fmt: skip
+
+
+def compiled(model: Any, **options: Any) -> Any:
+    inductor = {"force_disable_caches": True, **options.pop("inductor", {})}
+    return torch.compile(
+        model, backend="graphquant", fullgraph=True, options={"inductor": inductor}, **options
+    )
+
+
+def by_inductor(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    return torch.compile(fn, backend="inductor", fullgraph=True, **options)
+
+
+# Calls -------------------------------------------------------------------------------------------
+
+
+def test_an_encoder_computes_what_it_does_without_sites(
+    sites: Sites, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same references on the same values; around them the same code of Inductor."""
+    model, x = encoder(), torch.randn(3, 5, K)
+    run = compiled(model)
+    got = run(x)
+    assert [c.op for c in sites.calls] == [*PER_LAYER, *PER_LAYER, "quantize", "int8_linear"]
+    other = torch.randn(3, 5, K)
+    of_other = run(other)
+    torch._dynamo.reset()
+    monkeypatch.setattr(lowering, "_has_sites", lambda device: False)
+    usual = compiled(model)
+    assert error(got, usual(x)) < 1e-5
+    assert error(of_other, usual(other)) < 1e-5
+    assert error(got, model(x)) < 2 * NEAR
+
+
+def test_every_call_in_the_graph_has_a_site_of_its_own(sites: Sites) -> None:
+    """Two equal calls too: that their tensors stay the same is then up to the memory plan alone."""
+    run, x = compiled(encoder()), torch.randn(3, 5, K)
+    for _ in range(3):
+        run(x)
+    one, two, three = (sites.calls[i : i + 18] for i in (0, 18, 36))
+    assert len(sites.made) == 18 and len(sites.calls) == 54
+    assert sorted(c.site for c in one) == list(range(18))
+    assert [c.site for c in one] == [c.site for c in two] == [c.site for c in three]
+
+
+def test_arguments_arrive_in_the_order_of_the_schema(sites: Sites) -> None:
+    model = encoder()
+    compiled(model)(torch.randn(3, 5, K))
+    layer_norm, qkv, _, out, rms_norm, _, glu, *_ = sites.calls
+    untold = (None, None, None)  # low, high, clip
+    assert layer_norm.constants == (1e-5, False, *untold)
+    assert rms_norm.constants == (1e-3, True, *untold)
+    assert glu.constants == ("silu", *untold)
+    assert qkv.constants == out.constants == (torch.float32,)
+    _, gamma, beta, factor = layer_norm.given
+    assert factor is None
+    assert gamma is not None and torch.equal(gamma, model[0].norm1.weight)
+    assert beta is not None and torch.equal(beta, model[0].norm1.bias)
+    assert rms_norm.given[2] is None
+    xq, x_scale, _, wq, _, _, bias, residual = out.given
+    assert xq is not None and xq.shape == (3, 5, K) and xq.dtype == torch.int8
+    assert x_scale is not None and x_scale.shape == (3, 5, 1)
+    assert wq is not None and wq.shape == (K, K)
+    assert bias is not None and torch.equal(bias, model[0].out.bias)
+    assert residual is not None and residual.shape == (3, 5, K)
+    assert qkv.given[7] is None
+    last = sites.calls[-1]
+    assert last.given[6] is None and last.given[7] is None
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_what_a_quantiser_is_told_arrives(sites: Sites, name: str) -> None:
+    factor, *numbers = TOLD[name].on(K, "cpu")
+    factor = None if factor is None else factor.contiguous()  # strided ones are copied
+
+    def fn(x: Tensor, factor: Tensor | None) -> Any:
+        kept = ops.norm_quantize_keep(x, None, None, 1e-5, True, x.dtype, factor, *numbers)
+        return *kept, *ops.act_quantize(x, "gelu", factor, *numbers)
+
+    x = torch.randn(3, 5, K)
+    got = by_inductor(fn)(x, factor)
+    norm, act = sites.calls
+    assert norm.constants == (1e-5, True, torch.float32, *numbers)
+    assert act.constants == ("gelu", *numbers)
+    for given in (norm.given[-1], act.given[-1]):
+        assert (given is None) == (factor is None)
+        assert given is None or factor is None or given.data_ptr() == factor.data_ptr()
+    assert all(map(torch.allclose, got, fn(x, factor)))
+
+
+# Layouts -----------------------------------------------------------------------------------------
+
+
+def quantize_and_more(x: Tensor) -> Any:
+    xq, x_scale, x_shift = ops.quantize(x + x)  # exact, so that no step is another
+    return xq, x_scale, x_shift, xq.float() * x_scale + x_shift
+
+
+@pytest.mark.parametrize("shape", [(3, 5, K), (7, 33), (2, 64), (K,), (0, K), (1, 1)])
+def test_int8_results_have_the_traced_strides_and_their_pads(
+    sites: Sites, shape: tuple[int, ...]
+) -> None:
+    """`Sites` writes to the pads; here the caller gets the buffers themselves."""
+    x = torch.randn(shape)
+    xq, x_scale, x_shift, y = by_inductor(quantize_and_more)(x)
+    assert [c.op for c in sites.calls] == ["quantize"]
+    want = ops.quantize(x + x)
+    for got, eager in zip((xq, x_scale, x_shift), want, strict=True):
+        assert (got.shape, got.stride(), got.dtype) == (eager.shape, eager.stride(), eager.dtype)
+    whole_rows(xq)
+    assert torch.allclose(y, want[0].float() * want[1] + want[2])
+    assert error(y, x + x) < NEAR or not x.numel()
+
+
+def test_pads_reach_the_linear_with_the_rows(sites: Sites) -> None:
+    def fn(x: Tensor, wq: Tensor, w_scale: Tensor, w_sum: Tensor) -> Tensor:
+        return ops.int8_linear(*ops.quantize(x), wq, w_scale, w_sum, None, None, torch.float32)
+
+    x, weight = torch.randn(3, 5, K), ops.quantize_weight(torch.randn(N, K))
+    got = by_inductor(fn)(x, *weight)
+    quantize, linear = sites.calls
+    assert linear.given[0] is not None and linear.given[3] is not None
+    assert linear.given[0].data_ptr() == quantize.results[0].data_ptr()
+    assert linear.given[3].data_ptr() == weight[0].data_ptr()  # packed weights are read in place
+    assert linear.given[3].stride() == (padded(K), 1)
+    whole_rows(linear.given[0])
+    assert torch.equal(got, fn(x, *weight))
+
+
+LAYOUTS: dict[str, tuple[Callable[[], Tensor], bool]] = {
+    "contiguous": (lambda: torch.randn(3, 5, K), True),
+    "part of a wider row": (lambda: torch.randn(3, 5, 3 * K)[..., K : 2 * K], True),
+    "columns": (lambda: torch.randn(3, K, 5).transpose(1, 2), False),
+    "heads": (lambda: torch.randn(3, 4, 5, K).transpose(1, 2), False),
+    "tokens first": (lambda: torch.randn(5, 3, K).transpose(0, 1), False),
+    "every other column": (lambda: torch.randn(3, 5, 2 * K)[..., ::2], False),
+    "one row, expanded": (lambda: torch.randn(1, 1, K).expand(3, 5, K), True),
+    "rows of a batch, expanded": (lambda: torch.randn(1, 5, K).expand(3, 5, K), False),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_rows_are_read_in_place_and_all_else_is_made_contiguous(sites: Sites, name: str) -> None:
+    make, in_place = LAYOUTS[name]
+    x = make()
+    got = by_inductor(lambda x: ops.quantize(x))(x)
+    (call,) = sites.calls
+    given, factor = call.given
+    assert factor is None
+    assert given is not None and row_stride(given) is not None
+    assert (given.data_ptr() == x.data_ptr()) == in_place
+    assert given.is_contiguous() or (in_place and given.stride() == x.stride())
+    assert torch.equal(given, x)
+    assert all(map(torch.equal, got, ops.quantize(x)))
+
+
+def test_attention_reads_heads_in_place_and_writes_them_side_by_side(sites: Sites) -> None:
+    """q, k and v are views of one product, and the next linear reads tokens."""
+
+    def fn(qkv: Tensor) -> Any:
+        q, k, v = (t.unflatten(-1, (4, 16)).transpose(1, 2) for t in qkv.split(64, -1))
+        return ops.attention(q, k, v, 0.25, "128x128").transpose(1, 2).flatten(2)
+
+    qkv = torch.randn(3, 5, 192)
+    got = by_inductor(fn)(qkv)
+    (call,) = sites.calls
+    assert call.constants == (0.25, "128x128")
+    for i, given in enumerate(call.given):
+        assert given is not None and given.data_ptr() == qkv[..., 64 * i :].data_ptr()
+        assert given.stride() == (5 * 192, 16, 192, 1)
+    assert got.data_ptr() == call.results[0].data_ptr()
+    assert torch.equal(got, fn(qkv))
+
+
+def test_heads_whose_columns_are_apart_are_copied(sites: Sites) -> None:
+    x = torch.randn(2, 3, 16, 5)
+    by_inductor(lambda x: ops.attention(*[x.transpose(2, 3)] * 3, 0.25, "128x128"))(x)
+    (call,) = sites.calls
+    assert all(given is not None and given.is_contiguous() for given in call.given)
+
+
+def test_a_value_that_inductor_would_lay_out_otherwise_is_laid_out_as_traced(sites: Sites) -> None:
+    """A result of a transposed product, say, in which Inductor is free to choose."""
+
+    def fn(a: Tensor, b: Tensor) -> Any:
+        y = (a @ b).transpose(0, 1) + 1
+        return ops.quantize(y)
+
+    a, b = torch.randn(6, 8), torch.randn(8, K)
+    got = by_inductor(fn)(a, b)
+    given, _ = sites.calls[0].given
+    assert given is not None and given.is_contiguous()
+    want = ops.quantize((a @ b).transpose(0, 1).contiguous() + 1)
+    assert (got[0].int() - want[0].int()).abs().max() <= 1  # products in another order
+    assert error(got[1], want[1]) < 1e-5
+
+
+def test_buffers_that_are_reused_hold_what_was_written_last(sites: Sites) -> None:
+    """Inductor gives the memory of what is no longer read to what comes next."""
+
+    def fn(x: Tensor) -> Any:
+        for _ in range(4):
+            xq, scale, shift = ops.quantize(x)
+            x = xq.float() * scale + shift + 1
+        return x
+
+    x = torch.randn(64, 64)
+    assert torch.allclose(by_inductor(fn)(x), fn(x), atol=1e-5)
+    assert len(sites.calls) == 4
+
+
+def test_a_result_that_is_written_to_afterwards_is_not_what_the_op_read(sites: Sites) -> None:
+    def fn(x: Tensor) -> Any:
+        xq, scale, shift = ops.quantize(x)
+        again = ops.quantize(x + shift)
+        scale.mul_(2)
+        return xq, scale, again[1]
+
+    x = torch.randn(4, K)
+    assert all(map(torch.allclose, by_inductor(fn)(x), fn(x)))
+
+
+# Int8 rows over the floats that they come from ---------------------------------------------------
+
+WIDE = 2048
+
+
+class Mlp(nn.Module):
+    def __init__(self, wide: int = WIDE) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(K, wide), nn.Linear(wide, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc2(F.gelu(self.fc1(x)))
+
+
+def mlps(wide: int = WIDE) -> nn.Module:
+    return seeded(lambda: nn.Sequential(Mlp(wide), Mlp(wide))).to(torch.bfloat16)
+
+
+def overlaid(sites: Sites) -> list[bool]:
+    return [is_over(c.results[0], c.given[0]) for c in sites.calls if c.op == "act_quantize"]
+
+
+def test_large_floats_are_written_over_by_their_int8(
+    sites: Sites, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`Sites` fills whole rows before it writes int8: who read the floats later would see it."""
+    monkeypatch.setattr(lowering, "LARGE", 0)
+    model, x = mlps(), torch.randn(3, 5, K, dtype=torch.bfloat16)
+    run = compiled(model)
+    got, again = run(x), run(x)
+    assert overlaid(sites) == [True] * 4
+    fc2 = sites.calls[3]
+    assert fc2.op == "int8_linear" and fc2.given[0] is not None
+    assert fc2.given[0].stride() == (5 * 2 * WIDE, 2 * WIDE, 1)
+    torch._dynamo.reset()
+    monkeypatch.setattr(lowering, "_has_sites", lambda device: False)
+    want = compiled(model)(x)
+    assert torch.equal(got, want) and torch.equal(again, want)
+
+
+def test_int8_rows_have_memory_of_their_own_unless_all_is_right(
+    sites: Sites, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(3, 5, K, dtype=torch.bfloat16)
+    compiled(mlps())(x)  # not large
+    monkeypatch.setattr(lowering, "LARGE", 0)
+    torch._dynamo.reset()
+    compiled(mlps(WIDE + 8))(x)  # rows would not start at cache lines
+    torch._dynamo.reset()
+    compiled(mlps().float())(x.float())
+    assert overlaid(sites) == [False] * 6
+
+
+def test_a_static_range_leaves_the_floats_alone(
+    sites: Sites, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No program waits until its whole row is read: it would write over what others still read."""
+    monkeypatch.setattr(lowering, "LARGE", 0)
+    quantized = ops.quantize(torch.randn(3, 5, K))
+    w1, w2 = ops.quantize_weight(torch.randn(WIDE, K)), ops.quantize_weight(torch.randn(N, WIDE))
+
+    def mlp(*told: Any) -> Callable[..., Tensor]:
+        def fn(*q: Tensor) -> Tensor:
+            x = ops.int8_linear(*q[:6], None, None, torch.bfloat16)
+            x = ops.act_quantize(x, "gelu", *told)
+            return ops.int8_linear(*x, *q[6:], None, None, torch.bfloat16)
+
+        return fn
+
+    for told in ((), (None, None, None, 3.0), (None, -0.2, 3.0)):
+        torch._dynamo.reset()
+        by_inductor(mlp(*told))(*quantized, *w1, *w2)
+    assert overlaid(sites) == [True, True, False]
+
+
+def test_floats_that_are_read_again_are_not_written_over(
+    sites: Sites, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lowering, "LARGE", 0)
+
+    class Both(Mlp):
+        def forward(self, x: Tensor) -> Any:
+            h = self.fc1(x)
+            return self.fc2(F.gelu(h)), h
+
+    model = seeded(Both).to(torch.bfloat16)
+    x = torch.randn(3, 5, K, dtype=torch.bfloat16)
+    _, h = compiled(model)(x)
+    assert error(h, model(x)[1]) < NEAR
+
+    def of_an_input(x: Tensor) -> Any:
+        return ops.act_quantize(x, "gelu")
+
+    mine = torch.randn(4, WIDE, dtype=torch.bfloat16)
+    before = mine.clone()
+    by_inductor(of_an_input)(mine)
+    assert torch.equal(mine, before)
+    assert overlaid(sites) == [False] * 2
+
+
+# The usual way -----------------------------------------------------------------------------------
+
+
+def test_symbolic_sizes_take_the_usual_way(sites: Sites) -> None:
+    run, model = compiled(encoder(), dynamic=True), encoder()
+    for batch, tokens in [(3, 5), (4, 5), (2, 9)]:
+        x = torch.randn(batch, tokens, K)
+        torch._dynamo.mark_dynamic(x, 0)
+        assert error(run(x), model(x)) < 2 * NEAR
+    assert not sites.calls
+
+
+def test_a_symbolic_batch_is_not_specialised(sites: Sites) -> None:
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    run = torch.compile(quantize_and_more, backend=counter, fullgraph=True)
+    for batch in (3, 4, 9, 2):
+        x = torch.randn(batch, 5, 2 * K)[..., :K]
+        torch._dynamo.mark_dynamic(x, 0)
+        assert all(map(torch.allclose, run(x), quantize_and_more(x)))
+    assert counter.frame_count == 1 and not sites.calls
+
+
+def test_a_wrapper_in_cpp_takes_the_usual_way(sites: Sites) -> None:
+    x = torch.randn(3, 5, K)
+    got = by_inductor(quantize_and_more, options={"cpp_wrapper": True})(x)
+    assert not sites.calls
+    assert all(map(torch.allclose, got, quantize_and_more(x)))
+
+
+def test_a_cpu_takes_the_usual_way() -> None:
+    def refuses(*_: Any) -> Any:
+        raise AssertionError("a site on a CPU")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Op, "site", refuses)
+        x = torch.randn(3, 5, K)
+        assert all(map(torch.allclose, by_inductor(quantize_and_more)(x), quantize_and_more(x)))
+
+
+# On a card ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_after_the_first_call_no_launch_goes_through_python(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: dict[str, Any] = {}
+    real = define.site
+
+    def spy(name: str, *constants: Any) -> Any:
+        site = made[f"{len(made)} {name} {constants}"] = real(name, *constants)
+        return site
+
+    monkeypatch.setattr(define, "site", spy)
+    monkeypatch.setenv("GRAPHQUANT_SELECT", "always")
+    model = encoder().to("cuda", dtype)
+    run, x = compiled(model), torch.randn(3, 64, K, device="cuda", dtype=dtype)
+    first = run(x)
+    assert len(made) == 18
+    assert not [name for name, site in made.items() if not site.ready]
+    for _ in range(3):
+        other = torch.randn_like(x)
+        assert error(run(other), model(other)) < 2 * NEAR
+    assert torch.equal(run(x), first)
