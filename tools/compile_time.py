@@ -101,7 +101,7 @@ def measure(
             return gm.forward
         zeros = _zeros(captured)
         with clock.step("rewrite"):
-            reports.append(rewrite(captured, config))
+            reports.append(rewrite(captured, config).report)
         with clock.step("pack"):
             _pack(captured, example_inputs)
         return zeros
