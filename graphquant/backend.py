@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from graphquant.capture.aten import from_dynamo
 from graphquant.capture.fallback import or_in_float
-from graphquant.capture.sources import belong_to_modules, mark_static
+from graphquant.capture.sources import belong_to_modules, static_inputs
 from graphquant.config import Config
 from graphquant.errors import ReleasedWeightError
 from graphquant.failure import stage
@@ -84,18 +84,10 @@ def _hand_over(
     given = graph.find_nodes(op="placeholder")
     names = [captured.names.get(n, n.name) for n in given]
     index = {node: i for i, node in enumerate(given)}
-    last = given[-1]
     real = [captured.parameters.get(n, v) for n, v in zip(given, example_inputs, strict=True)]
 
-    def new_input(name: str) -> Node:
-        nonlocal last
-        with graph.inserting_after(last):
-            last = graph.placeholder(name)
-        mark_static(last)
-        return last
-
     with stage("prepack"):
-        packings = prepack(captured, new_input)
+        packings = prepack(captured, static_inputs(graph))
     jobs = [(p.recipe, tuple(index[r] for r in p.roots)) for p in packings]
     kept = [i for i, n in enumerate(given) if n.users]
     floats = [i for i in kept if given[i] in captured.parameters] if config.free_weights else []

@@ -22,7 +22,7 @@ from graphquant.errors import KernelBuildError, MissingPackageError, Unsupported
 from graphquant.exporters import program as exported
 from graphquant.ops import define
 from graphquant.ops.runtime import launch
-from graphquant.passes import editor, pipeline
+from graphquant.passes import editor, eligibility, pipeline
 from graphquant.passes.pipeline import FLOAT_RULES, INT8_RULES
 from graphquant.passes.policy.accuracy import AccuracyGate
 from graphquant.passes.prepack import Recipe
@@ -354,7 +354,7 @@ def test_entries_that_promise_more_raise_and_name_the_pass(
         "export": lambda: graphquant.export(model, (x,)),
         "calibrate": lambda: graphquant.calibrate(model, [x], progress=False),
     }
-    for target in ("paired", "passes.pipeline", "calibration.observed"):
+    for target in ("accuracy.pair", "passes.pipeline", "calibration.observed"):
         monkeypatch.setattr(f"graphquant.{target}.normalize", fails)
     named = "compare" if entry == "fit_budget" else entry  # with which it begins
     with pytest.raises(
@@ -420,8 +420,8 @@ def test_machine_without_kernels_runs_in_float_with_that_reason(
     x: Tensor, model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a CUDA graph where Triton is not installed. (Here the CPU is said to be like that.)"""
-    monkeypatch.setattr(pipeline, "NEED_KERNELS", ("cpu", "cuda"))
-    monkeypatch.setattr(pipeline, "missing", lambda: "triton is not installed")
+    monkeypatch.setattr(eligibility, "NEED_KERNELS", ("cpu", "cuda"))
+    monkeypatch.setattr(eligibility, "missing", lambda: "triton is not installed")
     reports: list[Report] = []
     assert torch.equal(int8(model, reports)(x), model(x))
     assert reports[0].reasons() == {"triton is not installed": 2}

@@ -31,6 +31,7 @@ from graphquant.config import Config
 from graphquant.errors import RuleError
 from graphquant.ir.captured import Captured
 from graphquant.ir.constants import Constants
+from graphquant.ir.evaluate import evaluate
 from graphquant.ir.graph import LITERAL, RESIDUAL, calls, full_args
 from graphquant.ir.interpret import Caller, Paths, Watched
 from graphquant.ops import int8_linear
@@ -62,13 +63,19 @@ class _Product:
     """An int8_linear of the rewritten graph, and the linears that it computes side by side.
 
     first   the first of them in the float graph: where all read what the model multiplied
-    leaves  the float values from which its local result is computed
+    given   nodes that hold a value of the model -> the float graph's node with the same value
+    inner   what its local result is computed by from these, in graph order
     """
 
     node: Node
     first: Node
-    leaves: frozenset[Node]
+    given: Mapping[Node, Node]
+    inner: tuple[Node, ...]
     parts: tuple[_Part, ...]
+
+    @property
+    def leaves(self) -> frozenset[Node]:
+        return frozenset(self.given.values())
 
 
 class Pair:
@@ -97,7 +104,7 @@ class Pair:
         self.report = self._rewritten.report
         self._int8 = captured.gm
         self._weights = Constants(captured.parameters)
-        self._packed: dict[tuple[Node, tuple[int, ...]], Any] = {}  # what no run changes
+        self._packed: dict[tuple[Node, tuple[int, ...]], dict[Node, Any]] = {}
         self._products = list(self._find())
         parts = (part for product in self._products for part in product.parts)
         self._parts = sorted(parts, key=lambda part: part.node)
@@ -113,7 +120,7 @@ class Pair:
                 caller = Caller(outcome.path, name, weight, self._inputs[root])
                 parts.append(_Part(outcome, linear, caller, self._names[value], columns))
             first = min(part.node for part in parts)
-            yield _Product(node, first, frozenset(self._leaves(node)), tuple(parts))
+            yield _Product(node, first, *self._behind(node), tuple(parts))
 
     def _of_float(self, node: Node) -> Node | None:
         """The float graph's node with the same value. What was kept has kept its name.
@@ -124,43 +131,39 @@ class Pair:
         computed = found in self._constants and found not in self._constants.roots
         return None if computed else found
 
-    def _leaves(self, product: Node) -> set[Node]:
-        leaves: set[Node] = set()
+    def _behind(self, product: Node) -> tuple[dict[Node, Node], tuple[Node, ...]]:
+        """(given, inner) of a product."""
+        given: dict[Node, Node] = {}
         inner = [product]
         for node in inner:
             arguments = _without_residual(node) if node is product else node.all_input_nodes
             for i in (a for a in arguments if isinstance(a, Node)):
                 if (leaf := self._of_float(i)) is not None:
-                    leaves.add(leaf)
+                    given[i] = leaf
                 elif i.target is int8_linear.target:
                     raise RuleError(f"{i.name}, in front of {product.name}, has no float value")
                 elif i not in inner:
                     inner.append(i)
-        return leaves
+        return given, tuple(sorted(inner[1:]))
 
-    def _local(self, product: Node, known: Mapping[Node, Any], layer: tuple[int, ...]) -> Tensor:
-        """layer: which weights the graph runs with."""
-        done: dict[Node, Any] = {}
+    def _local(
+        self, product: _Product, known: Mapping[Node, Any], layer: tuple[int, ...]
+    ) -> Tensor:
+        """The product on values of the float model.
 
-        def computed(node: Node) -> Any:
-            if (leaf := self._of_float(node)) is not None:
-                return known[leaf]
-            if LITERAL in node.meta:
-                return node.meta[LITERAL]
-            if node not in done:
-                of = computed if node in self._weights else value
-                args, kwargs = map_arg((node.args, node.kwargs), of)
-                done[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-            return done[node]
-
-        def value(node: Node) -> Any:
-            if node not in self._weights or self._of_float(node) is not None:
-                return computed(node)
-            if (node, layer) not in self._packed:
-                self._packed[node, layer] = computed(node)
-            return self._packed[node, layer]
-
-        return _multiply(product, value)
+        layer  which weights the graph runs with: what is computed from them alone is kept
+        """
+        values = {node: known[leaf] for node, leaf in product.given.items()}
+        values |= {n: n.meta[LITERAL] for n in product.inner if LITERAL in n.meta}
+        inner = [n for n in product.inner if n not in values]
+        fixed = [n for n in inner if n in self._weights]
+        if (product.node, layer) not in self._packed:
+            made = evaluate(fixed, dict(values))
+            read = [n for n in fixed if any(user not in fixed for user in n.users)]
+            self._packed[product.node, layer] = {n: made[n] for n in read}
+        values |= self._packed[product.node, layer]
+        evaluate((n for n in inner if n not in fixed), values)
+        return _multiply(product.node, values.__getitem__)
 
     @property
     def products(self) -> list[tuple[Outcome, ...]]:
@@ -201,7 +204,7 @@ class Pair:
 
         def after(node: Node, value: Any, env: Mapping[Node, Any]) -> Tensor | None:
             for product in [p for p in to_come if p.first is node]:
-                y8 = self._local(product.node, known, layer)
+                y8 = self._local(product, known, layer)
                 for part in product.parts:
                     made.setdefault(part.value, []).append((part, y8[..., part.columns]))
                 to_come.remove(product)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch._dynamo.source import (
     UnspecializedParamBufferSource,
 )
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.utils.weak import TensorWeakRef
 
 from graphquant.ir.graph import module_path
@@ -115,7 +115,19 @@ def _keep_metadata(old: Node, new: Node) -> None:
         new.meta["tensor_dict"] = old.meta["tensor_dict"]
 
 
-def mark_static(placeholder: Node) -> None:
-    """Tell CUDA graphs that this input keeps its address from call to call."""
-    placeholder._dynamo_source = None
-    placeholder.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+def static_inputs(graph: Graph) -> Callable[[str], Node]:
+    """Returns a function that adds an input, behind those that the graph has.
+
+    CUDA graphs take it for static: it keeps its address from call to call.
+    """
+    last: Node = graph.find_nodes(op="placeholder")[-1]
+
+    def new_input(name: str) -> Node:
+        nonlocal last
+        with graph.inserting_after(last):
+            last = graph.placeholder(name)
+        last._dynamo_source = None
+        last.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+        return last
+
+    return new_input

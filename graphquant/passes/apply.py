@@ -57,7 +57,7 @@ def apply(state: RewriteState, rule: Rule[Any], gates: Sequence[Gate] = ()) -> N
             log.debug("%s left %s: %s", rule.name, site.outputs[0].name, verdict.reason)
             state.record.decline(rule.name, site.subjects, verdict.reason, verdict.times)
             if verdict.final and rewrite.product is not None:
-                state.record.bar(rewrite.product.linear.node, verdict.reason)
+                state.record.exclude(rewrite.product.linear.node, verdict.reason)
             _undo(state, editor.made)
         else:
             _replace(state, rule, site, rewrite, editor.made, carrier, verdict)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
-from torch.fx.node import map_aggregate
 
 from graphquant.ir.aliases import written_in_place
+from graphquant.ir.evaluate import evaluate
 from graphquant.ir.graph import SDPA, calls, drop_dead_code, full_args, is_impure, is_random
 
 log = logging.getLogger(__name__)
@@ -52,18 +52,12 @@ def _masks_nothing(mask: Node, written: set[Node]) -> bool:
     order = _computed_from_nothing(mask)
     if order is None or not written.isdisjoint(order):
         return False
-    values: dict[Node, Any] = {}
 
     def on_cpu(argument: Any) -> Any:
-        if isinstance(argument, Node):
-            return values[argument]
         return torch.device("cpu") if isinstance(argument, torch.device) else argument
 
     with unset_fake_temporarily(), torch.no_grad():
-        for node in order:
-            args, kwargs = map_aggregate((node.args, node.kwargs), on_cpu)
-            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        value: Tensor = values[mask]
+        value: Tensor = evaluate(order, {}, on_cpu)[mask]
         return bool(value.all()) if value.dtype == torch.bool else not bool(value.any())
 
 

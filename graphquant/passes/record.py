@@ -48,14 +48,14 @@ class Entry:
     outcome: Outcome  # its `refused` is what to say if no rule ever looks at it
     value: str  # the node of the model whose value a linear's columns hold, a residual left out
     rules: list[str] = field(default_factory=list)
-    barred: str = ""  # no rule may touch it, for this reason
+    ineligible: str = ""  # no rule may touch it, for this reason
     declined: dict[str, str] = field(default_factory=dict)  # rule -> its reason
     float_us: float = 0.0  # measured, of the site that it is in
     int8_us: float = 0.0
 
     def done(self) -> Outcome:
         timed = replace(self.outcome, float_us=self.float_us, int8_us=self.int8_us)
-        why_not = self.barred or "; ".join(self.declined.values())
+        why_not = self.ineligible or "; ".join(self.declined.values())
         if not self.rules:
             return replace(timed, refused=why_not or self.outcome.refused)
         taken = replace(timed, rules=tuple(self.rules), refused="")
@@ -68,8 +68,8 @@ class Record:
         self._entries: list[Entry] = []
         self._at: dict[Node, list[Entry]] = {}
 
-    def enter(self, node: Node, outcome: Outcome, barred: str = "") -> None:
-        entry = Entry(outcome, node.name, barred=barred)
+    def enter(self, node: Node, outcome: Outcome, ineligible: str = "") -> None:
+        entry = Entry(outcome, node.name, ineligible=ineligible)
         self._entries.append(entry)
         self._at.setdefault(node, []).append(entry)
 
@@ -78,7 +78,7 @@ class Record:
         self._entries.append(Entry(outcome, ""))
 
     def open(self, node: Node) -> bool:
-        return not any(e.barred for e in self._at.get(node, ()))
+        return not any(e.ineligible for e in self._at.get(node, ()))
 
     def apply(
         self,
@@ -113,10 +113,10 @@ class Record:
                 if times is not None:
                     entry.float_us, entry.int8_us = times
 
-    def bar(self, linear: Node, reason: str) -> None:
+    def exclude(self, linear: Node, reason: str) -> None:
         """From now on no rule may touch it."""
         for entry in self._at.get(linear, ()):
-            entry.barred = reason
+            entry.ineligible = reason
 
     def carried(self, node: Node) -> tuple[Carried, ...]:
         """The linears whose columns this node computes, in the columns' order."""

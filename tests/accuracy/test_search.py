@@ -182,10 +182,10 @@ def test_costs_are_flops_or_measured_times(monkeypatch: pytest.MonkeyPatch, x: T
     costs = Trials(model, calls, Config()).costs()
     assert costs["0.q"] == flops and costs["0.up"] == costs["0.down"] == 2 * flops
 
-    from graphquant.passes import apply
+    from graphquant.passes.policy import speed
     from graphquant.passes.record import Times
 
-    monkeypatch.setattr(apply, "compare", lambda old, new, *_: Times(40.0, 10.0))
+    monkeypatch.setattr(speed, "compare", lambda old, new, *_: Times(40.0, 10.0))
     costs = Trials(model, calls, Config(select="faster")).costs()
     assert costs["0.up"] == costs["0.down"] == 30.0
     assert costs["0.q"] == costs["0.k"] == costs["0.v"] == pytest.approx(10.0)  # of one product

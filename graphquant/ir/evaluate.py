@@ -1,0 +1,30 @@
+"""Run some nodes of a graph on given values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch.fx import Node
+from torch.fx.node import map_aggregate
+
+
+def evaluate(
+    nodes: Iterable[Node],
+    values: dict[Node, Any],
+    argument: Callable[[Any], Any] = lambda a: a,
+) -> dict[Node, Any]:
+    """Call the targets of these nodes in order, and add their results to `values`, which is
+    returned.
+
+    values    of all that the nodes read, except what they compute themselves
+    argument  replaces arguments that are no nodes
+    """
+
+    def value(a: Any) -> Any:
+        return values[a] if isinstance(a, Node) else argument(a)
+
+    for node in nodes:
+        args, kwargs = map_aggregate((node.args, node.kwargs), value)
+        values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return values
