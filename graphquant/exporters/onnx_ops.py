@@ -33,6 +33,7 @@ import numpy as np
 from graphquant.errors import UnsupportedInputError
 from graphquant.ops.define import OPS, Op
 from graphquant.ops.numerics import MIN_ABSMAX, QMAX
+from graphquant.ops.qparams import QParams
 
 QMAX7 = 64  # of 7-bit weights: two products with uint8 add up to 255 * 64 * 2 < 2^15 at most
 
@@ -77,28 +78,24 @@ class _Translation:
 
     # --- the ops ---------------------------------------------------------------------------------
 
-    def quantize(self, x: Value, *told: Any) -> tuple[Value, Value, Value]:
-        return self._quantized(self._float(x), *told)
+    def quantize(
+        self, x: Value, up: Value | None, act: str | None, *qparams: Any
+    ) -> tuple[Value, Value, Value]:
+        y = self._act(self._float(x), act)
+        if up is not None:
+            y = self.op.Mul(y, self._float(up))
+        return self._quantized(y, QParams(*qparams))
 
     def norm_quantize(
-        self, x: Value, gamma: Value, beta: Value, eps: float, rms: bool, *told: Any
+        self, x: Value, gamma: Value, beta: Value, eps: float, rms: bool, *qparams: Any
     ) -> tuple[Value, Value, Value]:
-        return self._quantized(self._norm(x, gamma, beta, eps, rms), *told)
+        return self._quantized(self._norm(x, gamma, beta, eps, rms), QParams(*qparams))
 
     def norm_quantize_keep(
-        self, x: Value, gamma: Value, beta: Value, eps: float, rms: bool, dtype: int, *told: Any
+        self, x: Value, gamma: Value, beta: Value, eps: float, rms: bool, dtype: int, *qparams: Any
     ) -> tuple[Value, Value, Value, Value]:
         y = self._norm(x, gamma, beta, eps, rms)
-        return self._cast(y, dtype), *self._quantized(y, *told)
-
-    def act_quantize(self, x: Value, act: str, *told: Any) -> tuple[Value, Value, Value]:
-        return self._quantized(self._act(self._float(x), act), *told)
-
-    def glu_quantize(
-        self, gate: Value, up: Value, act: str, *told: Any
-    ) -> tuple[Value, Value, Value]:
-        y = self.op.Mul(self._act(self._float(gate), act), self._float(up))
-        return self._quantized(y, *told)
+        return self._cast(y, dtype), *self._quantized(y, QParams(*qparams))
 
     def int8_linear(
         self,
@@ -136,16 +133,10 @@ class _Translation:
 
     # --- their parts -----------------------------------------------------------------------------
 
-    def _quantized(
-        self,
-        x: Value,
-        factor: Value | None = None,
-        low: float | None = None,
-        high: float | None = None,
-        clip: float | None = None,
-    ) -> tuple[Value, Value, Value]:
+    def _quantized(self, x: Value, qparams: QParams) -> tuple[Value, Value, Value]:
         """numerics.quantize_rows: (xq, x_scale, x_shift)."""
         op = self.op
+        factor, low, high, clip = qparams
         if factor is not None:
             x = op.Mul(x, factor)
         if low is not None and high is not None:
@@ -237,10 +228,12 @@ class _Translation:
         y = op.Mul(op.Div(x, op.Sqrt(op.Add(squares, self._f32(eps)))), gamma)
         return y if beta is None else op.Add(y, beta)
 
-    def _act(self, x: Value, act: str) -> Value:
+    def _act(self, x: Value, act: str | None) -> Value:
         """numerics.ACTIVATIONS"""
         op = self.op
         match act:
+            case None:
+                return x
             case "gelu":
                 return op.Gelu(x)
             case "gelu_tanh":

@@ -56,10 +56,10 @@ def _int8_linear(xq: Tensor, *args: Any) -> Tensor:
     return y
 
 
-def by_int_mm(xq: Tensor, *args: Any) -> Tensor:
+def by_int_mm(xq: Tensor, x_scale: Tensor, x_shift: Tensor, wq: Tensor, *args: Any) -> Tensor:
     """int8_linear.reference by one int8 product."""
-    wq = args[2]
-    return epilogue(int_mm(xq.reshape(-1, xq.shape[-1]), wq).float(), xq, *args)
+    acc = int_mm(xq.reshape(-1, xq.shape[-1]), wq).float()
+    return epilogue(acc, xq, x_scale, x_shift, wq, *args)
 
 
 def int_mm(xq: Tensor, wq: Tensor) -> Tensor:

@@ -34,15 +34,14 @@ from graphquant.errors import MissingPackageError, OptionError, UnsupportedInput
 from graphquant.exporters.program import require_program
 from graphquant.exporters.scales import dynamic_linears
 from graphquant.ops import (
-    act_quantize,
     attention,
-    glu_quantize,
     int8_linear,
     norm_quantize,
     norm_quantize_keep,
     quantize,
 )
 from graphquant.ops.numerics import MIN_ABSMAX, QMAX
+from graphquant.ops.qparams import QParams
 
 QMIN = -128  # TensorRT's, of activations; weights have none below -127
 
@@ -158,30 +157,52 @@ class _Floats:
     def table(self) -> dict[Any, Callable[..., Any]]:
         """For run_decompositions."""
         return {
-            quantize.target: self.rows,
-            norm_quantize.target: lambda *a: self.rows(_norm(*a[:5]), *a[5:]),
+            quantize.target: self.quantize,
+            norm_quantize.target: self.norm,
             norm_quantize_keep.target: self.norm_keep,
-            act_quantize.target: lambda x, act, *told: self.rows(_ACTIVATIONS[act](x), *told),
-            glu_quantize.target: lambda gate, up, act, *told: self.rows(
-                _ACTIVATIONS[act](gate) * up, *told
-            ),
             int8_linear.target: self.linear,
             attention.target: lambda q, k, v, scale, tile: F.scaled_dot_product_attention(
                 q, k, v, scale=scale
             ),
         }
 
-    def rows(
-        self, x: Tensor, factor: Tensor | None, low: float, high: float, clip: None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def rows(self, x: Tensor, qparams: QParams) -> tuple[Tensor, Tensor, Tensor]:
+        factor, low, high, _ = qparams
+        assert low is not None and high is not None  # `qdq` lets no other through
         if factor is not None:
             x = (x * factor).to(x.dtype)
         x = self.nodes.activation(x, max(-low, high, MIN_ABSMAX))
         return x, x[..., :1], x[..., :1]  # in place of a scale and a shift: not read any more
 
-    def norm_keep(self, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        y, (dtype, *told) = _norm(*args[:5]), args[5:]
-        return y.to(dtype), *self.rows(y, *told)
+    def quantize(
+        self, x: Tensor, up: Tensor | None, act: str | None, *qparams: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y = x if act is None else _ACTIVATIONS[act](x)
+        return self.rows(y if up is None else y * up, QParams(*qparams))
+
+    def norm(
+        self,
+        x: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        eps: float,
+        rms: bool,
+        *qparams: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self.rows(_norm(x, gamma, beta, eps, rms), QParams(*qparams))
+
+    def norm_keep(
+        self,
+        x: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        eps: float,
+        rms: bool,
+        dtype: torch.dtype,
+        *qparams: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        y = _norm(x, gamma, beta, eps, rms)
+        return y.to(dtype), *self.rows(y, QParams(*qparams))
 
     def linear(
         self,

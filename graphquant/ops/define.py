@@ -21,6 +21,7 @@ from torch import Tensor
 
 from graphquant.errors import KernelBuildError, UnsupportedInputError
 from graphquant.ops.checks import FLOATS
+from graphquant.ops.qparams import QParams
 from graphquant.ops.runtime.launch import native, needs_triton, prepare, stream_of
 
 # Library.define + impl costs 3 us a call; torch.library.custom_op 15 to 24.
@@ -28,8 +29,6 @@ LIB = torch.library.Library("graphquant", "DEF")
 OPS: dict[str, Op] = {}
 
 
-# The last arguments of every quantiser (numerics.py).
-QUANTISED = "Tensor? factor=None, float? low=None, float? high=None, float? clip=None"
 DTYPE = "dtype"
 MAX_SITES = 4096  # of one op: one for each combination of shapes it was called with
 
@@ -69,11 +68,17 @@ class Op:
         return tuple("Tensor" in str(a.type) for a in self.target._schema.arguments)
 
     @cached_property
+    def quantizes(self) -> bool:
+        """Does it quantize an activation? Then its last arguments are QParams."""
+        names = tuple(a.name for a in self.target._schema.arguments)
+        return names[-len(QParams._fields) :] == QParams._fields
+
+    @cached_property
     def _defaults(self) -> tuple[Any, ...]:
         return tuple(a.default_value for a in self.target._schema.arguments)
 
-    def __call__(self, *args: Any) -> Any:
-        return self.target(*args)
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        return self.target(*args, **named)
 
     def typed(self, args: Sequence[Any]) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
         """The same call without a dtype among its arguments: an overload is named after it."""
@@ -87,6 +92,15 @@ class Op:
     def full(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """All of the schema's arguments: torch leaves out the last ones if they are defaults."""
         return (*args, *self._defaults[len(args) :])
+
+    def quantizing(self, args: Sequence[Any], qparams: QParams) -> tuple[Any, ...]:
+        """The arguments of a call with these QParams: `args` are those in front of them, of which
+        the last may be left out. As torch does, without the last ones that are defaults."""
+        made = [*self.full(args)[: -len(qparams)], *qparams]
+        arguments = self.target._schema.arguments
+        while arguments[len(made) - 1].has_default_value() and made[-1] is None:
+            made.pop()
+        return tuple(made)
 
     def split(self, args: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         """(tensors and absent ones, constants) of the schema's arguments, each in order."""
@@ -272,4 +286,9 @@ def _as_tuple(results: Any) -> tuple[Tensor, ...]:
 
 
 def _parameters(fn: Callable[..., Any]) -> list[str]:
-    return list(inspect.signature(fn).parameters)
+    """Names of a function's parameters; `*qparams` stands for all of QParams."""
+    return [
+        name
+        for p in inspect.signature(fn).parameters.values()
+        for name in (QParams._fields if p.kind is p.VAR_POSITIONAL else (p.name,))
+    ]

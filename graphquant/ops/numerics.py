@@ -16,12 +16,12 @@ costs a linear nothing but one more product in its epilogue:
 A row that holds inf or nan has x_scale inf or nan and xq = 0: it dequantises to nan, and no other
 row notices. Weights are symmetric: w_scale = max_k |w| / 127, no shift.
 
-Every quantiser can be told more of what it quantises:
+Quantization parameters (qparams.py) change what is quantized:
 
-    factor     float32 [K]: x * factor stands for x from here on (SmoothQuant's 1 / s)
-    clip       clamp(x, -clip, clip) stands for x, before its row's range is taken
-    low, high  the range of every row, from a calibration, as it is given; clamp(x, low, high)
-               stands for x, and with x_shift as above
+    factor     x * factor in place of x, from here on
+    clip       clamp(x, -clip, clip) in place of x, before its row's range is taken
+    low, high  the range of every row, as it is given; clamp(x, low, high) in place of x, and with
+               x_shift as above
 
                    absmax = max(high - x_shift, x_shift - low, MIN_ABSMAX)
 
@@ -39,6 +39,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from graphquant.ops.qparams import DYNAMIC, QParams
 
 QMAX = 127  # symmetric: -128 is never produced, so |xq| * x_scale never exceeds absmax
 MIN_ABSMAX = 1e-20  # rows below this quantise to 0; a floor, not `== 0`: the scale is continuous
@@ -128,17 +130,12 @@ def empty_triple(like: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor, Te
     )
 
 
-def quantize_rows(
-    x: Tensor,
-    factor: Tensor | None = None,
-    low: float | None = None,
-    high: float | None = None,
-    clip: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_rows(x: Tensor, qparams: QParams = DYNAMIC) -> tuple[Tensor, Tensor, Tensor]:
     """Int8 over the last dim with a scale and a shift, as this module's head defines it.
 
     x [..., K] float, K >= 1  ->  xq [..., K] int8,  x_scale, x_shift [..., 1] float32
     """
+    factor, low, high, clip = qparams
     x = x.float()
     if factor is not None:
         x = x * factor

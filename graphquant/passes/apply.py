@@ -27,19 +27,19 @@ from graphquant.ir.graph import (
     LINEAR,
     LITERAL,
     MODULE,
-    RESIDUAL,
+    arguments,
     aten,
     autocast_at,
     described,
     dtype,
     fake_result,
-    full_args,
     is_impure,
     shape,
 )
 from graphquant.ir.rows import SIZED_VIEWS
 from graphquant.ops import int8_linear, quantize_weight
 from graphquant.ops.define import Op
+from graphquant.ops.qparams import QParams
 from graphquant.passes.layout import restore_layouts, stands_for
 from graphquant.passes.policy.accuracy import Product, judge, too_rough
 from graphquant.passes.policy.ranges import SMOOTHED, Range, union, within
@@ -97,20 +97,17 @@ class Workbench:
     def open(self, linear: Node) -> bool:
         return self.record.open(linear)
 
-    def told(self, linear: Linear, smooth: Smooth) -> list[Any]:
-        """What a quantiser in front of this linear is told besides (ops/numerics.py): factor, low,
-        high and clip, without the last ones that are None."""
+    def qparams(self, linear: Linear, smooth: Smooth) -> QParams:
+        """Quantization parameters of this linear's input, by the options and the calibration."""
         factor, clip = smooth.factor, self.config.clip_range
         carried = (outcome.node for outcome, _ in self.record.carried(linear.node))
         known = [self.ranges[name] for name in carried if name in self.ranges]
         if self.config.activation == "static" and smooth.scale is not None:
             known = [SMOOTHED]
-        told = [factor, None, None, clip]
         if known:
-            told = [factor, *within(union(known), clip), None]
-        while told and told[-1] is None:
-            told.pop()
-        return told
+            low, high = within(union(known), clip)
+            return QParams(factor, low, high)
+        return QParams(factor, clip=clip)
 
     def why_rough(self, product: Product) -> str:
         """Why this int8 product is not exact enough for the options, or ""."""
@@ -119,9 +116,9 @@ class Workbench:
             return ""
         carried = [outcome for outcome, _ in self.record.carried(linear.node)]
         rows = sample(self.config.calibration, [outcome.path for outcome in carried])
-        told = self.told(linear, product.smooth._replace(factor=None))[1:]
+        qparams = self.qparams(linear, product.smooth)._replace(factor=None)
         widths = [outcome.N for outcome in carried]
-        found = judge(product, rows, told, widths, self.constants, self.parameters)
+        found = judge(product, rows, qparams, widths, self.constants, self.parameters)
         if found is None:
             self.unjudged.update(outcome.node for outcome in carried)
             return ""
@@ -143,8 +140,8 @@ class Editor:
         return self._new(fn, args, {})
 
     def quantized(self, op: Op, *args: Any, linear: Linear, smooth: Smooth) -> Node:
-        """A quantiser of what `linear` reads, told what the options say of it."""
-        return self.call(op, *args, *self._bench.told(linear, smooth))
+        """A call of `op`, which quantizes what `linear` reads, with that one's QParams."""
+        return self.call(op, *op.quantizing(args, self._bench.qparams(linear, smooth)))
 
     def weigh(self, target: Any, *args: Any) -> Node:
         """target(*args) on weights alone: it stands as early as its inputs allow."""
@@ -309,7 +306,7 @@ def _takes_over(carrier: Node, replaced: dict[Node, Node]) -> str:
     old = replaced.get(carrier)
     if old is None or "graphquant" in old.meta:
         return ""
-    if carrier.target is int8_linear.target and full_args(carrier)[RESIDUAL] is not None:
+    if carrier.target is int8_linear.target and arguments(carrier).residual is not None:
         return ""
     return old.name
 

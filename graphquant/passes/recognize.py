@@ -24,7 +24,16 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from graphquant.ir.constants import Constants
-from graphquant.ir.graph import aten, calls, dtype, full_args, is_call, is_tensor, shape
+from graphquant.ir.graph import (
+    arguments,
+    aten,
+    calls,
+    dtype,
+    full_args,
+    is_call,
+    is_tensor,
+    shape,
+)
 from graphquant.ir.rows import CASTS, is_float_cast, is_widening
 from graphquant.ops.checks import FLOATS
 from graphquant.ops.numerics import ACTIVATIONS
@@ -34,7 +43,7 @@ HALF_MOST, FLOAT_MOST = 65504.0, 3.38e38  # of float16; of bfloat16, and so of f
 LONGEST = 24  # nodes of a spelled-out form; layer norm with casts takes 14
 
 WHOLE_ACTIVATIONS: dict[Any, Callable[[Node], str]] = {
-    aten.gelu.default: lambda n: "gelu_tanh" if full_args(n)[1] == "tanh" else "gelu",
+    aten.gelu.default: lambda n: "gelu_tanh" if arguments(n).approximate == "tanh" else "gelu",
     aten.silu.default: lambda n: "silu",
 }
 WHOLE_NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default})

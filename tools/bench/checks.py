@@ -158,11 +158,25 @@ def _rows(M: int, K: int, device: str) -> Tensor:
 
 
 def _quantize(M: int, N: int, K: int, device: str, small: bool) -> Cases:
-    def make() -> tuple[Args, Compare]:
+    def plain() -> tuple[Args, Compare]:
         x = _rows(M, K, device)
         return (x,), lambda got: wrong_triple(got, x.double())
 
-    yield f"{M} x {K}", make
+    yield f"{M} x {K}", plain
+    for act in ACTIVATIONS if small else ("gelu", "gelu_tanh"):
+
+        def activation(act: str = act) -> tuple[Args, Compare]:
+            x = _rows(M, K, device)
+            return (x, None, act), lambda got: wrong_triple(got, activated(x, act))
+
+        yield f"{M} x {K} {act}", activation
+
+    def gated() -> tuple[Args, Compare]:
+        gate, up = _rows(M, 2 * K, device).clamp(-4, 4).split(K, -1)
+        want = activated(gate, "silu") * up.double()
+        return (gate, up, "silu"), lambda got: wrong_triple(got, want)
+
+    yield f"{M} x {K} silu, gated", gated
 
 
 def _norm_quantize(M: int, N: int, K: int, device: str, small: bool) -> Cases:
@@ -197,25 +211,6 @@ def _norm_args(M: int, K: int, device: str, rms: bool) -> tuple[Tensor, Tensor, 
     gamma = 1 + 0.2 * torch.randn(K, device=device)
     beta = None if rms else 0.2 * torch.randn(K, device=device).to(DTYPE)
     return _rows(M, K, device), gamma.to(DTYPE), beta
-
-
-def _act_quantize(M: int, N: int, K: int, device: str, small: bool) -> Cases:
-    for act in ACTIVATIONS if small else ("gelu", "gelu_tanh"):
-
-        def make(act: str = act) -> tuple[Args, Compare]:
-            x = _rows(M, K, device)
-            return (x, act), lambda got: wrong_triple(got, activated(x, act))
-
-        yield f"{M} x {K} {act}", make
-
-
-def _glu_quantize(M: int, N: int, K: int, device: str, small: bool) -> Cases:
-    def make() -> tuple[Args, Compare]:
-        gate, up = _rows(M, 2 * K, device).clamp(-4, 4).split(K, -1)
-        want = activated(gate, "silu") * up.double()
-        return (gate, up, "silu"), lambda got: wrong_triple(got, want)
-
-    yield f"{M} x {K} silu", make
 
 
 def _quantize_weight(M: int, N: int, K: int, device: str, small: bool) -> Cases:
@@ -291,8 +286,6 @@ CASES: dict[str, Callable[[int, int, int, str, bool], Cases]] = {
     "quantize_weight": _quantize_weight,
     "norm_quantize": _norm_quantize,
     "norm_quantize_keep": _norm_quantize_keep,
-    "act_quantize": _act_quantize,
-    "glu_quantize": _glu_quantize,
     "int8_linear": _int8_linear,
     "attention": _attention,
 }

@@ -304,9 +304,12 @@ def _norm(M: int, K: int, rms: bool) -> Group:
 
 def _act(M: int, K: int, act: str) -> Group:
     def make(M: int, K: int, device: str) -> tuple[Any, ...]:
-        return *_plain(M, K, device), act
+        return *_plain(M, K, device), None, act
 
-    return _rows("act_quantize", M, K, act, make, gq.act_quantize, activated)
+    def meaning(x: Tensor, up: None, act: str) -> Tensor:
+        return activated(x, act)
+
+    return _rows("quantize", M, K, act, make, gq.quantize, meaning)
 
 
 def _glu(M: int, K: int) -> Group:
@@ -319,4 +322,4 @@ def _glu(M: int, K: int) -> Group:
     def meaning(gate: Tensor, up: Tensor, act: str) -> Tensor:
         return activated(gate, act) * up.double()
 
-    return _rows("glu_quantize", M, K, "silu", make, gq.glu_quantize, meaning, reads=2)
+    return _rows("quantize", M, K, "silu, gated", make, gq.quantize, meaning, reads=2)

@@ -26,14 +26,15 @@ import torch
 from torch import Tensor
 
 from graphquant.ops import checks
-from graphquant.ops.define import QUANTISED, define
+from graphquant.ops.define import define
 from graphquant.ops.numerics import empty_triple, quantize_rows
+from graphquant.ops.qparams import SCHEMA, QParams
 
 
 def _check(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, rms: bool, *told: Any
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, rms: bool, *qparams: Any
 ) -> None:
-    _check_named("norm_quantize", x, gamma, beta, *told)
+    _check_named("norm_quantize", x, gamma, beta, *qparams)
 
 
 def _check_keep(
@@ -43,18 +44,20 @@ def _check_keep(
     eps: float,
     rms: bool,
     dtype: torch.dtype,
-    *told: Any,
+    *qparams: Any,
 ) -> None:
-    _check_named("norm_quantize_keep", x, gamma, beta, *told)
+    _check_named("norm_quantize_keep", x, gamma, beta, *qparams)
     checks.result_dtype("norm_quantize_keep", dtype)
 
 
-def _check_named(op: str, x: Tensor, gamma: Tensor | None, beta: Tensor | None, *told: Any) -> None:
+def _check_named(
+    op: str, x: Tensor, gamma: Tensor | None, beta: Tensor | None, *qparams: Any
+) -> None:
     checks.rows(op, "x", x)
     checks.vector(op, "gamma", gamma, x.shape[-1], "[K] like x [..., K]")
     checks.vector(op, "beta", beta, x.shape[-1], "[K] like x [..., K]")
     checks.one_device(op, x=x, gamma=gamma, beta=beta)
-    checks.quantised(op, x, *told)
+    checks.qparams(op, x, QParams(*qparams))
 
 
 def _fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,7 +89,7 @@ def _norm(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, rms:
 
 
 @define(
-    f"(Tensor x, Tensor? gamma, Tensor? beta, float eps, bool rms, {QUANTISED})"
+    f"(Tensor x, Tensor? gamma, Tensor? beta, float eps, bool rms, {SCHEMA})"
     " -> (Tensor xq, Tensor x_scale, Tensor x_shift)",
     fake=_fake,
     check=_check,
@@ -97,16 +100,13 @@ def norm_quantize(
     beta: Tensor | None,
     eps: float,
     rms: bool,
-    factor: Tensor | None = None,
-    low: float | None = None,
-    high: float | None = None,
-    clip: float | None = None,
+    *qparams: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return quantize_rows(_norm(x, gamma, beta, eps, rms), factor, low, high, clip)
+    return quantize_rows(_norm(x, gamma, beta, eps, rms), QParams(*qparams))
 
 
 @define(
-    f"(Tensor x, Tensor? gamma, Tensor? beta, float eps, bool rms, ScalarType dtype, {QUANTISED})"
+    f"(Tensor x, Tensor? gamma, Tensor? beta, float eps, bool rms, ScalarType dtype, {SCHEMA})"
     " -> (Tensor y, Tensor xq, Tensor x_scale, Tensor x_shift)",
     fake=_fake_keep,
     check=_check_keep,
@@ -118,10 +118,7 @@ def norm_quantize_keep(
     eps: float,
     rms: bool,
     dtype: torch.dtype,
-    factor: Tensor | None = None,
-    low: float | None = None,
-    high: float | None = None,
-    clip: float | None = None,
+    *qparams: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y = _norm(x, gamma, beta, eps, rms)
-    return y.to(dtype).contiguous(), *quantize_rows(y, factor, low, high, clip)
+    return y.to(dtype).contiguous(), *quantize_rows(y, QParams(*qparams))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from graphquant.ir.constants import Constants
 from graphquant.ir.graph import shape
 from graphquant.metrics import Error
 from graphquant.ops.numerics import quantize_rows
+from graphquant.ops.qparams import QParams
 from graphquant.passes.prepack import packing_of
 from graphquant.passes.rule import Linear, Smooth
 from graphquant.weights.released import is_released
@@ -41,7 +42,7 @@ class Product(NamedTuple):
 def judge(
     product: Product,
     rows: Tensor | None,
-    told: Sequence[Any],
+    qparams: QParams,
     widths: Sequence[int],
     constants: Constants,
     parameters: Mapping[Node, Tensor],
@@ -49,7 +50,7 @@ def judge(
     """The SQNR in dB of each of the linears that the product computes side by side.
 
     rows    [n, K] float32 of what they read; None is not judged
-    told    what the quantiser is told but its factor: low, high, clip
+    qparams of what they read, without a factor: smoothing is the product's
     widths  the columns of each linear
 
     None as well for rows of another width. inf for weights that free_weights has released: they
@@ -70,7 +71,7 @@ def judge(
             bias = values[linear.bias].float() if linear.bias else None
             x = rows.to(w.device)
             y = F.linear(x, w.float(), bias)
-            xq, x_scale, x_shift = quantize_rows(x / values[s] if s else x, None, *told)
+            xq, x_scale, x_shift = quantize_rows(x / values[s] if s else x, qparams)
             x8, w8 = xq * x_scale + x_shift, wq * w_scale.unsqueeze(1)
             parts = zip(F.linear(x8, w8, bias).split(widths, 1), y.split(widths, 1), strict=True)
             return [Error.of(y8, part).sqnr for y8, part in parts]

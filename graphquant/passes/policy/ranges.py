@@ -14,7 +14,9 @@ from torch.fx import Node
 
 from graphquant.config import Statistics
 from graphquant.errors import OptionError
-from graphquant.ir.graph import full_args
+from graphquant.ir.graph import (
+    arguments,
+)
 from graphquant.ir.rows import origin
 
 Range = tuple[float, float]
@@ -34,7 +36,7 @@ def static_ranges(linears: Mapping[Node, str], calibration: Statistics) -> dict[
     """
     groups: dict[Node, list[Node]] = defaultdict(list)
     for linear in linears:
-        groups[origin(full_args(linear)[0], lambda n: False)[0]].append(linear)
+        groups[origin(arguments(linear).input, lambda n: False)[0]].append(linear)
     found: dict[str, Range] = {}
     for group in groups.values():
         known = [r for n in group if (r := _range(linears[n], calibration)) is not None]
