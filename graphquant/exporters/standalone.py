@@ -76,7 +76,7 @@ def int_mm(xq: Tensor, wq: Tensor) -> Tensor:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> Tensor:
-    if q.device.type == "cuda":  # the op is one for half floats, and so are torch's fast kernels
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    y: Tensor = attention.reference(q, k, v, scale, tile)
+    # on CUDA the op is one for fp16 and bf16, and so are torch's fast kernels
+    fn = attention.float_form if q.device.type == "cuda" else attention.reference
+    y: Tensor = fn(q, k, v, scale, tile)
     return y

@@ -161,7 +161,7 @@ def test_nodes_and_op_differ_by_half_a_step_of_each(
 def test_beyond_the_range_is_cut_off_at_tensorrts_ends() -> None:
     """-128 and 127 steps of the larger bound, where the op stops at both bounds."""
     x = torch.tensor([[-9.0, -2.0, 9.0]])
-    rows, _, _ = _Floats(_Torch()).table()[quantize.target](x, None, -1.0, 2.0)
+    rows, _, _ = _Floats(_Torch()).table()[quantize.target](x, None, None, None, -1.0, 2.0)
     assert torch.allclose(rows, torch.tensor([[-128.0, -127.0, 127.0]]) * 2 / 127)
 
 
@@ -219,7 +219,7 @@ def test_half_precision_stays_half_precision(encoder: nn.Module, x: Tensor) -> N
 
 def test_a_value_of_parameters_alone_is_int8_already() -> None:
     """The quantiser of a query that is a parameter has run when the program was packed."""
-    xq, x_scale, x_shift = quantize(torch.randn(2, DIM), None, -3.0, 2.0)
+    xq, x_scale, x_shift = quantize(torch.randn(2, DIM), low=-3.0, high=2.0)
     wq, w_scale, w_sum = quantize_weight(torch.randn(8, DIM))
     args = (xq, x_scale, x_shift, wq, w_scale, w_sum, None, None, torch.float32)
     assert torch.allclose(

@@ -270,8 +270,8 @@ def test_rows_are_read_in_place_and_all_else_is_made_contiguous(sites: Sites, na
     x = make()
     got = by_inductor(lambda x: ops.quantize(x))(x)
     (call,) = sites.calls
-    given, factor = call.given
-    assert factor is None
+    given, up, factor = call.given
+    assert up is None and factor is None
     assert given is not None and row_stride(given) is not None
     assert (given.data_ptr() == x.data_ptr()) == in_place
     assert given.is_contiguous() or (in_place and given.stride() == x.stride())
@@ -313,7 +313,7 @@ def test_a_value_that_inductor_would_lay_out_otherwise_is_laid_out_as_traced(sit
 
     a, b = torch.randn(6, 8), torch.randn(8, K)
     got = by_inductor(fn)(a, b)
-    given, _ = sites.calls[0].given
+    given, *_ = sites.calls[0].given
     assert given is not None and given.is_contiguous()
     want = ops.quantize((a @ b).transpose(0, 1).contiguous() + 1)
     assert (got[0].int() - want[0].int()).abs().max() <= 1  # products in another order

@@ -28,7 +28,7 @@ from graphquant.ops.qparams import QParams
 from graphquant.ops.runtime.launch import recorded
 from graphquant.ops.triton_rows import block_widths, row_config
 from graphquant.ops.triton_util import as_rows, unit_of
-from tests.ops.bounds import assert_weight, assert_within_a_step, kernels, to_cpu
+from tests.ops.bounds import assert_means, assert_weight, assert_within_a_step, kernels, to_cpu
 from tests.ops.qparams import RECIPES
 from tests.strategies import Rows, rows
 
@@ -200,16 +200,39 @@ def test_arguments_that_are_left_out_are_none(op: Op) -> None:
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("call", CASES, ids=str)
+def test_the_reference_computes_the_float_form(call: Call) -> None:
+    """In float64 it stands for what an op means: TensorRT's form and the benchmark's checks too."""
+    op, args = call.op, call.on(torch.randn(7, 40))
+    results = op.reference(*args)
+    inputs, qparams = op.parted(args) if op.quantizes else (args, QParams())
+    want = op.float_form(*map(_in_float64, inputs))
+    if op.quantizes:
+        assert_means(*results[-3:], want, 1e-5 * (1 + want.abs()), qparams)
+    elif op is ops.quantize_weight:
+        wq, w_scale, _ = results
+        assert ((wq * w_scale[:, None] - want).abs() <= 0.501 * w_scale[:, None]).all()
+    if op.keeps or op in (ops.int8_linear, ops.attention):
+        y = _as_tuple(results)[0]
+        torch.testing.assert_close(y.double(), want, rtol=2**-7, atol=1e-3)
+
+
+def _in_float64(argument: Any) -> Any:
+    if isinstance(argument, torch.dtype):
+        return torch.float64
+    return argument.double() if isinstance(argument, Tensor) else argument
+
+
 def test_a_reference_that_differs_from_its_schema_is_refused() -> None:
     with pytest.raises(TypeError, match=r"schema \['x'\], reference \['y'\]"):
 
-        @define("(Tensor x) -> Tensor", fake=lambda x: x, check=lambda x: None)
+        @define("(Tensor x) -> Tensor", float_form=id, fake=id, check=id)
         def differs_from_schema(y: Tensor) -> Tensor:
             return y
 
 
 def test_if_no_kernel_takes_the_inputs_every_reason_is_given() -> None:
-    op = Op("demo", lambda x: x, lambda x: None, lambda x: x, ())
+    op = Op("demo", lambda x: x, lambda x: x, lambda x: None, lambda x: x, ())
     op.kernel("first", refuses=lambda x: "too warm")(lambda x, out: None)
     op.kernel("second", refuses=lambda x: None if x else "too cold")(lambda x, out: None)
     assert op.choose(True).name == "second"

@@ -398,6 +398,13 @@ def test_every_activation_is_tested() -> None:
     assert EXACT.keys() == ACTIVATIONS.keys() == OFF.keys()
 
 
+@pytest.mark.parametrize("act", sorted(EXACT))
+def test_both_forms_of_an_activation_are_its_definition(act: str) -> None:
+    x = torch.linspace(-6, 6, 1201, dtype=torch.float64)
+    for form in (ACTIVATIONS[act], ACTIVATIONS[act].fused):
+        torch.testing.assert_close(form(x), EXACT[act](x), rtol=1e-9, atol=1e-14)
+
+
 @triton.jit
 def _activate_kernel(x_ptr, y_ptr, ACT: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -41,6 +41,14 @@ def _check(x: Tensor, up: Tensor | None = None, act: str | None = None, *qparams
     checks.qparams("quantize", x, QParams(*qparams))
 
 
+def _float_form(
+    x: Tensor, up: Tensor | None = None, act: str | None = None, *, exact: bool = False
+) -> Tensor:
+    if act is not None:
+        x = ACTIVATIONS[act](x) if exact else ACTIVATIONS[act].fused(x)
+    return x if up is None else x * up
+
+
 def _fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return empty_triple(x, x.shape)
 
@@ -48,15 +56,12 @@ def _fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 @define(
     f"(Tensor x, Tensor? up=None, str? act=None, {SCHEMA})"
     " -> (Tensor xq, Tensor x_scale, Tensor x_shift)",
+    float_form=_float_form,
     fake=_fake,
     check=_check,
 )
 def quantize(
     x: Tensor, up: Tensor | None = None, act: str | None = None, *qparams: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y = x.float()
-    if act is not None:
-        y = ACTIVATIONS[act](y)
-    if up is not None:
-        y = y * up.float()
+    y = _float_form(x.float(), None if up is None else up.float(), act, exact=True)
     return quantize_rows(y, QParams(*qparams))

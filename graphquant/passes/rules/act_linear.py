@@ -18,6 +18,7 @@ from torch.fx import Node
 from graphquant.ir.graph import aten, dtype, is_call, is_tensor, readers, shape
 from graphquant.ir.rows import leads_only_to, origin, overflowing
 from graphquant.ops import quantize
+from graphquant.ops.numerics import ACTIVATIONS
 from graphquant.passes.recognize import Activation
 from graphquant.passes.rule import Edit, Linear, Refuse, Site, View, linears, not_floats
 
@@ -69,7 +70,7 @@ class ActLinear:
 def _overflowing(site: ActSite) -> Node | None:
     """A cast that may make inf of a result. Only a square and a product exceed what they read."""
     act = site.act
-    grows = act.act == "relu2"
+    grows = ACTIVATIONS[act.act].grows
     cast = overflowing(site.gate, act.out, torch.float32 if grows else dtype(act.x))
     if cast is not None or site.up is None:
         return cast
