@@ -73,12 +73,12 @@ MUTANTS: Sequence[Mutant] = (
         ("shape(end) != shape(total)", "False", "a broadcast linear", RESIDUAL),
         ("shape(site.residual) != shape(total)", "False", "a broadcast residual", RESIDUAL),
         ("or user.kwargs", "", "alpha is ignored", RESIDUAL),
-        ("[RESIDUAL] is not None", "[RESIDUAL] == 0", "a second residual replaces", SURVIVORS),
+        (".residual is not None", ".residual == 0", "a second residual replaces", SURVIVORS),
     ),
     *_in(
         "passes/rules/layer_scale.py",
         ("read = tuple(view.constants.made_from(gamma))", "read = ()", "gamma written", SCALE),
-        ("v in (w_scale, w_sum, bias)", "v in (w_scale, w_scale, bias)", "the shift", SCALE),
+        ('name in ("w_scale", "w_sum", "bias")', 'name in ("w_scale", "bias")', "the shift", SCALE),
         ("size[-1] == N and ", "", "a scale per token", SCALE),
         ("if product in view.needs_gradient", "if False", "a gradient is lost", GRADIENTS),
     ),
@@ -165,7 +165,7 @@ MUTANTS: Sequence[Mutant] = (
         ("x.clamp(-clip, clip)", "x.clamp(max=clip)", "the clip's lower end", QUANTIZE),
         ("torch.fmax(x, least)", "torch.maximum(x, least)", "nan in a static range", QUANTIZE),
         ("most - shift, shift - least)", "most - shift, most - shift)", "rounded shifts", QUANTIZE),
-        ("1.702 * x", "1.7 * x", "quick GELU", "tests/ops/test_act_quantize.py"),
+        ("1.702 * x", "1.7 * x", "quick GELU", "tests/ops/test_quantize.py -k activation"),
     ),
     *_in(
         "ops/int8_linear/op.py",

@@ -32,7 +32,7 @@ from graphquant.errors import RuleError
 from graphquant.ir.captured import Captured
 from graphquant.ir.constants import Constants
 from graphquant.ir.evaluate import evaluate
-from graphquant.ir.graph import LITERAL, RESIDUAL, calls, full_args
+from graphquant.ir.graph import LITERAL, arguments, calls, with_arguments
 from graphquant.ir.interpret import Caller, Paths, Watched
 from graphquant.ops import int8_linear
 from graphquant.passes.normalize import normalize
@@ -114,7 +114,7 @@ class Pair:
             start, parts = 0, []
             for outcome, value in self._rewritten.linears[node]:
                 linear = self._names[outcome.node]
-                root = self._constants.roots_of(full_args(linear)[1])[0]
+                root = self._constants.roots_of(arguments(linear).weight)[0]
                 columns = slice(start, start := start + outcome.N)
                 name, weight = self._roots[self._inputs[root]]
                 caller = Caller(outcome.path, name, weight, self._inputs[root])
@@ -136,8 +136,10 @@ class Pair:
         given: dict[Node, Node] = {}
         inner = [product]
         for node in inner:
-            arguments = _without_residual(node) if node is product else node.all_input_nodes
-            for i in (a for a in arguments if isinstance(a, Node)):
+            read: Sequence[Any] = node.all_input_nodes
+            if node is product:
+                read = with_arguments(node, residual=None)
+            for i in (a for a in read if isinstance(a, Node)):
                 if (leaf := self._of_float(i)) is not None:
                     given[i] = leaf
                 elif i.target is int8_linear.target:
@@ -227,7 +229,7 @@ class Pair:
         def after(node: Node, value: Any, env: Mapping[Node, Any]) -> None:
             if (product := products.get(node)) is not None:
                 y8 = value
-                if full_args(node)[RESIDUAL] is not None:
+                if arguments(node).residual is not None:
                     y8 = _multiply(node, env.__getitem__)
                 for part in product.parts:
                     found(self._parts.index(part), y8[..., part.columns])
@@ -235,13 +237,7 @@ class Pair:
         return Watched(self._int8, after).run(*args)
 
 
-def _without_residual(product: Node) -> tuple[Any, ...]:
-    arguments = list(full_args(product))
-    arguments[RESIDUAL] = None
-    return tuple(arguments)
-
-
 def _multiply(product: Node, value: Callable[[Node], Any]) -> Tensor:
     """int8_linear on these values, without its residual."""
-    y8: Tensor = int8_linear(*map_arg(_without_residual(product), value))
+    y8: Tensor = int8_linear(*map_arg(with_arguments(product, residual=None), value))
     return y8

@@ -11,7 +11,13 @@ from torch.fx import Node
 from graphquant.ir.aliases import written_in_place
 from graphquant.ir.captured import Captured
 from graphquant.ir.constants import Constants
-from graphquant.ir.graph import LINEAR, calls, dtype, full_args
+from graphquant.ir.graph import (
+    LINEAR,
+    arguments,
+    calls,
+    dtype,
+    full_args,
+)
 from graphquant.ir.interpret import Caller, Paths, Watched
 from graphquant.passes.eligibility import path_of
 from graphquant.passes.normalize import normalize
@@ -54,6 +60,6 @@ class Observed:
         def after(node: Node, value: Any, env: Mapping[Node, Any]) -> None:
             if readers := self._readers.get(node):
                 paths = [p for reader in readers for p in self._paths.of(reader, args)]
-                self._found(paths, env[full_args(node)[0]])
+                self._found(paths, env[arguments(node).input])
 
         return Watched(self._gm, after).run(*args)

@@ -20,6 +20,10 @@ has one scale for all rows and no shift:
     y     = Dequantize(Quantize(x, scale)) @ Dequantize(wq^T, w_scale) + bias + residual
 
 A row that holds inf or nan is not promised to come out as it does from the ops.
+
+Activations are translated by their entries in numerics.ACTIVATIONS. What is here is not traced from
+the ops' float forms: the quantization around the products is what has to be written by hand, and
+of the float parts torch.onnx would spell an RMSNorm otherwise than onnxruntime's fusion wants it.
 """
 
 from __future__ import annotations
@@ -30,9 +34,9 @@ from typing import Any
 
 import numpy as np
 
-from graphquant.errors import UnsupportedInputError
 from graphquant.ops.define import OPS, Op
-from graphquant.ops.numerics import MIN_ABSMAX, QMAX
+from graphquant.ops.numerics import ACTIVATIONS, MIN_ABSMAX, QMAX
+from graphquant.ops.qparams import QParams
 
 QMAX7 = 64  # of 7-bit weights: two products with uint8 add up to 255 * 64 * 2 < 2^15 at most
 
@@ -77,28 +81,26 @@ class _Translation:
 
     # --- the ops ---------------------------------------------------------------------------------
 
-    def quantize(self, x: Value, *told: Any) -> tuple[Value, Value, Value]:
-        return self._quantized(self._float(x), *told)
+    def quantize(
+        self, x: Value, up: Value | None, act: str | None, *qparams: Any
+    ) -> tuple[Value, Value, Value]:
+        y = self._float(x)
+        if act is not None:
+            y = ACTIVATIONS[act].onnx(self.op, y)
+        if up is not None:
+            y = self.op.Mul(y, self._float(up))
+        return self._quantized(y, QParams(*qparams))
 
     def norm_quantize(
-        self, x: Value, gamma: Value, beta: Value, eps: float, rms: bool, *told: Any
+        self, x: Value, gamma: Value, beta: Value, eps: float, rms: bool, *qparams: Any
     ) -> tuple[Value, Value, Value]:
-        return self._quantized(self._norm(x, gamma, beta, eps, rms), *told)
+        return self._quantized(self._norm(x, gamma, beta, eps, rms), QParams(*qparams))
 
     def norm_quantize_keep(
-        self, x: Value, gamma: Value, beta: Value, eps: float, rms: bool, dtype: int, *told: Any
+        self, x: Value, gamma: Value, beta: Value, eps: float, rms: bool, dtype: int, *qparams: Any
     ) -> tuple[Value, Value, Value, Value]:
         y = self._norm(x, gamma, beta, eps, rms)
-        return self._cast(y, dtype), *self._quantized(y, *told)
-
-    def act_quantize(self, x: Value, act: str, *told: Any) -> tuple[Value, Value, Value]:
-        return self._quantized(self._act(self._float(x), act), *told)
-
-    def glu_quantize(
-        self, gate: Value, up: Value, act: str, *told: Any
-    ) -> tuple[Value, Value, Value]:
-        y = self.op.Mul(self._act(self._float(gate), act), self._float(up))
-        return self._quantized(y, *told)
+        return self._cast(y, dtype), *self._quantized(y, QParams(*qparams))
 
     def int8_linear(
         self,
@@ -136,16 +138,10 @@ class _Translation:
 
     # --- their parts -----------------------------------------------------------------------------
 
-    def _quantized(
-        self,
-        x: Value,
-        factor: Value | None = None,
-        low: float | None = None,
-        high: float | None = None,
-        clip: float | None = None,
-    ) -> tuple[Value, Value, Value]:
+    def _quantized(self, x: Value, qparams: QParams) -> tuple[Value, Value, Value]:
         """numerics.quantize_rows: (xq, x_scale, x_shift)."""
         op = self.op
+        factor, low, high, clip = qparams
         if factor is not None:
             x = op.Mul(x, factor)
         if low is not None and high is not None:
@@ -236,24 +232,6 @@ class _Translation:
         squares = op.ReduceMean(op.Pow(x, self._f32(2.0)), self._const(np.array([-1])))
         y = op.Mul(op.Div(x, op.Sqrt(op.Add(squares, self._f32(eps)))), gamma)
         return y if beta is None else op.Add(y, beta)
-
-    def _act(self, x: Value, act: str) -> Value:
-        """numerics.ACTIVATIONS"""
-        op = self.op
-        match act:
-            case "gelu":
-                return op.Gelu(x)
-            case "gelu_tanh":
-                return op.Gelu(x, approximate="tanh")
-            case "quick_gelu":
-                return op.Mul(x, op.Sigmoid(op.Mul(x, self._f32(1.702))))
-            case "silu":
-                return op.Mul(x, op.Sigmoid(x))
-            case "relu":
-                return op.Relu(x)
-            case "relu2":
-                return op.Mul(op.Relu(x), op.Relu(x))
-        raise UnsupportedInputError(f"no ONNX translation of the activation {act!r}")
 
     # --- words -----------------------------------------------------------------------------------
 

@@ -56,10 +56,10 @@ def _int8_linear(xq: Tensor, *args: Any) -> Tensor:
     return y
 
 
-def by_int_mm(xq: Tensor, *args: Any) -> Tensor:
+def by_int_mm(xq: Tensor, x_scale: Tensor, x_shift: Tensor, wq: Tensor, *args: Any) -> Tensor:
     """int8_linear.reference by one int8 product."""
-    wq = args[2]
-    return epilogue(int_mm(xq.reshape(-1, xq.shape[-1]), wq).float(), xq, *args)
+    acc = int_mm(xq.reshape(-1, xq.shape[-1]), wq).float()
+    return epilogue(acc, xq, x_scale, x_shift, wq, *args)
 
 
 def int_mm(xq: Tensor, wq: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def int_mm(xq: Tensor, wq: Tensor) -> Tensor:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> Tensor:
-    if q.device.type == "cuda":  # the op is one for half floats, and so are torch's fast kernels
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    y: Tensor = attention.reference(q, k, v, scale, tile)
+    # on CUDA the op is one for fp16 and bf16, and so are torch's fast kernels
+    fn = attention.float_form if q.device.type == "cuda" else attention.reference
+    y: Tensor = fn(q, k, v, scale, tile)
     return y

@@ -26,35 +26,19 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.export import ExportedProgram
 
 from graphquant.errors import MissingPackageError, OptionError, UnsupportedInputError
 from graphquant.exporters.program import require_program
 from graphquant.exporters.scales import dynamic_linears
-from graphquant.ops import (
-    act_quantize,
-    attention,
-    glu_quantize,
-    int8_linear,
-    norm_quantize,
-    norm_quantize_keep,
-    quantize,
-)
+from graphquant.ops import OPS, attention, int8_linear
+from graphquant.ops.define import DTYPE, Op
+from graphquant.ops.int8_linear.op import linear
 from graphquant.ops.numerics import MIN_ABSMAX, QMAX
+from graphquant.ops.qparams import QParams
 
 QMIN = -128  # TensorRT's, of activations; weights have none below -127
-
-# in ops that converters know: those of numerics.ACTIVATIONS are written to be exact
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "silu": F.silu,
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x) * F.relu(x),
-}
 
 
 def qdq(program: ExportedProgram, *, ops: str = "modelopt") -> ExportedProgram:
@@ -158,30 +142,24 @@ class _Floats:
     def table(self) -> dict[Any, Callable[..., Any]]:
         """For run_decompositions."""
         return {
-            quantize.target: self.rows,
-            norm_quantize.target: lambda *a: self.rows(_norm(*a[:5]), *a[5:]),
-            norm_quantize_keep.target: self.norm_keep,
-            act_quantize.target: lambda x, act, *told: self.rows(_ACTIVATIONS[act](x), *told),
-            glu_quantize.target: lambda gate, up, act, *told: self.rows(
-                _ACTIVATIONS[act](gate) * up, *told
-            ),
+            **{op.target: partial(self.quantizer, op) for op in OPS.values() if op.quantizes},
             int8_linear.target: self.linear,
-            attention.target: lambda q, k, v, scale, tile: F.scaled_dot_product_attention(
-                q, k, v, scale=scale
-            ),
+            attention.target: attention.float_form,
         }
 
-    def rows(
-        self, x: Tensor, factor: Tensor | None, low: float, high: float, clip: None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def quantizer(self, op: Op, *args: Any) -> tuple[Tensor, ...]:
+        inputs, qparams = op.parted(args)
+        y = op.float_form(*inputs)
+        rows = self.rows(y, qparams)
+        return (y.to(op.named(args)[DTYPE]), *rows) if op.keeps else rows
+
+    def rows(self, x: Tensor, qparams: QParams) -> tuple[Tensor, Tensor, Tensor]:
+        factor, low, high, _ = qparams
+        assert low is not None and high is not None  # `qdq` lets no other through
         if factor is not None:
             x = (x * factor).to(x.dtype)
         x = self.nodes.activation(x, max(-low, high, MIN_ABSMAX))
         return x, x[..., :1], x[..., :1]  # in place of a scale and a shift: not read any more
-
-    def norm_keep(self, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        y, (dtype, *told) = _norm(*args[:5]), args[5:]
-        return y.to(dtype), *self.rows(y, *told)
 
     def linear(
         self,
@@ -195,16 +173,6 @@ class _Floats:
         residual: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        if x.dtype == torch.int8:  # of parameters alone, quantised when the program was packed
+        if x.dtype == torch.int8:  # of parameters alone, quantized when the program was packed
             x = x * x_scale + x_shift
-        bias = None if bias is None else bias.to(dtype)
-        y = F.linear(x.to(dtype), self.nodes.weight(wq, w_scale, dtype), bias)
-        return y if residual is None else (y + residual).to(dtype)
-
-
-def _norm(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, rms: bool) -> Tensor:
-    gamma, beta = (None if t is None else t.to(x.dtype) for t in (gamma, beta))
-    if not rms:
-        return F.layer_norm(x, x.shape[-1:], gamma, beta, eps)
-    y = F.rms_norm(x, x.shape[-1:], gamma, eps)
-    return y if beta is None else y + beta
+        return linear(x, self.nodes.weight(wq, w_scale, dtype), bias, residual, dtype)

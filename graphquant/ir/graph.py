@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any, TypeGuard
 
 import torch
@@ -24,7 +25,6 @@ aten = torch.ops.aten
 
 LINEAR = aten.linear.default
 SDPA = aten.scaled_dot_product_attention.default
-RESIDUAL = 7  # among the arguments of int8_linear
 MODULE = "graphquant_module"  # meta of a node: the path of the module that calls it (paths.py)
 LITERAL = "graphquant_literal"  # meta of an attribute that is no parameter: its tensor
 
@@ -43,12 +43,25 @@ def full_args(node: Node) -> tuple[Any, ...]:
     )
 
 
+def arguments(node: Node) -> SimpleNamespace:
+    """All arguments by their names in the schema, defaults filled in."""
+    assert isinstance(node.target, torch._ops.OpOverload), node
+    names = [a.name for a in node.target._schema.arguments]
+    return SimpleNamespace(**dict(zip(names, full_args(node), strict=True)))
+
+
+def with_arguments(node: Node, **changed: Any) -> tuple[Any, ...]:
+    """All arguments in schema order, those that are named here changed."""
+    named = vars(arguments(node))
+    assert changed.keys() <= named.keys(), f"{node.target} has no {changed.keys() - named.keys()}"
+    return tuple((named | changed).values())
+
+
 def operand(value: Node, reader: Node) -> str:
     """What this reader of the value calls it: "wq"."""
-    assert isinstance(reader.target, torch._ops.OpOverload), reader
-    for argument, given in zip(reader.target._schema.arguments, full_args(reader), strict=True):
+    for name, given in vars(arguments(reader)).items():
         if value in nodes_in(given):
-            return argument.name
+            return name
     raise AssertionError(f"{reader.name} does not read {value.name}")
 
 

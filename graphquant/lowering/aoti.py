@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._higher_order_ops.triton_kernel_wrap import (
     create_tma_stable_metadata,
@@ -24,6 +23,7 @@ from torch._inductor import ir
 from torch._inductor.lowering import lowerings
 from torch._inductor.virtualized import V
 
+from graphquant.ops import attention
 from graphquant.ops.define import Op, load_kernels
 from graphquant.ops.numerics import padded
 from graphquant.ops.runtime.launch import Blocks, TritonCall, recorded
@@ -143,6 +143,6 @@ def attention_of_torch(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str)
     """A decomposition of attention, for AOTInductor on CUDA alone."""
     if not (V.aot_compilation and q.device.type == "cuda"):
         return NotImplemented
-    y = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    y = attention.float_form(q, k, v, scale, tile)
     heads_beside = torch.ops.aten.clone(y.transpose(1, 2), memory_format=torch.contiguous_format)
     return heads_beside.transpose(1, 2)

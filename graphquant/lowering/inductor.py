@@ -6,9 +6,9 @@ after the first, a few lines of C read the addresses and launch. Results are Ind
 its memory planning covers them. Symbolic sizes and C++ wrappers take the usual way,
 AOTInductor's packages that of packaged.py.
 
-What an activation's quantiser writes goes over what it reads, if that is large and read by nothing
-else: between two linears of an MLP the floats and the int8 of the widest value would stand side by
-side, more than the float model ever holds.
+An activation's int8 rows are written over the floats that they come from, if those are large and
+nothing else reads them: between two linears of an MLP the widest value would be in memory twice, in
+float and in int8, more than the float model ever holds.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from torch._inductor.lowering import (
 from torch._inductor.virtualized import V
 from torch.fx import Node
 
+from graphquant.ir.graph import arguments
 from graphquant.lowering import aoti as packaged
-from graphquant.ops import act_quantize, attention, int8_linear
+from graphquant.ops import attention, int8_linear, quantize
 from graphquant.ops.define import OPS, Op
 from graphquant.ops.numerics import OVERLAID, padded, row_stride
 
 aten = torch.ops.aten
-LOW = 3  # among the arguments of act_quantize
 LARGE = 2**26  # bytes: memory counts from here, and 5 us of host time do not
 
 
@@ -129,10 +129,15 @@ class _Overlay(ir.ReinterpretView):
 
 def _overlay(op: Op, x: Any, fake: Tensor) -> Any | None:
     """Room for xq over x, or None if xq needs memory of its own."""
-    source = V.graph.current_node.args[0]
-    if op is not act_quantize or not isinstance(source, Node) or len(source.users) > 1:
+    if op is not quantize:
         return None
-    if op.full(V.graph.current_node.args)[LOW] is not None:
+    call = arguments(V.graph.current_node)
+    source = call.x
+    if call.act is None or call.up is not None:
+        return None
+    if not isinstance(source, Node) or len(source.users) > 1:
+        return None
+    if call.low is not None:
         return None  # a static range: no program waits for its whole row
     floats, storage = source.meta["val"], x.data
     if source.target is not int8_linear.target or not isinstance(storage, ir.StorageBox):

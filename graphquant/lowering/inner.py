@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from graphquant.ir.graph import calls, full_args
 from graphquant.lowering import torch_tensorrt as tensorrt
 from graphquant.ops import int8_linear
 from graphquant.ops.int8_linear.tiled import Operands, Problem, tune
+from graphquant.ops.runtime.cache import source_digest
 from graphquant.passes.policy.speed import cut_out
 
 
@@ -62,13 +61,10 @@ def _is_our_kernel(node: Node) -> bool:
     return isinstance(first, torch.Tensor) and first.device.type == "cuda"
 
 
-@functools.cache
 def _version() -> str:
     """Of all our code. Inductor keeps what it compiled on disk, and that calls our functions: code
     that an earlier graphquant has left there must not be found."""
-    files = sorted(Path(__file__).parents[1].rglob("*.py"))
-    digest = hashlib.sha256(b"".join(f.read_bytes() for f in files))
-    return f"graphquant {digest.hexdigest()}"
+    return f"graphquant {source_digest(Path(__file__).parents[1], '.py')}"
 
 
 def _tune(gm: GraphModule) -> None:

@@ -1,10 +1,8 @@
 """The ops. Importing this registers each one's schema, fake and CPU reference, and no triton."""
 
-from graphquant.ops.act_quantize import act_quantize as act_quantize
 from graphquant.ops.attention import attention as attention
 from graphquant.ops.define import OPS as OPS
 from graphquant.ops.define import load_kernels as load_kernels
-from graphquant.ops.glu_quantize import glu_quantize as glu_quantize
 from graphquant.ops.int8_linear import int8_linear as int8_linear
 from graphquant.ops.norm_quantize import norm_quantize as norm_quantize
 from graphquant.ops.norm_quantize import norm_quantize_keep as norm_quantize_keep

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from graphquant.errors import UnsupportedInputError
 from graphquant.ops.numerics import ACTIVATIONS
+from graphquant.ops.qparams import QParams
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _FLOAT_NAMES = "float16, bfloat16 or float32"
@@ -66,15 +67,9 @@ def vector(op: str, name: str, x: Tensor | None, length: int, why: str) -> None:
         shape(op, name, x, (length,), why)
 
 
-def quantised(
-    op: str,
-    x: Tensor,
-    factor: Tensor | None = None,
-    low: float | None = None,
-    high: float | None = None,
-    clip: float | None = None,
-) -> None:
-    """What a quantiser of x [..., K] may be told of it besides: see numerics.py."""
+def qparams(op: str, x: Tensor, qparams: QParams) -> None:
+    """Quantization parameters of x [..., K]."""
+    factor, low, high, clip = qparams
     if factor is not None:
         float32(op, "factor", factor)
         shape(op, "factor", factor, x.shape[-1:], "[K] like x [..., K]")
@@ -92,8 +87,9 @@ def quantised(
         raise UnsupportedInputError(f"{op}: clip is given beside low and high, which clip as well")
 
 
-def activation(op: str, act: str) -> None:
-    if act not in ACTIVATIONS:
+def activation(op: str, act: str | None) -> None:
+    """None, or the name of an activation."""
+    if act is not None and act not in ACTIVATIONS:
         raise UnsupportedInputError(f"{op}: act is {act!r}, needs one of {', '.join(ACTIVATIONS)}")
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from graphquant.errors import KernelBuildError, UnsupportedInputError
 from graphquant.ops.checks import FLOATS
+from graphquant.ops.qparams import QParams
 from graphquant.ops.runtime.launch import native, needs_triton, prepare, stream_of
 
 # Library.define + impl costs 3 us a call; torch.library.custom_op 15 to 24.
@@ -28,8 +29,6 @@ LIB = torch.library.Library("graphquant", "DEF")
 OPS: dict[str, Op] = {}
 
 
-# The last arguments of every quantiser (numerics.py).
-QUANTISED = "Tensor? factor=None, float? low=None, float? high=None, float? clip=None"
 DTYPE = "dtype"
 MAX_SITES = 4096  # of one op: one for each combination of shapes it was called with
 
@@ -50,6 +49,7 @@ class Op:
 
     name: str
     reference: Callable[..., Any]
+    float_form: Callable[..., Any]  # see `define`
     check: Callable[..., None]
     fake: Callable[..., Any]  # results with nothing in them yet
     files: tuple[str, ...]  # kernel modules beside op.py, preferred first
@@ -69,11 +69,22 @@ class Op:
         return tuple("Tensor" in str(a.type) for a in self.target._schema.arguments)
 
     @cached_property
+    def quantizes(self) -> bool:
+        """Does it quantize an activation? Then its last arguments are QParams."""
+        names = tuple(a.name for a in self.target._schema.arguments)
+        return names[-len(QParams._fields) :] == QParams._fields
+
+    @cached_property
+    def keeps(self) -> bool:
+        """Does it also return, first of all, the floats that it quantizes, rounded to `dtype`?"""
+        return self.quantizes and self.target._schema.returns[0].name == "y"
+
+    @cached_property
     def _defaults(self) -> tuple[Any, ...]:
         return tuple(a.default_value for a in self.target._schema.arguments)
 
-    def __call__(self, *args: Any) -> Any:
-        return self.target(*args)
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        return self.target(*args, **named)
 
     def typed(self, args: Sequence[Any]) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
         """The same call without a dtype among its arguments: an overload is named after it."""
@@ -84,9 +95,28 @@ class Op:
         overload = getattr(getattr(torch.ops.graphquant, self.name), _overload(args[i]))
         return overload, (*args[:i], *args[i + 1 :])
 
+    def named(self, args: Sequence[Any]) -> dict[str, Any]:
+        """All of the schema's arguments by name."""
+        names = (a.name for a in self.target._schema.arguments)
+        return dict(zip(names, self.full(args), strict=True))
+
     def full(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """All of the schema's arguments: torch leaves out the last ones if they are defaults."""
         return (*args, *self._defaults[len(args) :])
+
+    def parted(self, args: Sequence[Any]) -> tuple[tuple[Any, ...], QParams]:
+        """(float_form's arguments, QParams) of the arguments of an op that quantizes."""
+        args, n = self.full(args), len(QParams._fields)
+        return args[:-n], QParams(*args[-n:])
+
+    def quantizing(self, args: Sequence[Any], qparams: QParams) -> tuple[Any, ...]:
+        """The arguments of a call with these QParams: `args` are those in front of them, of which
+        the last may be left out. As torch does, without the last ones that are defaults."""
+        made = [*self.parted(args)[0], *qparams]
+        arguments = self.target._schema.arguments
+        while arguments[len(made) - 1].has_default_value() and made[-1] is None:
+            made.pop()
+        return tuple(made)
 
     def split(self, args: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         """(tensors and absent ones, constants) of the schema's arguments, each in order."""
@@ -181,12 +211,18 @@ class Op:
 def define(
     schema: str,
     *,
+    float_form: Callable[..., Any],
     fake: Callable[..., Any],
     check: Callable[..., None],
     kernels: tuple[str, ...] = ("triton",),
     in_rows: bool = True,
 ) -> Callable[[Callable[..., Any]], Op]:
     """Decorator on the reference. `schema` is written by hand: it is the op's public contract.
+
+    float_form: what the op computes in floats, of any one type, written in operators that exporters
+    and compilers know; of an op that quantizes, what it quantizes. It takes the op's arguments
+    without QParams. TensorRT's form of the op is made of it, and tests and the benchmark hold the
+    op against it in float64.
 
     in_rows: kernels read tensors in place that are [M, K] in memory (numerics.row_stride); if
     False, any whose last stride is 1. Others are copied.
@@ -197,7 +233,7 @@ def define(
     """
 
     def make(reference: Callable[..., Any]) -> Op:
-        op = Op(reference.__name__, reference, check, fake, kernels, in_rows)
+        op = Op(reference.__name__, reference, float_form, check, fake, kernels, in_rows)
         LIB.define(op.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         declared = [a.name for a in op.target._schema.arguments]
         if declared != _parameters(reference):
@@ -272,4 +308,9 @@ def _as_tuple(results: Any) -> tuple[Tensor, ...]:
 
 
 def _parameters(fn: Callable[..., Any]) -> list[str]:
-    return list(inspect.signature(fn).parameters)
+    """Names of a function's parameters; `*qparams` stands for all of QParams."""
+    return [
+        name
+        for p in inspect.signature(fn).parameters.values()
+        for name in (QParams._fields if p.kind is p.VAR_POSITIONAL else (p.name,))
+    ]

@@ -16,12 +16,12 @@ costs a linear nothing but one more product in its epilogue:
 A row that holds inf or nan has x_scale inf or nan and xq = 0: it dequantises to nan, and no other
 row notices. Weights are symmetric: w_scale = max_k |w| / 127, no shift.
 
-Every quantiser can be told more of what it quantises:
+Quantization parameters (qparams.py) change what is quantized:
 
-    factor     float32 [K]: x * factor stands for x from here on (SmoothQuant's 1 / s)
-    clip       clamp(x, -clip, clip) stands for x, before its row's range is taken
-    low, high  the range of every row, from a calibration, as it is given; clamp(x, low, high)
-               stands for x, and with x_shift as above
+    factor     x * factor in place of x, from here on
+    clip       clamp(x, -clip, clip) in place of x, before its row's range is taken
+    low, high  the range of every row, as it is given; clamp(x, low, high) in place of x, and with
+               x_shift as above
 
                    absmax = max(high - x_shift, x_shift - low, MIN_ABSMAX)
 
@@ -33,12 +33,18 @@ it, so nan becomes low, and inf the end that is on its side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from graphquant.ops.qparams import DYNAMIC, QParams
+
+aten = torch.ops.aten
 
 QMAX = 127  # symmetric: -128 is never produced, so |xq| * x_scale never exceeds absmax
 MIN_ABSMAX = 1e-20  # rows below this quantise to 0; a floor, not `== 0`: the scale is continuous
@@ -50,14 +56,59 @@ LONG = 1024  # elements of a row from which that costs at most one byte in eight
 # row each, and read it before they write; and the new rows start at cache lines.
 OVERLAID = range(2048, 16_384 + 1, LINE)
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+
+@dataclass(frozen=True)
+class Activation:
+    """An elementwise function that `quantize` knows by name; called, it is its exact form.
+
+    exact     as the reference computes it in float32, without cancellation
+    onnx      (opset, value) -> value: in operators of ONNX, opset 20
+    whole     the ATen operator that computes it, called with `keywords`; None: it is spelled out
+    grows     its result may be further from zero than its input, and so overflow a float type
+    """
+
+    exact: Callable[[Tensor], Tensor]
+    onnx: Callable[[Any, Any], Any]
+    whole: Callable[..., Tensor] | None = None
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+    grows: bool = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.exact(x)
+
+    def fused(self, x: Tensor) -> Tensor:
+        """In the operator that exporters and compilers know, if there is one."""
+        return self.exact(x) if self.whole is None else self.whole(x, **self.keywords)
+
+
+def _squared_relu(x: Tensor) -> Tensor:
+    y = F.relu(x)
+    return y * y
+
+
+# A new one is an entry here and a branch in `activate` (triton_rows.py), whose approximation is
+# fitted by hand: the reference, TensorRT's and ONNX's forms and recognition follow.
+ACTIVATIONS: dict[str, Activation] = {
     # x * Phi(x). erfc and not 1 + erf: no cancellation for negative x
-    "gelu": lambda x: 0.5 * x * torch.erfc(x * -(0.5**0.5)),
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "silu": F.silu,
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
+    "gelu": Activation(
+        lambda x: 0.5 * x * torch.erfc(x * -(0.5**0.5)),
+        lambda op, x: op.Gelu(x),
+        aten.gelu.default,
+        {"approximate": "none"},
+    ),
+    "gelu_tanh": Activation(
+        lambda x: F.gelu(x, approximate="tanh"),
+        lambda op, x: op.Gelu(x, approximate="tanh"),
+        aten.gelu.default,
+        {"approximate": "tanh"},
+    ),
+    "quick_gelu": Activation(
+        lambda x: x * torch.sigmoid(1.702 * x),
+        lambda op, x: op.Mul(x, op.Sigmoid(op.Mul(x, op.Constant(value_float=1.702)))),
+    ),
+    "silu": Activation(F.silu, lambda op, x: op.Mul(x, op.Sigmoid(x)), aten.silu.default),
+    "relu": Activation(F.relu, lambda op, x: op.Relu(x)),
+    "relu2": Activation(_squared_relu, lambda op, x: op.Mul(op.Relu(x), op.Relu(x)), grows=True),
 }
 
 
@@ -128,17 +179,12 @@ def empty_triple(like: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor, Te
     )
 
 
-def quantize_rows(
-    x: Tensor,
-    factor: Tensor | None = None,
-    low: float | None = None,
-    high: float | None = None,
-    clip: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_rows(x: Tensor, qparams: QParams = DYNAMIC) -> tuple[Tensor, Tensor, Tensor]:
     """Int8 over the last dim with a scale and a shift, as this module's head defines it.
 
     x [..., K] float, K >= 1  ->  xq [..., K] int8,  x_scale, x_shift [..., 1] float32
     """
+    factor, low, high, clip = qparams
     x = x.float()
     if factor is not None:
         x = x * factor

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from graphquant.ops.numerics import ALIGN, MIN_ABSMAX, QMAX, row_stride, vectors
+from graphquant.ops.qparams import QParams
 from graphquant.ops.runtime.launch import launch_triton
 from graphquant.ops.triton_util import as_rows, overlap, unit_of, wait_for_inputs
 
@@ -386,17 +387,20 @@ def quantised(v, factor_ptr, k, low, high, clip, K: tl.constexpr):
     return clamped(v, low, high, clip)
 
 
+def contiguous(qparams: QParams) -> QParams:
+    """As kernels take them: `factor` is read at consecutive addresses."""
+    factor = qparams.factor
+    return qparams if factor is None else qparams._replace(factor=factor.contiguous())
+
+
 def launch_quantize_rows(
     x: Tensor,
     up: Tensor | None,
-    act: str,
-    factor: Tensor | None,
-    low: float | None,
-    high: float | None,
-    clip: float | None,
+    act: str | None,
+    qparams: QParams,
     out: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """Fill an empty_triple from x (and up), both [..., K]. `act` may be "none".
+    """Fill an empty_triple from x (and up), both [..., K].
 
     xq may be `overlay(x)` for widths in OVERLAID, if the range is the row's own: taking it makes a
     program read its whole row before it writes.
@@ -415,8 +419,9 @@ def launch_quantize_rows(
     launch_triton(
         quantize_rows_kernel, (triton.cdiv(M, config["ROWS"]),),
         x, up, xq, x_scale, x_shift, M, x_row // x_unit, up_row // up_unit,
-        None if factor is None else factor.contiguous(), low, high, clip,
-        K=K, K_PAD=vectors(K), XQ_ROW=row_stride(xq), X_UNIT=x_unit, UP_UNIT=up_unit, ACT=act,
+        *contiguous(qparams),
+        K=K, K_PAD=vectors(K), XQ_ROW=row_stride(xq), X_UNIT=x_unit, UP_UNIT=up_unit,
+        ACT="none" if act is None else act,
         **config,
         **overlap(x.device),
     )  # fmt: skip

@@ -19,10 +19,9 @@ from graphquant.ir.graph import (
     LINEAR,
     LITERAL,
     MODULE,
-    RESIDUAL,
+    arguments,
     autocast_at,
     described,
-    full_args,
     is_impure,
 )
 from graphquant.ops import int8_linear
@@ -142,7 +141,7 @@ def _takes_over(carrier: Node, replaced: dict[Node, Node]) -> str:
     old = replaced.get(carrier)
     if old is None or "graphquant" in old.meta:
         return ""
-    if carrier.target is int8_linear.target and full_args(carrier)[RESIDUAL] is not None:
+    if carrier.target is int8_linear.target and arguments(carrier).residual is not None:
         return ""
     return old.name
 

@@ -39,10 +39,11 @@ class Editor:
         return self._new(fn, args, {})
 
     def quantized(self, op: Op, *args: Any, linear: Linear, smoothing: Smoothing) -> Node:
-        """A quantizer of what `linear` reads, with the qparams that the options ask for."""
+        """A call of `op`, which quantizes what `linear` reads, with that one's QParams."""
         state = self._state
         names = [outcome.node for outcome, _ in state.record.carried(linear.node)]
-        return self.call(op, *args, *input_qparams(state.config, state.ranges, names, smoothing))
+        qparams = input_qparams(state.config, state.ranges, names, smoothing)
+        return self.call(op, *op.quantizing(args, qparams))
 
     def weigh(self, target: Any, *args: Any) -> Node:
         """target(*args) on weights alone, as early in the graph as its inputs allow."""

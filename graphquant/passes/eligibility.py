@@ -12,6 +12,7 @@ from graphquant.ir.captured import Captured
 from graphquant.ir.constants import Constants
 from graphquant.ir.graph import (
     LINEAR,
+    arguments,
     calls,
     dtype,
     full_args,
@@ -46,7 +47,7 @@ def enter_all(state: RewriteState, captured: Captured, config: Config) -> None:
     for node in state.graph.nodes:
         path = module_path(node)
         if node.target is LINEAR:
-            x = full_args(node)[0]
+            x = arguments(node).input
             path = path_of(node, captured, state.constants)
             M, N, K = rows(node), width(node), width(x)
             outcome = Outcome("linear", path, node.name, refused=idle, M=M, N=N, K=K)
@@ -122,7 +123,7 @@ def _ineligible(
 
 def path_of(node: Node, captured: Captured, constants: Constants) -> str:
     """The module path of a linear."""
-    weight = full_args(node)[1]
+    weight = arguments(node).weight
     roots = constants.roots_of(weight) if weight in constants else []
     matrices = sorted(roots, key=lambda root: len(shape(root)) < 2)  # stable: in reading order
     return linear_path(module_path(node), [captured.names[root] for root in matrices])

@@ -23,6 +23,7 @@ from graphquant.ir.aliases import memory, same_layout, writes
 from graphquant.ir.captured import Captured
 from graphquant.ir.gradients import needs_gradient
 from graphquant.ir.graph import (
+    arguments,
     aten,
     autocast_at,
     calls,
@@ -207,13 +208,13 @@ def _narrowed(parent: Node, value: Node, dim: int, start: Any) -> tuple[Any, ...
 
 def _split(view: Node, parent: Node, value: Node, index: int) -> tuple[Any, ...]:
     """The index-th of the pieces of split, split_with_sizes or chunk, which have a `dim` last."""
-    dim = full_args(view)[2]
+    dim = arguments(view).dim
     start = sum(piece.shape[dim] for piece in view.meta["val"][:index])
     return _narrowed(parent, value, dim, start)
 
 
 def _unbound(view: Node, parent: Node, value: Node, index: int) -> tuple[Any, ...]:
-    return aten.select_scatter.default, parent, value, full_args(view)[1], index
+    return aten.select_scatter.default, parent, value, arguments(view).dim, index
 
 
 _PIECES: dict[Any, Callable[[Node, Node, Node, int], tuple[Any, ...]]] = {

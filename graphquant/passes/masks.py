@@ -18,7 +18,15 @@ from torch.fx import Graph, Node
 
 from graphquant.ir.aliases import written_in_place
 from graphquant.ir.evaluate import evaluate
-from graphquant.ir.graph import SDPA, calls, drop_dead_code, full_args, is_impure, is_random
+from graphquant.ir.graph import (
+    SDPA,
+    arguments,
+    calls,
+    drop_dead_code,
+    is_impure,
+    is_random,
+    with_arguments,
+)
 
 log = logging.getLogger(__name__)
 
@@ -30,15 +38,14 @@ def drop_empty_masks(graph: Graph) -> None:
     written = written_in_place(graph)
     known: dict[Node, bool] = {}  # layers share a mask
     for node in calls(graph, lambda n: n.target is SDPA):
-        mask = full_args(node)[3]
+        mask = arguments(node).attn_mask
         if mask is None:
             continue
         if mask not in known:
             known[mask] = _masks_nothing(mask, written)
         if known[mask]:
-            arguments = list(full_args(node))
-            arguments[3] = None
-            node.args, node.kwargs = _spelled(arguments)
+            unmasked = list(with_arguments(node, attn_mask=None))
+            node.args, node.kwargs = _spelled(unmasked)
             log.debug("%s: its mask masks nothing", node.name)
     drop_dead_code(graph)
 

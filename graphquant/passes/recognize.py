@@ -12,7 +12,6 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,16 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from graphquant.ir.constants import Constants
-from graphquant.ir.graph import aten, calls, dtype, full_args, is_call, is_tensor, shape
+from graphquant.ir.graph import (
+    arguments,
+    aten,
+    calls,
+    dtype,
+    full_args,
+    is_call,
+    is_tensor,
+    shape,
+)
 from graphquant.ir.rows import CASTS, is_float_cast, is_widening
 from graphquant.ops.checks import FLOATS
 from graphquant.ops.numerics import ACTIVATIONS
@@ -33,10 +41,7 @@ from graphquant.passes.equivalence import RELATIVE, Steps, elementwise, rowwise
 HALF_MOST, FLOAT_MOST = 65504.0, 3.38e38  # of float16; of bfloat16, and so of float32
 LONGEST = 24  # nodes of a spelled-out form; layer norm with casts takes 14
 
-WHOLE_ACTIVATIONS: dict[Any, Callable[[Node], str]] = {
-    aten.gelu.default: lambda n: "gelu_tanh" if full_args(n)[1] == "tanh" else "gelu",
-    aten.silu.default: lambda n: "silu",
-}
+WHOLE_ACTIVATIONS = frozenset(a.whole for a in ACTIVATIONS.values() if a.whole is not None)
 WHOLE_NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default})
 
 _SIGNS_OF_ACTIVATION = frozenset(
@@ -111,9 +116,17 @@ def recognize(graph: Graph, constants: Constants) -> Recognized:
                 found.activations[out] = act
                 break
     for node in calls(graph, lambda n: n.target in WHOLE_ACTIVATIONS):
-        kind = WHOLE_ACTIVATIONS[node.target](node)
-        found.activations[node] = Activation(node, _unwidened(node.all_input_nodes[0]), kind)
+        if (kind := _whole_activation(node)) is not None:
+            found.activations[node] = Activation(node, _unwidened(node.all_input_nodes[0]), kind)
     return found
+
+
+def _whole_activation(node: Node) -> str | None:
+    given = vars(arguments(node))
+    for name, act in ACTIVATIONS.items():
+        if node.target is act.whole and act.keywords.items() <= given.items():
+            return name
+    return None
 
 
 def _whole_norm(node: Node) -> Norm | str:

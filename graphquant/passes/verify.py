@@ -34,7 +34,7 @@ from graphquant.errors import VerifyError
 from graphquant.ir.aliases import writes
 from graphquant.ir.captured import Captured
 from graphquant.ir.contexts import regions
-from graphquant.ir.graph import LINEAR, drops_nothing, full_args
+from graphquant.ir.graph import LINEAR, arguments, drops_nothing
 from graphquant.ops import int8_linear
 from graphquant.passes.layout import EAGER
 from graphquant.passes.record import Record
@@ -275,10 +275,14 @@ def _memories(value: Any) -> list[int]:
 
 def _weights(linear: Node) -> list[Node]:
     """Weights and bias of a rewritten linear."""
-    if not (linear.target is int8_linear.target or _is_ours(linear)):
+    if linear.target is int8_linear.target:
+        made = arguments(linear)
+        values = [made.wq, made.w_scale, made.w_sum, made.bias]
+    elif _is_ours(linear):
+        values = [arguments(linear).weight, arguments(linear).bias]
+    else:
         return []
-    first = 3 if linear.target is int8_linear.target else 1
-    return [v for v in full_args(linear)[first : first + 4] if isinstance(v, Node)]
+    return [v for v in values if isinstance(v, Node)]
 
 
 def _made_from(values: Iterable[Node]) -> list[Node]:

@@ -173,8 +173,8 @@ def test_outputs_are_named_after_what_the_model_returns(tmp_path: Path) -> None:
 
 
 class Quantised(nn.Module):
-    """What every quantiser, however it is told to, makes of x, in float again: multiplied by the
-    unit matrix."""
+    """What every op that quantizes, with whatever qparams, makes of x, in float again: multiplied
+    by the unit matrix."""
 
     one: Tensor
 
@@ -194,7 +194,7 @@ class Quantised(nn.Module):
 
     def calls(self, x: Tensor) -> dict[str, tuple[Tensor, ...]]:
         up = x.flip(-1)
-        told: dict[str, tuple[Any, ...]] = {
+        qparams: dict[str, tuple[Any, ...]] = {
             "plain": (),
             "factor": (self.factor,),
             "static": (None, -0.5, 2.0),
@@ -208,12 +208,16 @@ class Quantised(nn.Module):
             "rms norm, bare": (None, self.beta, 1e-6, True),
         }
         return {
-            **{f"quantize, {name}": ops.quantize(x, *args) for name, args in told.items()},
+            **{
+                f"quantize, {name}": ops.quantize(x, None, None, *given)
+                for name, given in qparams.items()
+            },
             **{name: ops.norm_quantize(x, *args) for name, args in norms.items()},
-            **{act: ops.act_quantize(x, act) for act in ACTIVATIONS},
-            "silu, clip": ops.act_quantize(x, "silu", None, None, None, 0.5),
-            "glu": ops.glu_quantize(x, up, "gelu"),
-            "glu, static": ops.glu_quantize(x, up, "silu", None, -0.9, 3.1),
+            **{act: ops.quantize(x, None, act) for act in ACTIVATIONS},
+            "silu, clip": ops.quantize(x, None, "silu", clip=0.5),
+            "glu": ops.quantize(x, up, "gelu"),
+            "glu, static": ops.quantize(x, up, "silu", low=-0.9, high=3.1),
+            "product": ops.quantize(x, up),
             "transposed": tuple(t.transpose(0, 1) for t in ops.quantize(x.transpose(0, 1))),
         }
 

@@ -22,9 +22,7 @@ import graphquant
 from graphquant import MissingPackageError, OptionError, UnsupportedInputError
 from graphquant.exporters.tensorrt import _Floats, _Torch
 from graphquant.ops import (
-    act_quantize,
     attention,
-    glu_quantize,
     int8_linear,
     norm_quantize,
     norm_quantize_keep,
@@ -114,9 +112,9 @@ def test_nodes_and_op_differ_by_half_a_step_of_each(
     wq, w_scale, w_sum = quantize_weight(torch.randn(N, K, generator=g))
     bias, also = torch.randn(N, generator=g), torch.randn(M, N, generator=g)
     op, args, v = {
-        "plain": lambda: (quantize, (a,), a),
-        "act": lambda: (act_quantize, (a, act), ACTIVATIONS[act](a)),
-        "glu": lambda: (glu_quantize, (a, b, act), ACTIVATIONS[act](a) * b),
+        "plain": lambda: (quantize, (a, None, None), a),
+        "act": lambda: (quantize, (a, None, act), ACTIVATIONS[act](a)),
+        "glu": lambda: (quantize, (a, b, act), ACTIVATIONS[act](a) * b),
         "layer_norm": lambda: (
             norm_quantize,
             (a, gamma, beta, 1e-5, False),
@@ -140,7 +138,7 @@ def test_nodes_and_op_differ_by_half_a_step_of_each(
     wider = data.draw(st.tuples(st.floats(0, 3), st.floats(0, 3)), label="wider than the data by")
     low, high = float(v.min()), float(v.max())
     low, high = low - wider[0] * abs(low), high + wider[1] * abs(high)
-    told = (factor, low, high)
+    qparams = (factor, low, high)
 
     def linear(rows: Any, int8_linear: Any) -> Tensor:
         rest = (also if residual else None, torch.float32)
@@ -148,20 +146,22 @@ def test_nodes_and_op_differ_by_half_a_step_of_each(
         return result
 
     table = _Floats(_Torch()).table()
-    want = linear(op(*args, *told), int8_linear)
-    got = linear(table[op.target](*args, *told), table[int8_linear.target])
+    want = linear(op(*args, *qparams), int8_linear)
+    got = linear(table[op.target](*args, *qparams), table[int8_linear.target])
     w = wq.double().abs().sum(-1) * w_scale.double()
     step = (high - low) / 254 + max(-low, high) / 127
     size = max(-low, high) * w + bias.abs() + also.abs()
     assert ((got - want).abs() <= step / 2 * w + 1e-5 * size).all()
     if kind == "keep":
-        assert torch.allclose(table[op.target](*args, *told)[0], op(*args, *told)[0], atol=1e-5)
+        assert torch.allclose(
+            table[op.target](*args, *qparams)[0], op(*args, *qparams)[0], atol=1e-5
+        )
 
 
 def test_beyond_the_range_is_cut_off_at_tensorrts_ends() -> None:
     """-128 and 127 steps of the larger bound, where the op stops at both bounds."""
     x = torch.tensor([[-9.0, -2.0, 9.0]])
-    rows, _, _ = _Floats(_Torch()).table()[quantize.target](x, None, -1.0, 2.0)
+    rows, _, _ = _Floats(_Torch()).table()[quantize.target](x, None, None, None, -1.0, 2.0)
     assert torch.allclose(rows, torch.tensor([[-128.0, -127.0, 127.0]]) * 2 / 127)
 
 
@@ -181,9 +181,8 @@ def test_every_quantiser_is_one_pair_and_every_weight_one_node(
     ours = {name: n for name, n in before.items() if name.startswith("graphquant.")}
     linears = ours.pop("graphquant.int8_linear.default")
     assert set(ours) == {
-        f"graphquant.{name}.default"
-        for name in ("quantize", "norm_quantize", "norm_quantize_keep", "act_quantize")
-    } | {"graphquant.glu_quantize.default"}
+        f"graphquant.{name}.default" for name in ("quantize", "norm_quantize", "norm_quantize_keep")
+    }
     assert not [name for name in after if name.startswith("graphquant.")]
     pair = "quantized_decomposed.quantize_per_tensor.default"
     assert after[pair] == after[pair.replace(".q", ".deq")] == sum(ours.values())
@@ -220,7 +219,7 @@ def test_half_precision_stays_half_precision(encoder: nn.Module, x: Tensor) -> N
 
 def test_a_value_of_parameters_alone_is_int8_already() -> None:
     """The quantiser of a query that is a parameter has run when the program was packed."""
-    xq, x_scale, x_shift = quantize(torch.randn(2, DIM), None, -3.0, 2.0)
+    xq, x_scale, x_shift = quantize(torch.randn(2, DIM), low=-3.0, high=2.0)
     wq, w_scale, w_sum = quantize_weight(torch.randn(8, DIM))
     args = (xq, x_scale, x_shift, wq, w_scale, w_sum, None, None, torch.float32)
     assert torch.allclose(

@@ -26,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from triton.backends.compiler import GPUTarget
 
 import graphquant  # noqa: F401 - has Inductor know the ops
-from graphquant.ops import act_quantize, glu_quantize, int8_linear, norm_quantize_keep, quantize
+from graphquant.ops import int8_linear, norm_quantize_keep, quantize
 
 CUDA = torch.device("cuda", 0)
 BATCH, TOKENS, WIDTH = 2, 23, 64
@@ -54,18 +54,18 @@ def mlp(x: Tensor) -> tuple[Tensor, Tensor]:
     """A norm that is also the residual, an activation that is clipped."""
     y, *xq = norm_quantize_keep(x, None, None, 1e-5, False, torch.bfloat16)
     hidden = linear(tuple(xq), 128, torch.empty(128, device=CUDA), None)
-    return y, linear(act_quantize(hidden, "gelu", None, None, None, 2.0), WIDTH, None, y)
+    return y, linear(quantize(hidden, None, "gelu", clip=2.0), WIDTH, None, y)
 
 
 def gated(x: Tensor) -> Tensor:
     """Rows with pads, halves of one product, and an N whose rows TMA cannot store."""
     both = linear(quantize(x.narrow(-1, 0, 60)), 76, None, None)
     gate, up = both.narrow(-1, 0, 38), both.narrow(-1, 38, 38)
-    return linear(glu_quantize(gate, up, "silu"), 27, None, None)
+    return linear(quantize(gate, up, "silu"), 27, None, None)
 
 
 def transposed(x: Tensor) -> Tensor:
-    """A quantiser of what is no [M, K] in memory."""
+    """quantize on what is no [M, K] in memory."""
     return linear(quantize(x.transpose(0, 1)), 32, None, None)
 
 

@@ -16,7 +16,7 @@ from graphquant.lowering import inductor as lowering
 from graphquant.ops import define
 from graphquant.ops.define import Op
 from graphquant.ops.numerics import padded, row_stride
-from tests.ops.told import TOLD
+from tests.ops.qparams import RECIPES
 from tests.small import NEAR, error, seeded
 
 K, N = 40, 24
@@ -117,7 +117,7 @@ def encoder() -> nn.Module:
 
 PER_LAYER = [
     "norm_quantize", "int8_linear", "quantize", "int8_linear",
-    "norm_quantize", "int8_linear", "glu_quantize", "int8_linear",
+    "norm_quantize", "int8_linear", "quantize", "int8_linear",
 ]  # fmt: skip
 
 
@@ -167,11 +167,15 @@ def test_every_call_in_the_graph_has_a_site_of_its_own(sites: Sites) -> None:
 def test_arguments_arrive_in_the_order_of_the_schema(sites: Sites) -> None:
     model = encoder()
     compiled(model)(torch.randn(3, 5, K))
-    layer_norm, qkv, _, out, rms_norm, _, glu, *_ = sites.calls
-    untold = (None, None, None)  # low, high, clip
-    assert layer_norm.constants == (1e-5, False, *untold)
-    assert rms_norm.constants == (1e-3, True, *untold)
-    assert glu.constants == ("silu", *untold)
+    layer_norm, qkv, attended, out, rms_norm, _, gated, *_ = sites.calls
+    dynamic = (None, None, None)  # low, high, clip
+    assert layer_norm.constants == (1e-5, False, *dynamic)
+    assert rms_norm.constants == (1e-3, True, *dynamic)
+    assert attended.constants == (None, *dynamic) and attended.given[1] is None
+    assert gated.constants == ("silu", *dynamic)
+    gate, up, factor = gated.given
+    assert gate is not None and up is not None and factor is None
+    assert gate.shape == up.shape == (3, 5, 72) and gate.data_ptr() != up.data_ptr()
     assert qkv.constants == out.constants == (torch.float32,)
     _, gamma, beta, factor = layer_norm.given
     assert factor is None
@@ -189,14 +193,14 @@ def test_arguments_arrive_in_the_order_of_the_schema(sites: Sites) -> None:
     assert last.given[6] is None and last.given[7] is None
 
 
-@pytest.mark.parametrize("name", TOLD)
-def test_what_a_quantiser_is_told_arrives(sites: Sites, name: str) -> None:
-    factor, *numbers = TOLD[name].on(K, "cpu")
+@pytest.mark.parametrize("name", RECIPES)
+def test_qparams_arrive(sites: Sites, name: str) -> None:
+    factor, *numbers = RECIPES[name].on(K, "cpu")
     factor = None if factor is None else factor.contiguous()  # strided ones are copied
 
     def fn(x: Tensor, factor: Tensor | None) -> Any:
         kept = ops.norm_quantize_keep(x, None, None, 1e-5, True, x.dtype, factor, *numbers)
-        return *kept, *ops.act_quantize(x, "gelu", factor, *numbers)
+        return *kept, *ops.quantize(x, None, "gelu", factor, *numbers)
 
     x = torch.randn(3, 5, K)
     got = by_inductor(fn)(x, factor)
@@ -266,8 +270,8 @@ def test_rows_are_read_in_place_and_all_else_is_made_contiguous(sites: Sites, na
     x = make()
     got = by_inductor(lambda x: ops.quantize(x))(x)
     (call,) = sites.calls
-    given, factor = call.given
-    assert factor is None
+    given, up, factor = call.given
+    assert up is None and factor is None
     assert given is not None and row_stride(given) is not None
     assert (given.data_ptr() == x.data_ptr()) == in_place
     assert given.is_contiguous() or (in_place and given.stride() == x.stride())
@@ -309,7 +313,7 @@ def test_a_value_that_inductor_would_lay_out_otherwise_is_laid_out_as_traced(sit
 
     a, b = torch.randn(6, 8), torch.randn(8, K)
     got = by_inductor(fn)(a, b)
-    given, _ = sites.calls[0].given
+    given, *_ = sites.calls[0].given
     assert given is not None and given.is_contiguous()
     want = ops.quantize((a @ b).transpose(0, 1).contiguous() + 1)
     assert (got[0].int() - want[0].int()).abs().max() <= 1  # products in another order
@@ -360,7 +364,7 @@ def mlps(wide: int = WIDE) -> nn.Module:
 
 
 def overlaid(sites: Sites) -> list[bool]:
-    return [is_over(c.results[0], c.given[0]) for c in sites.calls if c.op == "act_quantize"]
+    return [is_over(c.results[0], c.given[0]) for c in sites.calls if c.constants[0] == "gelu"]
 
 
 def test_large_floats_are_written_over_by_their_int8(
@@ -402,17 +406,17 @@ def test_a_static_range_leaves_the_floats_alone(
     quantized = ops.quantize(torch.randn(3, 5, K))
     w1, w2 = ops.quantize_weight(torch.randn(WIDE, K)), ops.quantize_weight(torch.randn(N, WIDE))
 
-    def mlp(*told: Any) -> Callable[..., Tensor]:
+    def mlp(*qparams: Any) -> Callable[..., Tensor]:
         def fn(*q: Tensor) -> Tensor:
             x = ops.int8_linear(*q[:6], None, None, torch.bfloat16)
-            x = ops.act_quantize(x, "gelu", *told)
+            x = ops.quantize(x, None, "gelu", *qparams)
             return ops.int8_linear(*x, *q[6:], None, None, torch.bfloat16)
 
         return fn
 
-    for told in ((), (None, None, None, 3.0), (None, -0.2, 3.0)):
+    for qparams in ((), (None, None, None, 3.0), (None, -0.2, 3.0)):
         torch._dynamo.reset()
-        by_inductor(mlp(*told))(*quantized, *w1, *w2)
+        by_inductor(mlp(*qparams))(*quantized, *w1, *w2)
     assert overlaid(sites) == [True, True, False]
 
 
@@ -432,7 +436,7 @@ def test_floats_that_are_read_again_are_not_written_over(
     assert error(h, model(x)[1]) < NEAR
 
     def of_an_input(x: Tensor) -> Any:
-        return ops.act_quantize(x, "gelu")
+        return ops.quantize(x, act="gelu")
 
     mine = torch.randn(4, WIDE, dtype=torch.bfloat16)
     before = mine.clone()

@@ -29,7 +29,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert": ("BertConfig", "BertModel", WIDE),
     "dinov2": ("Dinov2Config", "Dinov2Model", WIDE | IMAGE),
 }
-PRE_NORM = {"norm_quantize": 2, "int8_linear": 4, "attention": 1, "quantize": 1, "act_quantize": 1}
+PRE_NORM = {"norm_quantize": 2, "int8_linear": 4, "attention": 1, "quantize": 2}
 POST_NORM = PRE_NORM | {"norm_quantize": 0, "norm_quantize_keep": 2}
 
 

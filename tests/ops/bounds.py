@@ -10,8 +10,9 @@ from torch import Tensor
 
 from graphquant.ops.define import Kernel, Op, load_kernels
 from graphquant.ops.numerics import MIN_ABSMAX, padded, with_pads
+from graphquant.ops.qparams import DYNAMIC, QParams
 from graphquant.ops.runtime import nvrtc
-from tests.ops.told import Arguments, meant
+from tests.ops.qparams import meant
 
 U = 2.0**-24  # float32 rounds to nearest with a relative error of at most U
 HALF = 0.5 + 127 * 5 * U  # of a step: how far x may be from what it was quantised to (assert_means)
@@ -78,11 +79,11 @@ def assert_means(
     x_shift: Tensor,
     y: Tensor,
     noise: Tensor | float = 0.0,
-    told: Arguments = (None, None, None, None),
+    qparams: QParams = DYNAMIC,
 ) -> None:
     """The triple stands for y [..., K] float64, of which the op saw v = y + e with |e| <= noise.
 
-    told: what the quantiser was told besides. Then y is `meant` of the y that is given.
+    With qparams, y is `meant` of the y that is given.
 
     low <= 0 <= high are the ends of y's range with zero in it, N is the row's largest noise. Halves
     are exact (but for the last bit of a denormal: TINY), every other operation is off by U:
@@ -115,13 +116,13 @@ def assert_means(
     assert_layout(xq, x_scale, x_shift, y.shape)
     TINY = 2.0**-149
     xq, s, c, y = xq.cpu().double(), x_scale.cpu().double(), x_shift.cpu().double(), y.cpu()
-    y, noise = meant(y, torch.as_tensor(noise, dtype=torch.float64).expand_as(y), *told)
+    y, noise = meant(y, torch.as_tensor(noise, dtype=torch.float64).expand_as(y), qparams)
     finite = y.isfinite().all(-1, keepdim=True)
     assert (s.isfinite() == finite).all()
     assert ((xq == 0) | finite).all()
     assert ((xq * s + c).isnan() | finite).all()
     assert (~finite | ((y - (xq * s + c)).abs() <= s * HALF + noise)).all()  # (4)
-    _, low, high, _ = told
+    _, low, high, _ = qparams
     if low is not None and high is not None:
         middle, want = (low + high) / 2, max((high - low) / 2, MIN_ABSMAX) / 127
         assert ((c - middle).abs() <= U * abs(middle) + TINY).all()  # (1)

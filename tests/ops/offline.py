@@ -31,7 +31,7 @@ from graphquant.ops.int8_linear.triton_tma import int8_linear_tma_kernel  # noqa
 from graphquant.ops.norm_quantize.triton import norm_quantize_kernel  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-TOLD = {
+QPARAMS = {
     "factor": {"factor_ptr": "*fp32"},
     "range": {"low": "fp32", "high": "fp32"},
     "clip": {"clip": "fp32"},
@@ -52,10 +52,10 @@ def cases(sm: int) -> Iterator[Case]:
             yield _row_case(
                 f"norm {K} keep={keep}", norm_quantize_kernel, K, types, {"RMS": not keep}
             )
-    for name, told in TOLD.items():
+    for name, given in QPARAMS.items():
         for K in (1152, 20_000):
-            yield _row_case(f"rows {K} {name}", quantize_rows_kernel, K, told, {"ACT": "gelu"})
-            types = affine | told
+            yield _row_case(f"rows {K} {name}", quantize_rows_kernel, K, given, {"ACT": "gelu"})
+            types = affine | given
             yield _row_case(f"norm {K} {name}", norm_quantize_kernel, K, types, {"RMS": False})
     for tile in tiles.POINTER:
         for tail in (False, True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,45 +24,66 @@ from graphquant import ops
 from graphquant.errors import UnsupportedInputError
 from graphquant.ops.define import OPS, Kernel, Op, _as_tuple, define
 from graphquant.ops.numerics import row_stride, vectors, with_pads
+from graphquant.ops.qparams import QParams
 from graphquant.ops.runtime.launch import recorded
 from graphquant.ops.triton_rows import block_widths, row_config
 from graphquant.ops.triton_util import as_rows, unit_of
-from tests.ops.bounds import assert_weight, assert_within_a_step, kernels, to_cpu
-from tests.ops.told import TOLD, Told
+from tests.ops.bounds import assert_means, assert_weight, assert_within_a_step, kernels, to_cpu
+from tests.ops.qparams import RECIPES
 from tests.strategies import Rows, rows
 
 ALL = tuple(OPS.values())
-QUANTISERS = tuple(op for op in ALL if "factor" in op.reference.__annotations__)
-AS_IS = Told()
-
-# Every op, and every quantiser with what it can be told.
-CASES = [
-    *(pytest.param(op, AS_IS, id=op.name) for op in ALL),
-    *(pytest.param(op, TOLD[n], id=f"{op.name} {n}") for op in QUANTISERS for n in TOLD),
-]
+QUANTIZERS = tuple(op for op in ALL if op.quantizes)
+PLAIN = ""
+FORMS = ("act", "gated", "product")  # of quantize, besides PLAIN
 
 
-def _arguments(op: Op, x: Tensor, told: Told = AS_IS) -> tuple[Any, ...]:
-    """Valid arguments of an op around a float x [..., K]."""
-    plain = _plain_arguments(op, x)
-    return plain if told == AS_IS else (*plain, *told.on(x.shape[-1], x.device))
+@dataclass(frozen=True)
+class Call:
+    """One way to call an op."""
+
+    op: Op
+    form: str = PLAIN
+    recipe: str = ""  # of QParams; "": none are given
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.op.name, self.form, self.recipe)))
+
+    def on(self, x: Tensor) -> tuple[Any, ...]:
+        """Valid arguments around a float x [..., K]."""
+        args = _arguments(self.op, x, self.form)
+        if not self.recipe:
+            return args
+        return self.op.quantizing(args, RECIPES[self.recipe].on(x.shape[-1], x.device))
 
 
-def _plain_arguments(op: Op, x: Tensor) -> tuple[Any, ...]:
+def _calls(op: Op) -> list[Call]:
+    """All that differ in what a kernel does."""
+    forms = (PLAIN, *FORMS) if op is ops.quantize else (PLAIN,)
+    recipes = ("", *RECIPES) if op.quantizes else ("",)
+    return [Call(op, form, r) for form in forms for r in recipes if form != "product" or not r]
+
+
+CASES = [call for op in ALL for call in _calls(op)]
+
+
+def _arguments(op: Op, x: Tensor, form: str = PLAIN) -> tuple[Any, ...]:
     K = x.shape[-1]
     gamma = torch.linspace(0.5, 2, K, device=x.device).to(x.dtype)
     if op is ops.quantize:
-        return (x,)
+        forms = {
+            PLAIN: (x,),
+            "act": (x, None, "gelu"),
+            "gated": (x, x.flip(-1), "silu"),
+            "product": (x, x.flip(-1)),
+        }
+        return forms[form]
     if op is ops.quantize_weight:
         return (x.flatten(0, -2) if x.dim() > 1 else x[None],)
     if op is ops.norm_quantize:
         return x, gamma, None, 1e-5, False
     if op is ops.norm_quantize_keep:
         return x, None, gamma, 1e-5, True, torch.bfloat16
-    if op is ops.act_quantize:
-        return x, "gelu"
-    if op is ops.glu_quantize:
-        return x, x.flip(-1), "silu"
     if op is ops.attention:
         lead = (*x.shape[:-1], 1, 1)[:2]
         q = x.reshape(lead[0], 1, lead[1], K)
@@ -93,14 +115,14 @@ SAMPLES = {
 }
 
 
-@pytest.mark.parametrize(("op", "told"), CASES)
+@pytest.mark.parametrize("call", CASES, ids=str)
 @pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES.keys())
-def test_opcheck(op: Op, told: Told, sample: Rows, device: str) -> None:
-    torch.library.opcheck(op.target, _arguments(op, sample.on(device), told))
+def test_opcheck(call: Call, sample: Rows, device: str) -> None:
+    torch.library.opcheck(call.op.target, call.on(sample.on(device)))
 
 
-@pytest.mark.parametrize(("op", "told"), CASES)
-def test_a_dynamic_batch_gets_no_guard(op: Op, told: Told) -> None:
+@pytest.mark.parametrize("call", CASES, ids=str)
+def test_a_dynamic_batch_gets_no_guard(call: Call) -> None:
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env)
 
@@ -110,20 +132,20 @@ def test_a_dynamic_batch_gets_no_guard(op: Op, told: Told) -> None:
         sizes = [DimDynamic.DYNAMIC if d == 6 else DimDynamic.STATIC for d in a.shape]
         return mode.from_tensor(a, symbolic_context=StatelessSymbolicContext(sizes))
 
-    args = [fake(a) for a in _arguments(op, torch.randn(6, 40), told)]
+    args = [fake(a) for a in call.on(torch.randn(6, 40))]
     with mode:
-        results = op.target(*args)
+        results = call.op.target(*args)
     results = results if isinstance(results, tuple) else (results,)
     assert all(isinstance(r.shape[0], torch.SymInt) for r in results)
     assert not [str(g.expr) for g in env.guards]
 
 
-@pytest.mark.parametrize(("op", "told"), CASES)
-def test_fullgraph_compile_keeps_the_padded_strides(op: Op, told: Told) -> None:
+@pytest.mark.parametrize("call", CASES, ids=str)
+def test_fullgraph_compile_keeps_the_padded_strides(call: Call) -> None:
     torch._dynamo.reset()  # it counts compilations of one lambda
-    args = _arguments(op, torch.randn(6, 40), told)
-    want = op(*args)
-    got = torch.compile(lambda *a: op.target(*a), backend="aot_eager", fullgraph=True)(*args)
+    args, target = call.on(torch.randn(6, 40)), call.op.target
+    want = target(*args)
+    got = torch.compile(lambda *a: target(*a), backend="aot_eager", fullgraph=True)(*args)
     for g, w in zip(*((r if isinstance(r, tuple) else (r,)) for r in (got, want)), strict=True):
         assert torch.equal(g, w) and g.stride() == w.stride()
 
@@ -149,23 +171,28 @@ def test_what_quantisers_return_is_what_int8_linear_takes() -> None:
             assert returns[:-3] == (["y"] if op is ops.norm_quantize_keep else [])
 
 
-def test_every_quantiser_can_be_told_the_same() -> None:
-    assert {op.name for op in QUANTISERS} == {o.name for o in ALL if "quantize" in o.name} - {
+def test_every_op_that_quantizes_ends_with_qparams() -> None:
+    assert {op.name for op in QUANTIZERS} == {o.name for o in ALL if "quantize" in o.name} - {
         "quantize_weight"
     }
-    for op in QUANTISERS:
+    for op in QUANTIZERS:
         last = op.target._schema.arguments[-4:]
         assert [a.name for a in last] == ["factor", "low", "high", "clip"]
         assert [str(a.type) for a in last] == ["Optional[Tensor]", *["Optional[float]"] * 3]
         assert [a.default_value for a in last] == [None] * 4
 
 
-@pytest.mark.parametrize("op", QUANTISERS, ids=lambda op: op.name)
-def test_what_is_not_told_stands_for_none(op: Op) -> None:
+@pytest.mark.parametrize("op", QUANTIZERS, ids=lambda op: op.name)
+def test_arguments_that_are_left_out_are_none(op: Op) -> None:
     """torch hands an op's code no last arguments that are defaults; sites have a place for all."""
     args = _arguments(op, torch.randn(3, 40))
-    full = (*args, None, None, None, None)
+    optional = len(op.target._schema.arguments) - len(args)
+    assert optional == (6 if op is ops.quantize else 4)
+    full = (*args, *[None] * optional)
     assert op.full(args) == op.full(full[:-2]) == full
+    assert op.quantizing(args, QParams()) == op.quantizing(full[:-4], QParams()) == args
+    assert op.quantizing(args, QParams(clip=1.0)) == (*full[:-1], 1.0)
+    assert op.quantizing(args, QParams(low=0.0, high=1.0)) == (*full[:-3], 0.0, 1.0)
     tensors, constants = op.split(args)
     assert (tensors, constants) == op.split(full)
     assert len(tensors) == sum(op.tensors) and op.join(tensors, constants) == list(full)
@@ -173,16 +200,39 @@ def test_what_is_not_told_stands_for_none(op: Op) -> None:
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("call", CASES, ids=str)
+def test_the_reference_computes_the_float_form(call: Call) -> None:
+    """In float64 it stands for what an op means: TensorRT's form and the benchmark's checks too."""
+    op, args = call.op, call.on(torch.randn(7, 40))
+    results = op.reference(*args)
+    inputs, qparams = op.parted(args) if op.quantizes else (args, QParams())
+    want = op.float_form(*map(_in_float64, inputs))
+    if op.quantizes:
+        assert_means(*results[-3:], want, 1e-5 * (1 + want.abs()), qparams)
+    elif op is ops.quantize_weight:
+        wq, w_scale, _ = results
+        assert ((wq * w_scale[:, None] - want).abs() <= 0.501 * w_scale[:, None]).all()
+    if op.keeps or op in (ops.int8_linear, ops.attention):
+        y = _as_tuple(results)[0]
+        torch.testing.assert_close(y.double(), want, rtol=2**-7, atol=1e-3)
+
+
+def _in_float64(argument: Any) -> Any:
+    if isinstance(argument, torch.dtype):
+        return torch.float64
+    return argument.double() if isinstance(argument, Tensor) else argument
+
+
 def test_a_reference_that_differs_from_its_schema_is_refused() -> None:
     with pytest.raises(TypeError, match=r"schema \['x'\], reference \['y'\]"):
 
-        @define("(Tensor x) -> Tensor", fake=lambda x: x, check=lambda x: None)
+        @define("(Tensor x) -> Tensor", float_form=id, fake=id, check=id)
         def differs_from_schema(y: Tensor) -> Tensor:
             return y
 
 
 def test_if_no_kernel_takes_the_inputs_every_reason_is_given() -> None:
-    op = Op("demo", lambda x: x, lambda x: None, lambda x: x, ())
+    op = Op("demo", lambda x: x, lambda x: x, lambda x: None, lambda x: x, ())
     op.kernel("first", refuses=lambda x: "too warm")(lambda x, out: None)
     op.kernel("second", refuses=lambda x: None if x else "too cold")(lambda x, out: None)
     assert op.choose(True).name == "second"
@@ -198,8 +248,8 @@ def test_kernels_write_every_byte_of_their_results(
     op: Op, kernel: Kernel, K: int, device: str, poisoned: None
 ) -> None:
     x = torch.randn(7, K, device=device)
-    for told in (AS_IS, *TOLD.values()) if op in QUANTISERS else (AS_IS,):
-        _writes_every_byte(op, kernel, _arguments(op, x, told))
+    for call in _calls(op):
+        _writes_every_byte(op, kernel, call.on(x))
 
 
 def _writes_every_byte(op: Op, kernel: Kernel, args: tuple[Any, ...]) -> None:
@@ -224,8 +274,8 @@ def test_what_a_triton_kernel_would_launch_is_all_that_it_does(
 ) -> None:
     """`recorded` launches nothing; its call, launched by hand, fills the results."""
     x = torch.randn(7, K, device=device)
-    for told in (AS_IS, *TOLD.values()) if op in QUANTISERS else (AS_IS,):
-        args = _arguments(op, x, told)
+    for recorded_call in _calls(op):
+        args = recorded_call.on(x)
         results = op.fake(*args)
         out = _as_tuple(results)
         before = [t.clone() for t in out]
@@ -291,13 +341,12 @@ def _attention_with(**changes: Any) -> tuple[Any, ...]:
     return tuple((args | changes).values())
 
 
-def _told(op: Op, **changes: Any) -> tuple[Any, ...]:
-    told = {"factor": None, "low": None, "high": None, "clip": None} | changes
-    return *_arguments(op, x), *told.values()
+def _with(op: Op, **qparams: Any) -> tuple[Any, ...]:
+    return op.quantizing(_arguments(op, x), QParams(**qparams))
 
 
 x = torch.ones(4, 32)
-NOT_TOLD: dict[str, dict[str, Any]] = {
+NO_QPARAMS: dict[str, dict[str, Any]] = {
     r"factor has shape \[31\], needs \[32\]: \[K\] like x": {"factor": x[0, 1:]},
     r"factor has shape \[1, 32\], needs \[32\]": {"factor": x[:1]},
     "factor is bfloat16, needs float32": {"factor": x[0].bfloat16()},
@@ -322,18 +371,18 @@ WRONG: list[tuple[Op, tuple[Any, ...], str]] = [
     (ops.quantize_weight, (x[None],), r"quantize_weight: w has 3 dims, needs \[N, K\]"),
     (ops.quantize_weight, (x[:, :0],), r"quantize_weight: w has shape \[4, 0\], needs K >= 1"),
     (ops.quantize_weight, (x, "max"), "quantize_weight: method is 'max', needs one of absmax, mse"),
-    (ops.act_quantize, (x, "mish"), "act is 'mish', needs one of gelu, gelu_tanh, quick_gelu, "),
-    (ops.act_quantize, (x.int(), "gelu"), "act_quantize: x is int32, needs float16"),
-    (ops.glu_quantize, (x, x[:, 1:], "silu"), r"up has shape \[4, 31\], needs \[4, 32\]: the sha"),
-    (ops.glu_quantize, (x, x.long(), "silu"), "glu_quantize: up is int64, needs float16"),
-    (ops.glu_quantize, (x, x, "swish"), "glu_quantize: act is 'swish', needs one of gelu"),
+    (ops.quantize, (x, None, "mish"), "act is 'mish', needs one of gelu, gelu_tanh, quick_gelu, "),
+    (ops.quantize, (x.int(), None, "gelu"), "quantize: x is int32, needs float16"),
+    (ops.quantize, (x, x[:, 1:], "silu"), r"up has shape \[4, 31\], needs \[4, 32\]: the sha"),
+    (ops.quantize, (x, x.long(), "silu"), "quantize: up is int64, needs float16"),
+    (ops.quantize, (x, x, "swish"), "quantize: act is 'swish', needs one of gelu"),
     (ops.norm_quantize, (x, x[0, 1:], None, 1e-5, True), r"gamma has shape \[31\], needs \[32\]"),
     (ops.norm_quantize, (x, None, x[0].int(), 1e-5, True), "beta is int32, needs float16"),
     (ops.norm_quantize_keep, (x, None, None, 1e-5, True, I8), "dtype is int8, needs float16"),
     *(
-        (op, _told(op, **changes), f"{op.name}: {message}")
-        for op in QUANTISERS
-        for message, changes in NOT_TOLD.items()
+        (op, _with(op, **changes), f"{op.name}: {message}")
+        for op in QUANTIZERS
+        for message, changes in NO_QPARAMS.items()
     ),
     (ops.int8_linear, _linear_with(xq=x), "int8_linear: xq is float32, needs int8"),
     (
@@ -417,11 +466,11 @@ WRONG: list[tuple[Op, tuple[Any, ...], str]] = [
         "bias is on meta, xq is on cpu, need one device",
     ),
     *(
-        (op, _told(op, factor=x[0].to("meta")), "factor is on meta, x is on cpu, need one device")
-        for op in QUANTISERS
+        (op, _with(op, factor=x[0].to("meta")), "factor is on meta, x is on cpu, need one device")
+        for op in QUANTIZERS
     ),
 ]
-ON_META = 3 + len(QUANTISERS)  # the last ones: a FakeTensorMode takes them for one device
+ON_META = 3 + len(QUANTIZERS)  # the last ones: a FakeTensorMode takes them for one device
 
 
 @pytest.mark.parametrize(("op", "args", "message"), WRONG, ids=[w[2][:40] for w in WRONG])

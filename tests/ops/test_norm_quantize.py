@@ -21,7 +21,7 @@ from tests.ops.bounds import (
     kernels,
     to_cpu,
 )
-from tests.ops.told import TOLD, Told, meant, told
+from tests.ops.qparams import RECIPES, Recipe, meant, recipes
 from tests.strategies import FLOATS, Rows, rows
 
 # float32 squares must neither overflow nor vanish beside eps: |x|^2 < 1e36
@@ -67,9 +67,9 @@ epsilons = st.sampled_from([1e-12, 1e-6, 1e-5])
 
 
 @implementations(norm_quantize)
-@given(sample=samples, gamma=kinds, beta=kinds, eps=epsilons, rms=st.booleans(), told=told())
-@example(Rows((2,), 8, content="zero row"), "none", "none", 1e-12, False, Told())
-@example(Rows((2,), 1), "float32", "float32", 1e-5, False, Told())
+@given(sample=samples, gamma=kinds, beta=kinds, eps=epsilons, rms=st.booleans(), recipe=recipes())
+@example(Rows((2,), 8, content="zero row"), "none", "none", 1e-12, False, Recipe())
+@example(Rows((2,), 1), "float32", "float32", 1e-5, False, Recipe())
 def test_triple_is_within_half_a_step_of_the_norm(
     op: Op,
     kernel: Kernel,
@@ -79,16 +79,16 @@ def test_triple_is_within_half_a_step_of_the_norm(
     beta: str,
     eps: float,
     rms: bool,
-    told: Told,
+    recipe: Recipe,
 ) -> None:
-    x, arguments = sample.on(device), told.on(sample.K, device)
+    x, qparams = sample.on(device), recipe.on(sample.K, device)
     args = x, _vector(sample.K, gamma, device), _vector(sample.K, beta, device), eps, rms
     y, noise = _exact(*args)
-    assert_means(*kernel.fn(*args, *arguments), y, noise, told=arguments)
+    assert_means(*kernel.fn(*args, *qparams), y, noise, qparams)
 
 
 @kernels(norm_quantize)
-@given(sample=samples, gamma=kinds, beta=kinds, eps=epsilons, rms=st.booleans(), told=told())
+@given(sample=samples, gamma=kinds, beta=kinds, eps=epsilons, rms=st.booleans(), recipe=recipes())
 def test_kernel_is_within_a_step_of_the_reference(
     op: Op,
     kernel: Kernel,
@@ -98,12 +98,12 @@ def test_kernel_is_within_a_step_of_the_reference(
     beta: str,
     eps: float,
     rms: bool,
-    told: Told,
+    recipe: Recipe,
 ) -> None:
-    x, arguments = sample.on(device), told.on(sample.K, device)
+    x, qparams = sample.on(device), recipe.on(sample.K, device)
     norm = x, _vector(sample.K, gamma, device), _vector(sample.K, beta, device), eps, rms
-    noise = meant(*_exact(*norm), *arguments)[1].nan_to_num(nan=0.0, posinf=0.0)
-    args = (*norm, *arguments)
+    noise = meant(*_exact(*norm), qparams)[1].nan_to_num(nan=0.0, posinf=0.0)
+    args = (*norm, *qparams)
     assert_within_a_step(kernel.fn(*args), op.reference(*to_cpu(args)), noise)
 
 
@@ -126,7 +126,9 @@ def test_every_column_of_an_odd_width_is_normed(
 
 
 @implementations(norm_quantize_keep)
-@given(sample=samples, gamma=kinds, rms=st.booleans(), dtype=st.sampled_from(FLOATS), told=told())
+@given(
+    sample=samples, gamma=kinds, rms=st.booleans(), dtype=st.sampled_from(FLOATS), recipe=recipes()
+)
 def test_kept_value_is_the_norm_rounded_to_dtype(
     op: Op,
     kernel: Kernel,
@@ -135,19 +137,19 @@ def test_kept_value_is_the_norm_rounded_to_dtype(
     gamma: str,
     rms: bool,
     dtype: torch.dtype,
-    told: Told,
+    recipe: Recipe,
 ) -> None:
-    """Whatever the quantiser is told."""
-    x, arguments = sample.on(device), told.on(sample.K, device)
+    """Whatever the qparams."""
+    x, qparams = sample.on(device), recipe.on(sample.K, device)
     args = x, _vector(sample.K, gamma, device), None, 1e-6, rms
     want, noise = _exact(*args)
-    y, *triple = kernel.fn(*args, dtype, *arguments)
+    y, *triple = kernel.fn(*args, dtype, *qparams)
     assert y.dtype == dtype and y.shape == x.shape and y.is_contiguous()
     # Triton's interpreter cuts float32 to bfloat16 where the card rounds: a whole unit, not half
     unit = torch.finfo(dtype).eps * want.abs() + torch.finfo(dtype).smallest_normal
     finite = want.isfinite().all(-1, keepdim=True)
     assert (~finite | ((y.cpu().double() - want).abs() <= unit + noise)).all()
-    assert_means(*triple, want, noise, told=arguments)
+    assert_means(*triple, want, noise, qparams)
 
 
 @implementations(norm_quantize)
@@ -181,11 +183,11 @@ def test_rows_too_long_for_registers_mean_the_same(
     noise = 1e-5 * (1 + want.abs())  # sums in trees: far below the worst order of _exact
     assert ((y.cpu().double() - want).abs() <= noise).all()
     assert_means(*triple, want, noise)
-    for told_of_it in TOLD.values():
-        arguments = told_of_it.on(K, device)
-        kept, *triple = kernel.fn(x, gamma, None, 1e-5, rms, torch.float32, *arguments)
+    for recipe in RECIPES.values():
+        qparams = recipe.on(K, device)
+        kept, *triple = kernel.fn(x, gamma, None, 1e-5, rms, torch.float32, *qparams)
         assert torch.equal(kept, y)
-        assert_means(*triple, want, noise, told=arguments)
+        assert_means(*triple, want, noise, qparams)
 
 
 @implementations(norm_quantize)

@@ -191,7 +191,7 @@ def test_new_nodes_say_which_rule_made_them_and_where_they_come_from(x: Tensor) 
     block = Model(lambda m, x: m.fc(F.gelu(m.norm(x))), norm=nn.LayerNorm(K), fc=nn.Linear(K, K))
     result = rewritten(Model(lambda m, x: m.block(x), block=block), x)
     made = [n for n in result.graph.nodes if "graphquant" in n.meta]
-    assert {"act_quantize", "quantize_weight", "int8_linear"} <= {name_of(n) for n in made}
+    assert {"quantize", "quantize_weight", "int8_linear"} <= {name_of(n) for n in made}
     for node in made:
         assert node.meta["graphquant"] == "act_linear"
         assert [path for path, _ in node.meta["nn_module_stack"].values()][-1].endswith("block.fc")

@@ -398,7 +398,7 @@ def test_an_activation_is_found_however_it_is_spelled(act: str, name: str) -> No
     spelled = ACTS[act][name]
     result = rewritten(Model(lambda m, x: m.fc(spelled(x)), fc=fc), x)
     assert result.counts == {"act_linear": 1}
-    made = result.one("act_quantize")
+    made = result.one("quantize")
     assert argument(made, "act") == act
     assert argument(made, "x").name == "args_0"
     assert_near(result.got, result.want, linear_bound(spelled(x), fc.weight))
@@ -412,7 +412,7 @@ def test_casts_in_between_do_not_hide_an_activation(act: str) -> None:
         model = Model(lambda m, x, f=spelled: m.fc(f(x.float()).to(x.dtype)), fc=fc)
         result = rewritten(model, x)
         assert result.counts == {"act_linear": 1}
-        made = result.one("act_quantize")
+        made = result.one("quantize")
         assert (argument(made, "act"), argument(made, "x").name) == (act, "args_0")
 
 

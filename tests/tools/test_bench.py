@@ -494,7 +494,7 @@ def test_an_op_that_raises_is_wrong_and_the_others_are_checked(
     def wrong(op: Op, *args: Any) -> Any:
         raise RuntimeError("no kernel\nat all")
 
-    assert "RuntimeError: no kernel" in _break(monkeypatch, "act_quantize", wrong)[0]
+    assert "RuntimeError: no kernel" in _break(monkeypatch, "norm_quantize", wrong)[0]
 
 
 def test_an_op_that_nobody_can_check_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -532,11 +532,14 @@ def test_ops_are_timed_beside_their_alternatives(
         "graphquant", "bf16 F.linear", "torch._int_mm", "torch._scaled_mm fp8"
     }  # fmt: skip
     rows = [r for r in run.ops if r.N == 0]
-    assert {r.op for r in rows} == {"quantize", "norm_quantize", "act_quantize", "glu_quantize"}
+    assert {r.op for r in rows} == {"quantize", "norm_quantize"}
     for r in rows:
         assert r.variant in ("graphquant", "copy") and not r.failed
         assert r.us and r.host_us and r.error is not None and r.error <= ops.MAX_STEPS
-    (plain,) = (r for r in rows if r.op == "quantize" and r.variant == "graphquant")
+    (plain,) = (
+        r for r in rows if r.op == "quantize" and not r.detail and r.variant == "graphquant"
+    )
+    assert {r.detail for r in rows if r.op == "quantize"} == {"", "gelu", "silu, gated"}
     assert plain.bytes == M * (2 * 32 + 32 + 8)  # bfloat16 in, int8 and two float32 a row out
     text = page.read_text()
     assert "**GEMMs**" in text and "**Quantisers**" in text

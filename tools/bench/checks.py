@@ -15,8 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphquant.ops import OPS
+from graphquant.ops import (
+    OPS,
+    attention,
+    int8_linear,
+    norm_quantize,
+    norm_quantize_keep,
+    quantize,
+)
 from graphquant.ops.attention.hopper_tiles import TILES
+from graphquant.ops.define import Op
 from graphquant.ops.numerics import ACTIVATIONS, MIN_ABSMAX
 
 # M, N, K: nothing a multiple of anything; the widths of one layer with few and with many rows
@@ -76,20 +84,20 @@ def poisoned() -> Iterator[None]:
 # --- what the ops mean, in float64 --------------------------------------------------------------
 
 
-def norm(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, rms: bool) -> Tensor:
-    d = x.double()
-    if not rms:
-        d = d - d.mean(-1, keepdim=True)
-    y = d / (d.square().mean(-1, keepdim=True) + eps).sqrt()
-    y = y if gamma is None else y * gamma.double()
-    return y if beta is None else y + beta.double()
+def meaning(op: Op, args: Args) -> Tensor:
+    """The op's float form in float64."""
+    doubles = [_double(a) for a in (op.parted(args)[0] if op.quantizes else args)]
+    y: Tensor = op.float_form(*doubles)
+    return y
 
 
-def activated(x: Tensor, act: str) -> Tensor:
-    return ACTIVATIONS[act](x.double())
+def _double(argument: Any) -> Any:
+    if isinstance(argument, torch.dtype):
+        return torch.float64
+    return argument.double() if isinstance(argument, Tensor) else argument
 
 
-def linear(
+def size_of_terms(
     xq: Tensor,
     x_scale: Tensor,
     x_shift: Tensor,
@@ -98,16 +106,14 @@ def linear(
     w_sum: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """int8_linear's y, and the sum of its terms' sizes, which its rounding errors go by."""
-    acc = xq.double() @ wq.double().T  # exact: |sum| < 2^53
-    terms = [acc * x_scale * w_scale, x_shift.double() * w_sum]
-    terms += [t.double() for t in (bias, residual) if t is not None]
-    y, size = torch.zeros_like(acc), torch.zeros_like(acc)
-    for term in terms:
-        y += term
-        size += term.abs()
-    return y, size
+    *_: Any,
+) -> Tensor:
+    """The sum of the magnitudes of what int8_linear adds: its rounding errors go by that."""
+    size = (xq.double() @ wq.double().T * x_scale * w_scale).abs()
+    size = size + (x_shift.double() * w_sum).abs()
+    for term in (bias, residual):
+        size = size if term is None else size + term.double().abs()
+    return size
 
 
 def wrong_triple(triple: Triple, y: Tensor) -> str | None:
@@ -157,37 +163,52 @@ def _rows(M: int, K: int, device: str) -> Tensor:
     return x.to(DTYPE)
 
 
-def _quantize(M: int, N: int, K: int, device: str, small: bool) -> Cases:
-    def make() -> tuple[Args, Compare]:
-        x = _rows(M, K, device)
-        return (x,), lambda got: wrong_triple(got, x.double())
+def _quantizer(op: Op, args: Args) -> tuple[Args, Compare]:
+    """Arguments of an op that quantizes, and what is wrong with its results."""
 
-    yield f"{M} x {K}", make
+    def compare(got: Any) -> str | None:
+        want = meaning(op, args)
+        if op.keeps:
+            off = _worst((got[0].double() - want) / (2**-8 * want.abs() + NOISE))
+            if off > 1:
+                return f"y is off by {off:.3g} of what it may be"
+        return wrong_triple(got[-3:], want)
+
+    return args, compare
+
+
+def _quantize(M: int, N: int, K: int, device: str, small: bool) -> Cases:
+    def plain() -> Args:
+        return (_rows(M, K, device),)
+
+    yield f"{M} x {K}", lambda: _quantizer(quantize, plain())
+    for act in ACTIVATIONS if small else ("gelu", "gelu_tanh"):
+
+        def activation(act: str = act) -> tuple[Args, Compare]:
+            return _quantizer(quantize, (*plain(), None, act))
+
+        yield f"{M} x {K} {act}", activation
+
+    def gated() -> tuple[Args, Compare]:
+        gate, up = _rows(M, 2 * K, device).clamp(-4, 4).split(K, -1)
+        return _quantizer(quantize, (gate, up, "silu"))
+
+    yield f"{M} x {K} silu, gated", gated
 
 
 def _norm_quantize(M: int, N: int, K: int, device: str, small: bool) -> Cases:
     for rms in (False, True):
 
         def make(rms: bool = rms) -> tuple[Args, Compare]:
-            args = (*_norm_args(M, K, device, rms), 1e-6, rms)
-            return args, lambda got: wrong_triple(got, norm(*args))
+            return _quantizer(norm_quantize, (*_norm_args(M, K, device, rms), 1e-6, rms))
 
         yield f"{M} x {K} rms={rms}", make
 
 
 def _norm_quantize_keep(M: int, N: int, K: int, device: str, small: bool) -> Cases:
     def make() -> tuple[Args, Compare]:
-        args = (*_norm_args(M, K, device, False), 1e-6, False)
-
-        def compare(got: Any) -> str | None:
-            want = norm(*args)
-            off = _worst((got[0].double() - want) / (2**-8 * want.abs() + NOISE))
-            return f"y is off by {off:.3g} of what it may be" if off > 1 else _triple(got, want)
-
-        def _triple(got: Any, want: Tensor) -> str | None:
-            return wrong_triple(got[1:], want)
-
-        return (*args, DTYPE), compare
+        args = (*_norm_args(M, K, device, False), 1e-6, False, DTYPE)
+        return _quantizer(norm_quantize_keep, args)
 
     if small or K < N:
         yield f"{M} x {K}", make
@@ -197,25 +218,6 @@ def _norm_args(M: int, K: int, device: str, rms: bool) -> tuple[Tensor, Tensor, 
     gamma = 1 + 0.2 * torch.randn(K, device=device)
     beta = None if rms else 0.2 * torch.randn(K, device=device).to(DTYPE)
     return _rows(M, K, device), gamma.to(DTYPE), beta
-
-
-def _act_quantize(M: int, N: int, K: int, device: str, small: bool) -> Cases:
-    for act in ACTIVATIONS if small else ("gelu", "gelu_tanh"):
-
-        def make(act: str = act) -> tuple[Args, Compare]:
-            x = _rows(M, K, device)
-            return (x, act), lambda got: wrong_triple(got, activated(x, act))
-
-        yield f"{M} x {K} {act}", make
-
-
-def _glu_quantize(M: int, N: int, K: int, device: str, small: bool) -> Cases:
-    def make() -> tuple[Args, Compare]:
-        gate, up = _rows(M, 2 * K, device).clamp(-4, 4).split(K, -1)
-        want = activated(gate, "silu") * up.double()
-        return (gate, up, "silu"), lambda got: wrong_triple(got, want)
-
-    yield f"{M} x {K} silu", make
 
 
 def _quantize_weight(M: int, N: int, K: int, device: str, small: bool) -> Cases:
@@ -253,14 +255,14 @@ def _int8_linear(M: int, N: int, K: int, device: str, small: bool) -> Cases:
     for bias, residual in ((True, False), (True, True), *([(False, False)] if small else [])):
 
         def make(bias: bool = bias, residual: bool = residual) -> tuple[Args, Compare]:
-            args = linear_args(M, N, K, device, bias=bias, residual=residual)
+            args = (*linear_args(M, N, K, device, bias=bias, residual=residual), DTYPE)
 
             def compare(got: Tensor) -> str | None:
-                want, size = linear(*args)
+                want, size = meaning(int8_linear, args), size_of_terms(*args)
                 off = _worst((got.double() - want) / (2**-8 * want.abs() + 1e-5 * size))
                 return f"y is off by {off:.3g} of what it may be" if off > 1 else None
 
-            return (*args, DTYPE), compare
+            return args, compare
 
         yield f"{M} x {N} x {K} bias={bias} residual={residual}", make
 
@@ -272,15 +274,14 @@ def _attention(M: int, N: int, K: int, device: str, small: bool) -> Cases:
 
         def make(tile: str = tile, width: int = width) -> tuple[Args, Compare]:
             qkv = torch.randn(3, 1, tokens, 2, width, device=device).to(DTYPE).transpose(2, 3)
-            scale = width**-0.5
-            scores = qkv[0].double() @ qkv[1].double().transpose(2, 3) * scale
-            want = scores.softmax(-1) @ qkv[2].double()
+            args = (*qkv, width**-0.5, tile)
 
             def compare(got: Tensor) -> str | None:  # probabilities are rounded to bfloat16
+                want = meaning(attention, args)
                 off = _worst((got.double() - want) / (2**-7 * (want.abs() + 1)))
                 return f"y is off by {off:.3g} of what it may be" if off > 1 else None
 
-            return (*qkv, scale, tile), compare
+            return args, compare
 
         if small or K < N:
             yield f"{tokens} x {width} {tile}", make
@@ -291,8 +292,6 @@ CASES: dict[str, Callable[[int, int, int, str, bool], Cases]] = {
     "quantize_weight": _quantize_weight,
     "norm_quantize": _norm_quantize,
     "norm_quantize_keep": _norm_quantize_keep,
-    "act_quantize": _act_quantize,
-    "glu_quantize": _glu_quantize,
     "int8_linear": _int8_linear,
     "attention": _attention,
 }

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphquant import ops as gq
-from tools.bench.checks import activated, linear, linear_args, norm, relative_error, steps_off
+from graphquant.ops.define import Op
+from tools.bench.checks import linear_args, meaning, relative_error, steps_off
 from tools.bench.encoders import Limit
 from tools.bench.models import Model
 from tools.bench.records import LATE, OpTime, reason, short
@@ -70,7 +71,7 @@ def groups(model: Model, batch: int) -> Iterator[Group]:
     M, H, F_ = batch * model.tokens, model.hidden, model.mlp
     for N, K in ((3 * H, H), (H, H), (F_, H), (H, F_)):
         yield _linear(M, N, K, residual=N == H)
-    yield _rows("quantize", M, H, "", _plain, gq.quantize, lambda x: x.double())
+    yield _rows(gq.quantize, M, H, "", _plain)
     for rms in (False, True):
         yield _norm(M, H, rms)
     for act in ("gelu", "gelu_tanh"):
@@ -200,7 +201,7 @@ def _linear(M: int, N: int, K: int, *, residual: bool) -> Group:
             at = _sample(M, y.device)
             xq, x_scale, x_shift, *weights, bias, r = arguments(i)
             rows = (xq[at], x_scale[at], x_shift[at], *weights, bias, None if r is None else r[at])
-            return relative_error(y[at], linear(*rows)[0])
+            return relative_error(y[at], meaning(gq.int8_linear, (*rows, DTYPE)))
 
         detail = "bias + residual" if with_residual else "bias"
         return Implementation(
@@ -254,22 +255,20 @@ def _linear(M: int, N: int, K: int, *, residual: bool) -> Group:
 
 
 def _rows(
-    op: str,
+    op: Op,
     M: int,
     K: int,
     detail: str,
     make: Callable[[int, int, str], Any],
-    run: Callable[..., Any],
-    meaning: Callable[..., Tensor],
     reads: int = 1,
 ) -> Group:
-    """run and meaning take what make gives. reads: of [M, K] bfloat16."""
+    """make: the op's arguments. reads: of [M, K] bfloat16."""
 
     def error(inputs: Any, got: Any) -> float:
         x, *rest = inputs
         at = _sample(M, x.device)
         sampled = [t[at] if isinstance(t, Tensor) and t.dim() == 2 else t for t in (x, *rest)]
-        return steps_off(tuple(t[at] for t in got[-3:]), meaning(*sampled))
+        return steps_off(tuple(t[at] for t in got[-3:]), meaning(op, tuple(sampled)))
 
     size = M * (2 * K * reads + K + 8)  # bfloat16 in; int8, scale and shift out
 
@@ -277,10 +276,10 @@ def _rows(
         return make(M, K, device), _bytes(size // 2, device)
 
     calls = (
-        Implementation("graphquant", lambda i: run(*i[0]), lambda i, y: error(i[0], y), MAX_STEPS),
+        Implementation("graphquant", lambda i: op(*i[0]), lambda i, y: error(i[0], y), MAX_STEPS),
         Implementation("copy", lambda i: ~i[1], lambda i, y: float(not torch.equal(~y, i[1])), 0.0),
     )
-    return Group(op, M, 0, K, detail, size, both, calls)
+    return Group(op.name, M, 0, K, detail, size, both, calls)
 
 
 def _bytes(count: int, device: str) -> Tensor:
@@ -299,14 +298,14 @@ def _norm(M: int, K: int, rms: bool) -> Group:
         beta = None if rms else (0.2 * torch.randn(K, device=device)).to(DTYPE)
         return *_plain(M, K, device), gamma, beta, EPS, rms
 
-    return _rows("norm_quantize", M, K, "rms" if rms else "layer", make, gq.norm_quantize, norm)
+    return _rows(gq.norm_quantize, M, K, "rms" if rms else "layer", make)
 
 
 def _act(M: int, K: int, act: str) -> Group:
     def make(M: int, K: int, device: str) -> tuple[Any, ...]:
-        return *_plain(M, K, device), act
+        return *_plain(M, K, device), None, act
 
-    return _rows("act_quantize", M, K, act, make, gq.act_quantize, activated)
+    return _rows(gq.quantize, M, K, act, make)
 
 
 def _glu(M: int, K: int) -> Group:
@@ -316,7 +315,4 @@ def _glu(M: int, K: int) -> Group:
         gate, up = torch.randn(M, 2 * K, device=device).to(DTYPE).split(K, -1)
         return gate, up, "silu"
 
-    def meaning(gate: Tensor, up: Tensor, act: str) -> Tensor:
-        return activated(gate, act) * up.double()
-
-    return _rows("glu_quantize", M, K, "silu", make, gq.glu_quantize, meaning, reads=2)
+    return _rows(gq.quantize, M, K, "silu, gated", make, reads=2)

@@ -49,14 +49,19 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> Tensor:
     return torch.empty((B, S, H, D), dtype=q.dtype, device=q.device).transpose(1, 2)
 
 
+def _float_form(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
 @define(
     "(Tensor q, Tensor k, Tensor v, float scale, str tile) -> Tensor y",
+    float_form=_float_form,
     fake=_fake,
     check=_check,
     kernels=("hopper", "sdpa"),
     in_rows=False,
 )
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> Tensor:
-    y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), scale=scale)
+    y = _float_form(q.float(), k.float(), v.float(), scale, tile)
     heads_beside = y.to(q.dtype).transpose(1, 2).clone(memory_format=torch.contiguous_format)
     return heads_beside.transpose(1, 2)

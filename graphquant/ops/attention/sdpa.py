@@ -3,7 +3,6 @@ stays right elsewhere."""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from graphquant.ops.attention.op import attention
@@ -16,4 +15,4 @@ def attention_sdpa(
     (y,) = out
     if y.numel() == 0:  # torch 2.11 returns None instead of an empty result
         return
-    y.copy_(F.scaled_dot_product_attention(q, k, v, scale=scale))
+    y.copy_(attention.float_form(q, k, v, scale, tile))

@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from graphquant.errors import UnsupportedInputError
@@ -106,9 +107,32 @@ def _exact_matmul(xq: Tensor, wq: Tensor) -> Tensor:
     return functools.reduce(torch.add, (s.to(torch.int32) for s in sums)).float()
 
 
+def _float_form(
+    xq: Tensor,
+    x_scale: Tensor,
+    x_shift: Tensor,
+    wq: Tensor,
+    w_scale: Tensor,
+    w_sum: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return linear(xq * x_scale + x_shift, wq * w_scale[:, None], bias, residual, dtype)
+
+
+def linear(
+    x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The float form on dequantized operands, x [..., K] and w [N, K]."""
+    y = F.linear(x.to(dtype), w.to(dtype), None if bias is None else bias.to(dtype))
+    return y if residual is None else (y + residual).to(dtype)
+
+
 @define(
     "(Tensor xq, Tensor x_scale, Tensor x_shift, Tensor wq, Tensor w_scale, Tensor w_sum,"
     " Tensor? bias, Tensor? residual, ScalarType dtype) -> Tensor",
+    float_form=_float_form,
     fake=_fake,
     check=_check,
     kernels=("hopper", "triton_tma", "triton"),

@@ -23,17 +23,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from graphquant.ops import checks
-from graphquant.ops.define import QUANTISED, define
+from graphquant.ops.define import define
 from graphquant.ops.numerics import empty_triple, quantize_rows
+from graphquant.ops.qparams import SCHEMA, QParams
 
 
 def _check(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, rms: bool, *told: Any
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, rms: bool, *qparams: Any
 ) -> None:
-    _check_named("norm_quantize", x, gamma, beta, *told)
+    _check_named("norm_quantize", x, gamma, beta, *qparams)
 
 
 def _check_keep(
@@ -43,18 +45,20 @@ def _check_keep(
     eps: float,
     rms: bool,
     dtype: torch.dtype,
-    *told: Any,
+    *qparams: Any,
 ) -> None:
-    _check_named("norm_quantize_keep", x, gamma, beta, *told)
+    _check_named("norm_quantize_keep", x, gamma, beta, *qparams)
     checks.result_dtype("norm_quantize_keep", dtype)
 
 
-def _check_named(op: str, x: Tensor, gamma: Tensor | None, beta: Tensor | None, *told: Any) -> None:
+def _check_named(
+    op: str, x: Tensor, gamma: Tensor | None, beta: Tensor | None, *qparams: Any
+) -> None:
     checks.rows(op, "x", x)
     checks.vector(op, "gamma", gamma, x.shape[-1], "[K] like x [..., K]")
     checks.vector(op, "beta", beta, x.shape[-1], "[K] like x [..., K]")
     checks.one_device(op, x=x, gamma=gamma, beta=beta)
-    checks.quantised(op, x, *told)
+    checks.qparams(op, x, QParams(*qparams))
 
 
 def _fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,21 +77,33 @@ def _fake_keep(
     return x.new_empty(x.shape, dtype=dtype), *empty_triple(x, x.shape)
 
 
-def _norm(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, rms: bool) -> Tensor:
-    d = x.float()
-    if not rms:
-        d = d - d.mean(-1, keepdim=True)
-    y = d * torch.rsqrt(d.square().mean(-1, keepdim=True) + eps)
-    if gamma is not None:
-        y = y * gamma.float()
-    if beta is not None:
-        y = y + beta.float()
-    return y
+def _float_form(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    rms: bool,
+    dtype: torch.dtype | None = None,  # of norm_quantize_keep: of what it returns, not of this
+    *,
+    exact: bool = False,
+) -> Tensor:
+    """The norm in the type of x. exact: in two passes, as kernels compute it."""
+    gamma, beta = (None if t is None else t.to(x.dtype) for t in (gamma, beta))
+    if exact:
+        d = x if rms else x - x.mean(-1, keepdim=True)
+        y = d * torch.rsqrt(d.square().mean(-1, keepdim=True) + eps)
+        y = y if gamma is None else y * gamma
+    elif rms:
+        y = F.rms_norm(x, x.shape[-1:], gamma, eps)
+    else:
+        return F.layer_norm(x, x.shape[-1:], gamma, beta, eps)
+    return y if beta is None else y + beta
 
 
 @define(
-    f"(Tensor x, Tensor? gamma, Tensor? beta, float eps, bool rms, {QUANTISED})"
+    f"(Tensor x, Tensor? gamma, Tensor? beta, float eps, bool rms, {SCHEMA})"
     " -> (Tensor xq, Tensor x_scale, Tensor x_shift)",
+    float_form=_float_form,
     fake=_fake,
     check=_check,
 )
@@ -97,17 +113,16 @@ def norm_quantize(
     beta: Tensor | None,
     eps: float,
     rms: bool,
-    factor: Tensor | None = None,
-    low: float | None = None,
-    high: float | None = None,
-    clip: float | None = None,
+    *qparams: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return quantize_rows(_norm(x, gamma, beta, eps, rms), factor, low, high, clip)
+    y = _float_form(x.float(), gamma, beta, eps, rms, exact=True)
+    return quantize_rows(y, QParams(*qparams))
 
 
 @define(
-    f"(Tensor x, Tensor? gamma, Tensor? beta, float eps, bool rms, ScalarType dtype, {QUANTISED})"
+    f"(Tensor x, Tensor? gamma, Tensor? beta, float eps, bool rms, ScalarType dtype, {SCHEMA})"
     " -> (Tensor y, Tensor xq, Tensor x_scale, Tensor x_shift)",
+    float_form=_float_form,
     fake=_fake_keep,
     check=_check_keep,
 )
@@ -118,10 +133,7 @@ def norm_quantize_keep(
     eps: float,
     rms: bool,
     dtype: torch.dtype,
-    factor: Tensor | None = None,
-    low: float | None = None,
-    high: float | None = None,
-    clip: float | None = None,
+    *qparams: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y = _norm(x, gamma, beta, eps, rms)
-    return y.to(dtype).contiguous(), *quantize_rows(y, factor, low, high, clip)
+    y = _float_form(x.float(), gamma, beta, eps, rms, exact=True)
+    return y.to(dtype).contiguous(), *quantize_rows(y, QParams(*qparams))

@@ -5,6 +5,8 @@ Rows are held in registers; one that is too long is read four times (mean, varia
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -12,11 +14,13 @@ from torch import Tensor
 
 from graphquant.ops.norm_quantize.op import norm_quantize, norm_quantize_keep
 from graphquant.ops.numerics import padded, vectors
+from graphquant.ops.qparams import QParams
 from graphquant.ops.runtime.launch import launch_triton
 from graphquant.ops.triton_rows import (
     WHOLE_ROW,
     clamped,
     columns,
+    contiguous,
     inside,
     load_block,
     quantised,
@@ -172,10 +176,7 @@ def _launch(
     eps: float,
     rms: bool,
     y: Tensor | None,
-    factor: Tensor | None,
-    low: float | None,
-    high: float | None,
-    clip: float | None,
+    qparams: QParams,
     triple: tuple[Tensor, ...],
 ) -> None:
     K = x.shape[-1]
@@ -188,7 +189,7 @@ def _launch(
         norm_quantize_kernel, (triton.cdiv(M, config["ROWS"]),),
         x, None if gamma is None else gamma.contiguous(),
         None if beta is None else beta.contiguous(), y, *triple, M, x_row // unit, eps,
-        None if factor is None else factor.contiguous(), low, high, clip,
+        *contiguous(qparams),
         K=K, K_PAD=vectors(K), XQ_ROW=padded(K), X_UNIT=unit, RMS=rms, **config,
         **overlap(x.device),
     )  # fmt: skip
@@ -201,14 +202,10 @@ def norm_quantize_triton(
     beta: Tensor | None,
     eps: float,
     rms: bool,
-    factor: Tensor | None = None,
-    low: float | None = None,
-    high: float | None = None,
-    clip: float | None = None,
-    *,
+    *qparams: Any,
     out: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    _launch(x, gamma, beta, eps, rms, None, factor, low, high, clip, out)
+    _launch(x, gamma, beta, eps, rms, None, QParams(*qparams), out)
 
 
 @norm_quantize_keep.kernel("triton")
@@ -219,12 +216,8 @@ def norm_quantize_keep_triton(
     eps: float,
     rms: bool,
     dtype: torch.dtype,
-    factor: Tensor | None = None,
-    low: float | None = None,
-    high: float | None = None,
-    clip: float | None = None,
-    *,
+    *qparams: Any,
     out: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> None:
     y, *triple = out
-    _launch(x, gamma, beta, eps, rms, y, factor, low, high, clip, tuple(triple))
+    _launch(x, gamma, beta, eps, rms, y, QParams(*qparams), tuple(triple))

@@ -1,9 +1,12 @@
-"""Rows held in registers, or read twice where they are too long."""
+"""Rows held in registers, or read and activated twice where they are too long."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
+from graphquant.ops.qparams import QParams
 from graphquant.ops.quantize.op import quantize
 from graphquant.ops.triton_rows import launch_quantize_rows
 
@@ -11,11 +14,9 @@ from graphquant.ops.triton_rows import launch_quantize_rows
 @quantize.kernel("triton")
 def quantize_triton(
     x: Tensor,
-    factor: Tensor | None = None,
-    low: float | None = None,
-    high: float | None = None,
-    clip: float | None = None,
-    *,
+    up: Tensor | None = None,
+    act: str | None = None,
+    *qparams: Any,
     out: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    launch_quantize_rows(x, None, "none", factor, low, high, clip, out)
+    launch_quantize_rows(x, up, act, QParams(*qparams), out)

@@ -1,4 +1,4 @@
-"""Files that graphquant makes once and finds again: kernels, launch.c's module, measured times.
+"""Cache on disk: compiled kernels, the module of launch.c, measured times.
 
 They lie where Triton keeps its own (TRITON_CACHE_DIR, else ~/.triton/cache), in a directory that
 belongs to the user and that nobody else may write, for what lies there is run. A cache saves time
@@ -8,6 +8,7 @@ and nothing else: where it cannot be used, a debug line says why, and there is n
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -65,6 +66,17 @@ def put(key: str, name: str, data: bytes, *, checked: bool = False) -> None:
                 _replace(folder, f"{key}/{name}{_SHA256}", _digest(data))
         except OSError as why:
             log.debug("%s is not cached: %s", name, why)
+
+
+@functools.cache
+def source_digest(folder: Path, *suffixes: str) -> str:
+    """SHA-256 of the source files under a folder, their names and contents: a part of the key of
+    whatever they made, so that an edit is enough to have it made again."""
+    digest = hashlib.sha256()
+    for file in sorted(f for f in folder.rglob("*") if f.suffix in suffixes):
+        digest.update(f"{file.relative_to(folder)}\0{file.stat().st_size}\0".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _digest(data: bytes) -> bytes:

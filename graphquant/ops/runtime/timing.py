@@ -1,7 +1,7 @@
 """How long candidates take on this machine, measured once and remembered on disk.
 
-The answers lie in the cache (cache.py), one file for each question and each combination of card,
-torch, Triton and graphquant.
+The answers are in the cache (cache.py), one file for each question and each combination of GPU,
+torch, Triton and the sources of graphquant's kernels: times of another kernel decide nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 import math
 import statistics
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 
@@ -24,6 +25,7 @@ from graphquant.utils.serialization import as_float
 log = logging.getLogger(__name__)
 
 FILE = "times.json"
+KERNELS = Path(__file__).parents[1]  # what launches, tiles and compiles them is there as well
 
 ROUNDS = 7  # the median of these counts
 ROUND_US = 300.0  # at least, of one candidate's calls in one round
@@ -88,8 +90,9 @@ def _key(question: str, device: torch.device) -> str:
 @functools.cache
 def machine(device: torch.device) -> str:
     """What an answer depends on beside the question."""
-    versions = [f"{p} {_version(p)}" for p in ("torch", "triton", "graphquant")]
-    return ", ".join((torch.cuda.get_device_name(device), *versions))
+    versions = [f"{p} {_version(p)}" for p in ("torch", "triton")]
+    kernels = cache.source_digest(KERNELS, ".py", ".cu", ".c")
+    return ", ".join((torch.cuda.get_device_name(device), *versions, f"kernels {kernels}"))
 
 
 def _version(package: str) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +25,7 @@ from graphquant.ir.constants import Constants
 from graphquant.ir.graph import shape
 from graphquant.metrics import Error
 from graphquant.ops.numerics import quantize_rows
+from graphquant.ops.qparams import QParams
 from graphquant.passes.policy.gate import Candidate, Verdict
 from graphquant.passes.policy.ranges import Range, input_qparams
 from graphquant.passes.policy.smoothquant import sample
@@ -58,7 +58,7 @@ class AccuracyGate:
         found = sqnr(
             product,
             sample(self.config.calibration, paths),
-            input_qparams(self.config, self.ranges, names, product.smoothing),
+            input_qparams(self.config, self.ranges, names, product.smoothing)._replace(factor=None),
             [o.N for o in linears],
             self.constants,
             self.parameters,
@@ -72,7 +72,7 @@ class AccuracyGate:
 def sqnr(
     product: Int8Product,
     rows: Tensor | None,
-    qparams: Sequence[Any],
+    qparams: QParams,
     widths: Sequence[int],
     constants: Constants,
     parameters: Mapping[Node, Tensor],
@@ -80,7 +80,7 @@ def sqnr(
     """The SQNR in dB of each of the linears that one int8 product computes side by side.
 
     rows     [n, K] float32 of what they read
-    qparams  of the quantizer in front: factor (not used), low, high, clip
+    qparams  of what they read, without a factor: smoothing is the product's
     widths   the columns of each linear
 
     None without rows, or if they have another width. inf for weights that free_weights has
@@ -101,7 +101,7 @@ def sqnr(
             bias = values[linear.bias].float() if linear.bias else None
             x = rows.to(w.device)
             y = F.linear(x, w.float(), bias)
-            xq, x_scale, x_shift = quantize_rows(x / values[s] if s else x, None, *qparams[1:])
+            xq, x_scale, x_shift = quantize_rows(x / values[s] if s else x, qparams)
             x8, w8 = xq * x_scale + x_shift, wq * w_scale.unsqueeze(1)
             parts = zip(F.linear(x8, w8, bias).split(widths, 1), y.split(widths, 1), strict=True)
             return [Error.of(y8, part).sqnr for y8, part in parts]

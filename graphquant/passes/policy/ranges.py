@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from torch.fx import Node
 
 from graphquant.config import Config, Statistics
 from graphquant.errors import OptionError
-from graphquant.ir.graph import full_args
+from graphquant.ir.graph import (
+    arguments,
+)
 from graphquant.ir.rows import origin
+from graphquant.ops.qparams import QParams
 from graphquant.passes.rule import Smoothing
 
 Range = tuple[float, float]
@@ -33,7 +35,7 @@ def static_ranges(linears: Mapping[Node, str], calibration: Statistics) -> dict[
     """
     groups: dict[Node, list[Node]] = defaultdict(list)
     for linear in linears:
-        groups[origin(full_args(linear)[0], lambda n: False)[0]].append(linear)
+        groups[origin(arguments(linear).input, lambda n: False)[0]].append(linear)
     found: dict[str, Range] = {}
     for group in groups.values():
         known = [r for n in group if (r := _range(linears[n], calibration)) is not None]
@@ -44,9 +46,8 @@ def static_ranges(linears: Mapping[Node, str], calibration: Statistics) -> dict[
 
 def input_qparams(
     config: Config, ranges: Mapping[str, Range], names: Iterable[str], smoothing: Smoothing
-) -> list[Any]:
-    """The last arguments of a quantizer (ops/numerics.py): factor, low, high and clip, without
-    trailing Nones.
+) -> QParams:
+    """Quantization parameters of what linears read, by the options and a calibration.
 
     ranges  static ranges by the names of linears' nodes
     names   of the linears' nodes that read the result, as one product
@@ -55,12 +56,10 @@ def input_qparams(
     known = [ranges[name] for name in names if name in ranges]
     if config.activation == "static" and smoothing.scale is not None:
         known = [SMOOTHED]
-    qparams = [smoothing.factor, None, None, clip]
     if known:
-        qparams = [smoothing.factor, *within(union(known), clip), None]
-    while qparams and qparams[-1] is None:
-        qparams.pop()
-    return qparams
+        low, high = within(union(known), clip)
+        return QParams(smoothing.factor, low, high)
+    return QParams(smoothing.factor, clip=clip)
 
 
 def union(ranges: list[Range]) -> Range:

@@ -1,7 +1,7 @@
 """An activation in front of a linear quantises on its way out.
 
-    y = linear(act(x), W, bias)          -> int8_linear(*act_quantize(x, act), ...)
-    y = linear(act(gate) * up, W, bias)  -> int8_linear(*glu_quantize(gate, up, act), ...)
+    y = linear(act(x), W, bias)          -> int8_linear(*quantize(x, None, act), ...)
+    y = linear(act(gate) * up, W, bias)  -> int8_linear(*quantize(gate, up, act), ...)
 
 The activation's result, the widest value of a transformer block, is never written to memory.
 Row-keeping views in between move in front of the activation. Inexact: int8 on both operands.
@@ -17,7 +17,8 @@ from torch.fx import Node
 
 from graphquant.ir.graph import aten, dtype, is_call, is_tensor, readers, shape
 from graphquant.ir.rows import leads_only_to, origin, overflowing
-from graphquant.ops import act_quantize, glu_quantize
+from graphquant.ops import quantize
+from graphquant.ops.numerics import ACTIVATIONS
 from graphquant.passes.recognize import Activation
 from graphquant.passes.rule import Edit, Linear, Refuse, Rewrite, Site, View, linears, not_floats
 
@@ -61,13 +62,8 @@ class ActLinear:
     def rewrite(self, edit: Edit, site: ActSite) -> Rewrite:
         linear, x = site.linear, edit.replay(site.views, site.act.x)
         smoothing = edit.smooth(linear, one_sided=site.up is None)
-        if site.up is None:
-            made = edit.quantized(act_quantize, x, site.act.act, linear=linear, smoothing=smoothing)
-        else:
-            up = edit.replay(site.views, site.up)
-            made = edit.quantized(
-                glu_quantize, x, up, site.act.act, linear=linear, smoothing=smoothing
-            )
+        up = site.up and edit.replay(site.views, site.up)
+        made = edit.quantized(quantize, x, up, site.act.act, linear=linear, smoothing=smoothing)
         product = edit.int8_linear(made, linear, smoothing)
         return Rewrite((product.node,), product)
 
@@ -75,7 +71,7 @@ class ActLinear:
 def _overflowing(site: ActSite) -> Node | None:
     """A cast that may make inf of a result. Only a square and a product exceed what they read."""
     act = site.act
-    grows = act.act == "relu2"
+    grows = ACTIVATIONS[act.act].grows
     cast = overflowing(site.gate, act.out, torch.float32 if grows else dtype(act.x))
     if cast is not None or site.up is None:
         return cast

@@ -16,14 +16,14 @@ import torch
 from torch.fx import Node
 
 from graphquant.ir.graph import (
-    RESIDUAL,
+    arguments,
     aten,
     calls,
     dtype,
-    full_args,
     is_call,
     only_user,
     shape,
+    with_arguments,
 )
 from graphquant.ops import int8_linear
 from graphquant.passes.rule import Edit, Refuse, Rewrite, Site, View
@@ -44,7 +44,9 @@ class LayerScale:
             for linear in fresh:  # the fold makes a new one, which may be scaled again
                 seen.add(linear)
                 product = only_user(linear)
-                if not is_call(product, aten.mul.Tensor) or full_args(linear)[RESIDUAL] is not None:
+                if not is_call(product, aten.mul.Tensor):
+                    continue
+                if arguments(linear).residual is not None:
                     continue
                 gamma = product.args[1] if product.args[0] is linear else product.args[0]
                 if not isinstance(gamma, Node):
@@ -64,16 +66,18 @@ class LayerScale:
         return None
 
     def rewrite(self, edit: Edit, site: LayerScaleSite) -> Rewrite:
-        *x, wq, w_scale, w_sum, bias, residual, out = full_args(site.linear)
         gamma = site.gamma
         if len(shape(gamma)) > 1:
             gamma = edit.call(aten.reshape.default, gamma, [-1])
         if dtype(gamma) != torch.float32:
             gamma = edit.call(aten.to.dtype, gamma, torch.float32)
-        w_scale, w_sum, bias = (
-            v and edit.call(aten.mul.Tensor, v, gamma) for v in (w_scale, w_sum, bias)
-        )
-        y = edit.call(int8_linear, *x, wq, w_scale, w_sum, bias, residual, out)
+        linear = arguments(site.linear)
+        scaled = {
+            name: edit.call(aten.mul.Tensor, value, gamma)
+            for name in ("w_scale", "w_sum", "bias")
+            if (value := getattr(linear, name)) is not None
+        }
+        y = edit.call(int8_linear, *with_arguments(site.linear, **scaled))
         return Rewrite((y,))
 
 

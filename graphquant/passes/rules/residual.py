@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from graphquant.ir.graph import (
-    RESIDUAL,
+    arguments,
     aten,
     calls,
     dtype,
-    full_args,
     is_call,
     is_tensor,
     only_user,
     shape,
+    with_arguments,
 )
 from graphquant.ir.rows import SIZED_VIEWS, keeps_rows
 from graphquant.ops import int8_linear
@@ -41,7 +41,7 @@ class Residual:
 
     def sites(self, view: View) -> Iterator[ResidualSite]:
         for linear in calls(view.graph, lambda n: n.target is int8_linear.target):
-            if full_args(linear)[RESIDUAL] is not None:
+            if arguments(linear).residual is not None:
                 continue
             views, end = [], linear
             while is_call(user := only_user(end), *SIZED_VIEWS) and keeps_rows(user):
@@ -67,10 +67,10 @@ class Residual:
         return None
 
     def rewrite(self, edit: Edit, site: ResidualSite) -> Rewrite:
-        *arguments, _, out = full_args(site.linear)
         residual = site.residual
         if site.views:
-            size = [*edit.sizes(arguments[0])[:-1], shape(site.linear)[-1]]
+            xq = arguments(site.linear).xq
+            size = [*edit.sizes(xq)[:-1], shape(site.linear)[-1]]
             residual = edit.call(aten.reshape.default, residual, size)
-        y = edit.call(int8_linear, *arguments, residual, out)
+        y = edit.call(int8_linear, *with_arguments(site.linear, residual=residual))
         return Rewrite((edit.replay(site.views, y),))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -109,7 +110,9 @@ def test_another_question_or_machine_is_another_answer(
     assert len(measured.asked) == 3
 
 
-def test_the_machine_is_the_card_and_the_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_machine_is_gpu_versions_and_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
     versions = {"torch": "2.1", "triton": "3.2"}
 
@@ -120,8 +123,40 @@ def test_the_machine_is_the_card_and_the_versions(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(measure.importlib.metadata, "version", version)
     of = measure.machine.__wrapped__
-    assert of(CARD) == "card 0, torch 2.1, triton 3.2, graphquant unknown"
+    monkeypatch.setattr(measure.cache, "source_digest", lambda folder, *suffixes: "ab12")
+    assert of(CARD) == "card 0, torch 2.1, triton 3.2, kernels ab12"
     assert of(torch.device("cuda", 1)).startswith("card 1, ")
+    del versions["triton"]
+    assert of(CARD) == "card 0, torch 2.1, triton unknown, kernels ab12"
+
+
+@pytest.mark.parametrize(
+    "source", ["int8_linear/hopper.cu", "triton_rows.py", "runtime/launch.c", "attention/new.cu"]
+)
+def test_times_of_a_kernel_before_it_was_edited_are_not_found(
+    source: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = cache / "ops"
+    shutil.copytree(measure.KERNELS, copied)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "card")
+
+    def key() -> str:
+        measure.machine.cache_clear()
+        measure.cache.source_digest.cache_clear()
+        return measure._key(QUESTION, CARD)
+
+    try:
+        before = key()
+        monkeypatch.setattr(measure, "KERNELS", copied)
+        assert key() == before  # wherever it is installed
+        (copied / "README.md").write_text("no kernel")
+        assert key() == before
+        with (copied / source).open("a") as file:
+            file.write("\n")
+        assert key() != before
+    finally:
+        measure.machine.cache_clear()
+        measure.cache.source_digest.cache_clear()
 
 
 def held(times: str) -> str:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Node
 
 from graphquant import OptionError
 from graphquant.ops import quantize_weight
@@ -46,36 +47,40 @@ def linear() -> nn.Module:
 SITES = {
     "norm_quantize": norm_linear,
     "norm_quantize_keep": post_norm,
-    "act_quantize": act_linear,
-    "glu_quantize": gated,
+    "quantize act": act_linear,
+    "quantize gated": gated,
     "quantize": linear,
 }
 
 
-def told(result: Rewritten, op: str) -> tuple[Any, ...]:
-    node = result.one(op)
+def quantizer(result: Rewritten, site: str) -> Node:
+    return result.one(site.split()[0])
+
+
+def qparams(result: Rewritten, site: str) -> tuple[Any, ...]:
+    node = quantizer(result, site)
     return tuple(argument(node, name) for name in ("factor", "low", "high", "clip"))
 
 
 @pytest.mark.parametrize("op", SITES)
-def test_a_static_range_reaches_the_quantiser(op: str) -> None:
+def test_a_static_range_reaches_the_op(op: str) -> None:
     options: Any = {"activation": "static", "calibration": Seen({"fc": RANGE})}
     result = rewritten(SITES[op](), torch.randn(SIZE), **options)
-    assert told(result, op) == (None, *RANGE, None)
+    assert qparams(result, op) == (None, *RANGE, None)
     assert not result.report.notes
 
 
 @pytest.mark.parametrize("op", SITES)
-def test_a_clip_reaches_the_quantiser(op: str) -> None:
+def test_a_clip_reaches_the_op(op: str) -> None:
     result = rewritten(SITES[op](), torch.randn(SIZE), clip_range=1)
-    assert told(result, op) == (None, None, None, 1.0)
+    assert qparams(result, op) == (None, None, None, 1.0)
 
 
 @pytest.mark.parametrize("op", SITES)
 def test_of_a_static_range_what_is_within_the_clip_is_left(op: str) -> None:
     options: Any = {"activation": "static", "calibration": Seen({"fc": RANGE}), "clip_range": 1.75}
     result = rewritten(SITES[op](), torch.randn(SIZE), **options)
-    assert told(result, op) == (None, -1.5, 1.75, None)
+    assert qparams(result, op) == (None, -1.5, 1.75, None)
 
 
 @pytest.mark.parametrize("op", SITES)
@@ -83,12 +88,13 @@ def test_without_options_graphs_are_what_they_were(op: str) -> None:
     """A calibration alone changes nothing: dynamic is the default."""
     model, x = SITES[op](), torch.randn(SIZE)
     plain = rewritten(model, x)
-    schema = len(plain.one(op).target._schema.arguments)  # type: ignore[union-attr]
-    assert len(plain.one(op).args) == schema - 4
+    node = quantizer(plain, op)
+    schema = len(node.target._schema.arguments)  # type: ignore[union-attr]
+    assert len(node.args) == (1 if op == "quantize" else schema - 4)
     assert len(plain.one("quantize_weight").args) == 1
     known = rewritten(model, x, calibration=Seen({"fc": RANGE}))
     assert [str(n) for n in known.graph.nodes] == [str(n) for n in plain.graph.nodes]
-    assert known.one(op).args[3:] == plain.one(op).args[3:] and not known.report.notes
+    assert quantizer(known, op).args[3:] == node.args[3:] and not known.report.notes
 
 
 def siblings() -> nn.Module:
@@ -100,7 +106,7 @@ def test_siblings_share_the_least_range_that_holds_all_of_theirs() -> None:
     known = Seen({"q": (-1.0, 2.0), "v": (-3.0, 1.0)})  # k has read the same value
     result = rewritten(siblings(), torch.randn(SIZE), activation="static", calibration=known)
     assert result.counts == {"stack_siblings + linear": 3}
-    assert told(result, "quantize") == (None, -3.0, 2.0, None)
+    assert qparams(result, "quantize") == (None, -3.0, 2.0, None)
     assert not result.report.notes
 
 

@@ -76,6 +76,11 @@ def _whole(y: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor, Ten
     return y, column, 0 * column
 
 
+def _product(x: Tensor, up: Tensor | None, act: str | None) -> Tensor:
+    y = x.double() if act is None else ACTIVATIONS[act](x.double())
+    return y if up is None else y * up.double()
+
+
 def _norm(x: Tensor, gamma: Any, beta: Any, eps: float, rms: bool) -> Tensor:
     gamma, beta = (None if v is None else v.double() for v in (gamma, beta))
     if rms:
@@ -92,7 +97,7 @@ def _linear(xq: Tensor, x_scale: Any, x_shift: Any, wq: Any, w_scale: Any, w_sum
 
 
 _EXACT: dict[Any, Any] = {
-    ops.quantize.target: _whole,
+    ops.quantize.target: lambda x, up=None, act=None, *a: _whole(_product(x, up, act), *a),
     ops.quantize_weight.target: lambda w, *_: (
         w.double(),
         torch.ones(len(w), dtype=torch.float64),
@@ -102,10 +107,6 @@ _EXACT: dict[Any, Any] = {
     ops.norm_quantize_keep.target: lambda *a: (
         (y := _norm(*a[:5])).to(a[5]),
         *_whole(y, *a[6:]),
-    ),
-    ops.act_quantize.target: lambda x, act, *a: _whole(ACTIVATIONS[act](x.double()), *a),
-    ops.glu_quantize.target: lambda gate, up, act, *a: _whole(
-        ACTIVATIONS[act](gate.double()) * up.double(), *a
     ),
     ops.int8_linear.target: _linear,
 }
@@ -224,8 +225,8 @@ def post_norm(m: Any, x: Tensor) -> Tensor:
 
 QUANTISERS: dict[str, tuple[str, Any]] = {
     "attention's values": ("quantize", attention),
-    "activation": ("act_quantize", lambda m, x: m.fc(F.gelu(m.q(x)))),
-    "gated activation": ("glu_quantize", lambda m, x: m.fc(F.silu(m.q(x)) * m.k(x))),
+    "activation": ("quantize", lambda m, x: m.fc(F.gelu(m.q(x)))),
+    "gated activation": ("quantize", lambda m, x: m.fc(F.silu(m.q(x)) * m.k(x))),
     "kept norm": ("norm_quantize_keep", post_norm),
 }
 
@@ -463,6 +464,6 @@ def test_an_activation_keeps_its_static_range(x: Tensor) -> None:
     static = rewritten(model, x, activation="static", **options)
     assert [o.smoothed for o in static.report.linears] == [""]
     assert "an activation would be spread over all of (-1.0, 1.0)" in static.report.notes[0]
-    quantiser = static.one("act_quantize")
+    quantiser = static.one("quantize")
     assert (argument(quantiser, "low"), argument(quantiser, "high")) == (-0.17, 7.0)
     assert [o.smoothed for o in rewritten(model, x, **options).report.linears] == ["alpha 0.5"]

@@ -53,8 +53,9 @@ def test_every_activation_before_a_linear_is_fused(act: str, x: Tensor) -> None:
     fc = nn.Linear(K, N)
     result = rewritten(Model(lambda m, x: m.fc(ACTS[act](x)), fc=fc), x)
     assert result.counts == {"act_linear": 1}
-    assert result.ops() == {"act_quantize": 1, "getitem": 6, "quantize_weight": 1, "int8_linear": 1}
-    assert argument(result.one("act_quantize"), "act") == act
+    assert result.ops() == {"quantize": 1, "getitem": 6, "quantize_weight": 1, "int8_linear": 1}
+    assert argument(result.one("quantize"), "act") == act
+    assert argument(result.one("quantize"), "up") is None
     assert not result.report.refused
     assert_near(result.got, result.want, linear_bound(ACTS[act](x), fc.weight))
 
@@ -68,9 +69,9 @@ def test_every_gated_activation_is_fused(act: str, gate_first: bool, x: Tensor, 
     fc = nn.Linear(K, N)
     result = rewritten(Model(lambda m, x, up: m.fc(product(x, up)), fc=fc), x, up)
     assert result.counts == {"act_linear": 1}
-    made = result.one("glu_quantize")
+    made = result.one("quantize")
     assert argument(made, "act") == act
-    assert [argument(made, a).name for a in ("gate", "up")] == ["args_0", "args_1"]
+    assert [argument(made, a).name for a in ("x", "up")] == ["args_0", "args_1"]
     assert not result.report.refused
     assert_near(result.got, result.want, linear_bound(product(x, up), fc.weight))
 
@@ -85,14 +86,14 @@ def test_gate_and_up_are_read_from_one_linear(packed: bool, x: Tensor) -> None:
     result = rewritten(Model(halves, fc=nn.Linear(32, N), **parts), x)
     first = {"linear": 1} if packed else {"stack_siblings + linear": 2}
     assert result.counts == {**first, "act_linear": 1}
-    assert result.ops()["int8_linear"] == 2 and result.ops()["glu_quantize"] == 1
+    assert result.ops()["int8_linear"] == 2 and result.ops()["quantize"] == 2
 
 
 def test_a_product_of_a_value_with_its_own_activation_is_gated(x: Tensor) -> None:
     fc = nn.Linear(K, N)
     result = rewritten(Model(lambda m, x: m.fc(F.gelu(x) * x), fc=fc), x)
-    made = result.one("glu_quantize")
-    assert argument(made, "gate") is argument(made, "up")
+    made = result.one("quantize")
+    assert argument(made, "x") is argument(made, "up")
     assert_near(result.got, result.want, linear_bound(F.gelu(x) * x, fc.weight))
 
 
@@ -235,7 +236,7 @@ def test_casts_around_a_half_precision_gate_are_seen_through(x: Tensor, up: Tens
     fc = nn.Linear(K, N).bfloat16()
     result = rewritten(Model(lambda m, x, up: m.fc(product(x, up)), fc=fc), x, up)
     assert result.counts == {"act_linear": 1}
-    assert argument(result.one("glu_quantize"), "gate").name == "args_0"
+    assert argument(result.one("quantize"), "x").name == "args_0"
     h = product(x, up).float()
     rounding = 2**-7 * (h.abs() @ fc.weight.float().abs().T + 1)
     assert_near(result.got, result.want, linear_bound(h, fc.weight) + rounding)

@@ -1,4 +1,4 @@
-"""What quantisers can be told of what they quantise: factor, range, clip (numerics.py)."""
+"""QParams for tests: how to make them, and what they make of a value (ops/qparams.py)."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from graphquant.ops.qparams import DYNAMIC, QParams
+
 U = 2.0**-24
-Arguments = tuple[Tensor | None, float | None, float | None, float | None]
 
 
 @dataclass(frozen=True)
-class Told:
-    """A description of (factor, low, high, clip); numbers are in units of the value's magnitude."""
+class Recipe:
+    """How to make QParams for K channels; numbers are in units of the value's magnitude."""
 
     factor: str = ""  # "positive" | "any sign": at most 1, so that nothing overflows
     low: float | None = None
     high: float | None = None
     clip: float | None = None
 
-    def on(self, K: int, device: str | torch.device, unit: float = 1.0) -> Arguments:
+    def on(self, K: int, device: str | torch.device, unit: float = 1.0) -> QParams:
         def number(v: float | None) -> float | None:
             if v is None:
                 return None
@@ -32,45 +33,39 @@ class Told:
         if self.factor:
             lowest = 0.01 if self.factor == "positive" else -1.0
             factor = torch.linspace(lowest, 1.0, 2 * K, device=device)[::2]  # strided
-        return factor, number(self.low), number(self.high), number(self.clip)
+        return QParams(factor, number(self.low), number(self.high), number(self.clip))
 
 
-TOLD = {
-    "factor": Told("positive"),
-    "range": Told(low=-1.0, high=2.5),
-    "clip": Told(clip=1.5),
-    "factor and range": Told("any sign", low=-0.5, high=1.0),
-    "factor and clip": Told("any sign", clip=0.5),
+RECIPES = {
+    "factor": Recipe("positive"),
+    "range": Recipe(low=-1.0, high=2.5),
+    "clip": Recipe(clip=1.5),
+    "factor and range": Recipe("any sign", low=-0.5, high=1.0),
+    "factor and clip": Recipe("any sign", clip=0.5),
 }
 
 _numbers = st.floats(-3.0, 3.0, width=32)
 
 
 @st.composite
-def told(draw: st.DrawFn, *, ranges: bool = True) -> Told:
+def recipes(draw: st.DrawFn, *, ranges: bool = True) -> Recipe:
     """ranges: with static ranges and clips too; else a factor at most."""
     factor = draw(st.sampled_from(["", "positive", "any sign"]))
     kind = draw(st.sampled_from(["row", "range", "clip"])) if ranges else "row"
     if kind == "range":
         low, high = sorted((draw(_numbers), draw(_numbers)))
-        return Told(factor, low, high)
+        return Recipe(factor, low, high)
     clip = draw(st.floats(2**-7, 4.0, width=32)) if kind == "clip" else None
-    return Told(factor, clip=clip)
+    return Recipe(factor, clip=clip)
 
 
-def meant(
-    y: Tensor,
-    noise: Tensor,
-    factor: Tensor | None = None,
-    low: float | None = None,
-    high: float | None = None,
-    clip: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(what is quantised for y [..., K] float64, its noise), for y that is off by at most noise.
+def meant(y: Tensor, noise: Tensor, qparams: QParams = DYNAMIC) -> tuple[Tensor, Tensor]:
+    """(what is quantized for y [..., K] float64, its noise), for y that is off by at most noise.
 
     A product is off by U of itself, besides |factor| times the noise. Clamping brings no two values
     further apart; it makes an infinity exact, and a static range also a nan.
     """
+    factor, low, high, clip = qparams
     known = y.isfinite()
     if factor is not None:
         f = factor.cpu().double()

@@ -1,0 +1,25 @@
+"""Quantization parameters of an activation, beside the scale and shift that its rows get."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class QParams(NamedTuple):
+    """The last four arguments of every op that quantizes activations (equations: numerics.py).
+
+    factor     float32 [K]: x * factor is quantized in place of x (SmoothQuant's 1 / s)
+    low, high  static range of all rows, from a calibration, low <= high; None: each row has its own
+    clip       > 0: clamp(x, -clip, clip) is quantized in place of x; not together with low and high
+
+    Among the arguments of a graph's node, `factor` is a node.
+    """
+
+    factor: Any = None
+    low: float | None = None
+    high: float | None = None
+    clip: float | None = None
+
+
+SCHEMA = "Tensor? factor=None, float? low=None, float? high=None, float? clip=None"
+DYNAMIC = QParams()  # each row has its own range, nothing is scaled or clipped
