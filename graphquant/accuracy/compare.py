@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
+from graphquant._torch import tree_leaves, tree_map
 from graphquant.accuracy.pair import Pair
 from graphquant.accuracy.report import AccuracyReport, OutputAccuracy, SiteAccuracy
 from graphquant.errors import GraphquantError, UnsupportedInputError

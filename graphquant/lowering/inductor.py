@@ -19,17 +19,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor import ir
-from torch._inductor.decomposition import register_decomposition
-from torch._inductor.lowering import (
-    add_layout_constraint,
-    fallback_handler,
-    lowerings,
-    register_lowering,
-)
-from torch._inductor.virtualized import V
 from torch.fx import Node
 
+from graphquant._torch.inductor import (
+    OrderedSet,
+    V,
+    add_layout_constraint,
+    fallback_handler,
+    ir,
+    lowerings,
+    register_decomposition,
+    register_lowering,
+)
 from graphquant.lowering import aoti as packaged
 from graphquant.ops import act_quantize, attention, int8_linear
 from graphquant.ops.define import OPS, Op
@@ -195,4 +196,4 @@ class _Call(ir.ExternKernel):
         return self.device
 
     def get_unbacked_symbol_defs(self) -> Any:
-        return torch.utils._ordered_set.OrderedSet()
+        return OrderedSet()

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule, Node
 
+from graphquant._torch import unset_fake_temporarily
+from graphquant._torch.dynamo import lookup_backend
 from graphquant.config import Config
 from graphquant.ir.graph import calls, full_args
 from graphquant.lowering import torch_tensorrt as tensorrt
@@ -27,20 +28,19 @@ def compile_graph(
     if config.inner == "eager":
         return gm.forward
     if config.inner == "aot_eager":
-        aot_eager = torch._dynamo.lookup_backend("aot_eager")
+        aot_eager = lookup_backend("aot_eager")
         return aot_eager(gm, list(example_inputs))
     if config.inner == "torch_tensorrt":
         return tensorrt.compile_graph(gm, example_inputs, config)
+    from graphquant._torch import inductor  # imports torch._inductor
+
     mode = config.mode or "default"
     if mode.startswith("max-autotune"):
         _tune(gm)
-    options = {**torch._inductor.list_mode_options(mode), **config.inductor}
+    options = {**inductor.mode_options(mode), **config.inductor}
     theirs = torch.compiler.config.cache_key_tag
     with torch.compiler.config.patch(cache_key_tag=theirs + _version()):  # type: ignore[attr-defined]
-        compiled: Callable[..., Any] = torch._inductor.compile(
-            gm, list(example_inputs), options=options
-        )
-    return compiled
+        return inductor.compile_graph(gm, example_inputs, options)
 
 
 def build_kernels(gm: GraphModule) -> None:

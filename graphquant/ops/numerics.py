@@ -38,7 +38,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from graphquant._torch import statically_known_true
 
 QMAX = 127  # symmetric: -128 is never produced, so |xq| * x_scale never exceeds absmax
 MIN_ABSMAX = 1e-20  # rows below this quantise to 0; a floor, not `== 0`: the scale is continuous

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx import Graph, GraphModule, Node
 
+from graphquant._torch import FakeTensorMode, unset_fake_temporarily
 from graphquant.config import Config
 from graphquant.errors import RuleError
 from graphquant.ir.constants import Constants
