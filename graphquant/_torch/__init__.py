@@ -34,6 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily as unset_fake_temporarily
 from torch.autograd import forward_ad
+from torch.fx import GraphModule
 from torch.utils._pytree import TreeSpec as TreeSpec
 from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_leaves as tree_leaves
@@ -130,6 +131,25 @@ def hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:
         module._backward_pre_hooks,
         module._backward_hooks,
     )
+
+
+# Inductor ---------------------------------------------------------------------------------------
+
+
+def mode_options(mode: str) -> dict[str, Any]:
+    """The options of Inductor that a mode of torch.compile stands for. 2.11 to 2.13."""
+    options: dict[str, Any] = torch._inductor.list_mode_options(mode)
+    return options
+
+
+def compile_by_inductor(
+    gm: GraphModule, example_inputs: Sequence[Any], options: dict[str, Any]
+) -> Callable[..., Any]:
+    """A graph compiled by Inductor: takes the graph's inputs. 2.11 to 2.13."""
+    compiled: Callable[..., Any] = torch._inductor.compile(
+        gm, list(example_inputs), options=options
+    )
+    return compiled
 
 
 # Memory -------------------------------------------------------------------------------------------

@@ -5,10 +5,6 @@ All were seen in torch 2.11 to 2.13.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
-import torch
 from torch._higher_order_ops.triton_kernel_wrap import (
     create_tma_stable_metadata as create_tma_stable_metadata,
 )
@@ -23,21 +19,4 @@ from torch._inductor.lowering import fallback_handler as fallback_handler
 from torch._inductor.lowering import lowerings as lowerings
 from torch._inductor.lowering import register_lowering as register_lowering
 from torch._inductor.virtualized import V as V
-from torch.fx import GraphModule
 from torch.utils._ordered_set import OrderedSet as OrderedSet
-
-
-def mode_options(mode: str) -> dict[str, Any]:
-    """The options of Inductor that a mode of torch.compile stands for."""
-    options: dict[str, Any] = torch._inductor.list_mode_options(mode)
-    return options
-
-
-def compile_graph(
-    gm: GraphModule, example_inputs: Sequence[Any], options: dict[str, Any]
-) -> Callable[..., Any]:
-    """A graph compiled by Inductor. Takes the graph's inputs."""
-    compiled: Callable[..., Any] = torch._inductor.compile(
-        gm, list(example_inputs), options=options
-    )
-    return compiled

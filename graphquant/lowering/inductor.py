@@ -43,7 +43,7 @@ LARGE = 2**26  # bytes: memory counts from here, and 5 us of host time do not
 
 @functools.cache
 def register() -> None:
-    """Tell Inductor, once in a process."""
+    """Tell Inductor, once in a process. Importing this module does it."""
     for op in OPS.values():
         if op.files:
             add_layout_constraint(op.target, functools.partial(_constrain, op))
@@ -197,3 +197,6 @@ class _Call(ir.ExternKernel):
 
     def get_unbacked_symbol_defs(self) -> Any:
         return OrderedSet()
+
+
+register()

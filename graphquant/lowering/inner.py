@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from graphquant._torch import unset_fake_temporarily
+from graphquant._torch import compile_by_inductor, mode_options, unset_fake_temporarily
 from graphquant._torch.dynamo import lookup_backend
 from graphquant.config import Config
 from graphquant.ir.graph import calls, full_args
@@ -32,15 +32,15 @@ def compile_graph(
         return aot_eager(gm, list(example_inputs))
     if config.inner == "torch_tensorrt":
         return tensorrt.compile_graph(gm, example_inputs, config)
-    from graphquant._torch import inductor  # imports torch._inductor
+    from graphquant.lowering import inductor  # noqa: F401 registers our lowerings
 
     mode = config.mode or "default"
     if mode.startswith("max-autotune"):
         _tune(gm)
-    options = {**inductor.mode_options(mode), **config.inductor}
+    options = {**mode_options(mode), **config.inductor}
     theirs = torch.compiler.config.cache_key_tag
     with torch.compiler.config.patch(cache_key_tag=theirs + _version()):  # type: ignore[attr-defined]
-        return inductor.compile_graph(gm, example_inputs, options)
+        return compile_by_inductor(gm, example_inputs, options)
 
 
 def build_kernels(gm: GraphModule) -> None:

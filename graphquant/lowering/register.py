@@ -17,16 +17,15 @@ from types import ModuleType
 TABLE = "torch._inductor.lowering"
 
 
+OURS = "graphquant.lowering.inductor"  # registers itself at the end of its import
+
+
 def when_inductor_is_imported() -> None:
     """Register our lowerings: now if Inductor's are imported, else at the end of their import."""
     if TABLE in sys.modules:
-        _register()
+        importlib.import_module(OURS)
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
-
-
-def _register() -> None:
-    importlib.import_module("graphquant.lowering.inductor").register()
 
 
 class _Finder(MetaPathFinder):
@@ -48,7 +47,8 @@ class _Finder(MetaPathFinder):
             execute(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-            _register()
+            if "graphquant._torch.inductor" not in sys.modules:  # else OURS is importing Inductor
+                importlib.import_module(OURS)
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
