@@ -1,29 +1,39 @@
-"""int8 for transformer encoders: `torch.compile(model, backend="graphquant")`."""
+"""int8 for transformer encoders: `torch.compile(model, backend="graphquant")`.
 
-from graphquant import onnx, tensorrt
-from graphquant.accuracy.budget import Budget, LeftInFloat
-from graphquant.accuracy.report import AccuracyReport, OutputAccuracy, SiteAccuracy
-from graphquant.api import calibrate, compare, explain, export, fit_budget, standalone
-from graphquant.calibration import Calibration
-from graphquant.config import Config
-from graphquant.errors import (
-    CalibrationError,
-    FileError,
-    GraphquantError,
-    MissingPackageError,
-    OptionError,
-    ReleasedWeightError,
-    RuleError,
-    UnsupportedInputError,
-    VerifyError,
-)
-from graphquant.exporters.torchscript import torchscript
-from graphquant.inplace import LiveReport, optimize_, restore_
-from graphquant.lowering import inductor as lowering
-from graphquant.report import Outcome, Report
-from graphquant.weights.packed import refresh
+Importing this registers the ops, which programs that were exported by graphquant need, and no more:
+each public name is imported when it is first used, because torch._dynamo takes seconds to import.
+"""
 
-lowering.register()  # AOTInductor may compile a program that this process has only loaded
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from graphquant import ops as ops
+from graphquant.lowering import register
+
+if TYPE_CHECKING:
+    from graphquant import onnx, tensorrt
+    from graphquant.accuracy.budget import Budget, LeftInFloat
+    from graphquant.accuracy.report import AccuracyReport, OutputAccuracy, SiteAccuracy
+    from graphquant.api import calibrate, compare, explain, export, fit_budget, standalone
+    from graphquant.calibration import Calibration
+    from graphquant.config import Config
+    from graphquant.errors import (
+        CalibrationError,
+        FileError,
+        GraphquantError,
+        MissingPackageError,
+        OptionError,
+        ReleasedWeightError,
+        RuleError,
+        UnsupportedInputError,
+        VerifyError,
+    )
+    from graphquant.exporters.torchscript import torchscript
+    from graphquant.inplace import LiveReport, optimize_, restore_
+    from graphquant.report import Outcome, Report
+    from graphquant.weights.packed import refresh
+
+register.when_inductor_is_imported()
 
 __version__ = "0.1.0"
 __all__ = [
@@ -59,3 +69,32 @@ __all__ = [
     "tensorrt",
     "torchscript",
 ]
+
+if not TYPE_CHECKING:  # type checkers read the imports above, and see unknown names as errors
+    _NAMES = {
+        "accuracy.budget": "Budget LeftInFloat",
+        "accuracy.report": "AccuracyReport OutputAccuracy SiteAccuracy",
+        "api": "calibrate compare explain export fit_budget standalone",
+        "calibration": "Calibration",
+        "config": "Config",
+        "errors": "CalibrationError FileError GraphquantError MissingPackageError OptionError "
+        "ReleasedWeightError RuleError UnsupportedInputError VerifyError",
+        "exporters.torchscript": "torchscript",
+        "inplace": "LiveReport optimize_ restore_",
+        "report": "Outcome Report",
+        "weights.packed": "refresh",
+    }
+    _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
+    _MODULES = ("calibration", "onnx", "tensorrt")  # `graphquant.onnx.save`, without an import
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            return importlib.import_module(f"graphquant.{name}")
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module 'graphquant' has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"graphquant.{_MODULE_OF[name]}"), name)
+        globals()[name] = value  # found without this function from now on
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__, *_MODULES})

@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from tqdm import tqdm
 
+from graphquant._torch import original
 from graphquant.accuracy.budget import Budget, LeftInFloat, goal
 from graphquant.accuracy.calls import copies, each_call, own_generators
 from graphquant.accuracy.compare import Comparison, FloatRun, Int8Run
@@ -348,8 +349,7 @@ def _owner(model: Callable[..., Any]) -> nn.Module:
 
 def _in_eval_mode(entry: str, model: Any) -> nn.Module:
     """The module itself, if it is one and may be run as in inference."""
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        model = model._orig_mod  # what torch.compile returned
+    model = original(model)
     if not isinstance(model, nn.Module):
         raise UnsupportedInputError(f"{entry} needs a torch.nn.Module, got {type(model).__name__}")
     if training := [n or "the model" for n, m in model.named_modules() if m.training]:

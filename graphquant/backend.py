@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.fx import Graph, GraphModule, Node
 
+from graphquant._torch import FakeTensor, OpOverload, detect_fake_mode, forward_ad_is_on
 from graphquant.capture.aten import from_dynamo
 from graphquant.capture.fallback import or_in_float
 from graphquant.capture.sources import belong_to_modules, static_inputs
@@ -160,7 +160,7 @@ _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 def _is_pure(node: Node) -> bool:
     op = node.target
-    if not isinstance(op, torch._ops.OpOverload):
+    if not isinstance(op, OpOverload):
         return False
     if op is _SDPA:  # random only with a dropout_p
         return not (node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0))
@@ -180,7 +180,7 @@ def _float_for_tangents(
     derivative. Dynamo has no guard for it, so the same code is called with and without."""
 
     def choose(*args: Any) -> Any:
-        if forward_ad._current_level < 0 or not any(map(_has_tangent, args)):
+        if not forward_ad_is_on() or not any(map(_has_tangent, args)):
             return run(*args)
         if released:
             raise ReleasedWeightError(
@@ -196,7 +196,7 @@ def _has_tangent(value: Any) -> bool:
 
 
 def _fake(captured: Captured, example_inputs: Sequence[Any], tensors: list[Any]) -> list[Any]:
-    mode = torch._guards.detect_fake_mode(example_inputs)
+    mode = detect_fake_mode(example_inputs)
     if mode is None:
         return tensors
     return [mode.from_tensor(t, static_shapes=True) for t in tensors]

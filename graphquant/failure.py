@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch._dynamo.exc import BackendCompilerFailed, RestartAnalysis, SkipFrame
 
+from graphquant._torch.dynamo import BackendCompilerFailed, RestartAnalysis, SkipFrame
 from graphquant.config import strict
 from graphquant.errors import (
     CalibrationError,

@@ -31,6 +31,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from graphquant._torch import hook_tables, is_compiled
 from graphquant.backend import graphquant
 from graphquant.capture.tracing import unseen
 from graphquant.config import Config
@@ -312,16 +313,7 @@ def _is_ours(value: object) -> bool:
 
 def _hooks(module: nn.Module) -> list[dict[int, Any]]:
     """Every dict of hooks in it, by ids that are given once."""
-    return [
-        hooks
-        for m in module.modules()
-        for hooks in (
-            m._forward_pre_hooks,
-            m._forward_hooks,
-            m._backward_pre_hooks,
-            m._backward_hooks,
-        )
-    ]
+    return [hooks for m in module.modules() for hooks in hook_tables(m)]
 
 
 def _optimized(module: nn.Module) -> _Int8 | None:
@@ -343,7 +335,7 @@ def _check_size(name: str, size: int | None) -> None:
 
 
 def _check(module: nn.Module) -> None:
-    if isinstance(module, torch._dynamo.OptimizedModule):
+    if is_compiled(module):
         raise UnsupportedInputError(
             "optimize_ needs the module itself, got what torch.compile made of it: it is compiled "
             'already; torch.compile(module, backend="graphquant") does the same as optimize_'

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
+from graphquant._torch import original
 from graphquant.calibration.fingerprint import (
     NAMED,
     Fingerprint,
@@ -52,7 +53,7 @@ class Calibration:
         self._set(method, percentile)
         self.batches = 0
         self._records: dict[Site, Record] = {}  # one object for all sites that share one
-        self._model = fingerprint(_plain(model))
+        self._model = fingerprint(original(model))
 
     def _set(self, method: str, percentile: float) -> None:
         if method not in METHODS:
@@ -228,7 +229,7 @@ class Calibration:
         loaded = cls._from(about, tensors)
         if model is not None:
             _refuse_other(
-                "the model given", loaded._model, fingerprint(_plain(model)), loaded.sites
+                "the model given", loaded._model, fingerprint(original(model)), loaded.sites
             )
         return loaded
 
@@ -257,11 +258,6 @@ class Calibration:
 
 def _without(entries: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in entries.items() if key != name}
-
-
-def _plain(model: nn.Module) -> nn.Module:
-    """What was given to torch.compile, for what it returned."""
-    return model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model
 
 
 def _refuse_other(who: str, ours: Fingerprint, theirs: Fingerprint, sites: Sequence[str]) -> None:

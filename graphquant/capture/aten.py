@@ -18,38 +18,50 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
-from torch._dynamo.source import (
-    ConstantSource,
-)
-from torch._ops import HigherOrderOperator
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 from torch.fx.node import map_arg
 from torch.fx.traceback import preserve_node_meta
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import noop_context_fn
 
+from graphquant._torch import (
+    ALLOW_HOOKS,
+    ENTER_AUTOCAST,
+    ENTER_INFERENCE,
+    EXIT_AUTOCAST,
+    EXIT_INFERENCE,
+    FORBID_HOOKS,
+    GET_DATA,
+    LOG_USAGE,
+    SET_GRAD,
+    SET_SDPA,
+    TRANSFORMER_LAYER,
+    DisableTorchFunction,
+    FakeTensor,
+    HigherOrderOperator,
+    sdpa_backends,
+    set_sdpa_priority,
+    tree_leaves,
+    why_hooks_are_forbidden,
+)
+from graphquant._torch.dynamo import (
+    compiled_for,
+    copy_source,
+    name_parameters,
+    on_bytecode,
+    reset_code,
+)
 from graphquant.capture.sources import (
     _being_compiled,
     _is_parameter,
-    _keep_metadata,
     _real,
     _spelling,
 )
 from graphquant.capture.transformer_layer import _encoder_layer
 from graphquant.errors import CaptureError
 from graphquant.ir.captured import Captured
-from graphquant.ir.contexts import (
-    ENTER_AUTOCAST,
-    ENTER_INFERENCE,
-    EXIT_AUTOCAST,
-    EXIT_INFERENCE,
-    SET_GRAD,
-    sets_state,
-)
+from graphquant.ir.contexts import sets_state
 from graphquant.ir.graph import LITERAL, aten, is_impure
 from graphquant.ir.paths import Places
 
@@ -94,7 +106,7 @@ def from_dynamo(
             node.meta["val"] = fake_mode.from_tensor(value, static_shapes=True)
     placeholders = retraced.graph.find_nodes(op="placeholder")
     for old, new, value in zip(given, placeholders, example_inputs, strict=True):
-        _keep_metadata(old, new)
+        copy_source(old, new)
         value = _real(old, value)
         if not isinstance(value, Tensor):
             continue
@@ -109,7 +121,7 @@ def from_dynamo(
     retraced.meta.update(gm.meta)
     # constants of the forward, such as the 0 of `y[:, 0] = 0`, need a name of their own
     constants = (n for n, _ in chain(retraced.named_parameters(), retraced.named_buffers()))
-    retraced._param_name_to_source = {n: ConstantSource(n) for n in constants}  # type: ignore[assignment]
+    name_parameters(retraced, constants)
     return captured
 
 
@@ -126,17 +138,13 @@ def forgotten_afterwards(backend: Callable[..., Any]) -> Iterator[None]:
         codes.append(code)
         return None
 
-    hook = torch._dynamo.convert_frame.register_bytecode_hook(note)
+    hook = on_bytecode(note)
     try:
         yield
     finally:
         hook.remove()
         for code in set(codes):
-            made_for = {
-                getattr(entry.backend, "compiler_fn", entry.backend)
-                for entry in _debug_get_cache_entry_list(code)
-            }
-            if made_for == {backend}:
+            if compiled_for(code) == {backend}:
                 reset_code(code)
 
 
@@ -164,7 +172,7 @@ def _unfollowable(gm: GraphModule, trains: bool) -> str | None:
                 return f"{node.name} makes a nested tensor"
             if node.op != "call_function" or not _without_value(node):
                 continue
-            if node.target in _NO_EFFECT:
+            if node.target in LOG_USAGE:
                 continue
             if not sets_state(node):
                 return f"{_name(node.target)} changes a state that is not kept"
@@ -173,9 +181,6 @@ def _unfollowable(gm: GraphModule, trains: bool) -> str | None:
     return None
 
 
-_NO_EFFECT = frozenset(  # on what is computed
-    {torch._C._log_api_usage_once, torch._C._log_api_usage_metadata}
-)
 _FUNCTION = "autograd_function_apply"  # make_fx follows into its forward, and forgets the rest
 _ON_AUTOGRAD = ("requires_grad_", "retain_grad", "register_hook")
 
@@ -240,26 +245,25 @@ def without_checks(program: ExportedProgram) -> GraphModule:
 def _retrace(gm: GraphModule, *inputs: Any) -> Any:
     """Run the graph under make_fx. What it sets is set back, whatever happens."""
     run, grad, sdpa = _Retrace(gm), torch.is_grad_enabled(), _sdpa_kernels()
-    hooks = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    hooks = why_hooks_are_forbidden()
     try:
         return run.run(*inputs)
     finally:
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             for leave, context in reversed(run.open.values()):
                 leave(context)
-            torch._C._set_grad_enabled(grad)
+            SET_GRAD(grad)
         if _sdpa_kernels() != sdpa:
-            torch.nn.attention._sdpa_kernel(sdpa[0])
-            torch._C._set_sdp_priority_order(list(map(int, sdpa[1])))
+            SET_SDPA(sdpa[0])
+            set_sdpa_priority(sdpa[1])
         if hooks is None:
-            torch._C._autograd._saved_tensors_hooks_enable()
+            ALLOW_HOOKS()
         else:
-            torch._C._autograd._saved_tensors_hooks_disable(hooks)
+            FORBID_HOOKS(hooks)
 
 
 def _sdpa_kernels() -> tuple[list[Any], list[Any]]:
-    now = torch.nn.attention._cur_sdpa_kernel_backends
-    return now(), now(with_priority=True)
+    return sdpa_backends(), sdpa_backends(by_priority=True)
 
 
 class _Retrace(Interpreter):
@@ -312,7 +316,7 @@ class _Retrace(Interpreter):
 
     def _set_state(self, n: Node) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             value = n.target(*args, **kwargs)  # type: ignore[operator]
         if n.target in _LEAVING:
             self.open[n] = _LEAVING[n.target], value
@@ -354,7 +358,7 @@ _LEAVING: dict[Any, Callable[[Any], Any]] = {
 
 _OPENED: dict[Any, Callable[..., Tensor]] = {
     # make_fx takes `x.data` for a constant
-    torch._C._autograd._get_data_attr: Tensor.detach,  # type: ignore[attr-defined]
-    torch._transformer_encoder_layer_fwd: _encoder_layer,
+    GET_DATA: Tensor.detach,
+    TRANSFORMER_LAYER: _encoder_layer,
     aten._transformer_encoder_layer_fwd.default: _encoder_layer,
 }

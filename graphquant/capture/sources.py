@@ -9,21 +9,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo.source import (
+from torch.fx import Graph, GraphModule, Node
+
+from graphquant._torch import MODULE_CALL, FakeTensor, is_compiled, original
+from graphquant._torch.dynamo import (
     ParamBufferSource,
     UnspecializedParamBufferSource,
+    example,
+    is_static,
+    mark_static,
 )
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import Graph, GraphModule, Node
-from torch.utils.weak import TensorWeakRef
-
 from graphquant.ir.graph import module_path
 from graphquant.ir.paths import Places, linear_path
 
 _HELD = (ParamBufferSource, UnspecializedParamBufferSource)  # an entry of a module's tables
-
-
-_CALL = torch.nn.Module._wrapped_call_impl.__code__
 
 
 _WRAPPER = "compile_wrapper"  # the function that torch.compile returns
@@ -40,9 +39,7 @@ def _real(placeholder: Node, value: Any) -> Any:
 
 def _is_parameter(value: Tensor) -> bool:
     """A parameter or buffer of a module, as opposed to an argument of the call."""
-    return isinstance(value, torch.nn.Parameter) or bool(
-        getattr(value, "_dynamo_static_input_type", None)
-    )
+    return isinstance(value, torch.nn.Parameter) or is_static(value)
 
 
 def belong_to_modules(gm: GraphModule) -> list[bool]:
@@ -66,14 +63,8 @@ def linears_of(gm: GraphModule) -> Iterator[tuple[Node, str]]:
     for node in gm.graph.find_nodes(op="call_function", target=F.linear):
         weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
         held = isinstance(weight, Node) and weight.op == "placeholder" and _is_held(weight)
-        names = [places.tensor(_example(weight), _spelling(weight))] if held else []
+        names = [places.tensor(example(weight), _spelling(weight))] if held else []
         yield node, linear_path(module_path(node), names)
-
-
-def _example(placeholder: Node) -> Any:
-    """What Dynamo was called with, if it is still there."""
-    found = getattr(placeholder.meta.get("grapharg"), "_example", None)
-    return found() if isinstance(found, TensorWeakRef) else found
 
 
 def _spelling(placeholder: Node) -> str:
@@ -93,10 +84,10 @@ def _being_compiled() -> torch.nn.Module | None:
     """
     frame = sys._getframe(1)
     while frame := frame.f_back:  # type: ignore[assignment]
-        if frame.f_code is _CALL:
+        if frame.f_code is MODULE_CALL:
             module = frame.f_locals.get("self")
-            if isinstance(module, torch._dynamo.OptimizedModule):
-                return module._orig_mod
+            if is_compiled(module):
+                return original(module)  # type: ignore[no-any-return]
             if isinstance(module, torch.nn.Module) and module._compiled_call_impl is not None:
                 return module
         elif frame.f_code.co_name == _WRAPPER and "fn" in frame.f_code.co_freevars:
@@ -106,13 +97,6 @@ def _being_compiled() -> torch.nn.Module | None:
                 if isinstance(owner, torch.nn.Module):  # torch.compile(model.forward)
                     return owner
     return None
-
-
-def _keep_metadata(old: Node, new: Node) -> None:
-    if hasattr(old, "_dynamo_source"):
-        new._dynamo_source = old._dynamo_source
-    if "tensor_dict" in old.meta:
-        new.meta["tensor_dict"] = old.meta["tensor_dict"]
 
 
 def static_inputs(graph: Graph) -> Callable[[str], Node]:
@@ -126,8 +110,7 @@ def static_inputs(graph: Graph) -> Callable[[str], Node]:
         nonlocal last
         with graph.inserting_after(last):
             last = graph.placeholder(name)
-        last._dynamo_source = None
-        last.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+        mark_static(last)
         return last
 
     return new_input

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from graphquant._torch import is_compiled, original
+from graphquant._torch.dynamo import patch_config
 from graphquant.capture.aten import from_dynamo
 from graphquant.capture.fallback import left_in_float, or_in_float
 from graphquant.errors import CaptureError, GraphquantError
@@ -45,8 +47,8 @@ class Trace:
         self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         self._root = root_of(model)
-        many = {"recompile_limit": 2**16, "accumulated_recompile_limit": 2**16}
-        with torch._dynamo.config.patch(many), promised(self._entry):
+        many = patch_config(recompile_limit=2**16, accumulated_recompile_limit=2**16)
+        with many, promised(self._entry):
             return self._compiled(model, *args, **kwargs)
 
     def observe(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -81,8 +83,8 @@ class Trace:
 def root_of(model: Callable[..., Any]) -> nn.Module | None:
     """The module at which paths begin: the model, or whose method it is; None for a function."""
     model = getattr(model, "__self__", model)
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        return root_of(model._orig_mod)
+    if is_compiled(model):
+        return root_of(original(model))
     return model if isinstance(model, nn.Module) else None
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind, TensorArgument
-from torch.utils._pytree import tree_leaves_with_path, tree_unflatten
 
+from graphquant._torch import has_vnni, tree_leaves_with_path, tree_unflatten
 from graphquant.errors import MissingPackageError, OptionError, UnsupportedInputError
 from graphquant.exporters.onnx_ops import Form, translations
 from graphquant.exporters.program import require_program
@@ -173,4 +173,4 @@ def _only_static(program: ExportedProgram) -> None:
 
 def _overflows_here() -> bool:
     x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
-    return x86 and not torch.cpu._is_vnni_supported()
+    return x86 and not has_vnni()

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
-from torch.utils._pytree import tree_leaves
-from torch.utils._sympy.numbers import int_oo
 
+from graphquant._torch import finite, tree_leaves
 from graphquant.capture.aten import from_export
 from graphquant.config import Config
 from graphquant.errors import UnsupportedInputError
@@ -69,8 +68,7 @@ def _sizes(program: ExportedProgram, inputs: Sequence[Any]) -> ShapesCollection:
         (symbol,) = (expr := size.node.expr).free_symbols
         if symbol not in dims:
             found = program.range_constraints[symbol]
-            top = None if found.upper >= int_oo else int(found.upper)
-            dims[symbol] = Dim(str(symbol), min=int(found.lower), max=top)
+            dims[symbol] = Dim(str(symbol), min=int(found.lower), max=finite(found.upper))
         if expr == symbol:
             return dims[symbol]
         return int(expr.coeff(symbol, 1)) * dims[symbol] + int(expr.coeff(symbol, 0))

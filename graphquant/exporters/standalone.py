@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from graphquant._torch import TreeSpec, statically_known_true, tree_flatten, tree_unflatten
+from graphquant._torch import int_mm as int8_mm
 from graphquant.ops import OPS, attention, int8_linear
 from graphquant.ops.int8_linear.op import epilogue
 
@@ -72,7 +72,7 @@ def int_mm(xq: Tensor, wq: Tensor) -> Tensor:
         xq = F.pad(xq, (0, k, 0, m))
     if k or n:
         wq = F.pad(wq, (0, k, 0, n))
-    return torch._int_mm(xq, wq.t())[:M, :N]
+    return int8_mm(xq, wq.t())[:M, :N]
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> Tensor:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from graphquant._torch import register_quantized_decomposed
 from graphquant.errors import MissingPackageError, OptionError, UnsupportedInputError
 from graphquant.exporters.program import require_program
 from graphquant.exporters.scales import dynamic_linears
@@ -87,9 +88,7 @@ class _Nodes(Protocol):
 
 class _Torch:
     def __init__(self) -> None:
-        import torch.ao.quantization.fx._decomposed  # registers the ops
-
-        self.ops = torch.ops.quantized_decomposed
+        self.ops = register_quantized_decomposed()
 
     def activation(self, x: Tensor, absmax: float) -> Tensor:
         steps = absmax / QMAX, 0, QMIN, QMAX, torch.int8

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
+from graphquant._torch import OpOverload
 from graphquant.capture.aten import without_checks
 from graphquant.errors import UnsupportedInputError
 from graphquant.exporters.program import require_program
@@ -91,7 +92,7 @@ def _traced(node: Node) -> Any:
         return torch.Tensor.numel
     if is_call(node, aten.slice.Tensor):
         return _slice
-    if not isinstance(node.target, torch._ops.OpOverload):  # arithmetic on sizes
+    if not isinstance(node.target, OpOverload):  # arithmetic on sizes
         return node.target
     name = node.target._schema.name.removeprefix("aten::")
     for owner in (torch.Tensor, torch):

@@ -6,12 +6,16 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils._pytree import tree_leaves
 
+from graphquant._torch import (
+    HigherOrderOperator,
+    OpOverload,
+    statically_known_true,
+    storage_id,
+    tree_leaves,
+)
 from graphquant.ir.graph import aten, full_args, is_tensor, nodes_in
 
 
@@ -32,9 +36,9 @@ def _layout(value: Tensor) -> tuple[Any, ...]:
 
 def writes(node: Node) -> list[Node]:
     """The arguments whose memory this node writes to."""
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if isinstance(node.target, HigherOrderOperator):
         return _written_inside(node)
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target in _WRITES_NO_VALUE:
+    if not isinstance(node.target, OpOverload) or node.target in _WRITES_NO_VALUE:
         return []
     schema, arguments = node.target._schema, full_args(node)
     named = {a.name: value for a, value in zip(schema.arguments, arguments, strict=True)}
@@ -82,7 +86,7 @@ def _storage(value: object) -> int | None:
     if not isinstance(value, Tensor):
         return None
     try:
-        return int(value.untyped_storage()._cdata)
+        return storage_id(value)
     except (NotImplementedError, RuntimeError):  # sparse tensors and subclasses have none
         return None
 
@@ -97,7 +101,7 @@ def may_alias(node: Node) -> list[Node]:
     if node.op != "call_function":
         return []
     declared: list[Node] = []
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         for argument, given in zip(node.target._schema.arguments, full_args(node), strict=True):
             if argument.alias_info is not None:
                 declared += nodes_in(given)

@@ -11,18 +11,19 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch.fx import Graph, Node
 
-SET_GRAD = torch._C._set_grad_enabled
-ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
-EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
-ENTER_INFERENCE = torch.autograd.grad_mode._enter_inference_mode
-EXIT_INFERENCE = torch.autograd.grad_mode._exit_inference_mode
-SET_SDPA = torch.nn.attention._sdpa_kernel
-SDPA_BACKEND = torch.nn.attention._backend_from_string  # an argument of SET_SDPA
-FORBID_HOOKS = torch._C._autograd._saved_tensors_hooks_disable
-ALLOW_HOOKS = torch._C._autograd._saved_tensors_hooks_enable
+from graphquant._torch import (
+    ALLOW_HOOKS,
+    ENTER_AUTOCAST,
+    ENTER_INFERENCE,
+    EXIT_AUTOCAST,
+    EXIT_INFERENCE,
+    FORBID_HOOKS,
+    SDPA_BACKEND,
+    SET_GRAD,
+    SET_SDPA,
+)
 
 APART = "a context, such as autocast, begins or ends between them"
 

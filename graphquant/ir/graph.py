@@ -14,11 +14,15 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from graphquant._torch import (
+    FakeTensorMode,
+    HigherOrderOperator,
+    OpOverload,
+    enable_python_dispatcher,
+)
 from graphquant.ir.contexts import region_of, sets_state
 
 aten = torch.ops.aten
@@ -36,7 +40,7 @@ def is_call(value: object, *targets: Any) -> TypeGuard[Node]:
 
 def full_args(node: Node) -> tuple[Any, ...]:
     """All arguments in schema order, defaults filled in."""
-    assert isinstance(node.target, torch._ops.OpOverload), node
+    assert isinstance(node.target, OpOverload), node
     return tuple(
         node.args[i] if i < len(node.args) else node.kwargs.get(a.name, a.default_value)
         for i, a in enumerate(node.target._schema.arguments)
@@ -45,7 +49,7 @@ def full_args(node: Node) -> tuple[Any, ...]:
 
 def arguments(node: Node) -> SimpleNamespace:
     """All arguments by their names in the schema, defaults filled in."""
-    assert isinstance(node.target, torch._ops.OpOverload), node
+    assert isinstance(node.target, OpOverload), node
     names = [a.name for a in node.target._schema.arguments]
     return SimpleNamespace(**dict(zip(names, full_args(node), strict=True)))
 
@@ -157,9 +161,9 @@ def is_impure(node: Node) -> bool:
     """
     if node.is_impure() or sets_state(node):
         return True
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if isinstance(node.target, HigherOrderOperator):
         return "val" in node.meta and node.meta["val"] is None
-    return isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.returns
+    return isinstance(node.target, OpOverload) and not node.target._schema.returns
 
 
 def drop_dead_code(graph: Graph) -> None:

@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.triton_kernel_wrap import (
+
+from graphquant._torch.inductor import (
+    V,
     create_tma_stable_metadata,
+    ir,
     kernel_side_table,
+    lowerings,
     triton_kernel_wrapper_mutation,
 )
-from torch._inductor import ir
-from torch._inductor.lowering import lowerings
-from torch._inductor.virtualized import V
-
 from graphquant.ops import attention
 from graphquant.ops.define import Op, load_kernels
 from graphquant.ops.numerics import padded

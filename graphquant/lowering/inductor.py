@@ -19,17 +19,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor import ir
-from torch._inductor.decomposition import register_decomposition
-from torch._inductor.lowering import (
-    add_layout_constraint,
-    fallback_handler,
-    lowerings,
-    register_lowering,
-)
-from torch._inductor.virtualized import V
 from torch.fx import Node
 
+from graphquant._torch.inductor import (
+    OrderedSet,
+    V,
+    add_layout_constraint,
+    fallback_handler,
+    ir,
+    lowerings,
+    register_decomposition,
+    register_lowering,
+)
 from graphquant.ir.graph import arguments
 from graphquant.lowering import aoti as packaged
 from graphquant.ops import attention, int8_linear, quantize
@@ -42,7 +43,7 @@ LARGE = 2**26  # bytes: memory counts from here, and 5 us of host time do not
 
 @functools.cache
 def register() -> None:
-    """Tell Inductor, once in a process."""
+    """Tell Inductor, once in a process. Importing this module does it."""
     for op in OPS.values():
         if op.files:
             add_layout_constraint(op.target, functools.partial(_constrain, op))
@@ -200,4 +201,7 @@ class _Call(ir.ExternKernel):
         return self.device
 
     def get_unbacked_symbol_defs(self) -> Any:
-        return torch.utils._ordered_set.OrderedSet()
+        return OrderedSet()
+
+
+register()

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule, Node
 
+from graphquant._torch import compile_by_inductor, mode_options, unset_fake_temporarily
+from graphquant._torch.dynamo import lookup_backend
 from graphquant.config import Config
 from graphquant.ir.graph import calls, full_args
 from graphquant.lowering import torch_tensorrt as tensorrt
@@ -26,20 +27,19 @@ def compile_graph(
     if config.inner == "eager":
         return gm.forward
     if config.inner == "aot_eager":
-        aot_eager = torch._dynamo.lookup_backend("aot_eager")
+        aot_eager = lookup_backend("aot_eager")
         return aot_eager(gm, list(example_inputs))
     if config.inner == "torch_tensorrt":
         return tensorrt.compile_graph(gm, example_inputs, config)
+    from graphquant.lowering import inductor  # noqa: F401 registers our lowerings
+
     mode = config.mode or "default"
     if mode.startswith("max-autotune"):
         _tune(gm)
-    options = {**torch._inductor.list_mode_options(mode), **config.inductor}
+    options = {**mode_options(mode), **config.inductor}
     theirs = torch.compiler.config.cache_key_tag
     with torch.compiler.config.patch(cache_key_tag=theirs + _version()):  # type: ignore[attr-defined]
-        compiled: Callable[..., Any] = torch._inductor.compile(
-            gm, list(example_inputs), options=options
-        )
-    return compiled
+        return compile_by_inductor(gm, example_inputs, options)
 
 
 def build_kernels(gm: GraphModule) -> None:

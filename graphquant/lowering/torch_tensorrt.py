@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch.fx import GraphModule
 
+from graphquant._torch.dynamo import lookup_backend
 from graphquant.config import Config
 from graphquant.errors import MissingPackageError
 
@@ -32,6 +32,6 @@ def compile_graph(
         raise MissingPackageError(
             'inner="torch_tensorrt" needs Torch-TensorRT: pip install "graphquant[tensorrt]"'
         ) from error
-    backend: Callable[..., Any] = torch._dynamo.lookup_backend("torch_tensorrt")
+    backend = lookup_backend("torch_tensorrt")
     compiled: Callable[..., Any] = backend(gm, list(example_inputs), options=dict(config.tensorrt))
     return compiled

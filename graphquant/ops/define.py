@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphquant._torch import OpOverload
 from graphquant.errors import KernelBuildError, UnsupportedInputError
 from graphquant.ops.checks import FLOATS
 from graphquant.ops.qparams import QParams
@@ -58,9 +59,9 @@ class Op:
     _sites: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
-    def target(self) -> torch._ops.OpOverload:
+    def target(self) -> OpOverload:
         """What a graph node calls."""
-        overload: torch._ops.OpOverload = getattr(torch.ops.graphquant, self.name).default
+        overload: OpOverload = getattr(torch.ops.graphquant, self.name).default
         return overload
 
     @cached_property
@@ -86,7 +87,7 @@ class Op:
     def __call__(self, *args: Any, **named: Any) -> Any:
         return self.target(*args, **named)
 
-    def typed(self, args: Sequence[Any]) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
+    def typed(self, args: Sequence[Any]) -> tuple[OpOverload, tuple[Any, ...]]:
         """The same call without a dtype among its arguments: an overload is named after it."""
         names = [a.name for a in self.target._schema.arguments]
         if DTYPE not in names:

@@ -40,8 +40,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from graphquant._torch import statically_known_true
 from graphquant.ops.qparams import DYNAMIC, QParams
 
 aten = torch.ops.aten

@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from graphquant._torch import FakeTensor
 from graphquant.ops.numerics import ALIGN, row_stride
 from graphquant.ops.runtime.device import chip
 

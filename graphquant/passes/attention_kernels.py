@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
-from torch.nn.attention import _cur_sdpa_kernel_backends
 
+from graphquant._torch import sdpa_backends, unset_fake_temporarily
 from graphquant.ir.contexts import regions
 from graphquant.ir.graph import SDPA, aten, calls, full_args
 from graphquant.ops import attention
@@ -71,7 +70,7 @@ def _chosen_by_the_model(graph: Graph) -> set[Node]:
     """Attention under torch.nn.attention.sdpa_kernel inside of the model."""
 
     def outside(backends: tuple[str, ...], by_priority: bool) -> bool:
-        now = [b.name for b in _cur_sdpa_kernel_backends(with_priority=by_priority)]
+        now = [b.name for b in sdpa_backends(by_priority=by_priority)]
         return list(backends) == now if by_priority else set(backends) == set(now)
 
     return {

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
+from graphquant._torch import unset_fake_temporarily
 from graphquant.ir.graph import LITERAL, aten, dtype, fake_result, shape
 from graphquant.ir.rows import SIZED_VIEWS
 from graphquant.ops import int8_linear, quantize_weight

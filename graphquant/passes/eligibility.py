@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch.fx import GraphModule, Node
 
+from graphquant._torch import HigherOrderOperator
 from graphquant.config import Config
 from graphquant.ir.captured import Captured
 from graphquant.ir.constants import Constants
@@ -58,7 +59,7 @@ def enter_all(state: RewriteState, captured: Captured, config: Config) -> None:
             why = f"read by {readers(node)}" if config.quantize else "quantize=False"
             outcome = Outcome(kind, path, node.name, refused=why, K=width(node))
             state.record.enter(node, outcome, unusable.get(node, ""))
-        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+        elif isinstance(node.target, HigherOrderOperator):
             for inner in _linears_inside(state.gm, node):
                 state.record.enter_outside(
                     Outcome(

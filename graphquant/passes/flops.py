@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey
 from torch.fx import Graph, Node
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from graphquant._torch import DispatchKey, OpOverload, tree_leaves, tree_map_only
 from graphquant.ir.constants import Constants
 from graphquant.ir.graph import LINEAR, SDPA, aten, hint, is_call, is_tensor
 
@@ -60,7 +59,7 @@ def other_products(graph: Graph, constants: Constants) -> Iterator[tuple[Node, O
 def _flops(node: Node, known: dict[Any, int]) -> int:
     if is_call(node, SDPA) or _name(node) == "flex_attention":
         return _attention_flops(*(v.meta["val"] for v in node.args[:3]))  # type: ignore[union-attr]
-    if not isinstance(node.target, torch._ops.OpOverload) or not is_tensor(node):
+    if not isinstance(node.target, OpOverload) or not is_tensor(node):
         return 0
     if not _may_multiply(node):
         return 0

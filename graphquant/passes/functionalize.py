@@ -19,6 +19,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from graphquant._torch import HigherOrderOperator, OpOverload
 from graphquant.ir.aliases import memory, same_layout, writes
 from graphquant.ir.captured import Captured
 from graphquant.ir.gradients import needs_gradient
@@ -51,7 +52,7 @@ def make_functional(captured: Captured) -> None:
 def _plain(node: Node) -> Any:
     """mul for mul_: the op that returns what this one writes. None if torch has none."""
     op = node.target
-    if not isinstance(op, torch._ops.OpOverload) or op.namespace != "aten":
+    if not isinstance(op, OpOverload) or op.namespace != "aten":
         return None
     if {torch.Tag.inplace_view, torch.Tag.nondeterministic_seeded} & {*op.tags}:
         return None
@@ -130,7 +131,7 @@ class _Write:
     def _infer(self, nodes: list[Node]) -> None:
         """Fake values, so that what was written lies in memory of its own from here on."""
         for node in sorted(nodes):
-            if isinstance(node.target, torch._ops.HigherOrderOperator) or node.op == "output":
+            if isinstance(node.target, HigherOrderOperator) or node.op == "output":
                 continue
             args, kwargs = node.args, node.kwargs
             node.meta["val"] = fake_result(self._fake_mode, node.target, args, kwargs)

@@ -16,11 +16,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
-from torch.utils._pytree import tree_leaves
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from graphquant._torch import FakeTensorMode, OpOverload, statically_known_true, tree_leaves
 from graphquant.ir.aliases import may_alias, memory, memory_of, same_layout
 from graphquant.ir.graph import aten, autocast_at, fake_result, hint, is_tensor
 from graphquant.ir.rows import SIZED_VIEWS
@@ -66,7 +65,7 @@ def stands_for(now: Node, old: Node) -> None:
 def reads_layout(node: Node) -> bool:
     """Does it depend on how its inputs lie in memory, or may it?"""
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         return node.op == "call_function" and target is not operator.getitem
     if target.namespace not in _KNOWN:
         return True
@@ -156,7 +155,7 @@ def _infer(node: Node, fake_mode: FakeTensorMode) -> bool:
 
 
 def _is_op(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
+    return isinstance(node.target, OpOverload) or node.target is operator.getitem
 
 
 def _run(node: Node, fake_mode: FakeTensorMode) -> object:

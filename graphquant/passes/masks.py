@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
 
+from graphquant._torch import OpOverload, unset_fake_temporarily
 from graphquant.ir.aliases import written_in_place
 from graphquant.ir.evaluate import evaluate
 from graphquant.ir.graph import (
@@ -76,7 +76,7 @@ def _computed_from_nothing(mask: Node) -> list[Node] | None:
         node = edge.pop()
         if node in found:
             continue
-        if not isinstance(node.target, torch._ops.OpOverload) or is_impure(node) or is_random(node):
+        if not isinstance(node.target, OpOverload) or is_impure(node) or is_random(node):
             return None  # vmap's own functions, say, mean nothing without their surroundings
         value = node.meta.get("val")
         size = value.numel() if isinstance(value, Tensor) else None

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.fx import Node
 
+from graphquant._torch import set_forward_grad, storage_id
 from graphquant.ir.captured import Captured
 from graphquant.ir.constants import Constants
 from graphquant.ir.graph import LINEAR, LITERAL, calls, drop_dead_code, is_call, operand
@@ -86,15 +86,15 @@ class Recipe:
                 done[id(e)] = e.target(*map(value, e.args), **kwargs)
             return done[id(e)]
 
-        theirs = {r.untyped_storage()._cdata for r in roots}
+        theirs = {storage_id(r) for r in roots}
         with (
             torch.inference_mode(False),
             torch.autocast(device, enabled=False),
-            forward_ad._set_fwd_grad_enabled(False),  # else a dual weight's pack has its tangent
+            set_forward_grad(False),  # else a dual weight's pack has its tangent
         ):
             made = [value(e) for e in self.outputs]
             # a slice of a parameter is no pack yet: the parameter may be released
-            return [t.clone() if t.untyped_storage()._cdata in theirs else t for t in made]
+            return [t.clone() if storage_id(t) in theirs else t for t in made]
 
 
 @dataclass(frozen=True)

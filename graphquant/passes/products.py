@@ -15,10 +15,9 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from graphquant._torch import FakeTensorMode, statically_known_true
 from graphquant.ir.constants import Constants
 from graphquant.ir.graph import (
     LINEAR,

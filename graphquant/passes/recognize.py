@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from graphquant._torch import unset_fake_temporarily
 from graphquant.ir.constants import Constants
 from graphquant.ir.graph import (
     arguments,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
+from graphquant._torch import FakeTensorMode
 from graphquant.config import Config
 from graphquant.ir.constants import Constants
 from graphquant.passes.policy.ranges import Range

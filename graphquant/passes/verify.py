@@ -23,12 +23,17 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor
-from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from graphquant._torch import (
+    OpOverload,
+    enable_python_dispatcher,
+    storage_id,
+    tree_leaves,
+    tree_map_only,
+)
 from graphquant.config import verifying
 from graphquant.errors import VerifyError
 from graphquant.ir.aliases import writes
@@ -165,7 +170,7 @@ def _quietly(captured: Captured) -> Iterator[None]:
 def _is_repeatable(node: Node) -> bool:
     if node.target is operator.getitem:
         return True
-    if not isinstance(node.target, torch._ops.OpOverload) or "val" not in node.meta:
+    if not isinstance(node.target, OpOverload) or "val" not in node.meta:
         return False
     # sizes that are known only at run time would be other ones when they are asked for again
     unknown = any(tag in node.target.tags for tag in _UNREPEATABLE)
@@ -213,7 +218,7 @@ def _outputs(captured: Captured, values: dict[Node, Any]) -> list[tuple[Node | N
 
 
 def _memory(value: Tensor) -> int:
-    return value.untyped_storage()._cdata if value.layout is torch.strided else id(value)
+    return storage_id(value) if value.layout is torch.strided else id(value)
 
 
 def _layout(value: Tensor) -> tuple[Any, ...]:

@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from graphquant._torch import DisableTorchFunction, has_function_mode
 from graphquant.errors import ReleasedWeightError
 from graphquant.utils.locks import Lock
 from graphquant.weights.gpu_probe import Probe, probes, values_of
@@ -185,8 +186,8 @@ class Supply:
         return self._steady
 
     def _fresh(self, plan: Plan, args: Sequence[Any]) -> bool:
-        if torch._C._is_torch_function_mode_enabled():  # such as torch.set_default_device
-            with torch._C.DisableTorchFunction():
+        if has_function_mode():  # such as torch.set_default_device
+            with DisableTorchFunction():
                 return plan.fresh(args, self._pick)
         return plan.fresh(args, self._pick)
 

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from graphquant._torch import forbid_reads, forbid_writes, point_at
+
 log = logging.getLogger(__name__)
 
 _in_host_memory: set[StorageWeakRef] = set()
@@ -65,16 +67,14 @@ def without_memory(t: Tensor, name: str) -> Tensor:
     size = storage.nbytes()
     storage.resize_(0)
     # torch makes its own dead tensors raise by these two
-    if hasattr(torch._C, "_set_storage_data_ptr_access_error_msg"):
-        torch._C._set_storage_data_ptr_access_error_msg(
-            storage._cdata,
-            f"{name}: free_weights=True released the float values of this weight. "
-            "load_state_dict(values, assign=True) brings them back",
-        )
-    elif t.device.type == "cpu" and hasattr(storage, "_swap_data_ptr_"):
-        nans = torch._C._construct_storage_from_data_pointer(_address_of_nans(size), t.device, 0)
-        storage._swap_data_ptr_(nans)
-    torch._C._set_throw_on_mutable_data_ptr(empty)
+    raises = forbid_reads(
+        storage,
+        f"{name}: free_weights=True released the float values of this weight. "
+        "load_state_dict(values, assign=True) brings them back",
+    )
+    if not raises and t.device.type == "cpu":
+        point_at(storage, _address_of_nans(size), t.device)
+    forbid_writes(empty)
     return empty
 
 

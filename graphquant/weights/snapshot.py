@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from graphquant._torch import getters, version_of
 from graphquant.errors import KernelBuildError
 from graphquant.ops.runtime.launch import extension
 from graphquant.weights.released import is_released
@@ -48,7 +49,7 @@ class Seen:
     @classmethod
     def of(cls, t: Tensor, values: bytes | None = None) -> Seen:
         storage = StorageWeakRef(t.untyped_storage())
-        return cls(_version(t), 0 if is_released(t) else t.data_ptr(), storage, values)
+        return cls(version_of(t), 0 if is_released(t) else t.data_ptr(), storage, values)
 
     def visible(self) -> tuple[Any, ...]:
         return self.version, self.address, self.storage.cdata
@@ -67,7 +68,7 @@ def snapshot(positions: Sequence[int], tensors: Sequence[Tensor], seen: Sequence
     samples = tuple(map(_samples, tensors, seen))
     addresses = tuple(s.address for s in seen)
     made: Snapshot = native.Snapshot(
-        tuple(positions), tuple(tensors), addresses, storages, samples, *_getters()
+        tuple(positions), tuple(tensors), addresses, storages, samples, *getters()
     )
     return made
 
@@ -156,10 +157,6 @@ def _bytes(x: Tensor) -> bytes:
     return raw
 
 
-def _version(t: Tensor) -> int | None:
-    return None if t.is_inference() else t._version  # inference tensors have no version counter
-
-
 @functools.cache
 def _native() -> Any:
     try:
@@ -167,9 +164,3 @@ def _native() -> Any:
     except KernelBuildError as why:
         log.debug("weights are compared in Python, which takes longer: %s", why)
         return None
-
-
-@functools.cache
-def _getters() -> tuple[Any, Any, Any]:
-    storage: Any = torch._C.StorageBase
-    return torch._C.TensorBase._version, torch._C.TensorBase.data_ptr, storage._expired

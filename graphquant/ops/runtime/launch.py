@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphquant._torch import current_raw_stream
 from graphquant.errors import KernelBuildError, UnsupportedInputError
 from graphquant.ops.runtime import cache
 
@@ -143,8 +144,7 @@ def _run(command: list[str]) -> None:
 
 def stream_of(device: torch.device) -> int:
     """The handle of the device's current stream."""
-    handle: int = torch._C._cuda_getCurrentRawStream(device.index)
-    return handle
+    return current_raw_stream(device.index)
 
 
 @dataclass

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
+from graphquant._torch import unset_fake_temporarily
 from graphquant.config import Config
 from graphquant.ir.constants import Constants
 from graphquant.ir.graph import shape

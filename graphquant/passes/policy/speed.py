@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, GraphModule, Node
 
+from graphquant._torch import unset_fake_temporarily
 from graphquant.ir.constants import Constants
 from graphquant.ir.graph import hint
 from graphquant.ops import int8_linear
