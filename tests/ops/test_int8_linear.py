@@ -1,5 +1,5 @@
 """int8_linear: exact sums, an epilogue within float32's rounding, any M, N, K and strides; and what
-quantised operands cost, end to end.
+quantized operands cost, end to end.
 """
 
 from __future__ import annotations

@@ -49,9 +49,9 @@ def judge(
 ) -> list[float] | None:
     """The SQNR in dB of each of the linears that the product computes side by side.
 
-    rows    [n, K] float32 of what they read; None is not judged
-    qparams of what they read, without a factor: smoothing is the product's
-    widths  the columns of each linear
+    rows     [n, K] float32 of what they read; None is not judged
+    qparams  of what they read, without the factor: that is in the product's smoothing
+    widths   the columns of each linear
 
     None as well for rows of another width. inf for weights that free_weights has released: they
     were exact enough when they were packed.
