@@ -257,5 +257,6 @@ MUTANTS: Sequence[Mutant] = (
         "ops/runtime/timing.py",
         ("or len(answer) != len(found)", "", "times that are none", MEASURE),
         ("asked != (question, machine(device)) or", "", "another question's times", MEASURE),
+        ('".py", ".cu", ".c")', '".py", ".c")', "another kernel's times", MEASURE),
     ),
 )  # fmt: skip

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from graphquant._torch import tree_map
 from graphquant.errors import UnsupportedInputError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from graphquant._torch import tree_leaves
 from graphquant.errors import UnsupportedInputError
 
 Named = tuple[str, Tensor]

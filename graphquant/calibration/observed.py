@@ -11,13 +11,7 @@ from torch.fx import Node
 from graphquant.ir.aliases import written_in_place
 from graphquant.ir.captured import Captured
 from graphquant.ir.constants import Constants
-from graphquant.ir.graph import (
-    LINEAR,
-    arguments,
-    calls,
-    dtype,
-    full_args,
-)
+from graphquant.ir.graph import LINEAR, arguments, calls, dtype, full_args
 from graphquant.ir.interpret import Caller, Paths, Watched
 from graphquant.passes.eligibility import path_of
 from graphquant.passes.normalize import normalize

@@ -1,6 +1,6 @@
 """graphquant's ops in ONNX operators: one method an op, called with the values of the graph.
 
-Profiles "cpu" and "portable", a quantiser and the linear behind it:
+Profiles "cpu" and "portable", a quantizer and the linear behind it:
 
     xq  = QuantizeLinear(x - x_shift, x_scale, zero)    on [M, K]: it takes a scale for each index
                                                         of one axis
@@ -180,7 +180,7 @@ class _Translation:
         op = self.op
         if not self.form.unsigned:
             return op.MatMulInteger(xq, wT)
-        if self._quantizer(xq) is None:  # a constant, which was quantised to int8 before
+        if self._quantizer(xq) is None:  # a constant, which was quantized to int8 before
             wide = op.Cast(xq, to=self.ir.DataType.INT32)
             wide = op.Add(wide, self._const(np.array(128, np.int32)))
             xq = op.Cast(wide, to=self.ir.DataType.UINT8)

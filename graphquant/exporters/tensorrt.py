@@ -1,4 +1,4 @@
-"""A static program with quantise and dequantise nodes around its linears, for TensorRT to fuse.
+"""A static program with quantize and dequantize nodes around its linears, for TensorRT to fuse.
 
 graphquant's ops become float ops, and what made int8 of a value becomes a pair of nodes:
 
@@ -6,7 +6,7 @@ graphquant's ops become float ops, and what made int8 of a value becomes a pair 
     W   DQ(wq) = wq w_scale                                     one for each output channel
     y   linear(DQ(Q(x)), DQ(wq), bias) + residual               in floats
 
-A static range [low, high] is quantised around its middle by graphquant, in steps of (high - low) /
+A static range [low, high] is quantized around its middle by graphquant, in steps of (high - low) /
 254; TensorRT knows no zero point:
 
     s = max(|low|, |high|) / 127
@@ -43,7 +43,7 @@ QMIN = -128  # TensorRT's, of activations; weights have none below -127
 
 
 def qdq(program: ExportedProgram, *, ops: str = "modelopt") -> ExportedProgram:
-    """The program with quantise and dequantise nodes in place of graphquant's ops.
+    """The program with quantize and dequantize nodes in place of graphquant's ops.
 
     program  graphquant.export(model, ..., activation="static", calibration=...); it stays as it is
     ops      how the nodes are spelled. "modelopt": `torch.ops.tensorrt.quantize_op` of NVIDIA's
@@ -111,7 +111,7 @@ class _ModelOpt:
             if (error.name or "").partition(".")[0] != "modelopt":
                 raise
             raise MissingPackageError(
-                "Torch-TensorRT converts the quantisation ops of NVIDIA's ModelOpt, which is not "
+                "Torch-TensorRT converts the quantization ops of NVIDIA's ModelOpt, which is not "
                 'installed: pip install "graphquant[tensorrt]". ops="torch" gives a program that '
                 "needs neither, to look at its accuracy"
             ) from error

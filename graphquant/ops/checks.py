@@ -1,8 +1,7 @@
-"""The sentences with which ops refuse arguments that have no meaning.
+"""Argument checks of the ops: each returns None or raises UnsupportedInputError.
 
-Every function returns None or raises UnsupportedInputError. They also run on fake tensors, where a
-size can be a symbol: a size that cannot be told is let through and no guard is added, because the
-run itself checks again with numbers.
+They also run on fake tensors, where a size can be a symbol: if its value is unknown, the check
+passes and adds no guard, because the run itself checks again with numbers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How an op is declared: schema, contract, fake and reference in one place; kernels join later.
+"""Declaration of ops: schema, checks, fake, float form and reference in one place; kernels join.
 
 An op is one folder: `op.py` holds what it means (torch only), one file per kernel makes it fast.
 The reference is the meaning. A kernel has the same parameters and `out`, the tensors to fill, says
@@ -36,7 +36,7 @@ MAX_SITES = 4096  # of one op: one for each combination of shapes it was called 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A CUDA implementation, and the question it answers before it is called."""
+    """A CUDA implementation of an op, and the condition under which it can be called."""
 
     name: str
     fn: Callable[..., Any]  # op's arguments -> results
@@ -52,7 +52,7 @@ class Op:
     reference: Callable[..., Any]
     float_form: Callable[..., Any]  # see `define`
     check: Callable[..., None]
-    fake: Callable[..., Any]  # results with nothing in them yet
+    fake: Callable[..., Any]  # results, uninitialized
     files: tuple[str, ...]  # kernel modules beside op.py, preferred first
     in_rows: bool = True  # what kernels read in place: see `define`
     kernels: list[Kernel] = field(default_factory=list)  # in order of preference
@@ -88,7 +88,7 @@ class Op:
         return self.target(*args, **named)
 
     def typed(self, args: Sequence[Any]) -> tuple[OpOverload, tuple[Any, ...]]:
-        """The same call without a dtype among its arguments: an overload is named after it."""
+        """The same call by the overload that is named after its dtype, without that argument."""
         names = [a.name for a in self.target._schema.arguments]
         if DTYPE not in names:
             return self.target, tuple(args)
@@ -126,7 +126,7 @@ class Op:
         return list(compress(args, self.tensors)), list(compress(args, constant))
 
     def join(self, tensors: Iterable[Any], constants: Iterable[Any]) -> list[Any]:
-        """What was split."""
+        """Inverse of `split`: all arguments in the order of the schema."""
         given, rest = iter(tensors), iter(constants)
         return [next(given if is_tensor else rest) for is_tensor in self.tensors]
 
@@ -167,7 +167,7 @@ class Op:
         )
 
     def site(self, *constants: Any) -> Any:
-        """A place where the op is called on CUDA tensors of one shape: `site(stream, *tensors)`.
+        """Call site of the op for CUDA tensors of one shape: `site(stream, *tensors)`.
 
         constants  the arguments that are no tensors, in order
         tensors    those that are, in order, None where one is not given, then the results to fill

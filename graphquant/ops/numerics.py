@@ -1,4 +1,4 @@
-"""The one definition of our int8 arithmetic. Kernels are tested against this.
+"""The int8 arithmetic: reference implementation of quantization, against which kernels are tested.
 
 Activations, one scale and one shift per row. low <= 0 <= high bound the row's values:
 
@@ -13,8 +13,8 @@ costs a linear nothing but one more product in its epilogue:
 
     sum_k x w  ~  x_scale * w_scale * sum_k xq wq  +  x_shift * w_sum,    w_sum = w_scale * sum_k wq
 
-A row that holds inf or nan has x_scale inf or nan and xq = 0: it dequantises to nan, and no other
-row notices. Weights are symmetric: w_scale = max_k |w| / 127, no shift.
+A row that holds inf or nan has x_scale inf or nan and xq = 0: it dequantizes to nan, and no other
+row is affected. Weights are symmetric: w_scale = max_k |w| / 127, no shift.
 
 Quantization parameters (qparams.py) change what is quantized:
 
@@ -47,12 +47,12 @@ from graphquant.ops.qparams import DYNAMIC, QParams
 aten = torch.ops.aten
 
 QMAX = 127  # symmetric: -128 is never produced, so |xq| * x_scale never exceeds absmax
-MIN_ABSMAX = 1e-20  # rows below this quantise to 0; a floor, not `== 0`: the scale is continuous
+MIN_ABSMAX = 1e-20  # rows below this quantize to 0; a floor, not `== 0`: the scale is continuous
 ALIGN = 16  # bytes; TMA and 128-bit loads want rows that start at a multiple of it
 LINE = 128  # bytes of a cache line: long rows that start at one multiply 10 % faster on Hopper
 LONG = 1024  # elements of a row from which that costs at most one byte in eight
 
-# Widths of 16-bit rows that a quantiser may write its int8 rows over: its programs hold one whole
+# Widths of 16-bit rows over which `quantize` may write its int8 rows: its programs hold one whole
 # row each, and read it before they write; and the new rows start at cache lines.
 OVERLAID = range(2048, 16_384 + 1, LINE)
 
@@ -113,7 +113,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def vectors(K: int) -> int:
-    """K rounded up to a multiple of ALIGN: what kernels read and write of an int8 row."""
+    """K rounded up to a multiple of ALIGN: bytes of an int8 row that kernels read and write."""
     return (K + ALIGN - 1) // ALIGN * ALIGN
 
 
@@ -152,7 +152,7 @@ def row_stride(x: Tensor) -> int | None:
 
 
 def empty_rows(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """Uninitialised int8 [..., K] on `like`'s device with rows padded(K) bytes apart.
+    """Uninitialized int8 [..., K] on `like`'s device with rows padded(K) bytes apart.
 
     The pads belong to the storage, that of the last row too. Sizes may be symbols.
     """
@@ -170,7 +170,7 @@ def with_pads(xq: Tensor) -> Tensor:
 
 
 def empty_triple(like: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised (xq [..., K] int8, x_scale, x_shift [..., 1] float32): a quantiser's result."""
+    """Uninitialized (xq [..., K] int8, x_scale, x_shift [..., 1] float32): quantize's results."""
     column = (*shape[:-1], 1)
     return (
         empty_rows(like, shape),

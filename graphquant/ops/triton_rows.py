@@ -1,4 +1,4 @@
-"""Quantising rows: what the quantisers' kernels have in common, after numerics.py.
+"""Triton kernel of `quantize`, and the parts that it shares with norm_quantize (see numerics.py).
 
 A row is held in registers as whole blocks and a smaller tail, so that widths that are no power of
 two leave no lanes idle: 1152 = 4 * 256 + 128. Rows longer than WHOLE_ROW are read more than once.
@@ -32,8 +32,8 @@ def row_config(K: int, inputs: int = 1) -> dict[str, int]:
     A row is whole blocks of BLOCK columns, eight values a lane, and what is left: a block of TAIL
     columns, or one more of BLOCK, masked (TAIL = 0). So a row of 1152 is 4 x 256 + 128 and none of
     its lanes is idle, where one block of 2048 would leave 44 % of them so. 20 to 40 elements a lane
-    (30 to 60 values of two inputs), and two warps at least: the card starts a program in 0.64 ns,
-    so that 46,656 programs take 30 us, whatever they do.
+    (30 to 60 values of two inputs), and two warps at least: the GPU starts a CTA in 0.64 ns, so
+    that 46,656 of them take 30 us, whatever they do.
     """
     if K > WHOLE_ROW:
         return {"ROWS": 1, "BLOCK": CHUNK, "TAIL": 0, "LANES": 256, "num_warps": 8}
@@ -168,7 +168,7 @@ def range_of_lanes(low, high, LANES: tl.constexpr):
 
 @triton.jit
 def with_block(v, block):
-    """(*v, block), which kernels cannot say."""
+    """(*v, block), which Triton cannot parse."""
     return v + (block,)  # noqa: RUF005
 
 
@@ -207,13 +207,12 @@ def shift_and_absmax(low, high):
 
 @triton.jit
 def clamped(v, low, high, clip):
-    """What stands for v: within the static range (nan becomes low), or within the clip (nan
-    stays)."""
+    """v clamped to the static range (nan becomes low), or to the clip (nan stays)."""
     if low is not None:
         low, high = (
             tl.cast(low, tl.float32),
             tl.cast(high, tl.float32),
-        )  # Inductor hands over float64
+        )  # Inductor passes float64
         # one instruction that drops nan; the interpreter's keeps it
         v = tl.where(v > low, v, low) if _INTERPRETED else tl.maximum(v, low)
         v = tl.minimum(v, high)
@@ -281,7 +280,7 @@ def _by_tail(x, c0, c1, c2, c3, c4, c5):
 
 @triton.jit
 def _by_sigmoid(x, slope):
-    """x / (1 + exp(-slope x)) as x r r, r = 1 / sqrt(...): the card has that in one instruction."""
+    """x / (1 + exp(-slope x)) as x r r, r = 1 / sqrt(...): the GPU has that in one instruction."""
     r = tl.rsqrt(1.0 + tl.exp2((-1.4426950408889634 * slope) * x))
     return x * r * r
 
@@ -376,12 +375,12 @@ def _chunk(
     v = activate(to_float32(tl.load(x_ptr + k, mask=inside(k, K), other=0.0)), ACT)
     if up_ptr is not None:
         v = v * to_float32(tl.load(up_ptr + k, mask=inside(k, K), other=0.0))
-    return quantised(v, factor_ptr, k, low, high, clip, K)
+    return quantized(v, factor_ptr, k, low, high, clip, K)
 
 
 @triton.jit
-def quantised(v, factor_ptr, k, low, high, clip, K: tl.constexpr):
-    """What is quantised of v [ROWS, BLOCK] at the columns k."""
+def quantized(v, factor_ptr, k, low, high, clip, K: tl.constexpr):
+    """factor, range and clip applied to v [ROWS, BLOCK] at the columns k."""
     if factor_ptr is not None:
         v = v * tl.load(factor_ptr + k, mask=inside(k, K), other=0.0)
     return clamped(v, low, high, clip)

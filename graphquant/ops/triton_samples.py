@@ -1,4 +1,4 @@
-"""Some values of many tensors: read, or compared with what they were. One program a tensor.
+"""Kernels that read samples of many tensors, or compare them with earlier ones: one program each.
 
 table  int64 [tensors, 3, SAMPLES]: addresses; values as int32; how many bytes one value has, in all
        columns alike. Of 8 bytes both halves are taken together, by exclusive or.

@@ -1,4 +1,4 @@
-"""What Triton kernels have in common: rows on the host, and the wait for the kernel before."""
+"""Helpers of the Triton kernels: row strides on the host, programmatic dependent launch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from graphquant._torch import FakeTensor
 from graphquant.ops.numerics import ALIGN, row_stride
-from graphquant.ops.runtime.device import chip
+from graphquant.ops.runtime.device import gpu_properties
 
 
 def as_rows(x: Tensor) -> tuple[Tensor, int]:
@@ -38,10 +38,10 @@ def unit_of(row: int) -> int:
 
 @functools.cache
 def compiled_with(kernel: Any, warps: int, stages: int) -> Any:
-    """The kernel with these settings as a part of it.
+    """The kernel, bound to these settings.
 
-    As it is, if those are the defaults: Inductor knows two such calls with descriptors for calls of
-    one kernel, and compiles it once.
+    Itself where they are the defaults: Inductor then sees that two calls with descriptors are calls
+    of one kernel, and compiles it once.
     """
     if (warps, stages) == (4, 3):
         return kernel
@@ -51,14 +51,14 @@ def compiled_with(kernel: Any, warps: int, stages: int) -> Any:
 def overlap(device: torch.device) -> dict[str, bool]:
     """Arguments for a kernel that begins with wait_for_inputs: from Hopper on, the next kernel is
     launched while this one runs (programmatic dependent launch), which saves 1 us between two."""
-    if device.type == "cuda" and chip(device).sm >= 90:
+    if device.type == "cuda" and gpu_properties(device).sm >= 90:
         return {"OVERLAP": True, "launch_pdl": True}
     return {"OVERLAP": False}
 
 
 @triton.jit
 def wait_for_inputs(OVERLAP: tl.constexpr):
-    """Until the kernel before this one has written its results; then let the next one come."""
+    """Wait until the previous kernel has written its results, then allow the next one to start."""
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()

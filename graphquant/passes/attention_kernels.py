@@ -22,7 +22,7 @@ from graphquant.ir.contexts import regions
 from graphquant.ir.graph import SDPA, aten, calls, full_args
 from graphquant.ops import attention
 from graphquant.ops.attention.hopper_tiles import ONLY, TILES
-from graphquant.ops.runtime.device import chip
+from graphquant.ops.runtime.device import gpu_properties
 from graphquant.ops.runtime.timing import times
 from graphquant.passes.layout import stands_for
 from graphquant.passes.policy.speed import MEASURED, random_like
@@ -43,7 +43,7 @@ def choose_kernels(graph: Graph, needs_gradient: set[Node]) -> None:
         if not _fits_together(values, causal):
             continue
         scale = values[0].shape[-1] ** -0.5 if scale is None else scale
-        width, sm = values[0].shape[-1], chip(values[0].device).sm
+        width, sm = values[0].shape[-1], gpu_properties(values[0].device).sm
         allowed = {n: k for n, k in KERNELS.items() if k.takes(width, causal, scale, sm)}
         if len(allowed) < 2:
             continue

@@ -23,16 +23,7 @@ from torch.fx.node import map_arg
 
 from graphquant._torch import unset_fake_temporarily
 from graphquant.ir.constants import Constants
-from graphquant.ir.graph import (
-    arguments,
-    aten,
-    calls,
-    dtype,
-    full_args,
-    is_call,
-    is_tensor,
-    shape,
-)
+from graphquant.ir.graph import arguments, aten, calls, dtype, full_args, is_call, is_tensor, shape
 from graphquant.ir.rows import CASTS, is_float_cast, is_widening
 from graphquant.ops.checks import FLOATS
 from graphquant.ops.numerics import ACTIVATIONS

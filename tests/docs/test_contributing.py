@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
 
 import graphquant
 from graphquant.ir.graph import LINEAR, aten, is_call, only_user
-from graphquant.ops.numerics import ACTIVATIONS
+from graphquant.ops.numerics import ACTIVATIONS, Activation
 from graphquant.passes import pipeline
-from graphquant.passes.rule import Edit, Linear, Refuse, Site, View, linears
+from graphquant.passes.rule import Edit, Linear, Refuse, Rewrite, Site, View, linears
 from tests.docs.pages import ROOT, rows
 from tests.passes.graphs import Model, assert_near, linear_bound, rewritten
 
@@ -50,9 +49,10 @@ class Negated:
             return Refuse("it has no bias", site.linear.node)
         return None
 
-    def rewrite(self, edit: Edit, site: NegatedSite) -> tuple[Node, ...]:
+    def rewrite(self, edit: Edit, site: NegatedSite) -> Rewrite:
         x, weight, bias = site.linear.x, site.linear.weight, site.linear.bias
-        return (edit.call(LINEAR, x, *(edit.weigh(aten.neg.default, w) for w in (weight, bias))),)
+        y = edit.call(LINEAR, x, *(edit.weigh(aten.neg.default, w) for w in (weight, bias)))
+        return Rewrite((y,))
 
 
 def negative(**kwargs: Any) -> Model:
@@ -116,7 +116,8 @@ def test_a_new_activation_is_recognized_and_computed_from_its_entry(
     gated = Model(lambda m, x: m.fc(swish3(x) * x.cos()), fc=nn.Linear(32, 24))
     x = torch.randn(5, 32)
     assert rewritten(model, x).counts == {"linear": 1}, "an activation that nobody knows"
-    monkeypatch.setitem(ACTIVATIONS, "swish3", swish3)
+    entry = Activation(swish3, lambda op, x: op.Mul(x, op.Sigmoid(op.Mul(x, 3.0))))
+    monkeypatch.setitem(ACTIVATIONS, "swish3", entry)
     for one, read in ((model, swish3(x)), (gated, swish3(x) * x.cos())):
         result = rewritten(one, x)
         assert result.counts == {"act_linear": 1}

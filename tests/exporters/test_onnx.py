@@ -172,7 +172,7 @@ def test_outputs_are_named_after_what_the_model_returns(tmp_path: Path) -> None:
 # --- ops -----------------------------------------------------------------------------------------
 
 
-class Quantised(nn.Module):
+class Quantized(nn.Module):
     """What every op that quantizes, with whatever qparams, makes of x, in float again: multiplied
     by the unit matrix."""
 
@@ -230,8 +230,8 @@ class Quantised(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         weight = self.one, self.scale, self.sum
         out = {
-            name: ops.int8_linear(*quantised, *weight, None, None, torch.float32)
-            for name, quantised in self.calls(x).items()
+            name: ops.int8_linear(*quantized, *weight, None, None, torch.float32)
+            for name, quantized in self.calls(x).items()
         }
         y, *kept = self.keep(x)
         out["kept"] = y
@@ -242,10 +242,10 @@ class Quantised(nn.Module):
 
 
 @pytest.fixture(scope="module", params=["cpu", "portable"])
-def quantised(
+def quantized(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Quantised, onnxruntime.InferenceSession]:
-    model = Quantised().eval()
+) -> tuple[Quantized, onnxruntime.InferenceSession]:
+    model = Quantized().eval()
     shapes = {"x": {0: Dim("batch"), 1: Dim("length")}}
     program = torch.export.export(model, (torch.randn(2, 3, K),), dynamic_shapes=shapes)
     path = tmp_path_factory.mktemp("ops") / "ops.onnx"
@@ -262,7 +262,7 @@ def quantised(
     seed=st.integers(0, 2**32 - 1),
 )
 def test_every_op_means_the_same(
-    quantised: tuple[Quantised, onnxruntime.InferenceSession],
+    quantized: tuple[Quantized, onnxruntime.InferenceSession],
     batch: int,
     length: int,
     size: float,
@@ -271,7 +271,7 @@ def test_every_op_means_the_same(
 ) -> None:
     """Both round one value to one of 254 steps between the row's ends. Float32 errors of some 1e-5
     may make that the next step, seldom; nothing makes it another."""
-    model, made = quantised
+    model, made = quantized
     generator = torch.Generator().manual_seed(seed)
     x = size * (torch.randn(batch, length, K, generator=generator) + middle)
     got = made.run(None, {"x": x.numpy()})
@@ -282,7 +282,7 @@ def test_every_op_means_the_same(
     for output, g in zip(made.get_outputs(), got, strict=True):
         name = output.name
         off = (torch.from_numpy(g) - want[name]).abs()
-        # of float32, in x, in a norm of almost equal values, or in what is not quantised here
+        # of float32, in x, in a norm of almost equal values, or in what is not quantized here
         noise = 2e-5 * (want[name].abs().amax() + size * (1 + abs(middle)))
         step = steps.get(name, torch.zeros(1))
         assert (off <= 1.001 * step + noise).all(), name

@@ -1,4 +1,4 @@
-"""Static programs with quantise and dequantise nodes: what TensorRT gets, computed by torch."""
+"""Static programs with quantize and dequantize nodes: what TensorRT gets, computed by torch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ FUSED = [
 
 
 class Layer(nn.Module):
-    """Attention behind a post-norm, and a gated MLP behind a pre-norm: every quantiser there is."""
+    """Attention behind a post-norm, and a gated MLP behind a pre-norm: every quantizer there is."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def run(program: ExportedProgram, *args: Tensor) -> Tensor:
 def test_nodes_and_op_differ_by_half_a_step_of_each(
     kind: str, act: str, data: st.DataObject, seed: int, residual: bool
 ) -> None:
-    """Both round v, what is quantised, to their own steps; in the range, so by at most half of one:
+    """Both round v, what is quantized, to their own steps; in the range, so by at most half of one:
 
     |y_op - y_nodes|[n] <= (s_op + s_nodes) / 2 * sum_k |W[n, k]|
 
@@ -218,7 +218,7 @@ def test_half_precision_stays_half_precision(encoder: nn.Module, x: Tensor) -> N
 
 
 def test_a_value_of_parameters_alone_is_int8_already() -> None:
-    """The quantiser of a query that is a parameter has run when the program was packed."""
+    """The quantizer of a query that is a parameter has run when the program was packed."""
     xq, x_scale, x_shift = quantize(torch.randn(2, DIM), low=-3.0, high=2.0)
     wq, w_scale, w_sum = quantize_weight(torch.randn(8, DIM))
     args = (xq, x_scale, x_shift, wq, w_scale, w_sum, None, None, torch.float32)

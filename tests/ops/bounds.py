@@ -15,7 +15,7 @@ from graphquant.ops.runtime import nvrtc
 from tests.ops.qparams import meant
 
 U = 2.0**-24  # float32 rounds to nearest with a relative error of at most U
-HALF = 0.5 + 127 * 5 * U  # of a step: how far x may be from what it was quantised to (assert_means)
+HALF = 0.5 + 127 * 5 * U  # of a step: how far x may be from what it was quantized to (assert_means)
 
 load_kernels()
 
@@ -25,7 +25,7 @@ needs_nvrtc = pytest.mark.skipif(
 
 
 def runnable(op: Op) -> list[Kernel]:
-    """Triton's kernels run in its interpreter too; hopper.cu needs a Hopper card."""
+    """Triton's kernels run in its interpreter too; hopper.cu needs a Hopper GPU."""
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
     return [k for k in op.kernels if k.name != "hopper" or hopper]
 
@@ -66,7 +66,7 @@ def assert_rows(q: Tensor, shape: torch.Size) -> None:
 
 
 def assert_layout(xq: Tensor, x_scale: Tensor, x_shift: Tensor, shape: torch.Size) -> None:
-    """Dtypes, shapes and strides of a quantiser's result. What its pads hold is not specified."""
+    """Dtypes, shapes and strides of a quantizer's result. What its pads hold is not specified."""
     assert_rows(xq, shape)
     for column in (x_scale, x_shift):
         assert column.dtype == torch.float32 and column.shape == (*shape[:-1], 1)
@@ -111,7 +111,7 @@ def assert_means(
         absmax  = fl(max(high - x_shift, x_shift - low)) is off by U |m|, and by U of itself    (2')
 
     and no v in the range is further from x_shift than absmax, as rounding is monotonous: (4) holds.
-    Rows that are not finite have a scale that is not finite, and zeros: they dequantise to nan.
+    Rows that are not finite have a scale that is not finite, and zeros: they dequantize to nan.
     """
     assert_layout(xq, x_scale, x_shift, y.shape)
     TINY = 2.0**-149

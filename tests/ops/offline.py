@@ -45,6 +45,7 @@ def cases(sm: int) -> Iterator[Case]:
         yield _row_case(f"rows {act} {K}", quantize_rows_kernel, K, {}, {"ACT": act})
     up = {"up_ptr": "*bf16", "up_row": "i32"}
     yield _row_case("rows glu 3420", quantize_rows_kernel, 3420, up, {"ACT": "silu"})
+    yield _row_case("rows product 1152", quantize_rows_kernel, 1152, up, {"ACT": "none"})
     affine = {"gamma_ptr": "*bf16", "beta_ptr": "*bf16", "eps": "fp32"}
     for K in (64, 1152, 4096, 20_000):
         for keep in (False, True):

@@ -1,5 +1,5 @@
 """int8_linear: exact sums, an epilogue within float32's rounding, any M, N, K and strides; and what
-quantised operands cost, end to end.
+quantized operands cost, end to end.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from graphquant.ops import int8_linear, quantize, quantize_weight
 from graphquant.ops.define import Kernel, Op
 from graphquant.ops.int8_linear import hopper, tiles, triton_tma
 from graphquant.ops.numerics import empty_rows, quantize_symmetric, with_pads
-from graphquant.ops.runtime.device import Chip
+from graphquant.ops.runtime.device import GpuProperties
 from tests.ops.bounds import HALF, U, implementations, kernels
 from tests.strategies import FINITE, FLOATS, Rows, rows
 
@@ -373,7 +373,7 @@ def _refusal(*args: Any) -> str:
 def test_tma_refuses_what_it_cannot_read_and_says_why(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_tma, "chip", lambda _: CHIPS["H200"])
+    monkeypatch.setattr(triton_tma, "gpu_properties", lambda _: GPUS["H200"])
     padded = Linear((5,), 100, 24).on(device)
     assert _kernel("triton_tma").refuses(*padded) is None
     packed = Linear((5,), 100, 24, rows="packed").on(device)
@@ -388,30 +388,30 @@ def test_tma_refuses_what_it_cannot_read_and_says_why(
     )  # fmt: skip
     assert "xq starts 3 bytes after a multiple of 16" in _refusal(*shifted)
     for module in (hopper, triton_tma):
-        monkeypatch.setattr(module, "chip", lambda _: CHIPS["L40"])
+        monkeypatch.setattr(module, "gpu_properties", lambda _: GPUS["L40"])
     assert "the device is sm_89, TMA needs sm_90 or later" in _refusal(*padded)
     assert int8_linear.choose(*padded).name == "triton"
 
 
-CHIPS = {
-    "A100": Chip(80, 108, 166_912),
-    "A10": Chip(86, 72, 101_376),
-    "L40": Chip(89, 142, 101_376),
-    "H200": Chip(90, 132, 232_448),
-    "B200": Chip(100, 148, 232_448),
-    "5090": Chip(120, 170, 101_376),
+GPUS = {
+    "A100": GpuProperties(80, 108, 166_912),
+    "A10": GpuProperties(86, 72, 101_376),
+    "L40": GpuProperties(89, 142, 101_376),
+    "H200": GpuProperties(90, 132, 232_448),
+    "B200": GpuProperties(100, 148, 232_448),
+    "5090": GpuProperties(120, 170, 101_376),
 }
 
 
-@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS.keys())
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS.keys())
 @given(M=st.integers(1, 10**6), N=st.integers(1, 20_000), K=st.integers(1, 20_000))
-def test_the_chosen_tile_fits_the_chip(chip: Chip, M: int, N: int, K: int) -> None:
+def test_the_chosen_tile_fits_the_gpu(gpu: GpuProperties, M: int, N: int, K: int) -> None:
     for table in (tiles.POINTER, tiles.TMA, tiles.TMA_FLOAT32, tiles.TMA_ODD_N):
-        assert tiles.choose(table, M, N, K, chip).shared + tiles.SPARE <= chip.shared
+        assert tiles.choose(table, M, N, K, gpu).shared + tiles.SPARE <= gpu.shared
 
 
 def test_the_measured_shapes_get_the_measured_tiles() -> None:
-    h200 = CHIPS["H200"]
+    h200 = GPUS["H200"]
     shallow, deep = tiles.Tile(128, 128, 128, 4, 3), tiles.Tile(256, 128, 128, 8, 4)
     assert tiles.choose(tiles.TMA, 46656, 3456, 1152, h200) == shallow
     assert tiles.choose(tiles.TMA, 46656, 4304, 1152, h200) == shallow

@@ -145,7 +145,7 @@ def test_kept_value_is_the_norm_rounded_to_dtype(
     want, noise = _exact(*args)
     y, *triple = kernel.fn(*args, dtype, *qparams)
     assert y.dtype == dtype and y.shape == x.shape and y.is_contiguous()
-    # Triton's interpreter cuts float32 to bfloat16 where the card rounds: a whole unit, not half
+    # Triton's interpreter cuts float32 to bfloat16 where the GPU rounds: a whole unit, not half
     unit = torch.finfo(dtype).eps * want.abs() + torch.finfo(dtype).smallest_normal
     finite = want.isfinite().all(-1, keepdim=True)
     assert (~finite | ((y.cpu().double() - want).abs() <= unit + noise)).all()

@@ -88,7 +88,7 @@ def test_a_clip_is_never_passed(
     op: Op, kernel: Kernel, device: str, sample: Rows, clip: float
 ) -> None:
     """127 steps end at an end of the row's range; below the floor they are longer, and half of one
-    may be too much. Rows within the clip are quantised as without it."""
+    may be too much. Rows within the clip are quantized as without it."""
     x = sample.on(device)
     qparams = Recipe(clip=clip).on(sample.K, device, sample.magnitude)
     assert qparams.clip is not None

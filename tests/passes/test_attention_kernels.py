@@ -14,7 +14,7 @@ from torch import Tensor
 
 from graphquant import ops
 from graphquant.ir.graph import SDPA
-from graphquant.ops.runtime.device import Chip
+from graphquant.ops.runtime.device import GpuProperties
 from graphquant.passes import attention_kernels as attention
 from graphquant.passes.attention_kernels import KERNELS, choose_kernels
 from tests.passes.graphs import Model, argument, compiled, exported, rewritten
@@ -107,7 +107,7 @@ def test_the_fastest_kernel_is_called_in_place_of_the_choice_that_torch_would_ma
 def test_our_kernel_is_for_hopper_alone(
     clock: Clock, sm: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "chip", lambda device: Chip(sm, 108, 166_912))
+    monkeypatch.setattr(attention, "gpu_properties", lambda device: GpuProperties(sm, 108, 166_912))
     chosen(*(t.transpose(1, 2) for t in qkv(B, T, H, D)))
     assert list(clock.bound[0]) == OF_TORCH
 

@@ -178,7 +178,7 @@ def test_one_process_at_a_time_measures(tmp_path: Path, monkeypatch: pytest.Monk
 
     from torch._inductor.runtime.benchmarking import benchmarker
 
-    from graphquant.ops.runtime import timing as measure
+    from graphquant.ops.runtime import timing
 
     lock, seen = tmp_path / "lock", []
 
@@ -198,11 +198,11 @@ def test_one_process_at_a_time_measures(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(benchmarker, "benchmark_gpu", is_taken)
     monkeypatch.setattr(benchmarker, "benchmark", nested)
-    monkeypatch.setattr(measure, "_measure", is_taken)
+    monkeypatch.setattr(timing, "_time", is_taken)
     with ahead.taking_turns(lock) as alone:
         is_taken()
         benchmarker.benchmark(is_taken)
-        measure._measure({})
+        timing._time({})
         with alone():
             is_taken()
         is_taken()

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from graphquant.ops.runtime import timing as measure
+from graphquant.ops.runtime import timing
 from tools.bench.encoders import Limit, Row, compiling
 from tools.bench.models import MODELS, build, inputs
 from tools.bench.packages import PACKAGES
@@ -144,7 +144,7 @@ def taking_turns(lock: Path) -> Iterator[Callable[[], Any]]:
 
         return one
 
-    places = [(benchmarker, "benchmark"), (benchmarker, "benchmark_gpu"), (measure, "_measure")]
+    places = [(benchmarker, "benchmark"), (benchmarker, "benchmark_gpu"), (timing, "_time")]
     before = [(place, name, getattr(place, name)) for place, name in places]
     with open(lock, "w") as file:
         for place, name, call in before:

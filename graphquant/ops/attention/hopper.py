@@ -22,7 +22,7 @@ from graphquant.ops.attention.hopper_tiles import (
 )
 from graphquant.ops.attention.op import attention
 from graphquant.ops.runtime import nvrtc
-from graphquant.ops.runtime.device import chip
+from graphquant.ops.runtime.device import gpu_properties
 from graphquant.ops.runtime.launch import ALIGNED, MAP_SWIZZLES, MAP_TYPES, Param, launch, native
 
 LOG2_E = 1.4426950408889634
@@ -30,7 +30,7 @@ _TYPES = "typedef unsigned long long u64;\n"  # behind which the products may st
 
 
 def _refuses(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> str | None:
-    sm, D = chip(q.device).sm, q.shape[3]
+    sm, D = gpu_properties(q.device).sm, q.shape[3]
     if q.device.type != "cuda" or sm != ONLY:
         return f"the device is sm_{sm}, this one is for sm_{ONLY} alone"
     if (why := nvrtc.missing()) is not None:
@@ -66,7 +66,7 @@ def cubin(tile: HopperTile, T: int, D: int, dtype: str) -> bytes:
 
 @functools.cache
 def _function(tile: HopperTile, keys: int, D: int, dtype: str, device: torch.device) -> int:
-    """The handle of a loaded specialisation. `device`: each has functions of its own."""
+    """The handle of a loaded specialization. `device`: each has functions of its own."""
     code = cubin(tile, keys, D, dtype)
     with torch.cuda.device(device):
         function: int = native().load(device.index, code, "attention_hopper", tile.shared(D))
@@ -83,7 +83,7 @@ def attention_hopper(
     (B, H, S, D), T, chosen = q.shape, k.shape[2], TILES[tile]
     launch(
         _function(chosen, chosen.first(T), D, _name(q), q.device),
-        chosen.grid(B, H, S, chip(q.device).processors),
+        chosen.grid(B, H, S, gpu_properties(q.device).num_sms),
         chosen.threads,
         chosen.shared(D),
         (

@@ -25,7 +25,7 @@ PTX_NAMES = {"bfloat16": "bf16", "float16": "f16"}
 
 @dataclass(frozen=True)
 class HopperTile:
-    """One specialisation of hopper.cu, whose head explains the fields."""
+    """One specialization of hopper.cu, whose head explains the fields."""
 
     groups: int
     n: int
@@ -60,7 +60,7 @@ class HopperTile:
         return (T - 1) % self.n + 1
 
     def defines(self, T: int, D: int, dtype: str) -> dict[str, int]:
-        """Macros that specialise hopper.cu; dtype is a key of HALVES."""
+        """Macros that specialize hopper.cu; dtype is a key of HALVES."""
         keys = self.first(T)
         return {
             "GROUPS": self.groups,
@@ -89,9 +89,9 @@ class HopperTile:
         keys, down = self.first(T), -(-S // self.m)
         return keys, (T - keys) // self.n, down, H, down * H * B
 
-    def grid(self, B: int, H: int, S: int, processors: int) -> int:
+    def grid(self, B: int, H: int, S: int, num_sms: int) -> int:
         """Blocks to launch: no more than run at once, each takes several tiles."""
-        return min(-(-S // self.m) * H * B, processors)
+        return min(-(-S // self.m) * H * B, num_sms)
 
 
 def wgmma(name: str, kind: str, n: int, *, from_registers: bool) -> str:

@@ -1,4 +1,4 @@
-"""Attention without a mask, in floats, on Hopper faster than torch's at the lengths of encoders.
+"""Float attention without a mask, faster than torch's on Hopper at the lengths of encoders.
 
     y = softmax(scale q k^T) v        per head, sums and softmax in float32
 
@@ -12,8 +12,8 @@
 
 torch's fused kernels work on blocks of 64 to 128 tokens and on heads of 64 or 128: of an image of
 257 tokens, or with heads of 72, they compute up to twice what there is. The CUDA kernel is one for
-Hopper and half floats; elsewhere the rewrite does not call the op, and where a program brings it
-along, it is torch's.
+Hopper, in fp16 and bf16. Elsewhere the rewrite does not call the op; a program that was exported
+with it runs torch's attention there.
 """
 
 from __future__ import annotations

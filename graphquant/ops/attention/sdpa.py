@@ -1,5 +1,5 @@
-"""torch's own attention, where hopper.cu does not run: a program that was exported on a Hopper card
-stays right elsewhere."""
+"""torch's own attention, for GPUs other than Hopper: a program that was exported on one stays right
+elsewhere."""
 
 from __future__ import annotations
 

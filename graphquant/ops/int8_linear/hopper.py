@@ -17,7 +17,7 @@ from graphquant.ops.int8_linear.hopper_tiles import Descriptor, HopperTile
 from graphquant.ops.int8_linear.tiled import Operands, Problem, Tiled, tiled
 from graphquant.ops.numerics import ALIGN, row_stride
 from graphquant.ops.runtime import nvrtc
-from graphquant.ops.runtime.device import chip
+from graphquant.ops.runtime.device import gpu_properties
 from graphquant.ops.runtime.launch import MAP_SWIZZLES, MAP_TYPES, Param, launch, native
 
 MATRICES = ("xq", "wq", "residual")
@@ -25,7 +25,7 @@ ONLY = 90  # its instructions are Hopper's own
 
 
 def _refuses(o: Operands, dtype: torch.dtype) -> str | None:
-    sm = chip(o.xq.device).sm
+    sm = gpu_properties(o.xq.device).sm
     if o.xq.device.type != "cuda" or sm != ONLY:
         return f"the device is sm_{sm}, this one is for sm_{ONLY} alone"
     if (why := nvrtc.missing()) is not None:
@@ -51,8 +51,8 @@ def _refuses(o: Operands, dtype: torch.dtype) -> str | None:
 
 def _tiles(problem: Problem, device: torch.device) -> tuple[HopperTile, ...]:
     """All tiles, the one predicted to be the fastest first."""
-    p, processors = problem, chip(device).processors
-    return hopper_tiles.candidates(p.M, p.N, p.K, processors, p.residual, p.dtype.itemsize)
+    p, num_sms = problem, gpu_properties(device).num_sms
+    return hopper_tiles.candidates(p.M, p.N, p.K, num_sms, p.residual, p.dtype.itemsize)
 
 
 def _name(of: Tensor | torch.dtype | None) -> str:
@@ -64,7 +64,7 @@ def _name(of: Tensor | torch.dtype | None) -> str:
 
 @functools.cache
 def _function(tile: HopperTile, y: str, bias: str, residual: bool, device: torch.device) -> int:
-    """The handle of a loaded specialisation. `device`: each has functions of its own."""
+    """The handle of a loaded specialization. `device`: each has functions of its own."""
     source = Path(__file__).with_suffix(".cu").read_text()
     cubin = nvrtc.compile_cubin(source, tile.defines(y, bias, residual), "sm_90a")
     with torch.cuda.device(device):
@@ -80,7 +80,7 @@ def _run(tile: HopperTile, o: Operands, y: Tensor) -> None:
     vectors = (o.x_scale, o.x_shift, o.w_scale, o.w_sum)
     launch(
         _function(tile, _name(y), _name(o.bias), o.residual is not None, device),
-        tile.grid(M, N, chip(device).processors),
+        tile.grid(M, N, gpu_properties(device).num_sms),
         tile.threads,
         tile.shared,
         (

@@ -1,4 +1,4 @@
-"""Tiles of hopper.cu, how to launch them, and which one to take by M, N, K and the chip.
+"""Tiles of hopper.cu, how to launch them, and which one to take by M, N, K and the GPU.
 
 One launch, in the order of the kernel's arguments (14 in all, see the head of hopper.cu):
 
@@ -6,7 +6,7 @@ One launch, in the order of the kernel's arguments (14 in all, see the head of h
     x_scale, x_shift, w_scale, w_sum, bias           pointers
     M, N, *tile.cover(M, N, K)                       int32: M, N, down, right, height, steps
 
-    grid (tile.grid(M, N, processors), 1, 1), block (tile.threads, 1, 1), tile.shared bytes
+    grid (tile.grid(M, N, num_sms), 1, 1), block (tile.threads, 1, 1), tile.shared bytes
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DTYPES = {"none": 0, "bfloat16": 1, "float16": 2, "float32": 3}  # numbers of th
 
 @dataclass(frozen=True)
 class HopperTile:
-    """One specialisation of hopper.cu, whose head explains the fields."""
+    """One specialization of hopper.cu, whose head explains the fields."""
 
     m: int
     n: int
@@ -68,7 +68,7 @@ class HopperTile:
         return 1024 + ring + chunks + sums + vectors + barriers  # 1024: to align the ring
 
     def defines(self, y: str, bias: str, residual: bool) -> dict[str, int]:
-        """Macros that specialise hopper.cu; y and bias are keys of DTYPES."""
+        """Macros that specialize hopper.cu; y and bias are keys of DTYPES."""
         return {
             "BM": self.m,
             "BN": self.n,
@@ -95,16 +95,16 @@ class HopperTile:
         height = 1 if N * K <= CACHED_WEIGHT else 8
         return down, right, height, -(-K // (BK * self.split_k))
 
-    def clusters(self, processors: int) -> int:
-        """How many run at once: those of four leave a part of some chip regions idle."""
+    def clusters(self, num_sms: int) -> int:
+        """How many run at once: those of four leave a part of some GPCs idle."""
         if self.blocks > 2:
-            processors = processors * 10 // 11  # 30 clusters of 4 on 132 processors
-        return max(processors // self.blocks, 1)
+            num_sms = num_sms * 10 // 11  # 30 clusters of 4 on 132 SMs
+        return max(num_sms // self.blocks, 1)
 
-    def grid(self, M: int, N: int, processors: int) -> int:
+    def grid(self, M: int, N: int, num_sms: int) -> int:
         """Blocks to launch: no more than run at once, each takes several tiles."""
         down, right, _, _ = self.cover(M, N, 1)
-        return min(down * right, self.clusters(processors)) * self.blocks
+        return min(down * right, self.clusters(num_sms)) * self.blocks
 
 
 # Each is the best of all that were tried for some encoder's shape, on one H200 (2026-11-25).
@@ -162,7 +162,7 @@ LAUNCH_US = 1.68  # with programmatic dependent launch
 MEMORY = 2.73e6  # bytes a microsecond: what a stream through epilogues reaches
 MULTIPLY = 1.07 / 32  # for each of a tile's elements and BK columns
 STEP = 99.4  # more for each BK columns
-L2 = 57.4  # bytes a cycle that a processor loads when all do
+L2 = 57.4  # bytes a cycle that an SM loads when all do
 MISALIGNED = 1.97  # times that where rows start at no multiple of 128 bytes
 EPILOGUE = 0.101  # an element
 RESIDUAL = 0.0603  # an element, more
@@ -172,13 +172,13 @@ SPLIT = 1200.0  # to exchange sums
 
 
 def predict(
-    tile: HopperTile, M: int, N: int, K: int, processors: int, residual: bool, itemsize: int = 2
+    tile: HopperTile, M: int, N: int, K: int, num_sms: int, residual: bool, itemsize: int = 2
 ) -> float:
     """About how many microseconds int8_linear takes; itemsize is of y."""
     down, right, _, steps = tile.cover(M, N, K)
-    running = tile.clusters(processors)
+    running = tile.clusters(num_sms)
     waves = -(-down * right // running)
-    busy = min(1.0, down * right * tile.blocks / processors)
+    busy = min(1.0, down * right * tile.blocks / num_sms)
     area = tile.m * tile.n
     load = (tile.m / tile.cluster_n + tile.n / tile.cluster_m) * BK
     if padded(K) % BK:
@@ -197,16 +197,14 @@ def predict(
 
 
 def candidates(
-    M: int, N: int, K: int, processors: int, residual: bool, itemsize: int = 2
+    M: int, N: int, K: int, num_sms: int, residual: bool, itemsize: int = 2
 ) -> tuple[HopperTile, ...]:
     """TILES, the one predicted fastest first: what a tuner should measure in this order."""
     return tuple(
-        sorted(TILES, key=lambda tile: predict(tile, M, N, K, processors, residual, itemsize))
+        sorted(TILES, key=lambda tile: predict(tile, M, N, K, num_sms, residual, itemsize))
     )
 
 
 @functools.cache
-def choose(
-    M: int, N: int, K: int, processors: int, residual: bool, itemsize: int = 2
-) -> HopperTile:
-    return candidates(M, N, K, processors, residual, itemsize)[0]
+def choose(M: int, N: int, K: int, num_sms: int, residual: bool, itemsize: int = 2) -> HopperTile:
+    return candidates(M, N, K, num_sms, residual, itemsize)[0]

@@ -1,4 +1,4 @@
-"""int8 x int8 linear with dequantisation, bias and residual in its epilogue.
+"""int8 x int8 linear with dequantization, bias and residual in its epilogue.
 
     acc[..., n] = sum_k xq[..., k] * wq[n, k]                                       exact int32
     y[..., n]   = acc * x_scale * w_scale[n] + x_shift * w_sum[n] + bias[n] + residual[..., n]
@@ -14,7 +14,7 @@
     residual  [..., N]  float16 | bfloat16 | float32, or None
     -> y      [..., N]  `dtype` (float16 | bfloat16 | float32), contiguous
 
-The layouts that the quantisers write are the fast ones; any strides are right.
+The layouts that `quantize` writes are the fast ones; results are right for any strides.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def epilogue(
     residual: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """y from the sums, acc [M, N] float32, and the op's arguments."""
+    """y from the accumulators, acc [M, N] float32, and the op's arguments."""
     y = acc.view(*xq.shape[:-1], wq.shape[0])
     y = (y * x_scale * w_scale).addcmul(x_shift, w_sum)
     if bias is not None:

@@ -1,4 +1,4 @@
-"""What the kernels of int8_linear have in common: they work in tiles, of which one is the fastest.
+"""Registration and tuning of int8_linear's kernels, each of which has several tile shapes.
 
 A kernel file says `refuses`, `tiles` (the promising ones, best guess first) and `run`, and joins
 the op by `tiled`. The first tile is taken, or the one that `tune` measured to be the fastest.
@@ -34,7 +34,7 @@ class Operands(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """A product as far as a tile's speed depends on it."""
+    """Everything about a product that the speed of its tiles depends on."""
 
     M: int
     N: int

@@ -1,10 +1,10 @@
-"""Which tile of the result one program computes, by M, N, K and the chip."""
+"""Which tile of the result one program computes, by M, N, K and the GPU."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from graphquant.ops.runtime.device import Chip
+from graphquant.ops.runtime.device import GpuProperties
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ GROUP = 8  # tiles down before one right
 DEEP_K = 2048  # from here a tile's epilogue is short beside its main loop, and larger tiles win
 
 # Largest first. On one H200 (2026-11-22): 128x128x128 with 4 warps and 3 stages is best at K near
-# 1100, where two or three programs share a processor and one's epilogue hides behind another's
+# 1100, where two or three programs share an SM and one's epilogue hides behind another's
 # main loop; 256x128x128 is best at K = 4304. The rows for small M are not measured yet.
 TMA = (
     Tile(256, 128, 128, 8, 4),
@@ -61,22 +61,22 @@ def tma_table(itemsize: int, aligned: bool) -> tuple[Tile, ...]:
     return TMA if itemsize < 4 else TMA_FLOAT32
 
 
-def fitting(table: tuple[Tile, ...], chip: Chip) -> tuple[Tile, ...]:
-    """Those whose stages fit the chip's shared memory, at least the last."""
-    fit = tuple(t for t in table if t.shared + SPARE <= chip.shared)
+def fitting(table: tuple[Tile, ...], gpu: GpuProperties) -> tuple[Tile, ...]:
+    """Those whose stages fit the GPU's shared memory, at least the last."""
+    fit = tuple(t for t in table if t.shared + SPARE <= gpu.shared)
     return fit or table[-1:]
 
 
-def choose(table: tuple[Tile, ...], M: int, N: int, K: int, chip: Chip) -> Tile:
-    """The largest tile that fits the chip and still gives every processor work, else the last.
+def choose(table: tuple[Tile, ...], M: int, N: int, K: int, gpu: GpuProperties) -> Tile:
+    """The largest tile that fits the GPU and still gives every SM work, else the last.
 
-    A tile of more than 128 rows also wants DEEP_K and two programs for every processor.
+    A tile of more than 128 rows also wants DEEP_K and two programs for every SM.
     """
-    for tile in fitting(table, chip):
+    for tile in fitting(table, gpu):
         large = tile.m > 128
         waves = 2 if large else 1
         if large and K < DEEP_K:
             continue
-        if tile.count(M, N) >= waves * chip.processors:
+        if tile.count(M, N) >= waves * gpu.num_sms:
             return tile
     return table[-1]

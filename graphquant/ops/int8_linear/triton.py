@@ -1,4 +1,4 @@
-"""Tiles read through pointers: sm_80 and up, any M, N, K and strides.
+"""Triton kernel that loads through pointers: sm_80 and up, any M, N, K and strides.
 
 Rows that do not start at multiples of 16 bytes (nothing that `quantize` made) are copied first.
 """
@@ -15,7 +15,7 @@ from graphquant.ops.int8_linear.tiled import Operands, Problem, Tiled, tiled
 from graphquant.ops.int8_linear.tiles import Tile
 from graphquant.ops.int8_linear.triton_tile import dequantize, tile_of
 from graphquant.ops.numerics import ALIGN, empty_rows, padded, row_stride, vectors
-from graphquant.ops.runtime.device import chip
+from graphquant.ops.runtime.device import gpu_properties
 from graphquant.ops.runtime.launch import launch_triton
 from graphquant.ops.triton_util import as_rows, misaligned, unit_of
 
@@ -69,14 +69,14 @@ def _aligned_rows(q: Tensor) -> tuple[Tensor, int]:
 
 
 def _refuses(o: Operands, dtype: torch.dtype) -> str | None:
-    sm = chip(o.xq.device).sm
+    sm = gpu_properties(o.xq.device).sm
     return None if sm >= OLDEST else f"the device is sm_{sm}, needs sm_{OLDEST} or later"
 
 
 def _tiles(problem: Problem, device: torch.device) -> tuple[Tile, ...]:
     table = tiles.POINTER
-    best = tiles.choose(table, problem.M, problem.N, problem.K, chip(device))
-    return (best, *tiles.fitting(table, chip(device)))
+    best = tiles.choose(table, problem.M, problem.N, problem.K, gpu_properties(device))
+    return (best, *tiles.fitting(table, gpu_properties(device)))
 
 
 def _run(tile: Tile, o: Operands, y: Tensor) -> None:

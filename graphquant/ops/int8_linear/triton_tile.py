@@ -1,4 +1,4 @@
-"""A tile of the result in the Triton kernels: which one a program computes, and its epilogue."""
+"""Tile order and epilogue of the Triton kernels."""
 
 from __future__ import annotations
 

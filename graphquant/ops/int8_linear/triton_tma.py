@@ -1,4 +1,4 @@
-"""Tiles read by the tensor memory accelerator: sm_90 and up, rows aligned to 16 bytes.
+"""Triton kernel that loads by TMA: sm_90 and up, rows aligned to 16 bytes.
 
 TMA fills with zeros what lies outside [M, K] and [N, K], so any M, N and K are right; a K that is
 no multiple of 16 needs the padded rows that `quantize` writes. What the pads hold does not matter.
@@ -16,7 +16,7 @@ from graphquant.ops.int8_linear.tiled import Operands, Problem, Tiled, tiled
 from graphquant.ops.int8_linear.tiles import Tile
 from graphquant.ops.int8_linear.triton_tile import dequantize, tile_of
 from graphquant.ops.numerics import ALIGN, row_stride
-from graphquant.ops.runtime.device import chip
+from graphquant.ops.runtime.device import gpu_properties
 from graphquant.ops.runtime.launch import Blocks, launch_triton
 from graphquant.ops.triton_util import as_rows, misaligned, unit_of
 
@@ -52,7 +52,7 @@ def int8_linear_tma_kernel(
 
 
 def _refuses(o: Operands, dtype: torch.dtype) -> str | None:
-    sm = chip(o.xq.device).sm
+    sm = gpu_properties(o.xq.device).sm
     if sm < OLDEST:
         return f"the device is sm_{sm}, TMA needs sm_{OLDEST} or later"
     for name, q in (("xq", o.xq), ("wq", o.wq)):
@@ -68,8 +68,8 @@ def _refuses(o: Operands, dtype: torch.dtype) -> str | None:
 
 def _tiles(problem: Problem, device: torch.device) -> tuple[Tile, ...]:
     table = tiles.tma_table(problem.dtype.itemsize, _by_tma(problem.N, problem.dtype))
-    best = tiles.choose(table, problem.M, problem.N, problem.K, chip(device))
-    return (best, *tiles.fitting(table, chip(device)))
+    best = tiles.choose(table, problem.M, problem.N, problem.K, gpu_properties(device))
+    return (best, *tiles.fitting(table, gpu_properties(device)))
 
 
 def _run(tile: Tile, o: Operands, y: Tensor) -> None:

@@ -1,21 +1,21 @@
-"""LayerNorm or RMSNorm over the last dim that writes int8 instead of floats.
+"""LayerNorm or RMSNorm over the last dim, quantized to int8.
 
     d = x - mean(x)                                 (rms: d = x)
     y = d / sqrt(mean(d^2) + eps) * gamma + beta    in float32, two passes: no E[x^2] - E[x]^2
-    xq, x_scale, x_shift = quantize_rows(y, factor, low, high, clip)
+    xq, x_scale, x_shift = quantize_rows(y, qparams)
 
     x           [..., K]  float16 | bfloat16 | float32, any strides
     gamma       [K]       float16 | bfloat16 | float32, or None for ones
     beta        [K]       float16 | bfloat16 | float32, or None for zeros
     eps         float     in units of x squared
-    factor, low, high, clip     of y, as in `quantize`
+    qparams     factor, low, high, clip, of y (qparams.py)
     -> xq       [..., K]  int8 in [-127, 127], row stride padded(K) bytes
     -> x_scale  [..., 1]  float32 > 0
     -> x_shift  [..., 1]  float32
 
 `norm_quantize_keep` also returns y [..., K] rounded to `dtype`, contiguous, for post-norm models
-whose residual is the norm's result. xq comes from the float32 y, not from the rounded one; neither
-factor nor clip nor range changes the y that is kept.
+whose residual is the norm's result. xq comes from the float32 y, not from the rounded one; no
+QParams change the y that is kept.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from graphquant.ops.triton_rows import (
     contiguous,
     inside,
     load_block,
-    quantised,
+    quantized,
     range_bits,
     range_of_blocks,
     range_of_lanes,
@@ -46,7 +46,7 @@ _WHOLE_ROW = tl.constexpr(WHOLE_ROW)
 
 
 @triton.jit
-def _centred(x_ptr, mean, k, K: tl.constexpr):
+def _centered(x_ptr, mean, k, K: tl.constexpr):
     """x - mean, 0 beyond K. With mean = 0 this is x itself, exactly: RMSNorm."""
     x = to_float32(tl.load(x_ptr + k, mask=inside(k, K), other=0.0))
     return tl.where(inside(k, K), x - mean[:, None], 0.0)
@@ -95,7 +95,7 @@ def norm_quantize_kernel(
 ):  # fmt: skip
     """xq, x_scale, x_shift = quantize_rows(y, ...), y = norm(x), ROWS rows a program."""
     wait_for_inputs(OVERLAP)
-    eps = tl.cast(eps, tl.float32)  # Inductor hands over float64
+    eps = tl.cast(eps, tl.float32)  # Inductor passes float64
     row = rows_of(M, ROWS)
     x_ptr += (row * x_row * X_UNIT)[:, None]
     xq_ptr += (row * XQ_ROW)[:, None]
@@ -138,20 +138,20 @@ def norm_quantize_kernel(
         total = tl.zeros((ROWS, BLOCK), tl.float32)
         if not RMS:
             for start in range(0, K, BLOCK):
-                total += _centred(x_ptr, mean, start + k, K)
+                total += _centered(x_ptr, mean, start + k, K)
             mean = tl.sum(total, 1) / K
             total = tl.zeros((ROWS, BLOCK), tl.float32)
         for start in range(0, K, BLOCK):
-            d = _centred(x_ptr, mean, start + k, K)
+            d = _centered(x_ptr, mean, start + k, K)
             total += d * d
         rstd = tl.rsqrt(tl.sum(total, 1) / K + eps)
         least, most = range_bits(tl.zeros((ROWS, BLOCK), tl.float32))
         if low is None or y_ptr is not None:
             for start in range(0, K, BLOCK):
                 at = start + k
-                d = _centred(x_ptr, mean, at, K) * rstd[:, None]
+                d = _centered(x_ptr, mean, at, K) * rstd[:, None]
                 y = _affine(d, gamma_ptr, beta_ptr, at, K)
-                next_least, next_most = range_bits(quantised(y, factor_ptr, at, low, high, clip, K))
+                next_least, next_most = range_bits(quantized(y, factor_ptr, at, low, high, clip, K))
                 least, most = tl.maximum(least, next_least), tl.maximum(most, next_most)
                 if y_ptr is not None:
                     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside(at, K))
@@ -162,8 +162,8 @@ def norm_quantize_kernel(
             shift, absmax = shift_and_absmax(least, most)
         for start in range(0, K_PAD, BLOCK):
             at = start + k
-            y = _affine(_centred(x_ptr, mean, at, K) * rstd[:, None], gamma_ptr, beta_ptr, at, K)
-            y = quantised(y, factor_ptr, at, low, high, clip, K)
+            y = _affine(_centered(x_ptr, mean, at, K) * rstd[:, None], gamma_ptr, beta_ptr, at, K)
+            y = quantized(y, factor_ptr, at, low, high, clip, K)
             store_int8(xq_ptr, at, y, shift, absmax, K_PAD, True)
     store_of_rows(scale_ptr, row, scale_of(absmax), LANES)
     store_of_rows(shift_ptr, row, shift, LANES)

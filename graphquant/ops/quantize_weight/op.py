@@ -1,4 +1,4 @@
-"""A linear's weight as int8, symmetric, one scale per output channel.
+"""Int8 weight of a linear: symmetric, one scale per output channel.
 
     wq, w_scale = quantize_symmetric(w, absmax)     (numerics.py)
     w_sum[n]    = w_scale[n] * sum_k wq[n, k]
@@ -10,8 +10,8 @@
     -> w_scale [N]     float32 > 0
     -> w_sum   [N]     float32, what int8_linear multiplies with the activation's shift
 
-Output channels don't see each other: quantising stacked weights equals stacking quantised weights,
-bit for bit. It runs once, when a weight is packed, so the reference serves on CUDA as well.
+Output channels are independent: quantizing stacked weights equals stacking quantized weights, bit
+for bit. It runs once, when a weight is packed, so the reference serves on CUDA as well.
 
 "mse" tries shares of absmax, half a percent apart, and keeps each channel's best. Rounding costs
 w_scale^2 / 12 an element and clipping (|w| - 127 w_scale)^2, so the least sum of both has
@@ -38,9 +38,9 @@ from graphquant.ops.numerics import MIN_ABSMAX, QMAX, empty_rows, quantize_symme
 
 METHODS = ("absmax", "mse")
 PER_SHARE = 200  # shares of absmax are 1 / 200 apart
-MOST = 5  # of them above 1: there the sum grows by 5 %, which chance seldom makes up for
-CACHED = 2**17  # elements tried together on a CPU: what a core's cache holds
-ELSEWHERE = 2**24  # and where launches count
+MOST = 5  # of them above 1: there the sum grows by 5 %, which chance seldom compensates
+CACHED = 2**17  # elements tried together on a CPU: they fit a core's cache
+ELSEWHERE = 2**24  # and on a GPU, to launch fewer kernels
 
 
 def _check(w: Tensor, method: str = "absmax") -> None:
@@ -78,7 +78,10 @@ def shares(K: int) -> list[float]:
 
 
 def _least_squares(w: Tensor) -> Tensor:
-    """What 127 steps are of each row: w [N, K] -> [N, 1] float32. No copy of w is made."""
+    """The absmax of each row that has the least squared error: w [N, K] -> [N, 1] float32.
+
+    Without a copy of w.
+    """
     K = w.shape[-1]
     together = max(1, (CACHED if w.device.type == "cpu" else ELSEWHERE) // K)
     return torch.cat([_best(rows.float(), shares(K)) for rows in w.split(together)])

@@ -1,4 +1,4 @@
-"""What kernels and tiles are chosen by."""
+"""GPU properties by which kernels and tiles are chosen."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ import torch
 
 
 @dataclass(frozen=True)
-class Chip:
-    """A card, as far as kernels care."""
-
+class GpuProperties:
     sm: int  # compute capability times ten: 80, 90, 100
-    processors: int  # streaming multiprocessors
-    shared: int  # bytes of shared memory that one program may have
+    num_sms: int  # streaming multiprocessors
+    shared: int  # bytes of shared memory that one CTA can have, by opting in
 
 
 @functools.cache
-def chip(device: torch.device) -> Chip:
-    if device.type == "cpu":  # Triton's interpreter, in tests
-        return Chip(90, 132, 232_448)
+def gpu_properties(device: torch.device) -> GpuProperties:
+    """Those of an H200 for the CPU, where tests run kernels in Triton's interpreter."""
+    if device.type == "cpu":
+        return GpuProperties(90, 132, 232_448)
     of = torch.cuda.get_device_properties(device)
     shared = of.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return Chip(of.major * 10 + of.minor, of.multi_processor_count, shared)
+    return GpuProperties(of.major * 10 + of.minor, of.multi_processor_count, shared)

@@ -1,4 +1,4 @@
-"""Kernel launches that are prepared once and then repeated by a few lines of C (launch.c).
+"""Kernel launches, recorded at the first call and then replayed by a few lines of C (launch.c).
 
 Triton's own launch takes 20 to 100 us of host time, more than many of our kernels run. So the first
 call of a kernel, on tensors of given shapes, goes its way through Python and is watched; if it was
@@ -149,7 +149,7 @@ def stream_of(device: torch.device) -> int:
 
 @dataclass
 class _Watch:
-    """What happens while a kernel runs for the first time."""
+    """Launches seen while a kernel runs for the first time."""
 
     tensors: Sequence[Tensor | None]
     launches: int = 0

@@ -1,4 +1,4 @@
-"""How long candidates take on this machine, measured once and remembered on disk.
+"""Times of candidate implementations on this GPU: measured once, then read from disk.
 
 The answers are in the cache (cache.py), one file for each question and each combination of GPU,
 torch, Triton and the sources of graphquant's kernels: times of another kernel decide nothing.
@@ -47,7 +47,7 @@ def times(
     if torch.cuda.is_current_stream_capturing():
         return None
     with torch.cuda.device(device), unwatched():
-        found = _measure(candidates)
+        found = _time(candidates)
     log.info("%s: %s", question, ", ".join(f"{n} {t:.1f} us" for n, t in found.items()))
     failed = {name: -1.0 for name in candidates if name not in found}
     _store(question, device, {**(known or {}), **found, **failed})
@@ -102,8 +102,8 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def _measure(candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """In turn, A B C A B C, so that a card that slows down slows all of them down."""
+def _time(candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """In turn, A B C A B C, so that a GPU that slows down slows all of them down."""
     replays: dict[str, tuple[Callable[[], object], int]] = {}
     for name, call in candidates.items():
         try:

@@ -79,12 +79,17 @@ def sqnr(
 ) -> list[float] | None:
     """The SQNR in dB of each of the linears that one int8 product computes side by side.
 
-    rows     [n, K] float32 of what they read
-    qparams  of what they read, without a factor: smoothing is the product's
-    widths   the columns of each linear
+    <<<<<<< HEAD
+        rows     [n, K] float32 of what they read
+        qparams  of what they read, without a factor: smoothing is the product's
+    =======
+        rows     [n, K] float32 of what they read; None is not judged
+        qparams  of what they read, without the factor: that is in the product's smoothing
+    >>>>>>> ops
+        widths   the columns of each linear
 
-    None without rows, or if they have another width. inf for weights that free_weights has
-    released: they were accurate enough when they were packed.
+        None without rows, or if they have another width. inf for weights that free_weights has
+        released: they were accurate enough when they were packed.
     """
     linear, s = product.linear, product.smoothing.scale
     if rows is None or rows.shape[1] != shape(linear.weight)[1]:

@@ -14,9 +14,7 @@ from torch.fx import Node
 
 from graphquant.config import Config, Statistics
 from graphquant.errors import OptionError
-from graphquant.ir.graph import (
-    arguments,
-)
+from graphquant.ir.graph import arguments
 from graphquant.ir.rows import origin
 from graphquant.ops.qparams import QParams
 from graphquant.passes.rule import Smoothing

@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from graphquant.ops.runtime import launch
-from graphquant.ops.runtime import timing as measure
+from graphquant.ops.runtime import launch, timing
 from graphquant.ops.runtime.timing import recall, times
 
-CARD = torch.device("cuda", 0)
+GPU = torch.device("cuda", 0)
 QUESTION = "linear 128x64x32"
 
 
@@ -28,7 +27,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Measured:
-    """Stands for the card: a candidate takes as many microseconds as it returns."""
+    """Stands for the GPU: a candidate takes as many microseconds as it returns."""
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
@@ -46,16 +45,16 @@ class Measured:
 
 @pytest.fixture
 def measured(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Measured:
-    monkeypatch.setattr(measure, "machine", lambda device: "a card, torch 1, triton 2")
+    monkeypatch.setattr(timing, "machine", lambda device: "a GPU, torch 1, triton 2")
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     stand_in = Measured()
-    monkeypatch.setattr(measure, "_measure", stand_in)
+    monkeypatch.setattr(timing, "_time", stand_in)
     return stand_in
 
 
 def fails() -> Any:
-    raise RuntimeError("no kernel for this card")
+    raise RuntimeError("no kernel for this GPU")
 
 
 def only(cache: Path) -> Path:
@@ -64,28 +63,28 @@ def only(cache: Path) -> Path:
 
 
 def test_a_known_answer_is_not_measured_again(measured: Measured) -> None:
-    first = times(QUESTION, CARD, {"a": lambda: 3, "b": lambda: 5})
-    again = times(QUESTION, CARD, {"a": lambda: 30, "b": lambda: 50})
+    first = times(QUESTION, GPU, {"a": lambda: 3, "b": lambda: 5})
+    again = times(QUESTION, GPU, {"a": lambda: 30, "b": lambda: 50})
     assert first == again == {"a": 3.0, "b": 5.0}
-    assert times(QUESTION, CARD, {"b": lambda: 50}) == {"b": 5.0}  # fewer were asked for
+    assert times(QUESTION, GPU, {"b": lambda: 50}) == {"b": 5.0}  # fewer were asked for
     assert measured.asked == [["a", "b"]]
-    assert recall(QUESTION, CARD) == first
+    assert recall(QUESTION, GPU) == first
 
 
 def test_a_new_candidate_is_measured_next_to_the_others(measured: Measured) -> None:
-    times(QUESTION, CARD, {"a": lambda: 3, "b": lambda: 5})
-    assert times(QUESTION, CARD, {"a": lambda: 4, "c": lambda: 6}) == {"a": 4.0, "c": 6.0}
+    times(QUESTION, GPU, {"a": lambda: 3, "b": lambda: 5})
+    assert times(QUESTION, GPU, {"a": lambda: 4, "c": lambda: 6}) == {"a": 4.0, "c": 6.0}
     assert measured.asked == [["a", "b"], ["a", "c"]]
-    assert recall(QUESTION, CARD) == {"a": 4.0, "b": 5.0, "c": 6.0}
+    assert recall(QUESTION, GPU) == {"a": 4.0, "b": 5.0, "c": 6.0}
 
 
 def test_a_candidate_that_failed_is_left_out_and_not_tried_again(measured: Measured) -> None:
     both: dict[str, Callable[[], Any]] = {"a": lambda: 3, "b": fails}
-    assert times(QUESTION, CARD, both) == {"a": 3.0}
-    assert times(QUESTION, CARD, both) == {"a": 3.0}
-    assert times(QUESTION, CARD, {"b": fails}) == {}
+    assert times(QUESTION, GPU, both) == {"a": 3.0}
+    assert times(QUESTION, GPU, both) == {"a": 3.0}
+    assert times(QUESTION, GPU, {"b": fails}) == {}
     assert measured.asked == [["a", "b"]]
-    known = recall(QUESTION, CARD)
+    known = recall(QUESTION, GPU)
     assert known is not None and known["b"] < 0
 
 
@@ -93,41 +92,41 @@ def test_an_error_in_the_question_itself_is_raised_and_nothing_kept(
     measured: Measured, cache: Path
 ) -> None:
     with pytest.raises(ZeroDivisionError):
-        times(QUESTION, CARD, {"a": lambda: 1 // 0})
-    assert recall(QUESTION, CARD) is None and not list(cache.rglob("times.json"))
+        times(QUESTION, GPU, {"a": lambda: 1 // 0})
+    assert recall(QUESTION, GPU) is None and not list(cache.rglob("times.json"))
 
 
 def test_another_question_or_machine_is_another_answer(
     measured: Measured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    times(QUESTION, CARD, {"a": lambda: 3})
-    assert times(QUESTION + " ", CARD, {"a": lambda: 4}) == {"a": 4.0}
-    monkeypatch.setattr(measure, "machine", lambda device: "another card, torch 1, triton 2")
-    assert recall(QUESTION, CARD) is None
-    assert times(QUESTION, CARD, {"a": lambda: 5}) == {"a": 5.0}
-    monkeypatch.setattr(measure, "machine", lambda device: "a card, torch 1, triton 2")
-    assert times(QUESTION, CARD, {"a": lambda: 6}) == {"a": 3.0}
+    times(QUESTION, GPU, {"a": lambda: 3})
+    assert times(QUESTION + " ", GPU, {"a": lambda: 4}) == {"a": 4.0}
+    monkeypatch.setattr(timing, "machine", lambda device: "another GPU, torch 1, triton 2")
+    assert recall(QUESTION, GPU) is None
+    assert times(QUESTION, GPU, {"a": lambda: 5}) == {"a": 5.0}
+    monkeypatch.setattr(timing, "machine", lambda device: "a GPU, torch 1, triton 2")
+    assert times(QUESTION, GPU, {"a": lambda: 6}) == {"a": 3.0}
     assert len(measured.asked) == 3
 
 
 def test_the_machine_is_gpu_versions_and_kernels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
     versions = {"torch": "2.1", "triton": "3.2"}
 
     def version(package: str) -> str:
         if package not in versions:
-            raise measure.importlib.metadata.PackageNotFoundError(package)
+            raise timing.importlib.metadata.PackageNotFoundError(package)
         return versions[package]
 
-    monkeypatch.setattr(measure.importlib.metadata, "version", version)
-    of = measure.machine.__wrapped__
-    monkeypatch.setattr(measure.cache, "source_digest", lambda folder, *suffixes: "ab12")
-    assert of(CARD) == "card 0, torch 2.1, triton 3.2, kernels ab12"
-    assert of(torch.device("cuda", 1)).startswith("card 1, ")
+    monkeypatch.setattr(timing.importlib.metadata, "version", version)
+    of = timing.machine.__wrapped__
+    monkeypatch.setattr(timing.cache, "source_digest", lambda folder, *suffixes: "ab12")
+    assert of(GPU) == "GPU 0, torch 2.1, triton 3.2, kernels ab12"
+    assert of(torch.device("cuda", 1)).startswith("GPU 1, ")
     del versions["triton"]
-    assert of(CARD) == "card 0, torch 2.1, triton unknown, kernels ab12"
+    assert of(GPU) == "GPU 0, torch 2.1, triton unknown, kernels ab12"
 
 
 @pytest.mark.parametrize(
@@ -137,17 +136,17 @@ def test_times_of_a_kernel_before_it_was_edited_are_not_found(
     source: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copied = cache / "ops"
-    shutil.copytree(measure.KERNELS, copied)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "card")
+    shutil.copytree(timing.KERNELS, copied)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
 
     def key() -> str:
-        measure.machine.cache_clear()
-        measure.cache.source_digest.cache_clear()
-        return measure._key(QUESTION, CARD)
+        timing.machine.cache_clear()
+        timing.cache.source_digest.cache_clear()
+        return timing._key(QUESTION, GPU)
 
     try:
         before = key()
-        monkeypatch.setattr(measure, "KERNELS", copied)
+        monkeypatch.setattr(timing, "KERNELS", copied)
         assert key() == before  # wherever it is installed
         (copied / "README.md").write_text("no kernel")
         assert key() == before
@@ -155,12 +154,12 @@ def test_times_of_a_kernel_before_it_was_edited_are_not_found(
             file.write("\n")
         assert key() != before
     finally:
-        measure.machine.cache_clear()
-        measure.cache.source_digest.cache_clear()
+        timing.machine.cache_clear()
+        timing.cache.source_digest.cache_clear()
 
 
 def held(times: str) -> str:
-    on = "a card, torch 1, triton 2"
+    on = "a GPU, torch 1, triton 2"
     return f'{{"question": "{QUESTION}", "on": "{on}", "times": {times}}}'
 
 
@@ -187,13 +186,13 @@ def held(times: str) -> str:
     ],
 )
 def test_a_broken_file_is_as_good_as_none(measured: Measured, cache: Path, broken: str) -> None:
-    times(QUESTION, CARD, {"a": lambda: 3})
+    times(QUESTION, GPU, {"a": lambda: 3})
     only(cache).write_text(held('{"a": 5}'))
-    assert recall(QUESTION, CARD) == {"a": 5.0}
+    assert recall(QUESTION, GPU) == {"a": 5.0}
     only(cache).write_text(broken, encoding="latin-1")
-    assert recall(QUESTION, CARD) is None
-    assert times(QUESTION, CARD, {"a": lambda: 4}) == {"a": 4.0}
-    assert recall(QUESTION, CARD) == {"a": 4.0}
+    assert recall(QUESTION, GPU) is None
+    assert times(QUESTION, GPU, {"a": lambda: 4}) == {"a": 4.0}
+    assert recall(QUESTION, GPU) == {"a": 4.0}
 
 
 def test_without_a_cache_it_is_measured_each_time(
@@ -203,17 +202,17 @@ def test_without_a_cache_it_is_measured_each_time(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(cache / "file"))
     with caplog.at_level("DEBUG", "graphquant"):
         for us in (3.0, 4.0):
-            assert times(QUESTION, CARD, {"a": lambda us=us: us}) == {"a": us}
+            assert times(QUESTION, GPU, {"a": lambda us=us: us}) == {"a": us}
     assert len(measured.asked) == 2
     said = [r for r in caplog.records if "no cache: " in r.message]
     assert said and all(r.levelname == "DEBUG" for r in said)
 
 
 def test_a_file_says_what_was_asked_and_where(measured: Measured, cache: Path) -> None:
-    times(QUESTION, CARD, {"a": lambda: 3})
+    times(QUESTION, GPU, {"a": lambda: 3})
     assert json.loads(only(cache).read_text()) == {
         "question": QUESTION,
-        "on": "a card, torch 1, triton 2",
+        "on": "a GPU, torch 1, triton 2",
         "times": {"a": 3.0},
     }
 
@@ -221,20 +220,20 @@ def test_a_file_says_what_was_asked_and_where(measured: Measured, cache: Path) -
 def test_while_a_graph_records_only_what_is_known_is_said(
     measured: Measured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    times(QUESTION, CARD, {"a": lambda: 3})
+    times(QUESTION, GPU, {"a": lambda: 3})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert times("another", CARD, {"a": lambda: 3}) is None
-    assert times(QUESTION, CARD, {"a": lambda: 3, "b": lambda: 4}) is None
-    assert times(QUESTION, CARD, {"a": lambda: 4}) == {"a": 3.0}
+    assert times("another", GPU, {"a": lambda: 3}) is None
+    assert times(QUESTION, GPU, {"a": lambda: 3, "b": lambda: 4}) is None
+    assert times(QUESTION, GPU, {"a": lambda: 4}) == {"a": 3.0}
     assert measured.asked == [["a"]]
 
 
 def test_a_kernel_that_measures_its_tiles_is_not_watched_doing_so(measured: Measured) -> None:
-    launch.prepare(lambda: times(QUESTION, CARD, {"a": lambda: 3}) and None, ())
+    launch.prepare(lambda: times(QUESTION, GPU, {"a": lambda: 3}) and None, ())
     assert measured.watched == [None]
 
 
-# --- on a card ----------------------------------------------------------------------------------
+# --- on a GPU -----------------------------------------------------------------------------------
 
 
 def matmuls(*sizes: int) -> dict[str, Callable[[], object]]:
@@ -247,24 +246,24 @@ def matmuls(*sizes: int) -> dict[str, Callable[[], object]]:
 
 @pytest.mark.cuda
 def test_a_large_matmul_takes_longer_than_a_small_one(cache: Path) -> None:
-    """64 times the work, and enough that neither a launch nor what else is on the card weighs:
+    """64 times the work, and enough that neither a launch nor what else is on the GPU weighs:
     8192^3 is 1.1 TFLOP, 1.1 ms at an H100's 989 TFLOP/s, and 2048^3 is 17 us."""
     for context in (torch.inference_mode, torch.no_grad, contextlib.nullcontext):
         with context():
-            found = times(f"matmul {context}", CARD, matmuls(2048, 8192))
+            found = times(f"matmul {context}", GPU, matmuls(2048, 8192))
         assert found is not None and found["8192"] > 8 * found["2048"] > 0
 
 
 @pytest.mark.cuda
 def test_host_time_does_not_count(cache: Path) -> None:
-    """Ten launches of next to nothing: the host takes longer to ask for them than the card."""
+    """Ten launches of next to nothing: the host takes longer to ask for them than the GPU."""
     x = torch.zeros(16, device="cuda")
 
     def ten() -> None:
         for _ in range(10):
             x.add_(1)
 
-    found = times("ten launches", CARD, {"ten": ten})
+    found = times("ten launches", GPU, {"ten": ten})
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(100):
@@ -278,7 +277,7 @@ def test_host_time_does_not_count(cache: Path) -> None:
 def test_measuring_leaves_random_numbers_alone(cache: Path) -> None:
     candidates = matmuls(256)
     before = torch.get_rng_state(), torch.cuda.get_rng_state()
-    times("random", CARD, candidates)
+    times("random", GPU, candidates)
     after = torch.get_rng_state(), torch.cuda.get_rng_state()
     assert all(torch.equal(b, a) for b, a in zip(before, after, strict=True))
 
@@ -291,10 +290,10 @@ def test_what_cannot_run_is_left_out_and_the_rest_measured(cache: Path) -> None:
         small()
         torch.cuda.synchronize()  # allowed, but not in a graph that is recorded
 
-    found = times("fails", CARD, {"fails": fails, "waits": waits, "small": small})
+    found = times("fails", GPU, {"fails": fails, "waits": waits, "small": small})
     assert found is not None and set(found) == {"small"}
     torch.cuda.synchronize()
-    assert times("fails", CARD, {"fails": fails, "waits": waits, "small": small}) == found
+    assert times("fails", GPU, {"fails": fails, "waits": waits, "small": small}) == found
 
 
 @pytest.mark.cuda
@@ -303,5 +302,5 @@ def test_nothing_is_measured_while_a_graph_records(cache: Path) -> None:
     candidates["256"]()
     torch.cuda.synchronize()
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
-        assert times("recording", CARD, candidates) is None
-    assert times("recording", CARD, candidates) is not None
+        assert times("recording", GPU, candidates) is None
+    assert times("recording", GPU, candidates) is not None
