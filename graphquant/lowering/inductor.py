@@ -4,7 +4,7 @@ Left to itself, Inductor calls a custom op through torch's dispatcher and lets i
 host time where a kernel runs 5. Here every call gets a Site of its own (ops/runtime/launch.py):
 after the first, a few lines of C read the addresses and launch. Results are Inductor's buffers, so
 its memory planning covers them. Symbolic sizes and C++ wrappers take the usual way,
-AOTInductor's packages that of packaged.py.
+AOTInductor's packages that of aoti.py.
 
 What an activation's quantiser writes goes over what it reads, if that is large and read by nothing
 else: between two linears of an MLP the floats and the int8 of the widest value would stand side by
