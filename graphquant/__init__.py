@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from graphquant import ops as ops
-from graphquant.lowering import register
+from graphquant.lowering.register import when_inductor_is_imported as _register_lowerings
 
 if TYPE_CHECKING:
     from graphquant import onnx, tensorrt
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from graphquant.report import Outcome, Report
     from graphquant.weights.packed import refresh
 
-register.when_inductor_is_imported()
+_register_lowerings()
 
 __version__ = "0.1.0"
 __all__ = [
@@ -85,7 +85,8 @@ if not TYPE_CHECKING:  # type checkers read the imports above, and see unknown n
         "weights.packed": "refresh",
     }
     _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
-    _MODULES = ("calibration", "onnx", "tensorrt")  # `graphquant.onnx.save`, without an import
+    # `graphquant.onnx.save`, without an import of graphquant.onnx
+    _MODULES = ("calibration", "config", "errors", "metrics", "onnx", "report", "tensorrt")
 
     def __getattr__(name: str) -> Any:
         if name in _MODULES:
@@ -97,4 +98,4 @@ if not TYPE_CHECKING:  # type checkers read the imports above, and see unknown n
         return value
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__, *_MODULES})
+        return sorted({*__all__, *_MODULES, "__version__", "ops"})

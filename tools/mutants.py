@@ -192,14 +192,14 @@ MUTANTS: Sequence[Mutant] = (
     ),
     *_in(
         "passes/prepack.py",
-        ("_cdata in theirs else t for t in made", "_cdata in () else t for t in made",
+        ("(t) in theirs else t for t in made", "(t) in () else t for t in made",
          "a pack in a parameter's memory", SURVIVORS),
     ),
     # --- capture -------------------------------------------------------------------------------
     *_in(
         "capture/aten.py",
         ("captured.differentiable.add(new)", "pass", "training", GRADIENTS),
-        ("    torch._C._autograd._get_data_attr: Tensor.detach,", "", ".data",
+        ("    GET_DATA: Tensor.detach,", "", ".data",
          "tests/test_backend.py -k data"),
     ),
     # --- calibration ---------------------------------------------------------------------------

@@ -3,8 +3,8 @@
     torch.compile:  from_dynamo(gm, example_inputs)      parameters are placeholders
     torch.export:   from_export(program)                 parameters are get_attr nodes
 
-The private surface of torch that capture needs (`example_value`, `grapharg`,
-`_dynamo_static_input_type`, make_fx's tracer, Dynamo's cache) is used in this file alone.
+The entries of `node.meta` that Dynamo writes (`example_value`, `grapharg`) are read in this folder
+alone; torch's private functions are in graphquant/_torch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Which contexts of the model are in force where: autograd, inference mode, autocast, attention.
 
 Dynamo writes contexts into its graphs as calls that set a state of torch and compute nothing. The
-calls in STATEFUL are kept where they stand (capture.py), so a graph is a row of segments, between
-which the state changes. A graph with any other such call is not rewritten at all.
+calls in STATEFUL are kept where they stand (capture/aten.py), so a graph is a row of segments,
+between which the state changes. A graph with any other such call is not rewritten at all.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Left to itself, Inductor calls a custom op through torch's dispatcher and lets i
 host time where a kernel runs 5. Here every call gets a Site of its own (ops/runtime/launch.py):
 after the first, a few lines of C read the addresses and launch. Results are Inductor's buffers, so
 its memory planning covers them. Symbolic sizes and C++ wrappers take the usual way,
-AOTInductor's packages that of packaged.py.
+AOTInductor's packages that of aoti.py.
 
 An activation's int8 rows are written over the floats that they come from, if those are large and
 nothing else reads them: between two linears of an MLP the widest value would be in memory twice, in
