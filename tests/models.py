@@ -45,6 +45,15 @@ DIFFERENT = {
 }  # fmt: skip
 
 
+# of the other encoders, those with something that the rest has not: relative positions, shared
+# layers, convolutions among the linears, bottlenecks, windows, rotations, stages, gates, breaks
+UNUSUAL = {
+    "mpnet", "albert", "deberta_v2", "convbert", "squeezebert", "mobilebert", "modernbert", "esm",
+    "t5_encoder", "beit", "dinov3_gated", "aimv2", "pixtral_vision", "qwen3_vl", "swin", "swinv2",
+    "segformer", "sam_vision", "wav2vec2", "parakeet", "eva_rope",
+}  # fmt: skip
+
+
 def different() -> list[Any]:
     """Every small model as a parameter of a test; those like another are slow."""
     return [

@@ -18,11 +18,11 @@ from graphquant.passes.pipeline import rewrite
 from tests import budget
 from tests.models import (
     BREAKS,
+    UNUSUAL,
     Run,
     error,
     on,
     one_each,
-    pairs,
     relative,
     run,
     run_entry,
@@ -40,7 +40,7 @@ def small(name: str, attn: str, device: str) -> Run:
     return run_entry(zoo.SMALL[name], attn, device)
 
 
-@pytest.mark.parametrize(("name", "attn"), [*pairs(zoo.SMALL)])
+@pytest.mark.parametrize(("name", "attn"), one_each(zoo.SMALL))
 def test_every_linear_is_found_by_the_expected_rule(name: str, attn: str, device: str) -> None:
     result = small(name, attn, device)
     if name not in BREAKS:
@@ -59,7 +59,9 @@ def test_true_widths_are_found_whole_and_right(name: str, attn: str, device: str
     assert error(result.int8, result.float) < BOUND
 
 
-@pytest.mark.parametrize("name", zoo.EXTRA)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in UNUSUAL else pytest.mark.slow) for n in zoo.EXTRA]
+)
 def test_encoders_nobody_prepared_for_are_found_whole(name: str, device: str) -> None:
     entry = zoo.EXTRA[name]
     attn = entry.attns[0]
@@ -91,7 +93,7 @@ def _simulated(entry: zoo.Entry, attn: str, device: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "attn"), one_each({n: e for n, e in zoo.SMALL.items() if n not in BREAKS})
+    ("name", "attn"), [p for p in one_each(zoo.SMALL) if p.values[0] not in BREAKS]
 )
 def test_export_finds_the_same_sites_as_compile(name: str, attn: str) -> None:
     entry = zoo.SMALL[name]
