@@ -46,11 +46,10 @@ DIFFERENT = {
 
 
 # of the other encoders, those with something that the rest has not: relative positions, shared
-# layers, convolutions among the linears, bottlenecks, windows, rotations, stages, gates, breaks
+# layers, convolutions among the linears, bottlenecks, windows, rotations, stages, gates
 UNUSUAL = {
-    "mpnet", "albert", "deberta_v2", "convbert", "squeezebert", "mobilebert", "modernbert", "esm",
-    "t5_encoder", "beit", "dinov3_gated", "aimv2", "pixtral_vision", "qwen3_vl", "swin", "swinv2",
-    "segformer", "sam_vision", "wav2vec2", "parakeet", "eva_rope",
+    "mpnet", "albert", "deberta_v2", "convbert", "squeezebert", "mobilebert", "modernbert",
+    "t5_encoder", "beit", "dinov3_gated", "aimv2", "swin", "segformer", "wav2vec2", "eva_rope",
 }  # fmt: skip
 
 
