@@ -31,13 +31,16 @@ help:
 demo: $(VENV)/.demo
 	@$(BIN)/python examples/embed.py $(ARGS)
 
+# All tests of a file in one worker: they share what is compiled for them.
+SPREAD := -n $(JOBS) --dist loadfile
+
 # One thread per worker: JOBS workers with a thread per core each would fight for the cores.
 test: $(VENV)/.test
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(SPREAD) -m "not slow" $(ARGS)
 
 nightly: $(VENV)/.test
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HYPOTHESIS_PROFILE=nightly \
-		$(BIN)/python -m pytest -n $(JOBS) --timeout=3600 $(ARGS)
+		$(BIN)/python -m pytest $(SPREAD) --timeout=3600 $(ARGS)
 	@$(BIN)/python -m tools.mutate -j $(JOBS) --control
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m tools.upstream --seconds 1800
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -27,6 +28,37 @@ class Run:
 def pairs(table: dict[str, zoo.Entry]) -> Iterator[tuple[str, str]]:
     """(model, attention implementation) for every entry of a table."""
     return ((name, attn) for name, entry in table.items() for attn in entry.attns)
+
+
+def one_each(table: dict[str, zoo.Entry]) -> list[Any]:
+    """Parameters of a test: those of `pairs`. Every model is run with one of its attention
+    implementations, by turns; what is left is slow."""
+    turns = {(n, e.attns[i % len(e.attns)]) for i, (n, e) in enumerate(table.items())}
+    return [pytest.param(*p, marks=() if p in turns else pytest.mark.slow) for p in pairs(table)]
+
+
+# of the small models, those whose layers differ most from each other: norms behind or in front,
+# gated, scaled, biases left out, packed, with a mask, a graph that breaks, layers that share one
+DIFFERENT = {
+    "clip_text", "siglip2", "dinov2_swiglu", "bert", "whisper", "internvl_rms", "qwen2_5_vl",
+    "nn_mha",
+}  # fmt: skip
+
+
+# of the other encoders, those with something that the rest has not: relative positions, shared
+# layers, convolutions among the linears, bottlenecks, windows, rotations, stages, gates
+UNUSUAL = {
+    "mpnet", "albert", "deberta_v2", "convbert", "squeezebert", "mobilebert", "modernbert",
+    "t5_encoder", "beit", "dinov3_gated", "aimv2", "swin", "segformer", "wav2vec2", "eva_rope",
+}  # fmt: skip
+
+
+def different() -> list[Any]:
+    """Every small model as a parameter of a test; those like another are slow."""
+    return [
+        pytest.param(entry, id=name, marks=() if name in DIFFERENT else pytest.mark.slow)
+        for name, entry in zoo.SMALL.items()
+    ]
 
 
 def on(device: str, value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 from typing import Any
 
 import pytest
@@ -15,16 +16,35 @@ from graphquant.capture.aten import from_export
 from graphquant.ops.numerics import quantize_rows, quantize_symmetric
 from graphquant.passes.pipeline import rewrite
 from tests import budget
-from tests.models import BREAKS, error, on, pairs, relative, run, run_entry, same_structure
+from tests.models import (
+    BREAKS,
+    UNUSUAL,
+    Run,
+    error,
+    on,
+    one_each,
+    pairs,
+    relative,
+    run,
+    run_entry,
+    same_structure,
+)
 from tools import zoo
 
 # Per-token int8 of two layers with rough random weights: 0.8 to 2.9 % measured over the table.
 BOUND = 0.04
+TRUE = {("siglip_so400m", "sdpa"), ("vit_s", "eager")}  # of those of true width, by itself
 
 
-@pytest.mark.parametrize(("name", "attn"), [*pairs(zoo.SMALL)])
+@cache
+def small(name: str, attn: str, device: str) -> Run:
+    """A small model's run, one for all tests of it."""
+    return run_entry(zoo.SMALL[name], attn, device)
+
+
+@pytest.mark.parametrize(("name", "attn"), one_each(zoo.SMALL))
 def test_every_linear_is_found_by_the_expected_rule(name: str, attn: str, device: str) -> None:
-    result = run_entry(zoo.SMALL[name], attn, device)
+    result = small(name, attn, device)
     if name not in BREAKS:
         assert result.report.counts() in (budget.SMALL[name], budget.OLDER.get(name))
     assert result.report.coverage == 1.0
@@ -32,7 +52,10 @@ def test_every_linear_is_found_by_the_expected_rule(name: str, attn: str, device
     assert error(result.int8, result.float) < BOUND
 
 
-@pytest.mark.parametrize(("name", "attn"), [*pairs(zoo.TRUE_WIDTH)])
+@pytest.mark.parametrize(
+    ("name", "attn"),
+    [pytest.param(*p, marks=() if p in TRUE else pytest.mark.slow) for p in pairs(zoo.TRUE_WIDTH)],
+)
 def test_true_widths_are_found_whole_and_right(name: str, attn: str, device: str) -> None:
     result = run_entry(zoo.TRUE_WIDTH[name], attn, device)
     if name not in BREAKS:
@@ -41,7 +64,9 @@ def test_true_widths_are_found_whole_and_right(name: str, attn: str, device: str
     assert error(result.int8, result.float) < BOUND
 
 
-@pytest.mark.parametrize("name", zoo.EXTRA)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in UNUSUAL else pytest.mark.slow) for n in zoo.EXTRA]
+)
 def test_encoders_nobody_prepared_for_are_found_whole(name: str, device: str) -> None:
     entry = zoo.EXTRA[name]
     attn = entry.attns[0]
@@ -72,14 +97,16 @@ def _simulated(entry: zoo.Entry, attn: str, device: str) -> Any:
         return model(*args, **kwargs)
 
 
-@pytest.mark.parametrize(("name", "attn"), [p for p in pairs(zoo.SMALL) if p[0] not in BREAKS])
+@pytest.mark.parametrize(
+    ("name", "attn"), [p for p in one_each(zoo.SMALL) if p.values[0] not in BREAKS]
+)
 def test_export_finds_the_same_sites_as_compile(name: str, attn: str) -> None:
     entry = zoo.SMALL[name]
     args, kwargs = entry.inputs(2)
     with torch.no_grad():
         captured = from_export(torch.export.export(entry.build(attn), args, kwargs))
     report = rewrite(captured, Config()).report
-    compiled = run_entry(entry, attn, "cpu").report
+    compiled = small(name, attn, "cpu").report
     # Exported, torch.nn.Transformer attends with the batch second: the residual is another shape.
     but_for_residual = "residual" if name.startswith("nn_transformer") else ""
     assert _counts(report, but_for_residual) == _counts(compiled, but_for_residual)
@@ -120,8 +147,21 @@ FLAGS = [
 ]
 
 
-@pytest.mark.parametrize("flags", FLAGS, ids=lambda f: "+".join(f))
-@pytest.mark.parametrize("name", ["clip_vision", "clip_text", "siglip", "bert", "vit", "dinov2"])
+FLAGGED = ["clip_vision", "clip_text", "siglip", "bert", "vit", "dinov2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        pytest.param(  # by itself, a model has one set of flags and a set has one or two models
+            *(name, flags),
+            id=f"{name}-{'+'.join(flags)}",
+            marks=() if i % len(FLAGS) == j else pytest.mark.slow,
+        )
+        for i, name in enumerate(FLAGGED)
+        for j, flags in enumerate(FLAGS)
+    ],
+)
 def test_output_flags_give_what_eager_gives(name: str, flags: dict[str, Any], device: str) -> None:
     entry = zoo.SMALL[name]
     args, kwargs = on(device, entry.inputs(2))
@@ -131,8 +171,14 @@ def test_output_flags_give_what_eager_gives(name: str, flags: dict[str, Any], de
     assert error(result.int8, result.float) < 0.1  # single hidden states and attention maps
 
 
-@pytest.mark.parametrize("batch", [1, 2, 7])
-@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    ("attn", "batch"),
+    [
+        pytest.param(a, b, marks=() if (a, b) in (("eager", 7), ("sdpa", 1)) else pytest.mark.slow)
+        for a in ("eager", "sdpa")
+        for b in (1, 2, 7)
+    ],
+)
 def test_float_rewrite_fuses_qkv_and_equals_eager(attn: str, batch: int, device: str) -> None:
     for name in ("clip_vision", "clip_text", "whisper", "bert"):  # whisper: k without a bias
         result = run_entry(zoo.SMALL[name], attn, device, batch=batch, quantize=False)
@@ -163,9 +209,19 @@ class Attention(nn.Module):
 MASKS = [(3, 1, 5, 5), (1, 1, 5, 5), (5, 5), (3, 1, 1, 5), (3, 4, 5, 5), (1, 4, 5, 5)]
 
 
-@pytest.mark.parametrize("quantize", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", MASKS, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "bias", "quantize"),
+    [
+        pytest.param(  # by itself, every shape once
+            *(shape, bias, quantize),
+            marks=() if (i % 2, i % 3 > 0) == (bias, quantize) else pytest.mark.slow,
+        )
+        for i, shape in enumerate(MASKS)
+        for bias in (True, False)
+        for quantize in (True, False)
+    ],
+    ids=str,
+)
 def test_masked_keys_have_no_influence(
     shape: tuple[int, ...], bias: bool, quantize: bool, device: str
 ) -> None:
@@ -198,17 +254,23 @@ def test_a_random_layer_is_within_two_percent_of_float64(
     assert relative(result.int8.cpu(), exact) < 0.02
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_models_keep_their_type(dtype: torch.dtype, device: str) -> None:
-    for name in ("siglip", "bert", "dinov2_swiglu", "internvl_rms"):
-        entry = zoo.SMALL[name]
-        model = entry.build("sdpa").to(device, dtype)
-        args, kwargs = on(device, entry.inputs(2))
-        args, kwargs = _cast(args, dtype), _cast(kwargs, dtype)
-        result = run(model, args, kwargs, full=True)
-        assert result.report.coverage == 1.0
-        same_structure(result.int8, result.float)
-        assert error(result.int8, result.float) < 1.5 * BOUND
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=() if i % 2 == j else pytest.mark.slow)
+        for i, name in enumerate(("siglip", "bert", "dinov2_swiglu", "internvl_rms"))
+        for j, dtype in enumerate((torch.bfloat16, torch.float16))
+    ],
+)
+def test_half_precision_models_keep_their_type(name: str, dtype: torch.dtype, device: str) -> None:
+    entry = zoo.SMALL[name]
+    model = entry.build("sdpa").to(device, dtype)
+    args, kwargs = on(device, entry.inputs(2))
+    args, kwargs = _cast(args, dtype), _cast(kwargs, dtype)
+    result = run(model, args, kwargs, full=True)
+    assert result.report.coverage == 1.0
+    same_structure(result.int8, result.float)
+    assert error(result.int8, result.float) < 1.5 * BOUND
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

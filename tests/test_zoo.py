@@ -9,13 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from tests.models import UNUSUAL
 from tools import zoo
 
 TRUE = [pytest.param(e, id=f"{n}@true", marks=pytest.mark.slow) for n, e in zoo.TRUE_WIDTH.items()]
 QUICK = [
-    pytest.param(e, id=f"{n}@{title}")
+    pytest.param(
+        entry,
+        id=f"{name}@{title}",
+        marks=() if title == "small" or name in UNUSUAL else pytest.mark.slow,
+    )
     for title in ("small", "extra")
-    for n, e in zoo.TABLES[title].items()
+    for name, entry in zoo.TABLES[title].items()
 ]
 ENTRIES = QUICK + TRUE
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -38,16 +39,28 @@ def writes(node: Node) -> list[Node]:
     """The arguments whose memory this node writes to."""
     if isinstance(node.target, HigherOrderOperator):
         return _written_inside(node)
-    if not isinstance(node.target, OpOverload) or node.target in _WRITES_NO_VALUE:
+    if not isinstance(node.target, OpOverload):
         return []
-    schema, arguments = node.target._schema, full_args(node)
-    named = {a.name: value for a, value in zip(schema.arguments, arguments, strict=True)}
-    if schema.is_mutable:
-        mutable = [a for a in schema.arguments if a.alias_info and a.alias_info.is_write]
-        return [n for a in mutable for n in nodes_in(named[a.name])]
-    if any(named.get(flag) is True for flag in _UPDATES_STATISTICS):
-        return [n for name in _STATISTICS for n in nodes_in(named.get(name))]
-    return []
+    mutable, flags = _may_write(node.target)
+    if not mutable:
+        return []
+    names = (a.name for a in node.target._schema.arguments)
+    named = dict(zip(names, full_args(node), strict=True))
+    if flags and not any(named[flag] is True for flag in flags):
+        return []
+    return [n for name in mutable for n in nodes_in(named[name])]
+
+
+@cache
+def _may_write(op: OpOverload) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The arguments that an op writes to, and those of which one must be True for it to."""
+    if op in _WRITES_NO_VALUE:
+        return (), ()
+    arguments = {a.name: a for a in op._schema.arguments}
+    if op._schema.is_mutable:
+        return tuple(n for n, a in arguments.items() if a.alias_info and a.alias_info.is_write), ()
+    flags = tuple(flag for flag in _UPDATES_STATISTICS if flag in arguments)
+    return tuple(name for name in _STATISTICS if name in arguments and flags), flags
 
 
 _WRITES_NO_VALUE = frozenset({aten.detach_.default})  # it changes what autograd knows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -23,6 +24,7 @@ class Captured:
     grad_enabled    was autograd on when the graph begins
     training        the paths of the model's modules in training mode, "" is the model itself
     elsewhere       the paths that linears of the model may have which are in other graphs
+    inferred        of each node, what passes/verify.py last computed it from and found
     """
 
     gm: GraphModule
@@ -33,3 +35,4 @@ class Captured:
     grad_enabled: bool = False
     training: tuple[str, ...] = ()
     elsewhere: frozenset[str] = frozenset()
+    inferred: dict[Node, tuple[Any, Any, Any]] = field(default_factory=dict, repr=False)

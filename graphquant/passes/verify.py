@@ -16,7 +16,7 @@ What is wrong raises VerifyError, which names the pass and the node.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -47,8 +47,8 @@ from graphquant.passes.record import Record
 Check = Callable[..., None]
 """check(pass name, record=None, taken=()): see `verifier`; `taken` are values that are going to be
 computed from parameters before the graph runs."""
-Known = dict[Node, tuple[Any, Any]]
-"""What a node was computed from, and its value."""
+Known = dict[Node, tuple[Any, Any, Any]]
+"""What a node was computed from, its value, and the metadata that this value was held to."""
 
 # sizes that are known only at run time would be other ones when they are asked for again
 _UNREPEATABLE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
@@ -58,20 +58,28 @@ def verifier(captured: Captured) -> Check:
     """A check of this graph, which holds it to what it returns now."""
     if not verifying():
         return lambda name, record=None, taken=(): None
-    graph, known = captured.gm.graph, Known()
-    values = _infer(captured, known, "capture")
-    outputs, written = _outputs(captured, values), _written_inputs(captured, values)
+    graph = captured.gm.graph
+    values, _ = _infer(captured, "capture")
+    outputs = _outputs(captured, values)
+    written_inputs = _written_inputs(captured, values, _written(graph, values))
+    seen = list(graph.nodes)  # of the last graph that was found to be right
 
-    def check(name: str, record: Record | None = None, taken: Iterable[Node] = ()) -> None:
+    def check(name: str, record: Record | None = None, taken: Collection[Node] = ()) -> None:
+        nonlocal seen
+        nodes = list(graph.nodes)
         _check_order(graph, name)
         if record is not None:
             _check_linears(graph, record, name)
-        values = _infer(captured, known, name)
+        values, changed = _infer(captured, name)
+        if not changed and nodes == seen and not taken:
+            return
         _check_outputs(outputs, _outputs(captured, values), name)
-        _check_constants(graph, taken, values, name)
-        if now := _written_inputs(captured, values) ^ written:
+        written = _written(graph, values)
+        _check_constants(graph, taken, values, written, name)
+        if now := _written_inputs(captured, values, written) ^ written_inputs:
             told = ", ".join(sorted(now))
             raise VerifyError(f"after {name}: a write in place to {told} was lost or added")
+        seen = nodes
 
     return check
 
@@ -88,19 +96,25 @@ def _check_order(graph: Graph, name: str) -> None:
 # --- values --------------------------------------------------------------------------------------
 
 
-def _infer(captured: Captured, known: Known, name: str) -> dict[Node, Any]:
-    """The fake value of every node, computed again from those of the graph's inputs. Raises
-    VerifyError for one that differs from what the node's metadata says.
+def _infer(captured: Captured, name: str) -> tuple[dict[Node, Any], bool]:
+    """The fake value of every node, computed again from those of the graph's inputs, and whether
+    anything is not as it was when this was last asked. Raises VerifyError for a value that differs
+    from what the node's metadata says.
 
-    `known` is what was found after the pass before, for what has not changed since."""
+    What has not changed since is not computed again (`Captured.inferred`)."""
+    known: Known = captured.inferred
     values: dict[Node, Any] = {}
-    with _quietly(captured):
+    changed = computing = False
+    with ExitStack() as quiet:
         for node, region in regions(captured.gm.graph, captured.grad_enabled):
             inputs = [values[i] for i in node.all_input_nodes]
-            eager = node.meta.get(EAGER)
+            eager, said = node.meta.get(EAGER), node.meta.get("val")
             made_of = (node.target, node.args, node.kwargs, *map(id, inputs), region, id(eager))
-            before, value = known.get(node, (None, None))
+            before, value, held_to = known.get(node, (None, None, None))
             if before != made_of:
+                if not computing:  # entering costs more than all else if nothing has changed
+                    quiet.enter_context(_quietly(captured))
+                changed = computing = True
                 with ExitStack() as entered:
                     for args in region.autocast:
                         entered.enter_context(torch.autocast(*args))
@@ -108,10 +122,12 @@ def _infer(captured: Captured, known: Known, name: str) -> dict[Node, Any]:
                 _check_value(node, value, name)
                 if eager is not None:  # the layout that it is going to have
                     value = eager
-                known[node] = made_of, value
-            _check_value(node, value, name)
+            if before != made_of or held_to is not said:
+                changed = True
+                _check_value(node, value, name)
+                known[node] = made_of, value, said
             values[node] = value
-    return values
+    return values, changed
 
 
 def _as_before(value: Any, inputs: list[Any], before: Any) -> Any:
@@ -248,9 +264,13 @@ def _check_outputs(before: list[Any], now: list[Any], name: str) -> None:
 
 
 def _check_constants(
-    graph: Graph, taken: Iterable[Node], values: dict[Node, Any], name: str
+    graph: Graph,
+    taken: Iterable[Node],
+    values: dict[Node, Any],
+    written: dict[int, Node],
+    name: str,
 ) -> None:
-    if not (written := _written(graph, values)):
+    if not written:
         return
     weights = {n: _weights(n) for n in graph.nodes}
     for reader, read in (*weights.items(), *((n, [n]) for n in taken)):
@@ -267,8 +287,9 @@ def _written(graph: Graph, values: dict[Node, Any]) -> dict[int, Node]:
     return {m: node for node in graph.nodes for v in writes(node) for m in _memories(values[v])}
 
 
-def _written_inputs(captured: Captured, values: dict[Node, Any]) -> set[str]:
-    written = _written(captured.gm.graph, values)
+def _written_inputs(
+    captured: Captured, values: dict[Node, Any], written: dict[int, Node]
+) -> set[str]:
     inputs = {*captured.gm.graph.find_nodes(op="placeholder"), *captured.parameters}
     # a parameter that nothing reads any more may be gone
     return {n.name for n in inputs & values.keys() if {*_memories(values[n])} & written.keys()}

@@ -28,6 +28,7 @@ from graphquant import (
     UnsupportedInputError,
 )
 from graphquant.metrics import Error, RowCosines
+from tests.models import different
 from tests.small import Mlp, Model, error, int8, notes, seeded
 from tools import zoo
 
@@ -548,7 +549,7 @@ def test_without_matplotlib_the_error_says_what_to_install(
 # Models -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("entry", zoo.SMALL.values(), ids=lambda e: e.name)
+@pytest.mark.parametrize("entry", different())
 def test_every_int8_linear_of_a_model_is_compared(entry: zoo.Entry) -> None:
     report = graphquant.compare(entry.build("sdpa"), [entry.inputs(2)])
     ours = [o for o in report.report.linears if o.int8]

@@ -96,7 +96,7 @@ def test_int8_as_it_comes(minilm: MiniLM) -> None:
     assert minilm.same_neighbour(got) >= 0.94  # many sentences of the manual are near ties
 
 
-@pytest.mark.parametrize("smooth", [0.5, "auto"])
+@pytest.mark.parametrize("smooth", [pytest.param(0.5, marks=pytest.mark.slow), "auto"])
 def test_smoothed_by_a_calibration(
     minilm: MiniLM, calibration: graphquant.Calibration, smooth: Any
 ) -> None:
@@ -105,6 +105,7 @@ def test_smoothed_by_a_calibration(
     assert minilm.same_neighbour(got) >= 0.96
 
 
+@pytest.mark.slow
 def test_static_scales_cost_what_they_cost(
     minilm: MiniLM, calibration: graphquant.Calibration
 ) -> None:

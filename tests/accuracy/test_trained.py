@@ -1,6 +1,6 @@
 """Encoders that have learnt something: int8 keeps their answers on data they have not seen.
 
-Trained here, in ten seconds or so: a ViT and a DINOv2 with layer scale on scikit-learn's digits, a
+Trained here, in ten seconds each: a ViT and a DINOv2 with layer scale on scikit-learn's digits, a
 BERT on sentences of a made-up language. Trained weights have what random ones lack: channels and
 tokens that stand out, answers that depend on small differences.
 """
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 import graphquant
 from tests.small import int8, seeded
+
+pytestmark = pytest.mark.slow  # `make test` has test_minilm.py, whose weights are trained already
 
 MOST_LOST = 0.003  # of the held-out examples: top-1, int8 against float
 SAME_ANSWER = 0.99  # of them, at least

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import graphquant
 from graphquant import Calibration, CalibrationError, OptionError, UnsupportedInputError
 from graphquant.calibration import Record
+from tests.models import different
 from tests.small import Mlp, Model, error, int8, seeded
 from tools import zoo
 
@@ -75,7 +76,7 @@ def test_the_data_of_all_batches_counts_as_their_concatenation(x: Tensor) -> Non
     assert calibration.batches == 3
 
 
-@pytest.mark.parametrize("entry", zoo.SMALL.values(), ids=lambda e: e.name)
+@pytest.mark.parametrize("entry", different())
 def test_every_linear_of_a_model_is_found_with_what_its_module_reads(entry: zoo.Entry) -> None:
     model, batches = entry.build("sdpa"), [entry.inputs(2, draw=i) for i in range(2)]
     seen: dict[str, Record] = {}

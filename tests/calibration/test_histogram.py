@@ -146,6 +146,17 @@ def test_a_lone_outlier_is_clipped_where_that_costs_less_than_it_brings() -> Non
     assert few.best_range(float(x[-1000:].min()), 12.0)[1] > 11
 
 
+def test_neither_end_of_the_best_range_is_better_a_little_further_in_or_out() -> None:
+    """The best ends are between the powers of two that are tried first, and beyond the best one."""
+    x = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    x = torch.cat([x, torch.tensor([9.0])])
+    h, least = hist(x), float(x.min())
+    low, high = h.best_range(least, 9.0)
+    assert least < 1.1 * low and 1.1 * high < 9.0
+    for a, b in ((0.9, 1.0), (1.1, 1.0), (1.0, 0.9), (1.0, 1.1)):
+        assert h.error(low * a, high * b) > 1.01 * h.error(low, high)
+
+
 def test_what_is_constant_has_a_range() -> None:
     assert hist(torch.zeros(5)).best_range(0.0, 0.0) == (0.0, 0.0)
     low, high = hist(torch.full((5,), 2.5)).best_range(0.0, 2.5)

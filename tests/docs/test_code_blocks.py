@@ -43,12 +43,23 @@ OUTPUTS = ("text", "diff")  # of the versions in constraints.txt
 KINDS = ("python", "bash", *OUTPUTS, "schema", "")
 RUN = ("tools.show_graph", "tools.accuracy")  # the others measure, on a GPU or for minutes
 COMPILED = ("README.md", "docs/index.md")  # by Inductor, which takes seconds for each new graph
+SLOW = {  # they calibrate, search, or hand over to another compiler, for ten seconds or more
+    *("docs/calibration.md", "docs/from-tinychat.md"),
+    *(f"docs/export/{name}.md" for name in ("aoti", "onnx", "program")),
+}
 
 EVERY = [block for page in NAMES for block in blocks(page)]
 MARKED = [block for block in EVERY if block.not_run]
 
 
-@pytest.mark.parametrize("page", [p for p in NAMES if any(b.page == p for b in EVERY)])
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(p, marks=pytest.mark.slow if p in SLOW else ())
+        for p in NAMES
+        if any(b.page == p for b in EVERY)
+    ],
+)
 def test_every_block_does_what_it_says(
     page: str, reader: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

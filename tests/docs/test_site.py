@@ -32,6 +32,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow  # `make docs` builds it as well
 def test_every_public_name_has_an_entry_with_its_docstring(built: Path) -> None:
     page = (built / "reference" / "graphquant.html").read_text()
     page += (built / "reference" / "calibration.html").read_text()

@@ -18,6 +18,10 @@ SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes one program may have
 SPILT = 0 if version("triton") >= "3.7" else 256
 
 
+# `make test` compiles for Hopper alone
+ARCHITECTURES = [pytest.param(sm, marks=() if sm == 90 else pytest.mark.slow) for sm in SHARED]
+
+
 @functools.cache
 def _compiled(sm: int) -> tuple[dict[str, Any], ...]:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -29,7 +33,7 @@ def _compiled(sm: int) -> tuple[dict[str, Any], ...]:
     return tuple(json.loads(line) for line in run.stdout.splitlines())
 
 
-@pytest.mark.parametrize("sm", SHARED)
+@pytest.mark.parametrize("sm", ARCHITECTURES)
 def test_every_kernel_compiles_without_spills(sm: int) -> None:
     kernels = _compiled(sm)
     assert len(kernels) > 20
@@ -37,7 +41,7 @@ def test_every_kernel_compiles_without_spills(sm: int) -> None:
     assert not [k for k in kernels if k["shared"] > SHARED[sm]]
 
 
-@pytest.mark.parametrize("sm", SHARED)
+@pytest.mark.parametrize("sm", ARCHITECTURES)
 def test_rows_meet_in_shared_memory_for_nothing_but_their_sums_and_ranges(sm: int) -> None:
     """No layout is converted there, which would cost more than the arithmetic. A warp's row needs
     none at all; of a row of W warps each gives two int32."""
@@ -51,7 +55,11 @@ def test_rows_meet_in_shared_memory_for_nothing_but_their_sums_and_ranges(sm: in
 
 @pytest.mark.parametrize(
     ("sm", "instruction"),
-    [(80, "mma.sync.aligned.m16n8k32"), (90, "wgmma.mma_async"), (100, "mma.sync.aligned")],
+    [
+        pytest.param(80, "mma.sync.aligned.m16n8k32", marks=pytest.mark.slow),
+        (90, "wgmma.mma_async"),
+        pytest.param(100, "mma.sync.aligned", marks=pytest.mark.slow),
+    ],
 )
 def test_int8_linear_multiplies_int8_on_tensor_cores(sm: int, instruction: str) -> None:
     linears = [k for k in _compiled(sm) if k["name"].startswith(("pointer", "tma"))]

@@ -86,7 +86,7 @@ def wrong(i: int, program: Program, got: Any, want: Any, rounded: Any) -> str:
     return ""
 
 
-@settings(max_examples=2000 if NIGHTLY else 150, derandomize=not NIGHTLY)
+@settings(max_examples=2000 if NIGHTLY else 60, derandomize=not NIGHTLY)
 @given(programs)
 def test_a_random_program_is_seen_as_eager_is(program: Program) -> None:
     note(repr(program))
