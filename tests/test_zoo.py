@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from tools import zoo
+from tests import zoo
 
 TRUE = [pytest.param(e, id=f"{n}@true", marks=pytest.mark.slow) for n, e in zoo.TRUE_WIDTH.items()]
 QUICK = [

@@ -5,7 +5,7 @@
     python -m tools.accuracy vit --budget 0.9999 --save budget.json
     python -m tools.accuracy --model my_module:make --data my_module:batches --plot accuracy.png
 
-MODEL is a name from tools.zoo (--list), or "module:callable" for a callable that returns (module,
+MODEL is a name from tests.zoo (--list), or "module:callable" for a callable that returns (module,
 args, kwargs). Batches are random, each other numbers, unless --data names a callable that returns
 them: an iterable of what graphquant.compare takes. With --budget the options are those of
 graphquant.fit_budget, and --save writes them for graphquant.Budget.load. The exit code is 2 for an
@@ -25,7 +25,7 @@ from typing import Any
 from torch import nn
 
 import graphquant
-from tools import zoo
+from tests import zoo
 from tools.arguments import (
     BAD_USAGE,
     UsageError,

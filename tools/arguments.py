@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tools import zoo
+from tests import zoo
 
 BAD_USAGE = 2  # the exit code
 

@@ -1,7 +1,7 @@
 """How long graphquant takes to compile a model, step by step, without Inductor.
 
     python -m tools.compile_time                  the vision tower of SigLIP so400m, 27 layers
-    python -m tools.compile_time vit --profile 15 a model of tools.zoo, with the costliest functions
+    python -m tools.compile_time vit --profile 15 a model of tests.zoo, with the costliest functions
 
     dynamo   torch.compile's own tracing, for comparison: graphquant has no part in it
     capture  Dynamo's graph to pre-dispatch ATen
@@ -41,7 +41,7 @@ from graphquant.passes.pipeline import rewrite
 from graphquant.passes.prepack import prepack
 from graphquant.report import Report
 from graphquant.weights.packed import Supply
-from tools import zoo
+from tests import zoo
 
 TARGET_S = 15.0  # capture + rewrite + pack of SO400M on two slow CPU cores
 STEPS = ("capture", "rewrite", "pack")

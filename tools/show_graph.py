@@ -6,7 +6,7 @@
     python -m tools.show_graph vit --compare --html graph.html
     python -m tools.show_graph --onnx model.onnx --html graph.html
 
-MODEL is a name from tools.zoo (--list), or "module:callable" for a callable that returns (module,
+MODEL is a name from tests.zoo (--list), or "module:callable" for a callable that returns (module,
 args, kwargs). Lines: `-` is gone, `+` is new, `~` reads something else by now.
 
 --html writes one page for a browser that needs no network: the modules as a tree to open, before

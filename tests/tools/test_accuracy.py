@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import graphquant
-from tools import accuracy, zoo
+from tests import zoo
+from tools import accuracy
 
 WIDE = ["--width", "200"]  # no line is folded
 

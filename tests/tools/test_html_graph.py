@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import graphquant
 from graphquant.report import Outcome, Report
-from tools import html_graph, zoo
+from tests import zoo
+from tools import html_graph
 from tools.inspect_graph import Inspected, Line, inspect
 from tools.rule_colors import COLORS, KIND_COLORS
 

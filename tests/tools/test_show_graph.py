@@ -10,7 +10,8 @@ import pytest
 
 from graphquant.config import Config
 from graphquant.passes.pipeline import INT8_RULES
-from tools import draw_graph, show_graph, zoo
+from tests import zoo
+from tools import draw_graph, show_graph
 from tools.inspect_graph import Inspected, align, inspect
 
 WIDE = ["--width", "400"]  # no line is folded
