@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -92,28 +90,3 @@ def test_load_names() -> None:
         zoo.load("vitt")
     with pytest.raises(KeyError, match="no table"):
         zoo.load("vit@big")
-
-
-USERS = """
-import torch
-
-def plain():
-    return torch.nn.Linear(4, 3), (torch.randn(5, 4),), {}
-
-def full(batch=1, attn="eager"):
-    model = torch.nn.Linear(4, 3)
-    model.attn = attn
-    return model, (torch.randn(batch, 4),), {}
-"""
-
-
-def test_load_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "users_models.py").write_text(USERS)
-    monkeypatch.syspath_prepend(tmp_path)
-    plain = zoo.load("users_models:plain")
-    assert torch.equal(plain.build("sdpa").weight, plain.build("sdpa").weight)
-    assert plain.inputs(2)[0][0].shape == (5, 4)
-    full = zoo.load("users_models:full")
-    assert full.build("sdpa").attn == "sdpa"
-    assert full.inputs(7)[0][0].shape == (7, 4)
-    assert torch.equal(full.inputs(2)[0][0], full.inputs(2)[0][0])

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import graphquant
-from tools import check
+from graphquant.cli.doctor import environment, version
 from tools.bench.variants import FLOAT
 
 MIN_COSINE = 0.999  # of a variant's output to the float32 model's: under it no speed-up is told
@@ -152,10 +152,10 @@ class Line:
 
 
 def header(argv: Sequence[str]) -> dict[str, str]:
-    about = check.environment()
+    about = environment()
     found = {"card": about["device"], "driver": about["driver"]}
     found |= {name: about[name] for name in ("torch", "triton", "transformers")}
-    found["torchao"] = check.version("torchao")
+    found["torchao"] = version("torchao")
     found["graphquant"] = graphquant.__version__
     found["python"] = about["python"]
     found["date"] = datetime.datetime.now(datetime.timezone.utc).date().isoformat()

@@ -47,7 +47,7 @@ def loadable(key: str, name: str) -> Iterator[Loadable | None]:
         if folder is None or _get(folder, f"{key}/{name}", True) is None:
             yield None
             return
-        path = _root() / _own() / key / name
+        path = place() / key / name
         opened = Path(f"/proc/self/fd/{folder}/{key}/{name}")
         yield Loadable(opened if opened.exists() else path, path)
 
@@ -65,6 +65,11 @@ def put(key: str, name: str, data: bytes, *, checked: bool = False) -> None:
                 _replace(folder, f"{key}/{name}{_SHA256}", _digest(data))
         except OSError as why:
             log.debug("%s is not cached: %s", name, why)
+
+
+def place() -> Path:
+    """The directory of the files. Raises FileNotFoundError for a user without a home."""
+    return _root() / _own()
 
 
 def _digest(data: bytes) -> bytes:
