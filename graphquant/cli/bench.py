@@ -60,6 +60,7 @@ class Time:
     first_s: float | None = None
     cosine: float | None = None
     coverage: float | None = None
+    notes: tuple[str, ...] = ()
     failed: str = ""
     turns: list[float] = field(default_factory=list, repr=False)
 
@@ -131,7 +132,9 @@ def measure(
                 continue
             want = got if want is None else want
             time_.cosine = _cosine(got, want)
-            time_.coverage = Report.merge(reports).coverage if reports else None
+            if reports:
+                report = Report.merge(reports)
+                time_.coverage, time_.notes = report.coverage, report.notes
             calls[variant] = call
         gc.collect()
         _take_turns(calls, times, seconds)
@@ -227,7 +230,8 @@ def table(title: str, times: Sequence[Time]) -> Table:
         )
         if t.coverage is not None:
             notes.append(f"{t.variant}: {t.coverage:.1%} of the linears' FLOPs in int8")
+        notes += (f"note: {note}" for note in t.notes)
         if t.cosine is not None and not t.cosine >= SAME:
             notes.append(f"{t.variant}: ITS OUTPUTS ARE NOT THE MODEL'S")
-    made.caption = escape("\n".join(notes)) or None
+    made.caption = escape("\n".join(dict.fromkeys(notes))) or None
     return made

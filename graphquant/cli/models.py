@@ -241,9 +241,10 @@ def made_inputs(module: nn.Module, batch: int, draw: int, tokens: int, name: str
             shape = (batch, *frames, getattr(vision, "num_channels", 3), height, width)
             found["pixel_values"] = torch.randn(shape)
         if "input_ids" in takes and (words := getattr(text, "vocab_size", None)):
-            most = getattr(text, "max_position_embeddings", None) or tokens
-            # RoBERTa's positions begin behind that of its padding
-            length = max(1, min(tokens, most - 1 - (getattr(text, "pad_token_id", None) or 0)))
+            length = tokens
+            if most := getattr(text, "max_position_embeddings", None):
+                # RoBERTa's positions begin behind that of its padding
+                length = max(1, min(length, most - 1 - (getattr(text, "pad_token_id", None) or 0)))
             found["input_ids"] = torch.randint(min(10, words // 2), words, (batch, length))
             if "attention_mask" in takes:
                 found["attention_mask"] = torch.ones(batch, length, dtype=torch.int64)
