@@ -64,6 +64,10 @@ class Loaded(NamedTuple):
 
 def load(args: argparse.Namespace) -> Loaded:
     """What the command line names, after one call in float. Raises UsageError."""
+    if args.device is not None and args.device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (args.device.index or 0) >= count:
+            raise UsageError(f"--device {args.device}: torch sees {count} NVIDIA GPUs")
     source = find(args)
     model = source.build(args.attn)
     dtype = getattr(torch, args.dtype) if args.dtype else None
