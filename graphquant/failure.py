@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch._dynamo.exc import BackendCompilerFailed, RestartAnalysis, SkipFrame
+from torch._dynamo.utils import dynamo_timed
 
 from graphquant.config import strict
 from graphquant.errors import (
@@ -40,9 +41,14 @@ _HERE = Path(__file__).parent
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """An exception that leaves this block says where it comes from: `what_failed` tells."""
+    """A part of what graphquant does when it compiles.
+
+    An exception that leaves this block says where it comes from: `what_failed` tells. How long it
+    took is in `torch._dynamo.utils.compile_times()`, as "graphquant: normalize".
+    """
     try:
-        yield
+        with dynamo_timed(f"graphquant: {name}"):
+            yield
     except Exception as error:
         if not hasattr(error, _STAGE):
             setattr(error, _STAGE, name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import json
 import os
@@ -72,8 +71,7 @@ class CpuTimer:
         return every
 
     def forget(self) -> None:
-        torch._dynamo.reset()
-        gc.collect()
+        """Nothing here is compiled twice in one test."""
 
 
 @pytest.fixture
@@ -107,6 +105,7 @@ sys.exit(measured(*sys.argv[1:]))
 """
 
 
+@pytest.mark.slow  # five processes
 def test_what_was_compiled_ahead_is_found_by_the_measurement(tmp_path: Path) -> None:
     out = tmp_path / "run.json"
     names = ["eager", "bf16-default", "graphquant"]
@@ -130,7 +129,9 @@ def test_a_variant_that_is_not_compiled_in_time_is_not_tried(
     def compile_all(todo: Sequence[ahead.Task], *_: Any) -> dict[ahead.Task, str]:
         return {t: "late" for t in todo if t.variant == "bf16-default" and t.batch == 2}
 
+    real = variants.prepare
     monkeypatch.setattr(ahead, "compile_all", compile_all)
+    monkeypatch.setattr(encoders, "prepare", lambda variant, model: real("eager", model))
     out = tmp_path / "run.json"
     names = ["bf16-default", "graphquant"]
     command = [tiny, "--batch", "1", "2", "--variants", *names, "--jobs", "1"]
@@ -563,7 +564,6 @@ def test_what_rotates_is_larger_than_the_cache() -> None:
 def test_every_shape_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[ops.Group] = []
     monkeypatch.setattr(ops, "measure", lambda group, timer, seconds: seen.append(group) or [])
-    monkeypatch.setattr(CpuTimer, "forget", lambda self: None)  # 0.3 s each
     done: list[Any] = []
     two = [TINY, replace(TINY, cls="another")]
     ops.run(two, [1, 2, 1], CpuTimer(), seconds=0.01, limit=Limit(), done=done.append)

@@ -286,7 +286,7 @@ def draw(runs: Sequence[Run], file: Path) -> bool:
     axes.axvline(1, color="black", linewidth=1, zorder=0)
     axes.set_yticks(middles, [label for label, _ in rows], fontsize=8)
     axes.invert_yaxis()
-    axes.margins(x=0.12)
+    axes.margins(x=0.12, y=0.01)
     axes.set_xlabel("speed-up over the fastest bfloat16 variant of the same run (1 = as fast)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=len(COLORS), frameon=False)
