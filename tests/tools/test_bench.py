@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from graphquant.ops import OPS
 from graphquant.ops.define import Op
+from tests.ops import float64_checks as checks
 from tools.bench import __main__ as bench
-from tools.bench import ahead, checks, encoders, models, ops, variants, write
+from tools.bench import ahead, encoders, models, ops, variants, write
 from tools.bench.encoders import PRESETS, Limit, Row
 from tools.bench.models import MODELS, Model
 from tools.bench.records import (
@@ -37,7 +38,7 @@ from tools.bench.records import (
     reason,
     save,
 )
-from tools.bench.timing import Call, Sample, interleaved
+from tools.bench.timing import Call, Sample, Timer, interleaved
 from tools.bench.variants import FLOAT, VARIANTS
 
 TINY = Model("ViTConfig", "ViTModel", models._vit(32, 64, 1, 2, 16, 8), 5)
@@ -47,7 +48,7 @@ needs_matplotlib = pytest.mark.skipif(
 )
 
 
-class CpuTimer:
+class CpuTimer(Timer):
     device = "cpu"
     cache_bytes = 4096
 

@@ -25,7 +25,6 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +32,12 @@ import torch
 from rich.console import Console
 
 from graphquant.cli.arguments import count, positive
+from tests.ops.float64_checks import wrong_ops
 from tools.bench import ahead, encoders, ops, write
-from tools.bench.checks import wrong_ops
 from tools.bench.encoders import PRESET_LIMIT, PRESETS, Limit, Row
 from tools.bench.models import MODELS
 from tools.bench.records import LATE, Encoder, Line, OpTime, Run, header, load, merge, save
-from tools.bench.timing import CudaTimer, Timer
+from tools.bench.timing import Timer
 from tools.bench.variants import USUAL, VARIANTS
 
 WIDTH = 190  # of the tables printed at the end
@@ -65,19 +64,28 @@ def main(
         if not torch.cuda.is_available():
             print("NOTHING WAS TIMED: torch sees no NVIDIA GPU on this machine", file=sys.stderr)
             return 3
-        timer = CudaTimer()
+        timer = Timer()
     _quiet()
     limit = Limit.after(args.time_limit)
     run = Run(header(given), check(timer.device))
-    out = _Output(run, args.json)
+
+    def done(new: Sequence[Encoder | OpTime]) -> None:
+        """After every row, so that an interrupted run leaves what it has."""
+        run.encoders += [r for r in new if isinstance(r, Encoder)]
+        run.ops += [r for r in new if isinstance(r, OpTime)]
+        for record in new:
+            _say(write.one_line(Line(record, run, 1)))
+        if args.json:
+            save([run], args.json)
+
     for why in run.wrong_ops:
         _say(f"WRONG OP, NO SPEED-UP WILL BE TOLD: {why}")
     if is_ops:
         models = [MODELS[name] for name in args.models]
-        ops.run(models, args.batch, timer, seconds=args.seconds, limit=limit, done=out.add)
+        ops.run(models, args.batch, timer, seconds=args.seconds, limit=limit, done=done)
     else:
-        _encoders(rows, args, timer, limit, out.add)
-    out.add([])
+        _encoders(rows, args, timer, limit, done)
+    done([])
     for sheet in write.sheets(Line(r, run, 1) for r in run.records):
         Console(width=WIDTH).print(write.for_terminal(sheet))
     _publish([run], args.markdown, args.chart)
@@ -115,23 +123,6 @@ def _quiet() -> None:
 
     select.PRINT_AUTOTUNE = False
     warnings.filterwarnings("ignore", module="torchao")
-
-
-@dataclass
-class _Output:
-    """Writes what there is after every row, so that an interrupted run leaves what it has."""
-
-    run: Run
-    json: Path | None
-
-    def add(self, new: Sequence[Encoder | OpTime]) -> None:
-        for record in new:
-            kept: list[Any] = self.run.encoders if isinstance(record, Encoder) else self.run.ops
-            kept.append(record)
-        for record in new:  # all of a row are there now
-            _say(write.one_line(Line(record, self.run, 1)))
-        if self.json:
-            save([self.run], self.json)
 
 
 def _publish(runs: Sequence[Run], markdown: Path | None, chart: Path | None) -> None:

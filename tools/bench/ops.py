@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphquant import ops as gq
-from tools.bench.checks import activated, linear, linear_args, norm, relative_error, steps_off
+from tests.ops.float64_checks import activated, linear, linear_args, norm, relative_error, steps_off
 from tools.bench.encoders import Limit
 from tools.bench.models import Model
 from tools.bench.records import LATE, OpTime, reason, short

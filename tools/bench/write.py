@@ -266,30 +266,27 @@ def bars(runs: Sequence[Run]) -> list[tuple[str, dict[str, float]]]:
 def draw(runs: Sequence[Run], file: Path) -> bool:
     """A bar for each speed-up, as PNG. False if there is none to draw. Needs matplotlib."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     rows = bars(runs)
     if not rows:
         return False
-    figure = Figure(figsize=(9, 1.4 + 0.32 * sum(len(some) + 1.4 for _, some in rows)))
-    figure.set_layout_engine("constrained")
+    figure = Figure(figsize=(9, 1.4 + 0.9 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    at, middles, named = 0.0, [], set[str]()
-    for _, some in rows:
-        places = [at + i for i in range(len(some))]
-        middles.append(sum(places) / len(places))
-        for y, (variant, speedup) in zip(places, some.items(), strict=True):
-            label = variant if variant not in named else None
-            bar = axes.barh(y, speedup, 0.86, color=COLORS[variant], label=label)
+    for i, (_, some) in enumerate(rows):
+        for j, (variant, speedup) in enumerate(some.items()):
+            y = i + 0.4 * (j - (len(some) - 1) / 2)
+            bar = axes.barh(y, speedup, 0.36, color=COLORS[variant])
             axes.bar_label(bar, fmt="%.2fx", padding=2, fontsize=9)
-            named.add(variant)
-        at += len(some) + 1.4  # rows stand apart
     axes.axvline(1, color="black", linewidth=1, zorder=0)
-    axes.set_yticks(middles, [label for label, _ in rows], fontsize=8)
+    axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.12, y=0.01)
     axes.set_xlabel("speed-up over the fastest bfloat16 variant of the same run (1 = as fast)")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=len(COLORS), frameon=False)
+    there = [v for v in COLORS if any(v in some for _, some in rows)]
+    patches = [Patch(color=COLORS[v], label=v) for v in there]
+    figure.legend(handles=patches, loc="outside upper center", ncols=len(there), frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150, metadata={"Software": None})
     return True
