@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from functools import partial
 from itertools import count
 from typing import Any
 
@@ -15,7 +14,9 @@ from torch.fx import GraphModule
 from tqdm import tqdm
 
 from graphquant.accuracy.budget import Budget, LeftInFloat, goal
-from graphquant.accuracy.compare import Tally, copies, each_call, kept, own_generators
+from graphquant.accuracy.calls import copies, each_call, own_generators
+from graphquant.accuracy.compare import Comparison, FloatRun, Int8Run
+from graphquant.accuracy.outputs import kept
 from graphquant.accuracy.pair import Pair
 from graphquant.accuracy.report import AccuracyReport
 from graphquant.accuracy.search import Trials
@@ -30,7 +31,8 @@ from graphquant.exporters.standalone import without_ops
 from graphquant.failure import promised, stage
 from graphquant.ir.captured import Captured
 from graphquant.ir.interpret import Paths
-from graphquant.passes.pipeline import rewrite, slow_here
+from graphquant.passes.notes import slow_here
+from graphquant.passes.pipeline import rewrite
 from graphquant.report import Report
 
 log = logging.getLogger(__name__)
@@ -55,7 +57,7 @@ def explain(
     config = Config.of(options or {})
 
     def take(captured: Captured, gm: GraphModule) -> tuple[Report, Callable[..., Any]]:
-        return slow_here(rewrite(captured, config), captured), gm.forward
+        return slow_here(rewrite(captured, config).report, captured), gm.forward
 
     trace = Trace(take)
     with forgotten_afterwards(trace.observe):
@@ -156,26 +158,33 @@ def compare(
     model = _callable("compare", model)
     config = Config.of(options or {})
     paths = Paths(root_of(model))
-    tally = Tally()
+    comparison, active = Comparison(), list[FloatRun | Int8Run]()
 
     def take(captured: Captured, gm: GraphModule) -> tuple[Report, Callable[..., Any]]:
         with stage("the pairing of float and int8"):
             pair = Pair(captured, config, paths)
-        return pair.report, partial(tally.run, pair)
+        return pair.report, lambda *args: active[-1](pair, args)
+
+    def run(how: FloatRun | Int8Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        active[:] = [how]
+        with own_generators():  # both runs draw the same numbers
+            return trace(model, *copies(args, kwargs))
 
     trace = Trace(take, "compare")
     report = None
     with torch.no_grad(), forgotten_afterwards(trace.observe):
         for args, kwargs in each_call(batches, model):
-            with tally.float_run():
-                want = kept(trace(model, *copies(args, kwargs)))
+            floats = FloatRun()
+            want = kept(run(floats, args, kwargs))
             report = report or trace.report(model)
-            with tally.int8_run():
-                got = trace(model, *copies(args, kwargs))
-            tally.outputs(got, want)
+            int8 = Int8Run(floats.values)
+            got = run(int8, args, kwargs)
+            int8.check()
+            comparison.linears(floats, int8)
+            comparison.outputs(got, want)
     if report is None:
         raise UnsupportedInputError("compare needs at least one batch, got none")
-    return tally.result(report)
+    return comparison.result(report)
 
 
 def calibrate(

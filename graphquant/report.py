@@ -12,7 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from graphquant.utils import serialization as files
+from graphquant.utils import serialization
 
 INT8_RULES = frozenset({"norm_linear", "act_linear", "linear"})
 
@@ -218,7 +218,7 @@ class Report:
     @classmethod
     def from_json(cls, text: str) -> Report:
         """What `to_json` gave. Raises FileError for anything else."""
-        data = files.parse(text, "this is no report")
+        data = serialization.parse(text, "this is no report")
         computed = ("coverage", "total_coverage", "counts")
         data.only((*computed, "graphs", "notes", "outcomes", "products", "patterns"))
         outcomes, products, patterns = (

@@ -77,7 +77,7 @@ def test_export_finds_the_same_sites_as_compile(name: str, attn: str) -> None:
     args, kwargs = entry.inputs(2)
     with torch.no_grad():
         captured = from_export(torch.export.export(entry.build(attn), args, kwargs))
-    report = rewrite(captured, Config())
+    report = rewrite(captured, Config()).report
     compiled = run_entry(entry, attn, "cpu").report
     # Exported, torch.nn.Transformer attends with the batch second: the residual is another shape.
     but_for_residual = "residual" if name.startswith("nn_transformer") else ""

@@ -20,7 +20,7 @@ from rich.table import Table
 from graphquant.accuracy.report import OutputAccuracy
 from graphquant.config import Config
 from graphquant.errors import FileError, OptionError, UnsupportedInputError
-from graphquant.utils import serialization as files
+from graphquant.utils import serialization
 from graphquant.utils.serialization import Field, as_float
 
 FORMAT, VERSION = "graphquant.budget", 1
@@ -190,12 +190,12 @@ class Budget:
         A file that is there is replaced as a whole, or stays as it was.
         """
         text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
-        files.write(path, text.encode())
+        serialization.write(path, text.encode())
 
     @classmethod
     def load(cls, path: str | Path, *, calibration: Any = None) -> Budget:
         """What `save` wrote; as `from_dict`."""
-        return cls._from(files.read_json(path, "budget"), calibration)
+        return cls._from(serialization.read_json(path, "budget"), calibration)
 
     @classmethod
     def _from(cls, data: Field, calibration: Any) -> Budget:

@@ -12,8 +12,8 @@ compared is what the int8 product adds to the model:
 
 Or any of the linears are int8 and the others are not: y8 takes the place of y in the float graph.
 
-Nothing here knows a rule. `passes/pipeline.py` leaves on the nodes of the rewritten graph which
-value of the model each one holds; whatever holds none, a quantiser or a packed weight, is computed
+Nothing here knows a rule. Which value of the model a node of the rewritten graph holds, `rewrite`
+returns (`Rewritten.stands_for`); whatever holds none, a quantizer or a packed weight, is computed
 from those that do.
 """
 
@@ -35,7 +35,7 @@ from graphquant.ir.graph import LITERAL, RESIDUAL, calls, full_args
 from graphquant.ir.interpret import Caller, Paths, Watched
 from graphquant.ops import int8_linear
 from graphquant.passes.normalize import normalize
-from graphquant.passes.pipeline import LINEARS, STANDS_FOR, rewrite
+from graphquant.passes.pipeline import rewrite
 from graphquant.report import Outcome
 
 
@@ -93,7 +93,8 @@ class Pair:
             if n in captured.parameters
         }
         self._paths = paths
-        self.report = rewrite(captured, config)
+        self._rewritten = rewrite(captured, config)
+        self.report = self._rewritten.report
         self._int8 = captured.gm
         self._weights = Constants(captured.parameters)
         self._packed: dict[tuple[Node, tuple[int, ...]], Any] = {}  # what no run changes
@@ -104,7 +105,7 @@ class Pair:
     def _find(self) -> Iterator[_Product]:
         for node in calls(self._int8.graph, lambda n: n.target is int8_linear.target):
             start, parts = 0, []
-            for outcome, value in node.meta[LINEARS]:
+            for outcome, value in self._rewritten.linears[node]:
                 linear = self._names[outcome.node]
                 root = self._constants.roots_of(full_args(linear)[1])[0]
                 columns = slice(start, start := start + outcome.N)
@@ -119,7 +120,7 @@ class Pair:
 
         None for what is computed from parameters: a layer scale may be, behind the linear.
         """
-        found = self._names.get(node.meta.get(STANDS_FOR, node.name))
+        found = self._names.get(self._rewritten.stands_for.get(node, node.name))
         computed = found in self._constants and found not in self._constants.roots
         return None if computed else found
 

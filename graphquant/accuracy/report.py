@@ -23,7 +23,7 @@ from rich.table import Table
 from graphquant.errors import MissingPackageError
 from graphquant.metrics import Error, RowCosines, _finite
 from graphquant.report import Outcome, Report
-from graphquant.utils import serialization as files
+from graphquant.utils import serialization
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class AccuracyReport:
         figure.legend(loc="outside upper center", ncols=2, frameon=False)
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=150, metadata={"Software": None})
-        files.write(path, picture.getvalue())
+        serialization.write(path, picture.getvalue())
 
 
 _TOLD = ("path", "node", "rules", "M", "N", "K")

@@ -20,7 +20,9 @@ from torch.fx import GraphModule
 from tqdm import tqdm
 
 from graphquant.accuracy.budget import Metric
-from graphquant.accuracy.compare import Call, Tally, copies, kept, own_generators
+from graphquant.accuracy.calls import Call, copies, own_generators
+from graphquant.accuracy.compare import Comparison
+from graphquant.accuracy.outputs import kept
 from graphquant.accuracy.pair import Pair
 from graphquant.capture.tracing import Trace, root_of
 from graphquant.config import Config
@@ -130,10 +132,10 @@ class Trials:
 
     def quality(self, metric: Metric, in_float: frozenset[str]) -> float:
         """How exact the outputs are with these in float and all others in int8."""
-        tally = Tally()
+        comparison = Comparison()
         for got, want in zip(self._run(self._sites.keys() - in_float), self._wanted, strict=True):
-            tally.outputs(got, want)
-        return metric(tally.result(Report(())).outputs)
+            comparison.outputs(got, want)
+        return metric(comparison.result(Report(())).outputs)
 
     def search(self, metric: Metric, goal: float, *, progress: bool) -> Found:
         costs, known = self.costs(), dict[frozenset[str], float]()

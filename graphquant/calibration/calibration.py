@@ -24,7 +24,7 @@ from graphquant.calibration.saved import NUMBERS, read_record, saved, sha256
 from graphquant.calibration.sync import all_reduced, gathered
 from graphquant.errors import CalibrationError, FileError, OptionError
 from graphquant.ir.paths import weight_path
-from graphquant.utils import serialization as files
+from graphquant.utils import serialization
 from graphquant.utils.serialization import Field
 
 FORMAT, VERSION = "graphquant.calibration", 1
@@ -208,7 +208,7 @@ class Calibration:
         }
         header = json.dumps({**about, "sha256": sha256(about, tensors)})
         entries = {FORMAT: header}  # of several the order is random
-        files.write(path, serialize(tensors, entries))
+        serialization.write(path, serialize(tensors, entries))
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> Calibration:

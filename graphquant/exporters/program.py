@@ -24,7 +24,7 @@ from graphquant.errors import UnsupportedInputError
 from graphquant.failure import stage
 from graphquant.ir.captured import Captured
 from graphquant.ir.graph import operand
-from graphquant.passes.pipeline import LINEARS, rewrite
+from graphquant.passes.pipeline import Rewritten, rewrite
 from graphquant.passes.prepack import prepack
 from graphquant.report import Report
 
@@ -50,12 +50,12 @@ def to_program(
         if captured is None:  # a program of numbers only
             return program, Report(())
         sizes = _sizes(program, tree_leaves((tuple(args), dict(kwargs))))
-        report = rewrite(captured, config)
+        rewritten = rewrite(captured, config)
         with stage("packing"):
-            module = packed(captured)
+            module = packed(captured, rewritten)
         with stage("the export of the int8 graph"):
             int8 = exported(module, sizes)
-    return int8, report
+    return int8, rewritten.report
 
 
 def _sizes(program: ExportedProgram, inputs: Sequence[Any]) -> ShapesCollection:
@@ -91,7 +91,7 @@ def require_program(entry: str, program: object) -> None:
         )
 
 
-def packed(captured: Captured) -> GraphModule:
+def packed(captured: Captured, rewritten: Rewritten) -> GraphModule:
     """The rewritten graph as a module with packed weights in buffers: "layers.0.fc1.wq"."""
     gm, graph = captured.gm, captured.gm.graph
     theirs = {id(t) for t in chain(gm.parameters(), gm.buffers())}
@@ -104,7 +104,7 @@ def packed(captured: Captured) -> GraphModule:
 
     for packing in prepack(captured, new_input):
         values = packing.recipe.compute([captured.parameters[r].detach() for r in packing.roots])
-        path = _path(packing.inputs)
+        path = _path(packing.inputs, rewritten)
         for node, value in zip(packing.inputs, values, strict=True):
             if node.users:  # a quantiser of nothing but weights was packed with its result
                 node.target = _keep(gm, f"{path}.{operand(node, next(iter(node.users)))}", value)
@@ -115,11 +115,11 @@ def packed(captured: Captured) -> GraphModule:
     return module
 
 
-def _path(inputs: Sequence[Node]) -> str:
+def _path(inputs: Sequence[Node], rewritten: Rewritten) -> str:
     """Of the linears that are one product, whose weights these are: "layers.0.q_proj_k_proj"."""
     readers = dict.fromkeys(user for node in inputs for user in node.users)
     paths: list[str] = [
-        outcome.path for r in readers for outcome, _ in r.meta.get(LINEARS, ())
+        outcome.path for r in readers for outcome, _ in rewritten.linears.get(r, ())
     ] or ["packed"]
     parents = {path.rpartition(".")[0] for path in paths}
     if len(parents) > 1:

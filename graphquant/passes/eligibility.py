@@ -24,9 +24,9 @@ from graphquant.ir.rows import rows, width
 from graphquant.ops.checks import FLOATS
 from graphquant.ops.define import missing
 from graphquant.ops.int8_linear.op import MAX_K
-from graphquant.passes.apply import Workbench
 from graphquant.passes.flops import other_products
 from graphquant.passes.rules.patch_linear import PatchLinear
+from graphquant.passes.state import RewriteState
 from graphquant.report import Outcome
 
 NEEDS_GRADIENT = "its result can need a gradient"
@@ -38,28 +38,28 @@ DEVICES = ("cpu", "cuda")
 NEED_KERNELS = ("cuda",)
 
 
-def _enter_all(bench: Workbench, captured: Captured, config: Config) -> None:
+def enter_all(state: RewriteState, captured: Captured, config: Config) -> None:
     """Put every linear, norm and activation on record, in graph order."""
-    norms, acts = bench.recognized.norms, bench.recognized.activations
-    unusable = bench.recognized.unusable
+    norms, acts = state.recognized.norms, state.recognized.activations
+    unusable = state.recognized.unusable
     idle = "" if config.quantize else "quantize=False, and no other linear reads its input"
-    for node in bench.graph.nodes:
+    for node in state.graph.nodes:
         path = module_path(node)
         if node.target is LINEAR:
             x = full_args(node)[0]
-            path = path_of(node, captured, bench.constants)
+            path = path_of(node, captured, state.constants)
             M, N, K = rows(node), width(node), width(x)
             outcome = Outcome("linear", path, node.name, refused=idle, M=M, N=N, K=K)
-            barred = _why_barred(bench, captured, config, node, path)
-            bench.record.enter(node, outcome, barred)
+            ineligible = _ineligible(state, captured, config, node, path)
+            state.record.enter(node, outcome, ineligible)
         elif node in norms or node in acts or node in unusable:
             kind = "activation" if node in acts else "norm"
             why = f"read by {readers(node)}" if config.quantize else "quantize=False"
             outcome = Outcome(kind, path, node.name, refused=why, K=width(node))
-            bench.record.enter(node, outcome, unusable.get(node, ""))
+            state.record.enter(node, outcome, unusable.get(node, ""))
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
-            for inner in _linears_inside(bench.gm, node):
-                bench.record.enter_outside(
+            for inner in _linears_inside(state.gm, node):
+                state.record.enter_outside(
                     Outcome(
                         "linear",
                         module_path(inner) or path,
@@ -72,32 +72,34 @@ def _enter_all(bench: Workbench, captured: Captured, config: Config) -> None:
                 )
 
 
-def _others(bench: Workbench) -> Iterator[Outcome]:
+def other_products_of(state: RewriteState) -> Iterator[Outcome]:
     """What multiplies and is no linear, also inside higher-order ops."""
-    for gm in bench.gm.modules():
+    for gm in state.gm.modules():
         if isinstance(gm, GraphModule):
-            constants = bench.constants if gm is bench.gm else Constants(())
+            constants = state.constants if gm is state.gm else Constants(())
             for node, product in other_products(gm.graph, constants):
                 kind, why, flops = product
                 path = module_path(node)
                 yield Outcome(kind, path, node.name, refused=why, product_flops=flops)
 
 
-def _why_barred(bench: Workbench, captured: Captured, config: Config, node: Node, path: str) -> str:
-    """Why no rule may touch this linear, or "" if they may."""
+def _ineligible(
+    state: RewriteState, captured: Captured, config: Config, node: Node, path: str
+) -> str:
+    """Why no rule may rewrite this linear, or "" if they may."""
     x, weight, bias = full_args(node)
     if node.meta.get("graphquant") == PatchLinear.name:
         return "it embeds pixels, which stay in float"
     for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and (written := bench.constants.written_in(value)):
-            return f"its {name} is not fixed: {_told(written, bench)} is written in place"
-    if weight not in bench.constants:
+        if value is not None and (written := state.constants.written_in(value)):
+            return f"its {name} is not fixed: {_described(written, state)} is written in place"
+    if weight not in state.constants:
         return "its weight is not a parameter"
-    if bias is not None and not bench.constants.is_fixed(bias):
+    if bias is not None and not state.constants.is_fixed(bias):
         return "its bias is not a parameter"
     if why := config.wants(path):
         return why
-    if node in bench.needs_gradient:
+    if node in state.needs_gradient:
         return NEEDS_GRADIENT
     if dtype(node) not in FLOATS or dtype(x) not in FLOATS or dtype(weight) not in FLOATS:
         return f"computes in {str(dtype(node)).removeprefix('torch.')}"
@@ -111,7 +113,7 @@ def _why_barred(bench: Workbench, captured: Captured, config: Config, node: Node
     if not 1 <= K <= MAX_K or N < 1:
         return f"K={K}, N={N}: int8 needs 1 <= K <= {MAX_K} and N >= 1"
     operands = [v for v in (weight, bias) if v is not None]
-    for root in (r for v in operands for r in bench.constants.roots_of(v)):
+    for root in (r for v in operands for r in state.constants.roots_of(v)):
         kind = type(captured.parameters[root])
         if kind not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
             return f"{captured.names[root]} is a {kind.__name__}, not a plain tensor"
@@ -126,10 +128,10 @@ def path_of(node: Node, captured: Captured, constants: Constants) -> str:
     return linear_path(module_path(node), [captured.names[root] for root in matrices])
 
 
-def _told(written: Node, bench: Workbench) -> str:
-    if written in bench.constants.roots:
-        return bench.names[written]
-    roots = " and ".join(bench.names[r] for r in bench.constants.roots_of(written))
+def _described(written: Node, state: RewriteState) -> str:
+    if written in state.constants.roots:
+        return state.names[written]
+    roots = " and ".join(state.names[r] for r in state.constants.roots_of(written))
     where = f" in {path}" if (path := module_path(written)) else ""
     return f"what is made of {roots or 'numbers'}{where}"
 

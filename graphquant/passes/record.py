@@ -31,6 +31,16 @@ class Times(NamedTuple):
         return f"measured: int8 takes {self.int8_us:.1f} us, float {self.float_us:.1f} us"
 
 
+class Carried(NamedTuple):
+    """A linear among those that one node computes.
+
+    value  the name of the model's node that held the same value, a residual left out
+    """
+
+    outcome: Outcome
+    value: str
+
+
 @dataclass
 class Entry:
     """One linear, norm or activation on its way through the rules."""
@@ -108,10 +118,9 @@ class Record:
         for entry in self._at.get(linear, ()):
             entry.barred = reason
 
-    def carried(self, node: Node) -> tuple[tuple[Outcome, str], ...]:
-        """The linears whose columns this node computes, in the columns' order, and for each of them
-        the node of the model that had the same value (without the residual)."""
-        return tuple((e.done(), e.value) for e in self._at.get(node, ()))
+    def carried(self, node: Node) -> tuple[Carried, ...]:
+        """The linears whose columns this node computes, in the columns' order."""
+        return tuple(Carried(e.done(), e.value) for e in self._at.get(node, ()))
 
     def linears(self) -> dict[Node, list[str]]:
         """The nodes that compute the linears on record, and the paths of these."""

@@ -1,8 +1,9 @@
-"""The words a rule is written in.
+"""The interface between rewrite rules and the engine that applies them.
 
-A rule is one file with three answers: `sites` finds where its shape stands, `check` says None or a
-Refuse with a reason, `rewrite` builds the replacement. The engine (apply.py) does the rest: fake
-values, equal shape and dtype, dead code, the record of what happened.
+A rule is one file with three methods: `sites` finds where its pattern occurs, `check` returns None
+or a Refuse with a reason, `rewrite` builds the replacement and returns it as a Rewrite. The engine
+(apply.py) does the rest: fake values, equal shape and dtype, the accuracy and speed gates, dead
+code, the record of what happened.
 """
 
 from __future__ import annotations
@@ -37,14 +38,47 @@ class Linear(NamedTuple):
     bias: Node | None
 
 
-class Smooth(NamedTuple):
-    """How a linear's input channels are smoothed: x W^T = (x factor) (W scale)^T.
+class Smoothing(NamedTuple):
+    """SmoothQuant's scaling of a linear's input channels: x W^T = (x factor) (W scale)^T.
 
-    Both [K] float32, and None if they are not. A quantiser takes the factor, int8_linear the scale.
+    scale   [K] float32, what the weight is multiplied by; None if the linear is not smoothed
+    factor  [K] float32, what the quantizer multiplies x by; None if there is none, or if it is
+            folded into the parameters of the norm in front
+    method  how the scale was found, for the report
+    reason  why the linear is not smoothed although the options ask for it
     """
 
     scale: Node | None = None
     factor: Node | None = None
+    method: str = ""
+    reason: str = ""
+
+
+class Int8Product(NamedTuple):
+    """An int8_linear that takes the place of a float linear.
+
+    node     the call of int8_linear
+    wq       [N, K] int8, the packed weight that it reads
+    w_scale  [N] float32, its scales
+    """
+
+    node: Node
+    linear: Linear
+    smoothing: Smoothing
+    wq: Node
+    w_scale: Node
+
+
+class Rewrite(NamedTuple):
+    """What a rule built at one site.
+
+    values   the nodes that replace the site's outputs, in their order
+    product  the int8 linear among them, if it takes the place of a float one: the gates decide
+             whether it is accurate and fast enough
+    """
+
+    values: tuple[Node, ...]
+    product: Int8Product | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +87,7 @@ class Site:
 
     outputs   the nodes whose values the rewrite replaces, in order
     subjects  the linears, norms and activations that the rewrite takes in; the record credits them
-    moved     values that the rewrite reads at another time than the model did; the engine refuses
+    moved     values that the rewrite reads at another time than the model does; the engine refuses
               the site if anything writes to one of them in place
     """
 
@@ -85,34 +119,34 @@ class View(Protocol):
 
 
 class Edit(Protocol):
-    """What a rule may do to the graph: add calls, each with its fake value."""
+    """What a rule may do to the graph: add calls, each with its fake value (editor.py)."""
 
     def call(self, target: Any, *args: Any) -> Node: ...
-    def quantized(self, op: Op, *args: Any, linear: Linear, smooth: Smooth) -> Node: ...
+    def quantized(self, op: Op, *args: Any, linear: Linear, smoothing: Smoothing) -> Node: ...
     def weigh(self, target: Any, *args: Any) -> Node: ...
     def literal(self, value: Tensor, like: Node) -> Node: ...
     def smooth(
         self, linear: Linear, norm: Norm | None = None, *, one_sided: bool = False
-    ) -> Smooth: ...
+    ) -> Smoothing: ...
     def unpack(self, node: Node) -> tuple[Node, ...]: ...
     def replay(self, views: Sequence[Node], x: Node) -> Node: ...
     def sizes(self, node: Node) -> list[Any]: ...
     def int8_linear(
-        self, quantized: Node, linear: Linear, smooth: Smooth, views: Sequence[Node] = ()
-    ) -> Node: ...
+        self, quantized: Node, linear: Linear, smoothing: Smoothing, views: Sequence[Node] = ()
+    ) -> Int8Product: ...
 
 
 S = TypeVar("S", bound=Site)
 
 
 class Rule(Protocol[S]):
-    """One rewrite. `name` is the same word in the file name, in reports and in logs."""
+    """One rewrite. `name` is that of its file, in reports and in logs."""
 
     name: str
 
     def sites(self, view: View) -> Iterator[S]: ...
     def check(self, view: View, site: S) -> Refuse | None: ...
-    def rewrite(self, edit: Edit, site: S) -> tuple[Node, ...]: ...
+    def rewrite(self, edit: Edit, site: S) -> Rewrite: ...
 
 
 def not_floats(*values: Node | None) -> Refuse | None:

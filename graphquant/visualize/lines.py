@@ -120,7 +120,7 @@ def inspect(
     def take(captured: Captured, inputs: Mapping[Node, str]) -> None:
         writer = _Writer(captured, inputs)
         before = writer.lines()
-        report = rewrite(captured, settings)
+        report = rewrite(captured, settings).report
         found.append(Inspected(before, writer.lines(), report))
 
     def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import graphquant
 from graphquant import GraphquantError, OptionError, Report, UnsupportedInputError
 from graphquant.accuracy.budget import METRICS
-from graphquant.accuracy.compare import each_call
+from graphquant.accuracy.calls import each_call
 from graphquant.accuracy.search import Trials, search
 from graphquant.config import Config
 from tests.seen import seen

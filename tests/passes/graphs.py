@@ -95,7 +95,7 @@ def rewritten(model: nn.Module, *args: Any, sizes: Any = None, **options: Any) -
     captured = exported(model, *args, sizes=sizes)
     graph, config = captured.gm.graph, Config(**options)
     before = spec(graph)
-    report = rewrite(captured, config)
+    report = rewrite(captured, config).report
     honest(captured)
     assert spec(graph) == before
     if config.quantize:

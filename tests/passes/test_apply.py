@@ -10,13 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
-from torch.fx import Node
 
 from graphquant import Config, RuleError
 from graphquant.ir.graph import LINEAR, aten
 from graphquant.passes import pipeline
 from graphquant.passes.pipeline import rewrite
-from graphquant.passes.rule import Edit, Refuse, View
+from graphquant.passes.rule import Edit, Refuse, Rewrite, View
 from graphquant.passes.rules.linear import AnyLinear, LinearSite
 from tests.passes.graphs import Model, compiled, exported, name_of, rewritten
 
@@ -56,33 +55,34 @@ class SaysWhy(AnyLinear):
 class OtherShape(AnyLinear):
     name = "other_shape"
 
-    def rewrite(self, edit: Edit, site: LinearSite) -> tuple[Node, ...]:
-        (y,) = super().rewrite(edit, site)
-        return (edit.call(aten.transpose.int, y, 0, 1),)
+    def rewrite(self, edit: Edit, site: LinearSite) -> Rewrite:
+        (y,), product = super().rewrite(edit, site)
+        return Rewrite((edit.call(aten.transpose.int, y, 0, 1),), product)
 
 
 class OtherType(AnyLinear):
     name = "other_type"
 
-    def rewrite(self, edit: Edit, site: LinearSite) -> tuple[Node, ...]:
-        (y,) = super().rewrite(edit, site)
-        return (edit.call(aten.to.dtype, y, torch.float16),)
+    def rewrite(self, edit: Edit, site: LinearSite) -> Rewrite:
+        (y,), product = super().rewrite(edit, site)
+        return Rewrite((edit.call(aten.to.dtype, y, torch.float16),), product)
 
 
 class TwoLinears(AnyLinear):
     name = "two_linears"
 
-    def rewrite(self, edit: Edit, site: LinearSite) -> tuple[Node, ...]:
+    def rewrite(self, edit: Edit, site: LinearSite) -> Rewrite:
         linear = site.linear
         again = edit.call(LINEAR, linear.x, linear.weight, linear.bias)
-        return (edit.call(aten.add.Tensor, *super().rewrite(edit, site), again),)
+        (y,), product = super().rewrite(edit, site)
+        return Rewrite((edit.call(aten.add.Tensor, y, again),), product)
 
 
 class NoLinear(AnyLinear):
     name = "no_linear"
 
-    def rewrite(self, edit: Edit, site: LinearSite) -> tuple[Node, ...]:
-        return (edit.call(aten.neg.default, site.linear.x),)
+    def rewrite(self, edit: Edit, site: LinearSite) -> Rewrite:
+        return Rewrite((edit.call(aten.neg.default, site.linear.x),))
 
 
 class LeavesItAlive(AnyLinear):
@@ -95,9 +95,9 @@ class LeavesItAlive(AnyLinear):
         for site in super().sites(view):
             yield LinearSite((*site.outputs, given), site.subjects, (), site.linear)
 
-    def rewrite(self, edit: Edit, site: LinearSite) -> tuple[Node, ...]:
-        y, *_ = super().rewrite(edit, site)
-        return y, y
+    def rewrite(self, edit: Edit, site: LinearSite) -> Rewrite:
+        (y,), product = super().rewrite(edit, site)
+        return Rewrite((y, y), product)
 
 
 BROKEN = [
@@ -247,11 +247,11 @@ class Late(AnyLinear):
 
     name = "late"
 
-    def rewrite(self, edit: Edit, site: LinearSite) -> tuple[Node, ...]:
+    def rewrite(self, edit: Edit, site: LinearSite) -> Rewrite:
         linear = site.linear
         later = next(n for n in linear.node.graph.nodes if n.name == "cos")
         x = edit.call(aten.add.Tensor, linear.x, later)
-        return (edit.call(LINEAR, x, linear.weight, linear.bias),)
+        return Rewrite((edit.call(LINEAR, x, linear.weight, linear.bias),))
 
 
 def test_a_rewrite_that_would_stand_behind_a_reader_is_refused(

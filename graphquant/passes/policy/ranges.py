@@ -1,4 +1,4 @@
-"""Static ranges: what a calibration says of the values that linears read.
+"""Quantization parameters of linears' inputs: static ranges of a calibration, clip, smoothing.
 
 All linears that read one value, through views of its rows and casts as well, have one range: the
 least that holds what the calibration knows of each. So q, k and v are quantised once.
@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch.fx import Node
 
-from graphquant.config import Statistics
+from graphquant.config import Config, Statistics
 from graphquant.errors import OptionError
 from graphquant.ir.graph import full_args
 from graphquant.ir.rows import origin
+from graphquant.passes.rule import Smoothing
 
 Range = tuple[float, float]
 
-SMOOTHED = (
-    -1.0,
-    1.0,
-)  # of x / s, whatever x's channels and the weights are: passes/policy/smoothing.py
+SMOOTHED = (-1.0, 1.0)  # of x / s, whatever x's channels and the weights are (smoothing.py)
 
 
 def static_ranges(linears: Mapping[Node, str], calibration: Statistics) -> dict[str, Range]:
@@ -41,6 +40,27 @@ def static_ranges(linears: Mapping[Node, str], calibration: Statistics) -> dict[
         if known:
             found |= dict.fromkeys((n.name for n in group), union(known))
     return found
+
+
+def input_qparams(
+    config: Config, ranges: Mapping[str, Range], names: Iterable[str], smoothing: Smoothing
+) -> list[Any]:
+    """The last arguments of a quantizer (ops/numerics.py): factor, low, high and clip, without
+    trailing Nones.
+
+    ranges  static ranges by the names of linears' nodes
+    names   of the linears' nodes that read the result, as one product
+    """
+    clip = config.clip_range
+    known = [ranges[name] for name in names if name in ranges]
+    if config.activation == "static" and smoothing.scale is not None:
+        known = [SMOOTHED]
+    qparams = [smoothing.factor, None, None, clip]
+    if known:
+        qparams = [smoothing.factor, *within(union(known), clip), None]
+    while qparams and qparams[-1] is None:
+        qparams.pop()
+    return qparams
 
 
 def union(ranges: list[Range]) -> Range:

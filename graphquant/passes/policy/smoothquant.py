@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from graphquant.config import Config
-from graphquant.ir.graph import shape
+from graphquant.ir.graph import aten, shape
 from graphquant.passes.policy.smoothing import norm_smoothing, searched_smoothing, smoothing
 from graphquant.passes.recognize import Norm
-from graphquant.passes.rule import Edit, Linear
+from graphquant.passes.rule import Edit, Linear, Smoothing
 
 ALPHA = 0.5  # where nothing says another: what the paper takes, and the best one on MiniLM
 NO_NORM = "there is no norm with parameters in front of it"
@@ -30,24 +30,34 @@ NO_NORM = "there is no norm with parameters in front of it"
 
 def smooth(
     edit: Edit, config: Config, paths: Sequence[str], linear: Linear, norm: Norm | None
-) -> tuple[Node, str] | str:
-    """(s [K], how it was found), or why this linear is not smoothed.
+) -> Smoothing:
+    """The smoothing of a linear by config.smooth.
 
     paths  of the linears that it holds, which read one value
-    norm   what computes that value, if it does so with parameters
+    norm   computes that value, from parameters and one activation
     """
+    scale, how = _scale(edit, config, paths, linear, norm)
+    if scale is None:
+        return Smoothing(reason=how)
+    return Smoothing(scale, edit.weigh(aten.reciprocal.default, scale), method=how)
+
+
+def _scale(
+    edit: Edit, config: Config, paths: Sequence[str], linear: Linear, norm: Norm | None
+) -> tuple[Node | None, str]:
+    """(s [K], how it was found), or (None, why there is none)."""
     if config.smooth == "norm":
         if norm is None:
-            return NO_NORM
+            return None, NO_NORM
         s = edit.weigh(norm_smoothing, linear.weight, norm.gamma, norm.beta, ALPHA)
         return s, f"norm, alpha {ALPHA}"
     K, calibration = shape(linear.weight)[1], config.calibration
     assert calibration is not None  # Config sees to it
     found = [v for v in map(calibration.absmax, paths) if v is not None]
     if not found:
-        return "the calibration has no statistics of it"
+        return None, "the calibration has no statistics of it"
     if any(v.shape != (K,) for v in found):
-        return f"the calibration saw {found[0].numel()} channels, it has {K}"
+        return None, f"the calibration saw {found[0].numel()} channels, it has {K}"
     absmax = edit.literal(functools.reduce(torch.maximum, found), linear.weight)
     if config.smooth == "auto" and (rows := sample(calibration, paths)) is not None:
         given = (linear.weight, absmax, edit.literal(rows, linear.weight))

@@ -1,4 +1,4 @@
-"""Never slower: on CUDA a rewrite to int8 is kept only if it was measured to be faster.
+"""Speed gate: on CUDA an int8 rewrite is kept only if it was measured to be faster.
 
 What a rewrite replaces and what it makes are both cut out of the graph as they stand, run on random
 values of the sizes seen at compile time, and timed in turn (ops/runtime/timing.py). One answer
@@ -21,10 +21,23 @@ from graphquant.ir.graph import hint
 from graphquant.ops import int8_linear
 from graphquant.ops.numerics import padded, row_stride
 from graphquant.ops.runtime.timing import times
+from graphquant.passes.policy.gate import Candidate, Verdict
 from graphquant.passes.record import Times
 
 MOST_NODES = 100  # of a region: a larger one is no chain
 MEASURED = ("cuda",)  # device types
+
+
+class SpeedGate:
+    """Refuses an int8 rewrite whose time on random inputs is not below the float nodes' time."""
+
+    def __init__(self, constants: Constants) -> None:
+        self._constants = constants
+
+    def __call__(self, candidate: Candidate) -> Verdict:
+        site, rewrite, made = candidate
+        times = compare(site.outputs, rewrite.values, made, self._constants)
+        return Verdict() if times is None else Verdict(times.why_not, times)
 
 
 def compare(

@@ -19,7 +19,7 @@ from graphquant.ir.graph import aten, dtype, is_call, is_tensor, readers, shape
 from graphquant.ir.rows import leads_only_to, origin, overflowing
 from graphquant.ops import act_quantize, glu_quantize
 from graphquant.passes.recognize import Activation
-from graphquant.passes.rule import Edit, Linear, Refuse, Site, View, linears, not_floats
+from graphquant.passes.rule import Edit, Linear, Refuse, Rewrite, Site, View, linears, not_floats
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,18 @@ class ActLinear:
             return Refuse(f"between them is a cast to {dtype(cast)}, which may overflow", cast)
         return None
 
-    def rewrite(self, edit: Edit, site: ActSite) -> tuple[Node, ...]:
+    def rewrite(self, edit: Edit, site: ActSite) -> Rewrite:
         linear, x = site.linear, edit.replay(site.views, site.act.x)
-        smooth = edit.smooth(linear, one_sided=site.up is None)
+        smoothing = edit.smooth(linear, one_sided=site.up is None)
         if site.up is None:
-            made = edit.quantized(act_quantize, x, site.act.act, linear=linear, smooth=smooth)
+            made = edit.quantized(act_quantize, x, site.act.act, linear=linear, smoothing=smoothing)
         else:
             up = edit.replay(site.views, site.up)
-            made = edit.quantized(glu_quantize, x, up, site.act.act, linear=linear, smooth=smooth)
-        return (edit.int8_linear(made, linear, smooth),)
+            made = edit.quantized(
+                glu_quantize, x, up, site.act.act, linear=linear, smoothing=smoothing
+            )
+        product = edit.int8_linear(made, linear, smoothing)
+        return Rewrite((product.node,), product)
 
 
 def _overflowing(site: ActSite) -> Node | None:

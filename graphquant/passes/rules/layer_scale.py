@@ -26,7 +26,7 @@ from graphquant.ir.graph import (
     shape,
 )
 from graphquant.ops import int8_linear
-from graphquant.passes.rule import Edit, Refuse, Site, View
+from graphquant.passes.rule import Edit, Refuse, Rewrite, Site, View
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class LayerScale:
             return Refuse(f"the product is {dtype(product)}, not the linear's type", product)
         return None
 
-    def rewrite(self, edit: Edit, site: LayerScaleSite) -> tuple[Node, ...]:
+    def rewrite(self, edit: Edit, site: LayerScaleSite) -> Rewrite:
         *x, wq, w_scale, w_sum, bias, residual, out = full_args(site.linear)
         gamma = site.gamma
         if len(shape(gamma)) > 1:
@@ -73,7 +73,8 @@ class LayerScale:
         w_scale, w_sum, bias = (
             v and edit.call(aten.mul.Tensor, v, gamma) for v in (w_scale, w_sum, bias)
         )
-        return (edit.call(int8_linear, *x, wq, w_scale, w_sum, bias, residual, out),)
+        y = edit.call(int8_linear, *x, wq, w_scale, w_sum, bias, residual, out)
+        return Rewrite((y,))
 
 
 def _is_int8(node: Node) -> bool:

@@ -10,10 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch.fx import Node
-
 from graphquant.ops import quantize
-from graphquant.passes.rule import Edit, Linear, Refuse, Site, View, linears
+from graphquant.passes.rule import Edit, Linear, Refuse, Rewrite, Site, View, linears
 
 
 @dataclass(frozen=True)
@@ -31,8 +29,9 @@ class AnyLinear:
     def check(self, view: View, site: LinearSite) -> Refuse | None:
         return None
 
-    def rewrite(self, edit: Edit, site: LinearSite) -> tuple[Node, ...]:
+    def rewrite(self, edit: Edit, site: LinearSite) -> Rewrite:
         linear = site.linear
-        smooth = edit.smooth(linear)
-        made = edit.quantized(quantize, linear.x, linear=linear, smooth=smooth)
-        return (edit.int8_linear(made, linear, smooth),)
+        smoothing = edit.smooth(linear)
+        made = edit.quantized(quantize, linear.x, linear=linear, smoothing=smoothing)
+        product = edit.int8_linear(made, linear, smoothing)
+        return Rewrite((product.node,), product)

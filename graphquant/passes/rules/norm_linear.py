@@ -22,7 +22,7 @@ from graphquant.ir.graph import aten, between, dtype, shape
 from graphquant.ir.rows import leads_only_to, origin, overflowing
 from graphquant.ops import norm_quantize, norm_quantize_keep
 from graphquant.passes.recognize import Norm
-from graphquant.passes.rule import Edit, Linear, Refuse, Site, View, linears, not_floats
+from graphquant.passes.rule import Edit, Linear, Refuse, Rewrite, Site, View, linears, not_floats
 
 
 @dataclass(frozen=True)
@@ -60,24 +60,30 @@ class NormLinear:
             return Refuse(f"between them is a cast to {dtype(cast)}, which may overflow", cast)
         return None
 
-    def rewrite(self, edit: Edit, site: NormSite) -> tuple[Node, ...]:
+    def rewrite(self, edit: Edit, site: NormSite) -> Rewrite:
         linear = site.linear
         gamma, beta = (_vector(edit, p) for p in (site.norm.gamma, site.norm.beta))
         norm = replace(site.norm, gamma=gamma, beta=beta)
-        smooth = edit.smooth(linear, norm if site.fixed else None)
-        if smooth.factor is not None and site.fixed and not site.keep:
+        smoothing = edit.smooth(linear, norm if site.fixed else None)
+        if smoothing.factor is not None and site.fixed and not site.keep:
             # folded into the parameters, it costs nothing when the model runs
-            gamma = edit.weigh(aten.mul.Tensor, gamma, smooth.factor) if gamma else smooth.factor
-            beta = beta and edit.weigh(aten.mul.Tensor, beta, smooth.factor)
-            smooth = smooth._replace(factor=None)
+            gamma = (
+                edit.weigh(aten.mul.Tensor, gamma, smoothing.factor) if gamma else smoothing.factor
+            )
+            beta = beta and edit.weigh(aten.mul.Tensor, beta, smoothing.factor)
+            smoothing = smoothing._replace(factor=None)
         parameters: tuple[Any, ...] = (gamma, beta, norm.eps, norm.rms)
         if not site.keep:
             x = edit.replay(site.views, norm.x)
-            made = edit.quantized(norm_quantize, x, *parameters, linear=linear, smooth=smooth)
-            return (edit.int8_linear(made, linear, smooth),)
+            made = edit.quantized(norm_quantize, x, *parameters, linear=linear, smoothing=smoothing)
+            product = edit.int8_linear(made, linear, smoothing)
+            return Rewrite((product.node,), product)
         parameters = (*parameters, dtype(norm.out))
-        made = edit.quantized(norm_quantize_keep, norm.x, *parameters, linear=linear, smooth=smooth)
-        return edit.int8_linear(made, linear, smooth, site.views), edit.unpack(made)[0]
+        made = edit.quantized(
+            norm_quantize_keep, norm.x, *parameters, linear=linear, smoothing=smoothing
+        )
+        product = edit.int8_linear(made, linear, smoothing, site.views)
+        return Rewrite((product.node, edit.unpack(made)[0]), product)
 
 
 def _vector(edit: Edit, parameter: Node | None) -> Node | None:

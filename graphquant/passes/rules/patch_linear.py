@@ -19,7 +19,7 @@ from typing import Any
 from torch.fx import Node
 
 from graphquant.ir.graph import LINEAR, aten, calls, dtype, full_args, shape
-from graphquant.passes.rule import Edit, Refuse, Site, View
+from graphquant.passes.rule import Edit, Refuse, Rewrite, Site, View
 
 CONVOLUTIONS = {
     aten.conv2d.default,
@@ -53,7 +53,7 @@ class PatchLinear:
             return Refuse(f"it computes in {dtype(conv)} on {dtype(site.x)}", conv)
         return None
 
-    def rewrite(self, edit: Edit, site: PatchSite) -> tuple[Node, ...]:
+    def rewrite(self, edit: Edit, site: PatchSite) -> Rewrite:
         (conv,) = site.outputs
         batch, channels = edit.sizes(site.x)[:2]
         windows, patch = shape(conv)[2:], shape(site.weight)[2:]
@@ -66,7 +66,8 @@ class PatchLinear:
         weight = edit.weigh(aten.reshape.default, site.weight, [-1, width])
         y = edit.call(LINEAR, x, weight, site.bias)
         y = edit.call(aten.transpose.int, y, 1, 2)
-        return (edit.call(aten.reshape.default, y, [batch, shape(conv)[1], *windows]),)
+        y = edit.call(aten.reshape.default, y, [batch, shape(conv)[1], *windows])
+        return Rewrite((y,))
 
 
 def _is_patches(

@@ -26,7 +26,7 @@ from graphquant.ir.graph import (
 )
 from graphquant.ir.rows import SIZED_VIEWS, keeps_rows
 from graphquant.ops import int8_linear
-from graphquant.passes.rule import Edit, Refuse, Site, View
+from graphquant.passes.rule import Edit, Refuse, Rewrite, Site, View
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ class Residual:
             return Refuse(f"the sum mixes {dtype(site.linear)} and {dtype(site.residual)}", total)
         return None
 
-    def rewrite(self, edit: Edit, site: ResidualSite) -> tuple[Node, ...]:
+    def rewrite(self, edit: Edit, site: ResidualSite) -> Rewrite:
         *arguments, _, out = full_args(site.linear)
         residual = site.residual
         if site.views:
             size = [*edit.sizes(arguments[0])[:-1], shape(site.linear)[-1]]
             residual = edit.call(aten.reshape.default, residual, size)
         y = edit.call(int8_linear, *arguments, residual, out)
-        return (edit.replay(site.views, y),)
+        return Rewrite((edit.replay(site.views, y),))

@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from graphquant.ir.contexts import APART, are_apart
 from graphquant.ir.graph import LINEAR, aten, dtype, full_args, shape
-from graphquant.passes.rule import Edit, Linear, Refuse, Site, View, linears
+from graphquant.passes.rule import Edit, Linear, Refuse, Rewrite, Site, View, linears
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class StackSiblings:
         # it makes a float linear, whose type is that of the autocast region that it stands in
         return Refuse(APART, site.outputs[0]) if are_apart(site.outputs, autocast=True) else None
 
-    def rewrite(self, edit: Edit, site: Siblings) -> tuple[Node, ...]:
+    def rewrite(self, edit: Edit, site: Siblings) -> Rewrite:
         weight = edit.weigh(aten.cat.default, [n.weight for n in site.linears])
         bias = None
         if any(n.bias is not None for n in site.linears):
@@ -55,7 +55,7 @@ class StackSiblings:
             stop = start + shape(linear.weight)[0]
             parts.append(edit.call(aten.slice.Tensor, y, -1, start, stop))
             start = stop
-        return tuple(parts)
+        return Rewrite(tuple(parts))
 
 
 def _bias(edit: Edit, linear: Linear) -> Node:

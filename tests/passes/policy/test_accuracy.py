@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from graphquant import OptionError, Report, calibrate, compare, explain
-from graphquant.passes.policy.accuracy import too_rough
+from graphquant.passes.policy.accuracy import below
 from tests.passes.graphs import Model, compiled, rewritten
 from tests.seen import Seen, seen
 from tests.small import Mlp, notes
@@ -217,7 +217,7 @@ def test_the_worst_decides_and_no_number_looks_larger_than_it_is(
     found: list[float], least: float
 ) -> None:
     paths = [f"layer.{i}" for i in range(len(found))]
-    why = too_rough(paths, found, least)
+    why = below(paths, found, least)
     assert (why == "") == all(sqnr >= least for sqnr in found)
     if why:
         told = float(re.search(r"would be (\S+) dB", why)[1])  # type: ignore[index]

@@ -243,7 +243,7 @@ class Layer(nn.Module):
 
 def test_equal_layers_ask_four_questions_however_many_they_are(x: Tensor, clock: Clock) -> None:
     captured = exported(nn.Sequential(*(Layer() for _ in range(5))), x)
-    report = rewrite(captured, Config())
+    report = rewrite(captured, Config()).report
     assert len(clock.questions) == 5 * 4
     assert len(set(clock.questions)) == 4
     first = {after[0] for _, after in clock.asked()}
@@ -262,7 +262,7 @@ def test_layers_with_ranges_of_their_own_ask_no_more_questions(x: Tensor, clock:
     }
     options: Any = {"activation": "static", "calibration": Seen(ranges), "clip_range": 5.0}
     captured = exported(nn.Sequential(*(Layer() for _ in range(3))), x)
-    report = rewrite(captured, Config(**options))
+    report = rewrite(captured, Config(**options)).report
     assert not report.notes
     assert len(clock.questions) == 3 * 4
     static = set(clock.questions)
@@ -349,7 +349,7 @@ def test_where_int8_is_slower_the_graph_stays_as_it_was(
     rewrite(left, Config(exclude="*"))  # all that is no rule's work
     clock.slower = lambda question: True
     captured = exported(model, x)
-    report = rewrite(captured, Config())
+    report = rewrite(captured, Config()).report
     honest(captured)
     assert text(captured.gm.graph) == text(left.gm.graph)
     assert torch.equal(captured.gm(x), model(x))
@@ -398,7 +398,7 @@ def test_the_report_has_both_times_of_a_chain_and_not_of_its_epilogue(
     answers = iter([{"float": 20.0, "int8": 10.0}, {"float": 2.0, "int8": 1.0}])
     monkeypatch.setattr(select, "times", lambda *_: next(answers))
     model = Model(lambda m, x: x + m.fc(m.norm(x)), norm=nn.LayerNorm(K), fc=nn.Linear(K, K))
-    report = rewrite(exported(model, x), Config())
+    report = rewrite(exported(model, x), Config()).report
     assert [(o.kind, o.float_us, o.int8_us) for o in report.outcomes] == [
         ("norm", 20.0, 10.0),
         ("linear", 20.0, 10.0),

@@ -1,0 +1,85 @@
+"""Notes of a report: what a user should know about a rewrite besides each linear's outcome."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from graphquant.config import Config, matches
+from graphquant.ir.captured import Captured
+from graphquant.ir.graph import (
+    calls,
+)
+from graphquant.ops import int8_linear
+from graphquant.passes.eligibility import NEEDS_GRADIENT
+from graphquant.passes.policy.accuracy import AccuracyGate
+from graphquant.passes.policy.smoothquant import NO_NORM
+from graphquant.passes.state import RewriteState
+from graphquant.report import SLOW_ON_CPU, Outcome, Pattern, Quiet, Report
+
+
+def patterns_of(state: RewriteState, config: Config) -> Iterator[Pattern]:
+    paths = [o.path for o in state.record.outcomes() if o.kind == "linear"]
+    for option in ("include", "exclude"):
+        for pattern in dict.fromkeys(getattr(config, option)):
+            yield Pattern(option, pattern, sum(matches(pattern, path) for path in paths))
+
+
+def is_elsewhere(pattern: Pattern, captured: Captured) -> bool:
+    """Could it match a linear of the model that is in another graph?"""
+    return any(matches(pattern.pattern, path) for path in captured.elsewhere)
+
+
+def in_training(captured: Captured) -> Iterator[str]:
+    if training := captured.training:
+        which = "the model is" if "" in training else f"{len(training)} of its modules are"
+        such = "" if "" in training else f", such as {training[0]}"
+        note = f"{which} in training mode{such}: for inference, call model.eval()"
+        yield Quiet(note) if captured.grad_enabled else note  # who trains needs no warning
+
+
+def slow_here(report: Report, captured: Captured) -> Report:
+    """The report, with a note if int8 products run on a processor that is slower with them."""
+    products = calls(captured.gm.graph, lambda n: n.target is int8_linear.target)
+    if not any(node.meta["val"].device.type == "cpu" for node in products):
+        return report
+    return replace(report, notes=(*report.notes, SLOW_ON_CPU))
+
+
+def _not_smoothed(linears: Sequence[Outcome]) -> Iterator[str]:
+    """Linears that the options ask to smooth, and that are not; what is behind no norm was never
+    meant by "norm", unless that is all."""
+    reasons = Counter(o.not_smoothed for o in linears if o.not_smoothed)
+    if NO_NORM in reasons and any(o.smoothed for o in linears):
+        del reasons[NO_NORM]
+    for reason, n in reasons.items():
+        yield f"{n} of {sum(o.int8 for o in linears)} int8 linears are not smoothed: {reason}"
+
+
+def notes_of(state: RewriteState, accuracy: AccuracyGate) -> Iterator[str]:
+    config = state.config
+    outcomes = state.record.outcomes()
+    linears = [o for o in outcomes if o.kind == "linear"]
+    yield from _not_smoothed(linears)
+    if linears and all(o.refused == NEEDS_GRADIENT for o in linears):
+        yield (
+            "every linear can need a gradient, so none is int8: for inference, call the model "
+            "under torch.inference_mode() or torch.no_grad()"
+        )
+    if unmeasured := sum(o.int8 and o.node in accuracy.unmeasured for o in linears):
+        yield (
+            f"min_sqnr did not judge {unmeasured} of {sum(o.int8 for o in linears)} int8 linears: "
+            "the calibration has no rows of what they read"
+        )
+    if config.activation == "static" and (
+        unknown := [
+            o.path or o.node
+            for o in linears
+            if o.int8 and o.node not in state.ranges and not o.smoothed
+        ]
+    ):
+        yield (
+            f"{len(unknown)} of {sum(o.int8 for o in linears)} int8 linears stay dynamic, because "
+            f"the calibration has no range for what they read: {', '.join(unknown)}"
+        )
