@@ -12,6 +12,9 @@ BIN := $(VENV)/bin
 # -qq: errors only.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
+# of all files of a folder whose names are like this
+lines = $$(find $(1) -name '$(2)' ! -name '*.pyc' -exec cat {} + | wc -l)
+
 # The model comes out of a package; nothing asks a model hub.
 export HF_HUB_OFFLINE := 1
 
@@ -49,6 +52,8 @@ check: $(VENV)/.lint
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+	@echo "lines of Python: graphquant $(call lines,graphquant,*.py), tools $(call lines,tools,*.py)," \
+		"tests $(call lines,tests,*.py); of CUDA and C in graphquant: $(call lines,graphquant,*.c*)"
 
 docs: $(VENV)/.docs
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)

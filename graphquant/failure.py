@@ -14,7 +14,12 @@ from pathlib import Path
 
 import torch
 
-from graphquant._torch.dynamo import BackendCompilerFailed, RestartAnalysis, SkipFrame
+from graphquant._torch.dynamo import (
+    BackendCompilerFailed,
+    RestartAnalysis,
+    SkipFrame,
+    dynamo_timed,
+)
 from graphquant.config import strict
 from graphquant.errors import (
     CalibrationError,
@@ -40,9 +45,14 @@ _HERE = Path(__file__).parent
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """An exception that leaves this block says where it comes from: `what_failed` tells."""
+    """A part of what graphquant does when it compiles.
+
+    An exception that leaves this block says where it comes from: `what_failed` tells. How long it
+    took is in `torch._dynamo.utils.compile_times()`, as "graphquant: normalize".
+    """
     try:
-        yield
+        with dynamo_timed(f"graphquant: {name}"):
+            yield
     except Exception as error:
         if not hasattr(error, _STAGE):
             setattr(error, _STAGE, name)

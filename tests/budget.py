@@ -1,7 +1,7 @@
 """Which rules take how many linears of which model. A release of transformers that stops matching
 fails here, and so does a rule that suddenly takes more or less.
 
-Counts of `Report.counts()` for the models of tools/zoo.py, equal for both attention
+Counts of `Report.counts()` for the models of tests/zoo, equal for both attention
 implementations and for torch.compile and torch.export.
 """
 

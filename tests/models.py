@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from graphquant import Report
-from tools import zoo
+from tests import zoo
 
 # torch itself cannot trace these into one graph: they split tensors by lengths read from data
 BREAKS = {"qwen2_5_vl", "qwen2_vl", "qwen3_vl"}

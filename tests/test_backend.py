@@ -16,8 +16,8 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import graphquant
 from graphquant import Config, OptionError, Report, UnsupportedInputError
+from tests import zoo
 from tests.small import NEAR, Mlp, error, int8, seeded
-from tools import zoo
 
 
 @pytest.fixture(autouse=True)

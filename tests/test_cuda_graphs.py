@@ -9,8 +9,8 @@ import torch
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
 import graphquant
+from tests import zoo
 from tests.small import FAR, NEAR, Mlp, again, error, seeded
-from tools import zoo
 
 
 @pytest.mark.parametrize("name", ["siglip", "bert", "dinov2"])

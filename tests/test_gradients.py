@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from graphquant import Report
 from graphquant.passes.eligibility import NEEDS_GRADIENT
+from tests import zoo
 from tests.small import FAR, NEAR, Mlp, again, error, int8, notes, seeded
-from tools import zoo
 
 
 @pytest.fixture(autouse=True)

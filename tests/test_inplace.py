@@ -32,10 +32,10 @@ from graphquant.inplace import _Int8
 from graphquant.weights import released
 from graphquant.weights.packed import _MARK, Supply, is_released
 from graphquant.weights.snapshot import SAMPLES
+from tests import zoo
 from tests.models import error as errors
 from tests.models import on, relative, same_structure
 from tests.small import NEAR, Mlp, Model, again, error, int8, notes, seeded
-from tools import zoo
 
 BOUND = 0.04  # of two layers, as in tests/test_models.py
 VISION = ("siglip", "clip_vision", "internvl")

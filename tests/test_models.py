@@ -15,7 +15,7 @@ from graphquant import Config, Report
 from graphquant.capture.aten import from_export
 from graphquant.ops.numerics import quantize_rows, quantize_symmetric
 from graphquant.passes.pipeline import rewrite
-from tests import budget
+from tests import budget, zoo
 from tests.models import (
     BREAKS,
     UNUSUAL,
@@ -29,7 +29,6 @@ from tests.models import (
     run_entry,
     same_structure,
 )
-from tools import zoo
 
 # Per-token int8 of two layers with rough random weights: 0.8 to 2.9 % measured over the table.
 BOUND = 0.04

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from tests import zoo
 from tests.models import UNUSUAL
-from tools import zoo
 
 TRUE = [pytest.param(e, id=f"{n}@true", marks=pytest.mark.slow) for n, e in zoo.TRUE_WIDTH.items()]
 QUICK = [
@@ -97,28 +95,3 @@ def test_load_names() -> None:
         zoo.load("vitt")
     with pytest.raises(KeyError, match="no table"):
         zoo.load("vit@big")
-
-
-USERS = """
-import torch
-
-def plain():
-    return torch.nn.Linear(4, 3), (torch.randn(5, 4),), {}
-
-def full(batch=1, attn="eager"):
-    model = torch.nn.Linear(4, 3)
-    model.attn = attn
-    return model, (torch.randn(batch, 4),), {}
-"""
-
-
-def test_load_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "users_models.py").write_text(USERS)
-    monkeypatch.syspath_prepend(tmp_path)
-    plain = zoo.load("users_models:plain")
-    assert torch.equal(plain.build("sdpa").weight, plain.build("sdpa").weight)
-    assert plain.inputs(2)[0][0].shape == (5, 4)
-    full = zoo.load("users_models:full")
-    assert full.build("sdpa").attn == "sdpa"
-    assert full.inputs(7)[0][0].shape == (7, 4)
-    assert torch.equal(full.inputs(2)[0][0], full.inputs(2)[0][0])

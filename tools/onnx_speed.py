@@ -20,11 +20,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 
 import graphquant
 import graphquant.onnx
+from graphquant.metrics import Error
 from tools.bench.models import MODELS, build, inputs
 
 FLOAT = "float32"
@@ -67,11 +67,6 @@ def measure(sessions: dict[str, Any], feed: dict[str, Any], rounds: int) -> dict
     return times
 
 
-def cosine(got: np.ndarray[Any, Any], want: np.ndarray[Any, Any]) -> float:
-    got, want = got.astype(np.float64).ravel(), want.astype(np.float64).ravel()
-    return float(got @ want / np.linalg.norm(got) / np.linalg.norm(want))
-
-
 def size(path: Path) -> int:
     """With weights that stand in a file of their own."""
     return sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*"))
@@ -107,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             median(f[i] / t[i] for f, t in zip(times[FLOAT], each, strict=True)) for i in (0, 1)
         )
         ms = 1e3 * median(t[0] for t in each)
-        near = cosine(results[name], results[FLOAT])
+        near = Error.of(*(torch.from_numpy(results[n]) for n in (name, FLOAT))).cosine
         print(f"{name:10}{sizes[name] / 1e6:8.1f}{ms:9.1f}{wall:7.2f}x{busy:7.2f}x{near:10.5f}")
     return 0
 

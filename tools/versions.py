@@ -115,17 +115,9 @@ def tested(python: str, arguments: Sequence[str]) -> Row:
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
     subprocess.run([*command, *arguments], cwd=ROOT, env=env)
-    passed, failed, skipped = counted(report)
-    return Row(
-        torch,
-        transformers,
-        f"{sys.version_info.major}.{sys.version_info.minor}",
-        str(passed),
-        str(failed),
-        str(skipped),
-        f"`{shlex.join(arguments)}`",
-        datetime.date.today().isoformat(),
-    )
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    tests, today = f"`{shlex.join(arguments)}`", datetime.date.today().isoformat()
+    return Row(torch, transformers, python, *map(str, counted(report)), tests, today)
 
 
 def counted(report: Path) -> tuple[int, int, int]:

@@ -20,6 +20,7 @@ from torch._dynamo.exc import SkipFrame as SkipFrame
 from torch._dynamo.source import ConstantSource as ConstantSource
 from torch._dynamo.source import ParamBufferSource as ParamBufferSource
 from torch._dynamo.source import UnspecializedParamBufferSource as UnspecializedParamBufferSource
+from torch._dynamo.utils import dynamo_timed as dynamo_timed
 from torch.fx import GraphModule, Node
 from torch.utils.weak import TensorWeakRef
 

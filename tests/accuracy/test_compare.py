@@ -28,9 +28,9 @@ from graphquant import (
     UnsupportedInputError,
 )
 from graphquant.metrics import Error, RowCosines
+from tests import zoo
 from tests.models import different
 from tests.small import Mlp, Model, error, int8, notes, seeded
-from tools import zoo
 
 SAME = 0.02  # dB: float32 sums and a few roundings that fall the other way
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import graphquant
 from graphquant import Calibration, CalibrationError, OptionError, UnsupportedInputError
 from graphquant.calibration import Record
+from tests import zoo
 from tests.models import different
 from tests.small import Mlp, Model, error, int8, seeded
-from tools import zoo
 
 
 @pytest.fixture(autouse=True)

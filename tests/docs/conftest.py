@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from tools import zoo
+from tests import zoo
 
 # What `python -m tools.show_graph --model my_package.my_module:make_model` imports.
 MY_MODULE = """
-from tools import zoo
+from tests import zoo
 
 ENTRY = zoo.load("vit")
 

@@ -41,7 +41,9 @@ else:
 
 OUTPUTS = ("text", "diff")  # of the versions in constraints.txt
 KINDS = ("python", "bash", *OUTPUTS, "schema", "")
-RUN = ("tools.show_graph", "tools.accuracy")  # the others measure, on a GPU or for minutes
+# the others measure, on a GPU or for minutes
+RUN = ("tools.show_graph", "tools.accuracy")
+COMMANDS = ("explain", "compare", "show")  # of python -m graphquant
 COMPILED = ("README.md", "docs/index.md")  # by Inductor, which takes seconds for each new graph
 SLOW = {  # they calibrate, search, or hand over to another compiler, for ten seconds or more
     *("docs/calibration.md", "docs/from-tinychat.md"),
@@ -148,8 +150,10 @@ def commands(block: Block) -> Iterator[list[str]]:
 def run_bash(block: Block, _: dict[str, Any]) -> None:
     for command in commands(block):
         module = command[2] if command[:2] == ["python", "-m"] else ""
-        if module in RUN and ("--svg" not in command or shutil.which("dot")):
-            assert importlib.import_module(module).main(command[3:]) == 0
+        runs = module in RUN or (module == "graphquant" and command[3] in COMMANDS)
+        if runs and ("--svg" not in command or shutil.which("dot")):
+            main = importlib.import_module(module.replace("graphquant", "graphquant.cli")).main
+            assert main(command[3:]) == 0
         else:
             parse(command)
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import graphquant
+from tests import zoo
 from tests.small import NEAR, Model, error, seeded
-from tools import zoo
 
 
 def test_a_weight_that_is_a_parameter_of_the_model_itself_is_exported() -> None:

@@ -29,8 +29,8 @@ from graphquant import MissingPackageError, OptionError, UnsupportedInputError, 
 from graphquant.exporters.onnx import _overflows_here
 from graphquant.exporters.onnx_ops import QMAX7
 from graphquant.ops.numerics import ACTIVATIONS
+from tests import zoo
 from tests.small import Model, error, seeded
-from tools import zoo
 
 K = 48
 

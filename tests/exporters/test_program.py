@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 import graphquant
 from graphquant import OptionError, Report, UnsupportedInputError
 from graphquant.ir.paths import weight_path
+from tests import zoo
 from tests.models import BREAKS, error, pairs, run_entry, same_structure
 from tests.models import on as moved
 from tests.processes import in_a_new_process
 from tests.small import Mlp, Model, again, seeded
-from tools import zoo
 
 TABLE = [p for p in pairs(zoo.SMALL) if p[0] not in BREAKS]  # those torch.export refuses as well
 SOME = {("clip_vision", "eager"), ("siglip", "sdpa"), ("bert", "sdpa"), ("internvl_rms", "sdpa")}

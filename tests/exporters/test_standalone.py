@@ -18,10 +18,10 @@ import graphquant
 from graphquant.exporters import standalone
 from graphquant.exporters.standalone import int_mm
 from graphquant.ops import int8_linear
+from tests import zoo
 from tests.models import BREAKS, pairs
 from tests.processes import WITHOUT, in_a_new_process
 from tests.small import Mlp, seeded
-from tools import zoo
 
 TABLE = [p for p in pairs(zoo.SMALL) if p[0] not in BREAKS]  # those torch.export refuses as well
 SOME = {("siglip", "sdpa"), ("dinov2_swiglu", "sdpa")}

@@ -14,8 +14,8 @@ from torch.export import Dim
 
 import graphquant
 from graphquant import UnsupportedInputError
+from tests import zoo
 from tests.small import Model
-from tools import zoo
 
 RUN = """
 import sys, torch, graphquant

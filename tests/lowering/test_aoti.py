@@ -24,10 +24,10 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 import graphquant
 from graphquant.ops import OPS, int8_linear, norm_quantize_keep, quantize
+from tests import zoo
 from tests.models import relative
 from tests.processes import ROOT, WITHOUT, in_a_new_process
 from tests.small import Mlp, seeded
-from tools import zoo
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="NOT RUN: needs g++")
 

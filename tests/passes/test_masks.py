@@ -258,7 +258,7 @@ def test_tokens_of_any_number_keep_their_mask() -> None:
 
 @pytest.mark.parametrize("name", ["siglip", "bert", "dinov2"])
 def test_models_of_transformers_lose_their_empty_masks(name: str) -> None:
-    from tools import zoo
+    from tests import zoo
 
     entry = zoo.SMALL[name]
     args, kwargs = entry.inputs(2)

@@ -32,8 +32,8 @@ from graphquant.passes.prepack import Recipe
 from graphquant.weights import gpu_probe as probe
 from graphquant.weights import snapshot
 from graphquant.weights.packed import Supply, packs_of
+from tests import zoo
 from tests.small import FAR, NEAR, Mlp, Scaled, again, error, int8, seeded
-from tools import zoo
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,7 @@
 
 models    published encoders, built with random weights
 variants  eager, torch.compile in its modes, torchao, graphquant
-timing    what a device must offer to be measured, and CUDA
-checks    every op against float64, before anything is timed
+timing    calls in turns, by CUDA events
 encoders  models x batch x variants
 ops       one op beside its alternatives, or beside a copy of the same bytes
 records   what was measured, as JSON; which baseline counts, which speed-up may be told

@@ -25,30 +25,30 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
+from graphquant.cli.arguments import count, positive
+from tests.ops.float64_checks import wrong_ops
 from tools.bench import ahead, encoders, ops, write
-from tools.bench.checks import wrong_ops
 from tools.bench.encoders import PRESET_LIMIT, PRESETS, Limit, Row
 from tools.bench.models import MODELS
 from tools.bench.records import LATE, Encoder, Line, OpTime, Run, header, load, merge, save
-from tools.bench.timing import CudaTimer, Timer
+from tools.bench.timing import Timer
 from tools.bench.variants import USUAL, VARIANTS
 
 WIDTH = 190  # of the tables printed at the end
 OPS_MODELS = ("siglip-so400m", "clip-l-336")
-Check = Callable[[str], "list[str]"]
 
 
 def main(
     argv: Sequence[str] | None = None,
     *,
     timer: Timer | None = None,
-    check: Check = wrong_ops,
+    check: Callable[[str], list[str]] = wrong_ops,
 ) -> int:
     """timer: how and where to measure; None for CUDA. check: of the ops, on a device."""
     given = list(sys.argv[1:] if argv is None else argv)
@@ -58,44 +58,59 @@ def main(
     parser = _ops_parser() if is_ops else _encoders_parser()
     args = parser.parse_args(given[is_ops:])
     rows = [] if is_ops else _rows(parser, args)
-    if args.chart and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--chart needs matplotlib: pip install matplotlib")
+    if args.chart:
+        _needs_matplotlib(parser)
     if timer is None:
         if not torch.cuda.is_available():
             print("NOTHING WAS TIMED: torch sees no NVIDIA GPU on this machine", file=sys.stderr)
             return 3
-        timer = CudaTimer()
+        timer = Timer()
     _quiet()
     limit = Limit.after(args.time_limit)
     run = Run(header(given), check(timer.device))
-    out = _Output(run, args.json, args.markdown, args.chart)
+
+    def done(new: Sequence[Encoder | OpTime]) -> None:
+        """After every row, so that an interrupted run leaves what it has."""
+        run.encoders += [r for r in new if isinstance(r, Encoder)]
+        run.ops += [r for r in new if isinstance(r, OpTime)]
+        for record in new:
+            _say(write.one_line(Line(record, run, 1)))
+        if args.json:
+            save([run], args.json)
+
     for why in run.wrong_ops:
-        print(f"WRONG OP, NO SPEED-UP WILL BE TOLD: {why}", file=sys.stderr)
+        _say(f"WRONG OP, NO SPEED-UP WILL BE TOLD: {why}")
     if is_ops:
         models = [MODELS[name] for name in args.models]
-        ops.run(models, args.batch, timer, seconds=args.seconds, limit=limit, done=out.add_ops)
+        ops.run(models, args.batch, timer, seconds=args.seconds, limit=limit, done=done)
     else:
-        late: dict[ahead.Task, str] = {}
-        if args.jobs:
-            todo = ahead.tasks(rows, args.layers, timer.device)
-            late = ahead.compile_all(todo, args.jobs, limit.half(), _say)
-        for row in rows:
-            if limit.passed:
-                _say(f"{row.model} x {row.batch} {LATE}")
-                continue
-            without = {t.variant: w for t, w in late.items() if t.row == (row.model, row.batch)}
-            new = encoders.measure(
-                row,
-                timer,
-                seconds=args.seconds,
-                layers=args.layers,
-                limit=limit,
-                without=without,
-            )
-            out.add_encoders(new)
-    out.finish()
+        _encoders(rows, args, timer, limit, done)
+    done([])
+    for sheet in write.sheets(Line(r, run, 1) for r in run.records):
+        Console(width=WIDTH).print(write.for_terminal(sheet))
+    _publish([run], args.markdown, args.chart)
     timed = any(not r.failed for r in run.records)
     return 0 if timed and not run.wrong_ops else 1
+
+
+def _encoders(
+    rows: Sequence[Row],
+    args: argparse.Namespace,
+    timer: Timer,
+    limit: Limit,
+    done: Callable[[list[Encoder]], None],
+) -> None:
+    late: dict[ahead.Task, str] = {}
+    if args.jobs:
+        todo = ahead.tasks(rows, args.layers, timer.device)
+        late = ahead.compile_all(todo, args.jobs, limit.half(), _say)
+    for row in rows:
+        if limit.passed:
+            _say(f"{row.model} x {row.batch} {LATE}")
+            continue
+        without = {t.variant: w for t, w in late.items() if t.row == (row.model, row.batch)}
+        settings: dict[str, Any] = {"seconds": args.seconds, "layers": args.layers}
+        done(encoders.measure(row, timer, limit=limit, without=without, **settings))
 
 
 def _say(line: str) -> None:
@@ -110,42 +125,15 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", module="torchao")
 
 
-@dataclass
-class _Output:
-    """Writes what there is after every row, so that an interrupted run leaves what it has."""
-
-    run: Run
-    json: Path | None
-    markdown: Path | None
-    chart: Path | None
-    console: Console = field(default_factory=lambda: Console(width=WIDTH))
-
-    def add_encoders(self, new: list[Encoder]) -> None:
-        self.run.encoders += new
-        self._tell(new)
-
-    def add_ops(self, new: list[OpTime]) -> None:
-        self.run.ops += new
-        self._tell(new)
-
-    def _tell(self, new: Sequence[Encoder | OpTime]) -> None:
-        for record in new:
-            print(write.one_line(Line(record, self.run, 1)), file=sys.stderr, flush=True)
-        if self.json:
-            save([self.run], self.json)
-
-    def finish(self) -> None:
-        if self.json:
-            save([self.run], self.json)
-        for table in write.for_terminal(Line(r, self.run, 1) for r in self.run.records):
-            self.console.print(table)
-        _publish([self.run], self.markdown, self.chart)
-
-
 def _publish(runs: Sequence[Run], markdown: Path | None, chart: Path | None) -> None:
     drawn = chart if chart and write.draw(runs, chart) else None
     if markdown:
         write.write_page(runs, markdown, drawn)
+
+
+def _needs_matplotlib(parser: argparse.ArgumentParser) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error("the chart needs matplotlib: pip install matplotlib")
 
 
 def _rows(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Row]:
@@ -155,7 +143,6 @@ def _rows(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Row
         rows = list(PRESETS[args.preset])
         args.time_limit = PRESET_LIMIT if args.time_limit is None else args.time_limit
     else:
-        _known(parser, args.models)
         variants = tuple(dict.fromkeys(args.variants or USUAL))
         models, batches = args.models or ["siglip-so400m"], args.batch or [8]
         rows = [Row(m, b, variants) for m in models for b in batches]
@@ -174,56 +161,47 @@ def _done(row: Row, layers: int | None, files: Sequence[Path]) -> bool:
     )
 
 
-def _known(parser: argparse.ArgumentParser, models: Sequence[str]) -> None:
-    if unknown := [m for m in models if m not in MODELS]:
-        parser.error(f"no model {', '.join(unknown)}: there are {', '.join(MODELS)}")
+def _model(name: str) -> str:
+    if name not in MODELS:
+        raise argparse.ArgumentTypeError(f"no model {name}: there are {', '.join(MODELS)}")
+    return name
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=form)
+    parser.add_argument("--markdown", type=Path, metavar="FILE")
+    parser.add_argument("--chart", type=Path, metavar="FILE.png", help="needs matplotlib")
     return parser
 
 
-def _common(parser: argparse.ArgumentParser, seconds: float) -> None:
-    parser.add_argument(
-        "--seconds", type=_positive, default=seconds, help=f"of each variant ({seconds:g})"
-    )
-    parser.add_argument(
-        "--time-limit", type=_positive, metavar="S", help="start nothing new after S seconds"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="the records, after every row")
-    parser.add_argument("--markdown", type=Path, metavar="FILE")
-    parser.add_argument("--chart", type=Path, metavar="FILE.png", help="needs matplotlib")
+def _measuring(prog: str, seconds: float) -> argparse.ArgumentParser:
+    parser = _parser(prog)
+    add = parser.add_argument
+    add("models", nargs="*", type=_model, metavar="MODEL", help=", ".join(MODELS))
+    add("--batch", nargs="+", type=count)
+    add("--seconds", type=positive, default=seconds, help=f"of each variant ({seconds:g})")
+    add("--time-limit", type=positive, metavar="S", help="start nothing new after S seconds")
+    add("--json", type=Path, metavar="FILE", help="the records, after every row")
+    return parser
 
 
 def _encoders_parser() -> argparse.ArgumentParser:
-    parser = _parser("python -m tools.bench")
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=", ".join(MODELS))
-    parser.add_argument("--batch", nargs="+", type=_count)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS)
-    parser.add_argument("--preset", choices=PRESETS, help=f"in {PRESET_LIMIT:g} s unless told")
-    parser.add_argument(
-        "--jobs", type=_count, default=0, metavar="N",
-        help="first compile in N processes at once, for half of the time limit at most",
-    )  # fmt: skip
-    parser.add_argument("--layers", type=_count, metavar="N", help="cut every model to N layers")
-    parser.add_argument(
-        "--skip-done", nargs="+", type=Path, default=[], metavar="FILE",
-        help="leave out rows that these records have",
-    )  # fmt: skip
-    _common(parser, 2.0)
+    parser = _measuring("python -m tools.bench", 2.0)
+    add = parser.add_argument
+    add("--variants", nargs="+", choices=VARIANTS)
+    add("--preset", choices=PRESETS, help=f"in {PRESET_LIMIT:g} s unless told")
+    jobs = "first compile in N processes at once, for half of the time limit at most"
+    add("--jobs", type=count, default=0, metavar="N", help=jobs)
+    add("--layers", type=count, metavar="N", help="cut every model to N layers")
+    done = "leave out rows that these records have"
+    add("--skip-done", nargs="+", type=Path, default=[], metavar="FILE", help=done)
     return parser
 
 
 def _ops_parser() -> argparse.ArgumentParser:
-    parser = _parser("python -m tools.bench ops")
-    parser.add_argument(
-        "models", nargs="*", metavar="MODEL", default=list(OPS_MODELS), type=_model,
-        help=f"whose shapes ({' '.join(OPS_MODELS)})",
-    )  # fmt: skip
-    parser.add_argument("--batch", nargs="+", type=_count, default=[1, 64])
-    _common(parser, 0.3)
+    parser = _measuring("python -m tools.bench ops", 0.3)
+    parser.set_defaults(models=list(OPS_MODELS), batch=[1, 64])
     return parser
 
 
@@ -231,17 +209,12 @@ def _write(argv: Sequence[str]) -> int:
     """Regenerate a page and a chart from records, without a GPU."""
     parser = _parser("python -m tools.bench write")
     parser.add_argument("file", type=Path, metavar="FILE.json", help="the records of the page")
-    parser.add_argument(
-        "--add", nargs="+", type=Path, default=[], metavar="FILE.json",
-        help="put these runs into FILE.json first, which need not exist yet",
-    )  # fmt: skip
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="(FILE.md)")
-    parser.add_argument("--chart", type=Path, metavar="FILE.png", help="(FILE.png)")
+    add = "put these runs into FILE.json first, which need not exist yet"
+    parser.add_argument("--add", nargs="+", type=Path, default=[], metavar="FILE.json", help=add)
     args = parser.parse_args(argv)
     markdown = args.markdown or args.file.with_suffix(".md")
     chart = args.chart or args.file.with_suffix(".png")
-    if importlib.util.find_spec("matplotlib") is None:
-        parser.error("the chart needs matplotlib: pip install matplotlib")
+    _needs_matplotlib(parser)
     try:
         there = [args.file] if args.file.exists() or not args.add else []
         runs = merge(run for file in (*there, *args.add) for run in load(file))
@@ -252,26 +225,6 @@ def _write(argv: Sequence[str]) -> int:
     _publish(runs, markdown, chart)
     print(f"{len(runs)} runs: {markdown}, {chart}")
     return 0
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not more than 0")
-    return value
-
-
-def _model(name: str) -> str:
-    if name not in MODELS:
-        raise argparse.ArgumentTypeError(f"no model {name}: there are {', '.join(MODELS)}")
-    return name
 
 
 if __name__ == "__main__":

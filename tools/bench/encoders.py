@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -84,15 +84,6 @@ class Limit:
         return self if self.left is None else Limit.after(self.left / 2)
 
 
-@dataclass
-class _Ready:
-    """A variant that is compiled and has given a result."""
-
-    call: Callable[[], Any]
-    prepared: Prepared
-    facts: dict[str, Any]
-
-
 def measure(
     row: Row,
     timer: Timer,
@@ -108,7 +99,7 @@ def measure(
     without: variants that are not tried, and why.
     """
     model = models[row.model].cut(layers)
-    facts: dict[str, dict[str, Any]] = {}
+    facts: dict[str, dict[str, Any]] = {v: {} for v in row.variants}
     timer.forget()  # sizes seen in another row would make Dynamo's shapes dynamic
     try:
         net, kwargs = build(model, timer.device), inputs(model, row.batch, timer.device)
@@ -116,53 +107,34 @@ def measure(
     except Exception as error:  # noqa: BLE001 - recorded
         facts = {v: {"failed": reason(error)} for v in row.variants}
     else:
-        tried = replace(row, variants=tuple(v for v in row.variants if v not in without))
-        facts = _variants(tried, net, kwargs, want, timer, seconds, limit or Limit())
-        facts |= {v: {"failed": why} for v, why in without.items()}
+        calls: dict[str, Callable[[], Any]] = {}
+        with compiling():
+            for variant in row.variants:
+                if variant in without or (limit and limit.passed):
+                    facts[variant] = {"failed": without.get(variant, LATE)}
+                    continue
+                calls[variant], facts[variant] = _ready(variant, net, kwargs, want, timer)
+                took = f"compiled in {facts[variant].get('compile_s', 0):.0f} s"
+                said = facts[variant].get("failed", took)
+                print(f"{row.model} x {row.batch} {variant}: {said}", file=sys.stderr, flush=True)
+                if "failed" in facts[variant]:
+                    del calls[variant]
+                gc.collect()  # what a traceback held
+            before = _counted("stats", "unique_graphs")
+            times = interleaved(timer, calls, seconds)
+            if _counted("stats", "unique_graphs") > before:
+                print(f"{row.model} x {row.batch}: COMPILED AGAIN WHILE TIMED", file=sys.stderr)
+        for variant, samples in times.items():
+            if isinstance(samples, Exception):
+                facts[variant] = {"failed": reason(samples)}
+            else:
+                facts[variant] |= _times(samples)
+        del calls
     timer.forget()
     return [
         Encoder(row.model, row.batch, model.tokens, v, layers=layers, **facts[v])
         for v in row.variants
     ]
-
-
-def _variants(
-    row: Row,
-    net: nn.Module,
-    kwargs: dict[str, Tensor],
-    want: Tensor,
-    timer: Timer,
-    seconds: float,
-    limit: Limit,
-) -> dict[str, dict[str, Any]]:
-    facts: dict[str, dict[str, Any]] = {}
-    ready: dict[str, _Ready] = {}
-    with compiling():
-        for variant in row.variants:
-            if limit.passed:
-                facts[variant] = {"failed": LATE}
-                continue
-            try:
-                ready[variant] = _ready(variant, net, kwargs, want, timer)
-                facts[variant] = ready[variant].facts
-                _say(row, variant, f"compiled in {facts[variant]['compile_s']:.0f} s")
-            except MissingError as error:
-                facts[variant] = {"failed": f"skipped: {error}"}
-                _say(row, variant, facts[variant]["failed"])
-            except Exception as error:  # noqa: BLE001 - recorded
-                facts[variant] = {"failed": reason(error)}
-                _say(row, variant, facts[variant]["failed"])
-            gc.collect()  # what a traceback held
-        before = _graphs()
-        times = interleaved(timer, {v: r.call for v, r in ready.items()}, seconds)
-        if _graphs() > before:
-            print(f"{row.model} x {row.batch}: COMPILED AGAIN WHILE TIMED", file=sys.stderr)
-    for variant, samples in times.items():
-        if isinstance(samples, Exception):
-            facts[variant] = {"failed": reason(samples)}
-        else:
-            facts[variant] |= _times(samples)
-    return facts
 
 
 @contextmanager
@@ -175,38 +147,37 @@ def compiling() -> Iterator[None]:
 
 def _ready(
     variant: str, net: nn.Module, kwargs: dict[str, Tensor], want: Tensor, timer: Timer
-) -> _Ready:
-    with settings_kept():
-        prepared = prepare(variant, net)
+) -> tuple[Callable[[], Any], dict[str, Any]]:
+    """A call of a variant that is compiled and has given a result, and what is known of it."""
+    prepared: Prepared
 
-        def call() -> Any:
-            return prepared.run(**kwargs)
+    def call() -> Any:
+        return prepared.run(**kwargs)
 
-        timer.wait()
-        hits, start = _cache_hits(), time.perf_counter()
-        got = call()[0]
-        timer.wait()
-        took = time.perf_counter() - start
-        cosine, worst = cosines(got, want)
-        del got
-        peak = max(timer.peak(call) for _ in range(PEAK_CALLS))
-    facts: dict[str, Any] = {
-        "cosine": cosine,
-        "worst_cosine": worst,
-        "peak_bytes": peak,
-        "weight_bytes": weight_bytes(prepared),
-        "compile_s": short(took),
-    }
-    if _cache_hits() > hits:
-        facts["cached"] = True
+    try:
+        with settings_kept():
+            prepared = prepare(variant, net)
+            timer.wait()
+            hits, start = _counted("inductor", "fxgraph_cache_hit"), time.perf_counter()
+            got = call()[0]
+            timer.wait()
+            took = time.perf_counter() - start
+            cosine, worst = cosines(got, want)
+            del got
+            peak = max(timer.peak(call) for _ in range(PEAK_CALLS))
+    except MissingError as error:
+        return call, {"failed": f"skipped: {error}"}
+    except Exception as error:  # noqa: BLE001 - recorded
+        return call, {"failed": reason(error)}
+    cached = True if _counted("inductor", "fxgraph_cache_hit") > hits else None
+    facts = {"cosine": cosine, "worst_cosine": worst, "peak_bytes": peak, "cached": cached}
+    facts |= {"weight_bytes": weight_bytes(prepared), "compile_s": short(took)}
     if prepared.reports:
-        facts |= summary(Report.merge(prepared.reports))
-    return _Ready(call, prepared, facts)
-
-
-def summary(report: Report) -> dict[str, Any]:
-    int8 = sum(o.int8 for o in report.linears)
-    return {"linears": len(report.linears), "int8": int8, "coverage": short(report.coverage)}
+        report = Report.merge(prepared.reports)
+        int8 = sum(o.int8 for o in report.linears)
+        linears = len(report.linears)
+        facts |= {"linears": linears, "int8": int8, "coverage": short(report.coverage)}
+    return call, facts
 
 
 def _times(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -219,13 +190,9 @@ def _times(samples: Sequence[Sample]) -> dict[str, Any]:
     }
 
 
-def _cache_hits() -> int:
-    return int(torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"])
-
-
-def _graphs() -> int:
-    """How many Dynamo has made."""
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+def _counted(kind: str, name: str) -> int:
+    """By Dynamo, in this process."""
+    return int(torch._dynamo.utils.counters[kind][name])
 
 
 @torch.inference_mode()
@@ -246,7 +213,3 @@ def cosines(got: Tensor, want: Tensor) -> tuple[float, float]:
     whole = dot.sum() / (a.sum() * b.sum()).sqrt()
     worst = (dot / (a * b).sqrt().clamp(min=1e-30)).min()
     return round(float(whole), 6), round(float(worst), 6)
-
-
-def _say(row: Row, variant: str, what: str) -> None:
-    print(f"{row.model} x {row.batch} {variant}: {what}", file=sys.stderr, flush=True)

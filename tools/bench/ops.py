@@ -19,7 +19,7 @@ from torch import Tensor
 
 from graphquant import ops as gq
 from graphquant.ops.define import Op
-from tools.bench.checks import linear_args, meaning, relative_error, steps_off
+from tests.ops.float64_checks import linear_args, meaning, relative_error, steps_off
 from tools.bench.encoders import Limit
 from tools.bench.models import Model
 from tools.bench.records import LATE, OpTime, reason, short

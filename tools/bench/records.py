@@ -8,6 +8,7 @@ A run is one process on one machine. Speed-ups are ratios within one run, never 
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -18,8 +19,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import graphquant
-from tools import check
+from graphquant.cli.doctor import environment
+from graphquant.utils import serialization
 from tools.bench.variants import FLOAT
 
 MIN_COSINE = 0.999  # of a variant's output to the float32 model's: under it no speed-up is told
@@ -65,7 +66,7 @@ class Encoder:
     failed: str = ""
 
     @property
-    def row(self) -> tuple[str, int, int | None]:
+    def row(self) -> tuple[Any, ...]:
         """Variants of one row of one run can be compared."""
         return self.model, self.batch, self.layers
 
@@ -99,7 +100,7 @@ class OpTime:
     failed: str = ""
 
     @property
-    def row(self) -> tuple[str, int, int, int, str]:
+    def row(self) -> tuple[Any, ...]:
         return self.op, self.M, self.N, self.K, "" if self.N else self.detail
 
     @property
@@ -145,35 +146,23 @@ class Line:
     @property
     def worth(self) -> int:
         """2: a time to compare, 1: a time alone, 0: none."""
-        if self.record.failed:
-            return 0
         same = [r for r in self.run.records if r.row == self.record.row and not r.failed]
-        return 1 + (len(same) > 1)
+        return 0 if self.record.failed else 1 + (len(same) > 1)
 
 
 def header(argv: Sequence[str]) -> dict[str, str]:
-    about = check.environment()
-    found = {"card": about["device"], "driver": about["driver"]}
-    found |= {name: about[name] for name in ("torch", "triton", "transformers")}
-    found["torchao"] = check.version("torchao")
-    found["graphquant"] = graphquant.__version__
-    found["python"] = about["python"]
-    found["date"] = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    found["command"] = _command(argv)
-    return found
-
-
-def _command(argv: Sequence[str]) -> str:
-    """What was measured, without where it was written to."""
-    kept: list[str] = []
-    words = iter(argv)
-    for word in words:
-        if word in OUTPUTS:
-            next(words, None)
-        elif word.partition("=")[0] not in OUTPUTS:
-            kept.append(word)
+    """On what, with what, when and how: without where the results were written to."""
+    about = environment()
+    names = ("torch", "triton", "transformers", "torchao", "graphquant", "python")
+    outputs = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in OUTPUTS:
+        outputs.add_argument(name)
+    _, kept = outputs.parse_known_args(argv)
     said = [f"{name}={os.environ[name]}" for name in sorted(os.environ) if _counts(name)]
-    return shlex.join([*said, "python", "-m", "tools.bench", *kept])
+    command = shlex.join([*said, "python", "-m", "tools.bench", *kept])
+    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    where = {"card": about["device"], "driver": about["driver"]}
+    return {**where, **{n: about[n] for n in names}, "date": date, "command": command}
 
 
 def _counts(variable: str) -> bool:
@@ -189,29 +178,34 @@ def reason(error: BaseException) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
-# --- JSON ---------------------------------------------------------------------------------------
-
-
 def short(x: float) -> float:
     """Five digits: more than any clock is good for."""
     return float(f"{x:.5g}")
 
 
+# --- JSON ---------------------------------------------------------------------------------------
+
+
 def save(runs: Iterable[Run], file: Path) -> None:
-    data = [
-        {
-            **run.header,
-            "wrong_ops": run.wrong_ops,
-            "encoders": [_filled(r) for r in run.encoders],
-            "ops": [_filled(r) for r in run.ops],
-        }
-        for run in runs
-    ]
+    text = ",\n".join(map(_text, runs))
     file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_name(file.name + ".new")  # an interrupted run leaves the last whole file
-    text = ",\n".join(map(_lines, data))
-    new.write_text(f'{{"runs": [\n{text}\n]}}\n')
-    new.replace(file)
+    serialization.write(file, f'{{"runs": [\n{text}\n]}}\n'.encode())
+
+
+def _text(run: Run) -> str:
+    """Every record on a line of its own, so that a diff is readable; without default values."""
+    parts = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in run.header.items()]
+    parts.append(f'  "wrong_ops": {json.dumps(run.wrong_ops)}')
+    for kind in ("encoders", "ops"):
+        lines = [json.dumps(_set(record)) for record in getattr(run, kind)]
+        body = ",\n".join(f"   {line}" for line in lines)
+        parts.append(f'  "{kind}": ' + (f"[\n{body}\n  ]" if lines else "[]"))
+    return " {\n" + ",\n".join(parts) + "\n }"
+
+
+def _set(record: Encoder | OpTime) -> dict[str, Any]:
+    usual = {f.name: f.default for f in fields(record)}
+    return {k: v for k, v in asdict(record).items() if v != usual[k]}
 
 
 def load(file: Path) -> list[Run]:
@@ -223,30 +217,8 @@ def load(file: Path) -> list[Run]:
 
 
 def _run(data: dict[str, Any]) -> Run:
-    lists = {"wrong_ops", "encoders", "ops"}
-    return Run(
-        {k: v for k, v in data.items() if k not in lists},
-        list(data["wrong_ops"]),
-        [Encoder(**r) for r in data["encoders"]],
-        [OpTime(**r) for r in data["ops"]],
-    )
-
-
-def _filled(record: Encoder | OpTime) -> dict[str, Any]:
-    """Without what is as it would be by itself."""
-    usual = {f.name: f.default for f in fields(record)}
-    return {k: v for k, v in asdict(record).items() if v != usual[k]}
-
-
-def _lines(data: dict[str, Any]) -> str:
-    """A run with every record on a line of its own, so that a diff is readable."""
-    parts = []
-    for key, value in data.items():
-        text = json.dumps(value)
-        if isinstance(value, list) and value:
-            text = "[\n" + ",\n".join(f"   {json.dumps(one)}" for one in value) + "\n  ]"
-        parts.append(f"  {json.dumps(key)}: {text}")
-    return " {\n" + ",\n".join(parts) + "\n }"
+    wrong, encoders, ops = (data.pop(name) for name in ("wrong_ops", "encoders", "ops"))
+    return Run(data, list(wrong), [Encoder(**r) for r in encoders], [OpTime(**r) for r in ops])
 
 
 # --- several runs -------------------------------------------------------------------------------
@@ -256,8 +228,7 @@ def merge(runs: Iterable[Run]) -> list[Run]:
     """Oldest first, each once."""
     kept: list[Run] = []
     for run in runs:
-        if run not in kept:
-            kept.append(run)
+        kept += [run] * (run not in kept)
     return sorted(kept, key=lambda r: r.header.get("date", ""))
 
 
@@ -267,16 +238,11 @@ def latest(runs: Sequence[Run], kind: str) -> list[Line]:
     kind: "encoders" or "ops". A failure, or a time that its run has nothing to compare with, is
     shown only where there is nothing better, and what was not run for lack of time not at all.
     """
-    found: dict[tuple[Any, ...], Line] = {}
+    found: dict[tuple[Any, ...], dict[tuple[str, str], Line]] = {}
     for number, run in enumerate(runs, 1):
-        for record in getattr(run, kind):
-            if record.failed == LATE:
-                continue
-            key = (*record.row, record.detail if kind == "ops" else "", record.variant)
-            line = Line(record, run, number)
-            if key not in found or line.worth >= found[key].worth:
-                found[key] = line
-    order: dict[tuple[Any, ...], int] = {}
-    for line in found.values():
-        order.setdefault(line.record.row, len(order))
-    return sorted(found.values(), key=lambda line: order[line.record.row])
+        for record in (r for r in getattr(run, kind) if r.failed != LATE):
+            line, row = Line(record, run, number), found.setdefault(record.row, {})
+            key = record.variant, getattr(record, "detail", "")
+            if key not in row or line.worth >= row[key].worth:
+                row[key] = line
+    return [line for row in found.values() for line in row.values()]

@@ -1,6 +1,6 @@
-"""What a device must offer to be measured, and CUDA.
+"""How calls are timed.
 
-All variants of one row take turns, A B C A B C ..., so that a card that gets warm, or shares its
+All variants of one row take turns, A B C A B C ..., so that a GPU that gets warm, or shares its
 power, does so for all of them. Medians count.
 """
 
@@ -11,7 +11,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -33,37 +32,18 @@ class Sample:
     host_ms: float
 
 
-class Timer(Protocol):
-    @property
-    def device(self) -> str: ...
-    @property
-    def cache_bytes(self) -> int:
-        """Of the last cache before memory."""
+class Timer:
+    """CUDA; tests have one for the CPU."""
 
-    def wait(self) -> None:
-        """Until the device has finished all work."""
-
-    def sample(self, call: Call) -> Sample: ...
-
-    def peak(self, call: Call) -> int:
-        """The most bytes that were allocated during the call, beyond those before it."""
-
-    def sequence(self, calls: Sequence[Call]) -> Call:
-        """One call that does the work of all of these in order, each into memory of its own, with
-        as little host time as the device can do with."""
-
-    def forget(self) -> None:
-        """Give back what compiled models that nobody holds any more have left."""
-
-
-class CudaTimer:
     device = "cuda"
 
     @property
     def cache_bytes(self) -> int:
+        """Of the last cache before memory."""
         return int(torch.cuda.get_device_properties().L2_cache_size)
 
     def wait(self) -> None:
+        """Until the device has finished all work."""
         torch.cuda.synchronize()
 
     def sample(self, call: Call) -> Sample:
@@ -77,6 +57,7 @@ class CudaTimer:
         return Sample(start.elapsed_time(end), 1000 * (after - before))
 
     def peak(self, call: Call) -> int:
+        """The most bytes that were allocated during the call, beyond those before it."""
         self.wait()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -85,13 +66,13 @@ class CudaTimer:
         return torch.cuda.max_memory_allocated() - before
 
     def sequence(self, calls: Sequence[Call]) -> Call:
-        """A CUDA graph. Its results stay alive with it, so that each has memory of its own."""
+        """One call that does the work of all of these in order, each into memory of its own, with
+        as little host time as the device can do with: a CUDA graph, with which its results stay."""
         here, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(here)
         with torch.cuda.stream(side):
-            for _ in range(2):  # compile, then see that nothing is left to compile
-                for call in calls:
-                    call()
+            for call in (*calls, *calls):  # compile, then see that nothing is left to compile
+                call()
         here.wait_stream(side)
         self.wait()
         graph = torch.cuda.CUDAGraph()
@@ -104,6 +85,7 @@ class CudaTimer:
         return replay
 
     def forget(self) -> None:
+        """Give back what compiled models that nobody holds any more have left."""
         from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 
         torch._dynamo.reset()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -15,112 +15,117 @@ from rich.table import Table
 from tools.bench.records import MIN_COSINE, Encoder, Line, OpTime, Run, latest
 
 NONE, FAILED = "-", "failed"
+WIDE_SPREAD = 0.05  # from here a time is shown with its spread
 
 # --- one record, one row of a table -------------------------------------------------------------
 
-ENCODER_COLUMNS = (
-    "model", "batch x tokens", "variant", "ms", "speed-up", "cosine", "worst token",
-    "activations MiB", "weights MiB", "host ms", "int8 linears", "compile s", "run",
-)  # fmt: skip
-LINEAR_COLUMNS = (
-    "M x N x K", "implementation", "epilogue", "us", "TOPS", "against bf16", "error", "host us",
-    "run",
-)  # fmt: skip
-ROW_COLUMNS = (
-    "op", "", "M x K", "us", "copy of the same bytes, us", "share of its bandwidth",
-    "TB/s", "worst value, steps", "host us", "run",
-)  # fmt: skip
-LEFT = {"model", "variant", "implementation", "epilogue", "op", ""}
-WIDE_SPREAD = 0.05  # from here a time is shown with its spread
+
+def _number(form: str, value: float | None) -> str:
+    return NONE if value is None else format(value, form)
 
 
-def encoder_cells(line: Line) -> list[str]:
-    r: Encoder = line.record
-    head = [_name(r), f"{r.batch} x {r.tokens}", r.variant]
-    if r.failed:
-        return [*head, FAILED, *[NONE] * (len(ENCODER_COLUMNS) - 5), str(line.number)]
-    of = NONE if r.linears is None else f"{r.int8} of {r.linears}"
-    return [
-        *head,
-        _with_spread(r),
-        speedup_text(line),
-        _number(r.cosine, ".5f"),
-        _number(r.worst_cosine, ".5f"),
-        _mib(r.peak_bytes),
-        _mib(r.weight_bytes),
-        _number(r.host_ms, ".2f"),
-        of,
-        _number(r.compile_s, ".0f") + (" (cached)" if r.cached else ""),
-        str(line.number),
-    ]
+def _name(r: Encoder) -> str:
+    cut = "" if r.layers is None else f", cut to {r.layers} layer{'s' * (r.layers != 1)}"
+    return r.model + cut
+
+
+def _ms(r: Encoder) -> str:
+    text = _number(".3f" if (r.ms or 0) < 10 else ".2f", r.ms)
+    return text if (r.spread or 0) <= WIDE_SPREAD else f"{text} ± {50 * (r.spread or 0):.0f} %"
 
 
 def speedup_text(line: Line) -> str:
     speedup = line.run.speedup(line.record)
     if speedup is None:
         return NONE
-    if line.record == line.run.baseline(line.record.row):
-        return "1 (baseline)"
-    return f"{speedup:.2f}x"
+    is_base = line.record == line.run.baseline(line.record.row)
+    return "1 (baseline)" if is_base else f"{speedup:.2f}x"
 
 
-def linear_cells(line: Line) -> list[str]:
-    r: OpTime = line.record
-    head = [f"{r.M} x {r.N} x {r.K}", r.variant, r.detail]
-    if r.us is None:
-        return [*head, FAILED, *[NONE] * (len(LINEAR_COLUMNS) - 5), str(line.number)]
-    base = _of(line, "bf16 F.linear")
-    ratio = NONE if base is None or line.run.wrong_ops else f"{base / r.us:.2f}x"
-    host = _number(r.host_us, ".1f")
-    tops, error = _number(r.tops, ".0f"), _number(r.error, ".1e")
-    return [*head, _us(r.us), tops, ratio, error, host, str(line.number)]
+def _us(value: float | None) -> str:
+    return _number(".1f" if (value or 0) < 1000 else ".0f", value)
 
 
-def row_cells(line: Line) -> list[str]:
-    r: OpTime = line.record
-    head = [r.op, r.detail, f"{r.M} x {r.K}"]
-    if r.us is None:
-        return [*head, FAILED, *[NONE] * (len(ROW_COLUMNS) - 5), str(line.number)]
-    copied = _of(line, "copy")
-    share = NONE if copied is None or line.run.wrong_ops else f"{copied / r.us:.0%}"
-    speed = NONE if r.bytes is None else f"{r.bytes / r.us / 1e6:.2f}"
-    times = [_us(r.us), _number(copied, ".1f"), share, speed]
-    return [*head, *times, _number(r.error, ".3f"), _number(r.host_us, ".1f"), str(line.number)]
-
-
-def _of(line: Line, variant: str) -> float | None:
+def _beside(line: Line, variant: str) -> float | None:
     """The time of another implementation of the same row, in the same run."""
     same = (r for r in line.run.ops if r.row == line.record.row and r.variant == variant)
     return next((r.us for r in same), None)
 
 
-def _name(r: Encoder) -> str:
-    if r.layers is None:
-        return r.model
-    return f"{r.model}, cut to {r.layers} layer{'s' * (r.layers != 1)}"
-
-
-def _with_spread(r: Encoder) -> str:
-    text = _number(r.ms, ".3f" if (r.ms or 0) < 10 else ".2f")
-    wide = r.spread is not None and r.spread > WIDE_SPREAD
-    return f"{text} ± {50 * r.spread:.0f} %" if wide and r.spread is not None else text
-
-
-def _number(value: float | None, form: str) -> str:
-    return NONE if value is None else format(value, form)
-
-
-def _us(value: float) -> str:
-    return format(value, ".1f" if value < 1000 else ".0f")
+def _ratio(line: Line, variant: str, form: str) -> str:
+    """Of another implementation's time to this one's; none is told if an op is wrong."""
+    other = _beside(line, variant)
+    return NONE if other is None or line.run.wrong_ops else form.format(other / line.record.us)
 
 
 def _mib(value: int | None) -> str:
     return NONE if value is None else f"{value / 2**20:.0f}"
 
 
-# --- tables -------------------------------------------------------------------------------------
+# title -> cell. The first HEAD say what was measured, and are there if it failed as well.
+HEAD = 3
+LEFT = {"model", "variant", "implementation", "epilogue", "op", ""}
+Columns = Mapping[str, Callable[[Line], str]]
+ENCODERS: Columns = {
+    "model": lambda n: _name(n.record),
+    "batch x tokens": lambda n: f"{n.record.batch} x {n.record.tokens}",
+    "variant": lambda n: n.record.variant,
+    "ms": lambda n: _ms(n.record),
+    "speed-up": speedup_text,
+    "cosine": lambda n: _number(".5f", n.record.cosine),
+    "worst token": lambda n: _number(".5f", n.record.worst_cosine),
+    "activations MiB": lambda n: _mib(n.record.peak_bytes),
+    "weights MiB": lambda n: _mib(n.record.weight_bytes),
+    "host ms": lambda n: _number(".2f", n.record.host_ms),
+    "int8 linears": lambda n: (
+        NONE if n.record.linears is None else f"{n.record.int8} of {n.record.linears}"
+    ),
+    "compile s": lambda n: _number(".0f", n.record.compile_s) + " (cached)" * bool(n.record.cached),
+    "run": lambda n: str(n.number),
+}
+GEMMS: Columns = {
+    "M x N x K": lambda n: f"{n.record.M} x {n.record.N} x {n.record.K}",
+    "implementation": lambda n: n.record.variant,
+    "epilogue": lambda n: n.record.detail,
+    "us": lambda n: _us(n.record.us),
+    "TOPS": lambda n: _number(".0f", n.record.tops),
+    "against bf16": lambda n: _ratio(n, "bf16 F.linear", "{:.2f}x"),
+    "error": lambda n: _number(".1e", n.record.error),
+    "host us": lambda n: _number(".1f", n.record.host_us),
+    "run": lambda n: str(n.number),
+}
+QUANTIZERS: Columns = {
+    "op": lambda n: n.record.op,
+    "": lambda n: n.record.detail,
+    "M x K": lambda n: f"{n.record.M} x {n.record.K}",
+    "us": lambda n: _us(n.record.us),
+    "copy of the same bytes, us": lambda n: _number(".1f", _beside(n, "copy")),
+    "share of its bandwidth": lambda n: _ratio(n, "copy", "{:.0%}"),
+    "TB/s": lambda n: _number(".2f", n.record.bytes and n.record.bytes / n.record.us / 1e6),
+    "worst value, steps": lambda n: _number(".3f", n.record.error),
+    "host us": lambda n: _number(".1f", n.record.host_us),
+    "run": lambda n: str(n.number),
+}
 
-Cells = Callable[[Line], list[str]]
+
+def _cells(columns: Columns, line: Line) -> list[str]:
+    if not line.record.failed:
+        return [cell(line) for cell in columns.values()]
+    head = [cell(line) for cell in list(columns.values())[:HEAD]]
+    return [*head, FAILED, *[NONE] * (len(columns) - HEAD - 2), str(line.number)]
+
+
+def one_line(line: Line) -> str:
+    """For a log."""
+    r = line.record
+    if isinstance(r, Encoder):
+        what = f"{_name(r)} x {r.batch} {r.variant}"
+        return f"{what}: {r.failed or f'{_ms(r)} ms, {speedup_text(line)}'}"
+    sizes = " x ".join(str(n) for n in (r.M, r.N, r.K) if n)
+    return f"{f'{r.op} {sizes} {r.variant} {r.detail}'.rstrip()}: {r.failed or f'{_us(r.us)} us'}"
+
+
+# --- tables -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -134,29 +139,25 @@ class Sheet:
 
 
 def sheets(lines: Iterable[Line]) -> list[Sheet]:
-    """Encoders, GEMMs, quantisers: a sheet for each of them that the lines are about."""
+    """Encoders, GEMMs, quantizers: a sheet for each of them that the lines are about."""
     every = list(lines)
-    linears = [n for n in every if isinstance(n.record, OpTime) and n.record.N]
-    rows = [n for n in every if isinstance(n.record, OpTime) and not n.record.N]
-    encoders = [n for n in every if isinstance(n.record, Encoder)]
-    kinds: list[tuple[str, tuple[str, ...], Cells, list[Line]]] = [
-        ("Encoders", ENCODER_COLUMNS, encoder_cells, encoders),
-        ("GEMMs", LINEAR_COLUMNS, linear_cells, linears),
-        ("Quantisers", ROW_COLUMNS, row_cells, [n for n in rows if n.record.variant != "copy"]),
+    ops = [n for n in every if isinstance(n.record, OpTime) and n.record.variant != "copy"]
+    kinds: list[tuple[str, Columns, list[Line]]] = [
+        ("Encoders", ENCODERS, [n for n in every if isinstance(n.record, Encoder)]),
+        ("GEMMs", GEMMS, [n for n in ops if n.record.N]),
+        ("Quantizers", QUANTIZERS, [n for n in ops if not n.record.N]),
     ]
     return [_sheet(*kind) for kind in kinds if kind[-1]]
 
 
-def _sheet(title: str, columns: tuple[str, ...], cells: Cells, lines: list[Line]) -> Sheet:
-    rows = [cells(n) for n in lines]
-    notes = [
-        f"{', '.join(row[:3])}: {n.record.failed}"
-        for row, n in zip(rows, lines, strict=True)
-        if n.record.failed
-    ]
-    if len({n.number for n in lines}) == 1 and lines[0].number == 1:  # the column says nothing
-        columns, rows = columns[:-1], [row[:-1] for row in rows]
-    return Sheet(_title(title, lines), columns, rows, notes)
+def _sheet(title: str, columns: Columns, lines: list[Line]) -> Sheet:
+    rows = [_cells(columns, n) for n in lines]
+    pairs = zip(rows, lines, strict=True)
+    notes = [f"{', '.join(row[:HEAD])}: {n.record.failed}" for row, n in pairs if n.record.failed]
+    names = tuple(columns)
+    if {n.number for n in lines} == {1}:  # the column says nothing
+        names, rows = names[:-1], [row[:-1] for row in rows]
+    return Sheet(_title(title, lines), names, rows, notes)
 
 
 def _title(title: str, lines: Sequence[Line]) -> str:
@@ -169,45 +170,27 @@ def _title(title: str, lines: Sequence[Line]) -> str:
     return f"{title} ({some} cut to {layers}: no measure of a whole one)"
 
 
-def for_terminal(lines: Iterable[Line]) -> list[Table]:
-    made = []
-    for sheet in sheets(lines):
-        notes = "\n".join(sheet.notes)
-        table = Table(title=sheet.title, title_justify="left", caption=escape(notes) or None)
-        table.caption_justify = "left"
-        for column in sheet.columns:
-            left = column in LEFT
-            table.add_column(column, justify="left" if left else "right", no_wrap=left)
-        for row in sheet.rows:
-            table.add_row(*map(escape, row))
-        made.append(table)
-    return made
-
-
-def one_line(line: Line) -> str:
-    """For a log."""
-    r = line.record
-    if isinstance(r, Encoder):
-        ms, *_ = encoder_cells(line)[3:]
-        head = f"{_name(r)} x {r.batch} {r.variant}"
-        return f"{head}: {r.failed or f'{ms} ms, {speedup_text(line)}'}"
-    head = f"{r.op} {r.M} x {r.N or ''}{' x ' * bool(r.N)}{r.K} {r.variant} {r.detail}".rstrip()
-    return f"{head}: {r.failed or f'{_us(r.us)} us'}"
+def for_terminal(sheet: Sheet) -> Table:
+    notes = escape("\n".join(sheet.notes)) or None
+    table = Table(title=sheet.title, title_justify="left", caption=notes, caption_justify="left")
+    for column in sheet.columns:
+        left = column in LEFT
+        table.add_column(column, justify="left" if left else "right", no_wrap=left)
+    for row in sheet.rows:
+        table.add_row(*map(escape, row))
+    return table
 
 
 def for_markdown(sheet: Sheet) -> str:
     sides = ["---" if c in LEFT else "---:" for c in sheet.columns]
+    table = _markdown([sheet.columns, sides, *sheet.rows])
     notes = "".join(f"\n- {note}" for note in sheet.notes)
-    table = _markdown(sheet.columns, sides, sheet.rows)
     return f"**{sheet.title}**\n\n{table}" + (f"\n\nFailed:\n{notes}" if notes else "")
 
 
-def _markdown(head: Sequence[str], sides: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(map(_cell, r)) + " |" for r in (head, sides, *rows))
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+def _markdown(rows: Iterable[Sequence[str]]) -> str:
+    cells = ([c.replace("|", "\\|").replace("\n", " ") for c in row] for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 # --- the page -----------------------------------------------------------------------------------
@@ -232,24 +215,18 @@ def _sections(lines: Sequence[Line]) -> str:
 
 
 def _runs(runs: Sequence[Run]) -> str:
-    """Where, when and with what."""
-    names = list(dict.fromkeys(k for run in runs for k in run.header))
-    columns = ["run", *names]
-    rows = []
-    for number, run in enumerate(runs, 1):
-        cells = {**run.header, "command": f"`{run.header.get('command', '')}`"}
-        rows.append([str(number), *(cells.get(name, NONE) for name in names)])
-    text = _turned(columns, rows)
-    for number, run in enumerate(runs, 1):
-        for why in run.wrong_ops:
-            text += f"\n\nRun {number}: the check of the ops failed, no speed-up is told: {why}"
-    return text
-
-
-def _turned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """One column for each run."""
-    head, *lines = zip(columns, *rows, strict=True)
-    return _markdown(head, ["---"] * len(head), lines)
+    """Where, when and with what: a column for each run."""
+    head = ["run", *map(str, range(1, len(runs) + 1))]
+    rows = [head, ["---"] * len(head)]
+    for name in dict.fromkeys(k for run in runs for k in run.header):
+        form = "`{}`" if name == "command" else "{}"
+        rows.append([name, *(form.format(run.header.get(name, NONE)) for run in runs)])
+    wrong = (
+        f"\n\nRun {number}: the check of the ops failed, no speed-up is told: {why}"
+        for number, run in enumerate(runs, 1)
+        for why in run.wrong_ops
+    )
+    return _markdown(rows) + "".join(wrong)
 
 
 def write_page(runs: Sequence[Run], file: Path, chart: Path | None = None) -> None:
@@ -260,7 +237,7 @@ def write_page(runs: Sequence[Run], file: Path, chart: Path | None = None) -> No
 
 # --- the chart ----------------------------------------------------------------------------------
 
-COLOURS = {
+COLORS = {
     "graphquant": "#1f6fb4",
     "graphquant-reduce-overhead": "#6db1e6",
     "torchao-int8": "#d9822b",
@@ -268,62 +245,48 @@ COLOURS = {
 }
 
 
-def bars(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, float]]]]:
-    """(label, [(variant, speed-up)]) of every row with a speed-up to tell, in the table's order."""
-    found: dict[tuple[Any, ...], list[tuple[str, float]]] = {}
-    names: dict[tuple[Any, ...], str] = {}
-    bases: dict[tuple[Any, ...], dict[str, None]] = {}  # more than one where runs differ
+def bars(runs: Sequence[Run]) -> list[tuple[str, dict[str, float]]]:
+    """(label, speed-ups by variant) of every row with one to tell, in the table's order."""
+    found: dict[tuple[Any, ...], tuple[Encoder, dict[str, float], dict[str, None]]] = {}
     for line in latest(runs, "encoders"):
         r: Encoder = line.record
-        speedup = line.run.speedup(r)
-        base = line.run.baseline(r.row)
-        if r.variant not in COLOURS or speedup is None or base is None:
-            continue
-        found.setdefault(r.row, []).append((r.variant, speedup))
-        names[r.row] = f"{_name(r)}\n{r.batch} x {r.tokens} tokens"
-        bases.setdefault(r.row, {})[base.variant] = None
-    order = list(COLOURS)
+        base, speedup = line.run.baseline(r.row), line.run.speedup(r)
+        if r.variant in COLORS and base and speedup:
+            _, some, bases = found.setdefault(r.row, (r, {}, {}))
+            some[r.variant], bases[base.variant] = speedup, None  # bases: more if runs differ
     return [
         (
-            f"{names[row]}\nover {', '.join(bases[row])}",
-            sorted(some, key=lambda b: order.index(b[0])),
+            f"{_name(r)}\n{r.batch} x {r.tokens} tokens\nover {', '.join(bases)}",
+            {v: some[v] for v in COLORS if v in some},
         )
-        for row, some in found.items()
+        for r, some, bases in found.values()
     ]
 
 
 def draw(runs: Sequence[Run], file: Path) -> bool:
     """A bar for each speed-up, as PNG. False if there is none to draw. Needs matplotlib."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     rows = bars(runs)
     if not rows:
         return False
-    variants = [v for v in COLOURS if any(v == name for _, some in rows for name, _ in some)]
-    tall = 0.32  # inches of one bar
-    lanes = [len(some) + 1.4 for _, some in rows]
-    figure = Figure(figsize=(9, 1.4 + tall * sum(lanes)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(9, 1.4 + 0.9 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    white = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # over the line at 1
-    at, ticks = 0.0, []
-    for (_, some), lane in zip(rows, lanes, strict=True):
-        ticks.append(at + (len(some) - 1) / 2)
-        for i, (variant, speedup) in enumerate(some):
-            axes.barh(at + i, speedup, 0.86, color=COLOURS[variant])
-            axes.text(
-                speedup + 0.02, at + i, f"{speedup:.2f}x", va="center", fontsize=9, bbox=white
-            )
-        at += lane
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set_yticks(ticks, [label for label, _ in rows], fontsize=8)
+    for i, (_, some) in enumerate(rows):
+        for j, (variant, speedup) in enumerate(some.items()):
+            y = i + 0.4 * (j - (len(some) - 1) / 2)
+            bar = axes.barh(y, speedup, 0.36, color=COLORS[variant])
+            axes.bar_label(bar, fmt="%.2fx", padding=2, fontsize=9)
+    axes.axvline(1, color="black", linewidth=1, zorder=0)
+    axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.12 * max(1.0, *(s for _, some in rows for _, s in some)))
+    axes.margins(x=0.12, y=0.01)
     axes.set_xlabel("speed-up over the fastest bfloat16 variant of the same run (1 = as fast)")
     axes.spines[["top", "right"]].set_visible(False)
-    patches = [axes.barh(0, 0, color=COLOURS[v], label=v) for v in variants]
-    figure.legend(handles=patches, loc="outside upper center", ncols=len(variants), frameon=False)
+    there = [v for v in COLORS if any(v in some for _, some in rows)]
+    patches = [Patch(color=COLORS[v], label=v) for v in there]
+    figure.legend(handles=patches, loc="outside upper center", ncols=len(there), frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150, metadata={"Software": None})
     return True

@@ -48,7 +48,7 @@ def loadable(key: str, name: str) -> Iterator[Loadable | None]:
         if folder is None or _get(folder, f"{key}/{name}", True) is None:
             yield None
             return
-        path = _root() / _own() / key / name
+        path = place() / key / name
         opened = Path(f"/proc/self/fd/{folder}/{key}/{name}")
         yield Loadable(opened if opened.exists() else path, path)
 
@@ -77,6 +77,11 @@ def source_digest(folder: Path, *suffixes: str) -> str:
         digest.update(f"{file.relative_to(folder)}\0{file.stat().st_size}\0".encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def place() -> Path:
+    """The directory of the files. Raises FileNotFoundError for a user without a home."""
+    return _root() / _own()
 
 
 def _digest(data: bytes) -> bytes:

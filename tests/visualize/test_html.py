@@ -1,4 +1,4 @@
-"""tools.html_graph: what stands on the page, and what a browser does with it."""
+"""graphquant.visualize.html: what stands on the page, and what a browser does with it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 import graphquant
 from graphquant.report import Outcome, Report
-from tools import html_graph, zoo
-from tools.inspect_graph import Inspected, Line, inspect
-from tools.rule_colors import COLORS, KIND_COLORS
+from graphquant.visualize import html
+from graphquant.visualize.colors import COLORS, KIND_COLORS
+from graphquant.visualize.lines import Inspected, Line, inspect
+from tests import zoo
 
 HOSTILE = (
     "<img src=x onerror=\"document.title='owned'\">'&amp;</script><script>document.title='owned'"
@@ -69,14 +70,14 @@ def vit() -> tuple[list[Inspected], graphquant.AccuracyReport]:
 
 @pytest.fixture(scope="module")
 def page(vit: tuple[list[Inspected], graphquant.AccuracyReport]) -> str:
-    return html_graph.page("vit", *vit)
+    return html.page("vit", *vit)
 
 
 def with_outcome(**what: Any) -> str:
     """A page with one linear of which the report says that."""
     line = Line("linear", ("linear",), "linear", "linear(x, w)", path="fc")
     outcome = Outcome("linear", "fc", "linear", M=2, N=3, K=4, **what)
-    return html_graph.page("m", [Inspected((line,), (line,), Report((outcome,)))])
+    return html.page("m", [Inspected((line,), (line,), Report((outcome,)))])
 
 
 def test_every_line_stands_on_its_side_in_graph_order(
@@ -109,7 +110,7 @@ def test_every_site_has_its_rules_sizes_and_errors(
             assert f"{local.sqnr:.1f} dB local ({local.relative:.2%}".replace("%", "") in text
             assert f"{accumulated.sqnr:.1f} dB accumulated" in text
     assert sum("dB local" in row[0] for row in rows) == len(accuracy.sites) == 13
-    assert html_graph.page("vit", [one]).count("dB local") == 0
+    assert html.page("vit", [one]).count("dB local") == 0
 
 
 class Twice(nn.Module):
@@ -138,7 +139,7 @@ def test_calls_of_one_linear_have_their_own_errors_also_behind_a_graph_break() -
     assert len(found) == 2
     paths = [o.path for one in found for o in one.report.outcomes]
     assert paths == ["0.first", "0.fc", "0.fc"]
-    shown = errors_shown(html_graph.page("twice", found, accuracy))
+    shown = errors_shown(html.page("twice", found, accuracy))
     assert shown == [f"{s.local.sqnr:.1f} dB" for s in accuracy.sites]
     assert len(set(shown)) == 3
 
@@ -156,11 +157,11 @@ def test_smoothing_is_shown() -> None:
 
 def test_an_outcome_without_a_line_is_a_note() -> None:
     outcome = Outcome("norm", "lost.norm", "elsewhere", refused="nobody knows")
-    page = html_graph.page("m", [Inspected((), (), Report((outcome,)))])
+    page = html.page("m", [Inspected((), (), Report((outcome,)))])
     assert "note: norm lost.norm: refused: nobody knows" in page
 
 
-def test_rules_have_the_colours_of_the_other_picture(page: str) -> None:
+def test_rules_have_the_colors_of_the_other_picture(page: str) -> None:
     buttons = [dict(attrs) for tag, attrs in Parsed.of(page).tags if tag == "button"]
     searched = {b["data-search"] for b in buttons if "data-search" in b}
     for rule in ("stack_siblings", "norm_linear", "act_linear", "linear", "residual"):
@@ -182,12 +183,12 @@ def layers(*refused: str) -> str:
     lines = tuple(
         Line(f"n{i}_{j}", (f"n{i}_{j}",), "linear", "linear()", path=f"{i}.fc")
         for i in range(len(refused))
-        for j in range(html_graph.FEW + 1)  # so many that the layer can be opened and closed
+        for j in range(html.FEW + 1)  # so many that the layer can be opened and closed
     )
     fates = tuple(
         Outcome("linear", f"{i}.fc", f"n{i}_0", refused=why) for i, why in enumerate(refused)
     )
-    return html_graph.page("m", [Inspected(lines, lines, Report(fates))])
+    return html.page("m", [Inspected(lines, lines, Report(fates))])
 
 
 def test_a_layer_that_is_treated_unlike_is_not_called_alike() -> None:
@@ -224,7 +225,7 @@ def hostile() -> str:
     report = Report((outcome,), notes=(HOSTILE,))
     outputs = tuple(replace(o, name=HOSTILE) for o in accuracy.outputs)
     found = [one, Inspected((line, inner), (inner,), report)]
-    return html_graph.page(HOSTILE, found, replace(accuracy, outputs=outputs), [HOSTILE])
+    return html.page(HOSTILE, found, replace(accuracy, outputs=outputs), [HOSTILE])
 
 
 def test_a_hostile_name_does_not_become_markup(hostile: str, page: str) -> None:
@@ -239,17 +240,17 @@ def test_a_hostile_name_does_not_become_markup(hostile: str, page: str) -> None:
 def onnx_like() -> list[Line]:
     return [
         Line("x", ("x",), "input", "input", ("[2, 8] float32",)),
-        Line("xq", ("xq",), "QuantizeLinear", "QuantizeLinear(x)", rule="quantise", path="h.0.fc"),
+        Line("xq", ("xq",), "QuantizeLinear", "QuantizeLinear(x)", rule="quantize", path="h.0.fc"),
         Line("y", ("y",), "MatMulInteger", "MatMulInteger(xq)", rule="int8 product", path="h.0.fc"),
         Line("z", ("z",), "Add", "Add(y, b)", path="h.1"),
     ]
 
 
-def test_one_side_shows_kinds_in_their_colours() -> None:
-    parsed = Parsed.of(page := html_graph.one_sided("m.onnx", onnx_like()))
+def test_one_side_shows_kinds_in_their_colors() -> None:
+    parsed = Parsed.of(page := html.one_sided("m.onnx", onnx_like()))
     assert [len(row) for row in parsed.rows] == [1] * 4
     assert parsed.rows[0] == ["x = input [2, 8] float32"]
-    for kind in ("quantise", "int8 product"):
+    for kind in ("quantize", "int8 product"):
         assert f'<span class="tag" style="background:{KIND_COLORS[kind]}">{kind}</span>' in page
     assert "QuantizeLinear 1, MatMulInteger 1, Add 1" in page
 
@@ -429,7 +430,7 @@ def test_no_line_is_wider_than_the_screen(
 
 
 def test_one_side_opens_in_a_browser(browser: Browser) -> None:
-    shown = browser.open(html_graph.one_sided("m.onnx", onnx_like()))
+    shown = browser.open(html.one_sided("m.onnx", onnx_like()))
     shown.click('[data-path="h"] > summary') if shown.locator('[data-path="h"]').count() else None
     shown.fill("#search", "matmulinteger")
     rows = shown.locator(".row").filter(visible=True)

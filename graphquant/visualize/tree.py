@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import groupby, zip_longest
 
-from tools.inspect_graph import Line, Row
+from graphquant.visualize.lines import Line, Row
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ def tree(
 ) -> tuple[Module | Row, ...]:
     """The items of the module `path`, whose lines are all of these."""
     left, right = (list(_runs(side, path)) for side in (before, after))
-    keys = [[run.key for run in side] for side in (left, right)]
+    was, now = ([run.key for run in side] for side in (left, right))
     items: list[Module | Row] = []
-    for tag, i, i_end, j, j_end in SequenceMatcher(None, *keys, autojunk=False).get_opcodes():
+    for tag, i, i_end, j, j_end in SequenceMatcher(None, was, now, autojunk=False).get_opcodes():
         old, new = left[i:i_end], right[j:j_end]
         if tag == "replace":
             sides = ([line for run in side for line in run.lines] for side in (old, new))
@@ -73,11 +73,11 @@ def tree(
 def _item(path: str, old: _Run | None, new: _Run | None) -> Module | Row:
     run = old or new
     assert run is not None
-    sides = [side.lines if side else () for side in (old, new)]
+    before, after = (side.lines if side else () for side in (old, new))
     if not run.child:
-        return Row(*(lines[0] if lines else None for lines in sides))
+        return Row(*(lines[0] if lines else None for lines in (before, after)))
     inner = f"{path}.{run.child}" if path else run.child
-    items = tree(*sides, inner)
+    items = tree(before, after, inner)
     if len(items) == 1 and isinstance(only := items[0], Module):
         return Module(f"{run.child}.{only.name}", only.path, only.items)
     return Module(run.child, inner, items)

@@ -1,7 +1,8 @@
-"""tools.accuracy: what it prints, writes and refuses."""
+"""python -m graphquant compare: what it prints, writes and refuses."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import graphquant
-from tools import accuracy, zoo
+from graphquant import cli
+from tests import zoo
 
 WIDE = ["--width", "200"]  # no line is folded
 
@@ -29,12 +31,12 @@ def wrong():
 
 
 def shown(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    assert accuracy.main([*argv, *WIDE]) == 0
+    assert cli.main(["compare", *argv, *WIDE], named=zoo.TABLES) == 0
     return capsys.readouterr().out
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    assert accuracy.main(argv) == 2
+    assert cli.main(["compare", *argv], named=zoo.TABLES) == 2
     out, err = capsys.readouterr()
     assert out == ""
     return err
@@ -117,7 +119,7 @@ def test_a_chart_is_written(capsys: pytest.CaptureFixture[str], users: str, tmp_
 def test_without_matplotlib_no_chart_is_promised(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(accuracy.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     said = refused(capsys, "vit", "--plot", "accuracy.png")
     assert said == "--plot needs matplotlib: pip install matplotlib\n"
 
@@ -125,9 +127,9 @@ def test_without_matplotlib_no_chart_is_promised(
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([], "--model module:callable"),
+        ([], "name one model"),
         (["vitt"], "unknown model 'vitt', did you mean 'vit'?"),
-        (["vit", "--batches", "0"], "--batches must be at least 1, got 0"),
+        (["vit", "--batches", "0"], "argument --batches: 0 is no number of at least 1"),
         (["vit", "--data", "nothing"], "--data takes module:callable, got 'nothing'"),
         (["vit", "--data", "no_such_module:make"], "cannot load 'no_such_module:make'"),
         (["vit", "--data", "accuracy_test_model:none"], "'none'"),
@@ -138,8 +140,3 @@ def test_what_has_no_meaning_is_refused(
     argv: list[str], said: str, capsys: pytest.CaptureFixture[str], users: str
 ) -> None:
     assert said in refused(capsys, *argv)
-
-
-def test_list_names_every_model(capsys: pytest.CaptureFixture[str]) -> None:
-    out = shown(capsys, "--list")
-    assert all(name in out for entries in zoo.TABLES.values() for name in entries)

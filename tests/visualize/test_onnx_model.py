@@ -1,4 +1,4 @@
-"""tools.onnx_graph: nodes as lines, by the modules that they come from."""
+"""graphquant.visualize.onnx_model: nodes as lines, by the modules that they come from."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ import torch
 from torch import nn
 
 from graphquant.errors import GraphquantError, MissingPackageError
-from tools import html_graph, onnx_graph, show_graph
-from tools.inspect_graph import Line
-from tools.rule_colors import KIND_COLORS
+from graphquant.visualize import html, onnx_model
+from graphquant.visualize.colors import KIND_COLORS
+from graphquant.visualize.lines import Line
+from tools import show_graph
 
 onnx = pytest.importorskip("onnx", reason="NOT CHECKED: ONNX models. It needs onnx")
 
 
 def scoped(node: Any, *scopes: str) -> Any:
     """As torch.onnx.export(dynamo=True) writes it; the last scope is the node itself."""
-    node.metadata_props.add(key=onnx_graph.SCOPES, value=str(["", *scopes]))
+    node.metadata_props.add(key=onnx_model.SCOPES, value=str(["", *scopes]))
     return node
 
 
@@ -60,7 +61,7 @@ def by_op(lines: Sequence[Line]) -> dict[str, Line]:
 
 
 def test_lines_have_calls_types_kinds_and_what_they_read(tmp_path: Path) -> None:
-    lines = onnx_graph.read(saved(tmp_path / "m.onnx", int8_nodes()))
+    lines = onnx_model.read(saved(tmp_path / "m.onnx", int8_nodes()))
     found = by_op(lines)
     assert (lines[0].op, lines[-1].op) == ("input", "return")
     assert found["input"].values == ("[batch, 8] float32",)
@@ -72,13 +73,13 @@ def test_lines_have_calls_types_kinds_and_what_they_read(tmp_path: Path) -> None
     assert found["Mul"].call == "Mul(f, 0.5)" and found["Cast"].call == "Cast(acc, to=float32)"
     assert found["Add"].reads == ("m",) and found["return"].reads == ("y",)
     kinds = {line.op: line.rule for line in lines if line.rule}
-    assert kinds == {"DynamicQuantizeLinear": "quantise", "MatMulInteger": "int8 product"}
+    assert kinds == {"DynamicQuantizeLinear": "quantize", "MatMulInteger": "int8 product"}
 
 
 def test_names_of_nodes_tell_the_module_and_a_node_without_stands_with_its_neighbours(
     tmp_path: Path,
 ) -> None:
-    found = by_op(onnx_graph.read(saved(tmp_path / "m.onnx", int8_nodes())))
+    found = by_op(onnx_model.read(saved(tmp_path / "m.onnx", int8_nodes())))
     assert found["MatMulInteger"].path == found["Cast"].path == "block.0.fc"
     assert found["Add"].path == ""
 
@@ -91,20 +92,20 @@ def test_metadata_tells_the_module(tmp_path: Path) -> None:
         scoped(make("Abs", ["b"], ["c"]), "layers.0", "layers.0.fc", "abs"),
         scoped(make("Exp", ["c"], ["y"]), "exp"),
     ]
-    nodes[1].metadata_props.add(key=onnx_graph.SCOPES, value="no list")
-    found = by_op(onnx_graph.read(saved(tmp_path / "m.onnx", nodes)))
+    nodes[1].metadata_props.add(key=onnx_model.SCOPES, value="no list")
+    found = by_op(onnx_model.read(saved(tmp_path / "m.onnx", nodes)))
     paths = {op: found[op].path for op in ("Relu", "Neg", "Abs", "Exp")}
     assert paths == {"Relu": "layers.0.act", "Neg": "layers.0", "Abs": "layers.0.fc", "Exp": ""}
 
 
-def test_every_kind_has_a_colour() -> None:
-    assert onnx_graph.KINDS.keys() == KIND_COLORS.keys()
+def test_every_kind_has_a_color() -> None:
+    assert onnx_model.KINDS.keys() == KIND_COLORS.keys()
 
 
 def test_weights_in_another_file_are_not_read(tmp_path: Path) -> None:
     file = saved(tmp_path / "m.onnx", int8_nodes(), large=True)
     (tmp_path / "weights.bin").unlink()
-    found = by_op(onnx_graph.read(file))
+    found = by_op(onnx_model.read(file))
     assert found["MatMulInteger"].weights == ("fc.weight [8, 4] int8",)
     assert found["Mul"].call == "Mul(f, half [] float32)"  # its value is in the other file
 
@@ -125,12 +126,12 @@ def test_a_model_that_torch_exported_opens_by_its_modules(tmp_path: Path, dynamo
     file = tmp_path / "blocks.onnx"
     model = nn.Sequential(Block(), Block()).eval()
     torch.onnx.export(model, (torch.randn(3, 8),), file, dynamo=dynamo)
-    lines = onnx_graph.read(file)
+    lines = onnx_model.read(file)
     products = [line for line in lines if line.rule == "float product"]
     assert [line.path for line in products] == ["0.fc", "1.fc"]
     assert {line.values for line in products} == {("[3, 8] float32",)}
     assert [line.path for line in lines if line.op == "LayerNormalization"] == ["0.norm", "1.norm"]
-    assert "like 0" in html_graph.one_sided("blocks", lines)
+    assert "like 0" in html.one_sided("blocks", lines)
 
 
 def test_the_tool_prints_the_model_and_writes_the_page(
@@ -151,7 +152,7 @@ def test_what_is_no_onnx_model_is_refused(
     (tmp_path / "empty.onnx").write_bytes(b"")
     for name in ("text", "empty"):
         with pytest.raises(GraphquantError, match="holds no ONNX model"):
-            onnx_graph.read(tmp_path / f"{name}.onnx")
+            onnx_model.read(tmp_path / f"{name}.onnx")
     for argv, said in (
         (["--onnx", str(tmp_path / "text.onnx")], "holds no ONNX model"),
         (["--onnx", str(tmp_path / "none.onnx")], "No such file"),
@@ -167,4 +168,4 @@ def test_without_onnx_the_error_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(MissingPackageError, match="pip install onnx"):
-        onnx_graph.read(tmp_path / "m.onnx")
+        onnx_model.read(tmp_path / "m.onnx")

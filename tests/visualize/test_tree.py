@@ -1,4 +1,4 @@
-"""tools.module_tree: nothing is lost or changes places, what was kept stands beside itself."""
+"""visualize.tree: nothing is lost or changes places, what was kept stands beside itself."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tools.inspect_graph import Line, Row
-from tools.module_tree import Module, tree
+from graphquant.visualize.lines import Line, Row
+from graphquant.visualize.tree import Module, tree
 
 Item = Module | Row
 

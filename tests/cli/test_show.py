@@ -1,4 +1,4 @@
-"""tools.show_graph: what it prints, draws and refuses."""
+"""python -m graphquant show: what it prints, draws and refuses. tools.show_graph is the same."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from graphquant.config import Config
+from graphquant import cli
 from graphquant.passes.pipeline import INT8_RULES
-from tools import draw_graph, show_graph, zoo
-from tools.inspect_graph import Inspected, align, inspect
+from graphquant.visualize import svg
+from tests import zoo
+from tools import accuracy, show_graph
 
 WIDE = ["--width", "400"]  # no line is folded
 
@@ -36,29 +37,15 @@ def make(batch=1):
 
 
 def shown(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    assert show_graph.main([*argv, *WIDE]) == 0
+    assert cli.main(["show", *argv, *WIDE], named=zoo.TABLES) == 0
     return capsys.readouterr().out
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    assert show_graph.main(argv) == 2
+    assert cli.main(["show", *argv], named=zoo.TABLES) == 2
     out, err = capsys.readouterr()
     assert out == ""
     return err
-
-
-@pytest.fixture(scope="module")
-def vit() -> dict[str, Inspected]:
-    """The model as torch.compile and as torch.export capture it."""
-    entry = zoo.load("vit")
-    args, kwargs = entry.inputs(2)
-    routes = {"compile": False, "export": True}
-    found = {
-        name: inspect(entry.build("sdpa"), args, kwargs, export=export)
-        for name, export in routes.items()
-    }
-    assert all(len(graphs) == 1 for graphs in found.values())
-    return {name: graphs[0] for name, graphs in found.items()}
 
 
 def test_rules_shapes_and_coverage_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,11 +104,12 @@ def test_an_unknown_model_is_refused_with_a_list(capsys: pytest.CaptureFixture[s
 
 
 def test_no_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--model module:callable" in refused(capsys)
+    assert "name one model: a module:callable or a folder" in refused(capsys)
 
 
-def test_list_names_every_model(capsys: pytest.CaptureFixture[str]) -> None:
-    out = shown(capsys, "--list")
+def test_the_tool_names_every_model_of_tests(capsys: pytest.CaptureFixture[str]) -> None:
+    assert show_graph.main(["--list"]) == accuracy.main(["--list"]) == 0
+    out = capsys.readouterr().out
     assert all(name in out for entries in zoo.TABLES.values() for name in entries)
 
 
@@ -166,8 +154,8 @@ def test_json_holds_lines_and_report(capsys: pytest.CaptureFixture[str], tmp_pat
 
 
 def test_svg_names_every_rule(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    if not draw_graph.can_draw():
-        pytest.skip(f"NOT CHECKED: the picture. {draw_graph.NO_DOT}")
+    if not svg.can_draw():
+        pytest.skip(f"NOT CHECKED: the picture. {svg.NO_DOT}")
     file = tmp_path / "graph.svg"
     shown(capsys, "dinov2", "--svg", str(file))
     root = ET.parse(file).getroot()
@@ -210,40 +198,3 @@ def test_a_page_can_be_had_without_errors(
     text = page.read_text(encoding="utf-8")
     assert "graph 2 of 2" in text and "quantize=False" in text
     assert "dB" not in text.partition("<script>")[0].partition("<header>")[2]
-
-
-def test_both_capture_routes_find_the_same(vit: dict[str, Inspected]) -> None:
-    compiled, exported = vit["compile"].report, vit["export"].report
-    assert compiled.counts() == exported.counts()
-    assert compiled.reasons() == exported.reasons()
-
-
-@pytest.mark.parametrize("route", ["compile", "export"])
-def test_every_line_stands_in_one_row_in_order(vit: dict[str, Inspected], route: str) -> None:
-    one = vit[route]
-    rows = align(one.before, one.after)
-    assert [row.before for row in rows if row.before] == list(one.before)
-    assert [row.after for row in rows if row.after] == list(one.after)
-    kept = {line.node for line in one.before} & {line.node for line in one.after}
-    assert {row.before.node for row in rows if row.kind != "replaced" and row.before} == kept
-
-
-@pytest.mark.parametrize("route", ["compile", "export"])
-def test_lines_read_lines_above_them(vit: dict[str, Inspected], route: str) -> None:
-    for side in (vit[route].before, vit[route].after):
-        above: set[str] = set()
-        for line in side:
-            assert above.issuperset(line.reads), line.text
-            above.add(line.node)
-        names = [name for line in side for name in line.names if name != "_"]
-        assert len(names) == len(set(names))
-
-
-def test_the_model_is_not_changed_by_looking() -> None:
-    entry = zoo.load("timm_block")
-    model, (args, kwargs) = entry.build("sdpa"), entry.inputs(1)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    inspect(model, args, kwargs, Config())
-    after = model.state_dict()
-    assert before.keys() == after.keys()
-    assert all(before[name].equal(after[name]) for name in before)

@@ -1,19 +1,19 @@
-"""The colour of each rule, in every picture, and which rules a line of a graph stands for."""
+"""The color of each rule, in every picture, and which rules a line of a graph stands for."""
 
 from __future__ import annotations
 
 from graphquant.passes.pipeline import INT8_RULES
-from tools.inspect_graph import Inspected
+from graphquant.visualize.lines import Inspected
 
 FILLS = ("#8ecae6", "#a7d49b", "#ffd166", "#f4a6b7", "#cdb4db", "#f7b267", "#9ad9d2", "#d9c5a0")
 COLORS = {rule.name: FILLS[i % len(FILLS)] for i, rule in enumerate(INT8_RULES)}
-KIND_COLORS = {  # of nodes of an ONNX graph, see tools.onnx_graph
+KIND_COLORS = {  # of nodes of an ONNX graph, see graphquant.visualize.onnx_model
     "int8 product": FILLS[1],
-    "quantise": FILLS[0],
-    "dequantise": FILLS[4],
+    "quantize": FILLS[0],
+    "dequantize": FILLS[4],
     "float product": FILLS[5],
 }
-GONE = "#e2e2e2"  # dropped by normalisation, or moved into an epilogue
+GONE = "#e2e2e2"  # dropped by normalization, or moved into an epilogue
 
 Rules = dict[str, tuple[str, ...]]  # by the `node` of a line
 
@@ -21,9 +21,9 @@ Rules = dict[str, tuple[str, ...]]  # by the `node` of a line
 def rules_of(one: Inspected) -> tuple[Rules, Rules]:
     """The rules that took a line before, and those that made a line after."""
     taken = {o.node: o.rules for o in one.report.outcomes if o.rules}
-    made = {line.node: (line.rule,) for line in one.after if line.rule}
+    made: Rules = {line.node: (line.rule,) for line in one.after if line.rule}
     for line in one.after:
-        if line.op == "int8_linear":  # what quantises its input tells how it came about
+        if line.op == "int8_linear":  # what quantizes its input tells how it came about
             first = made.get(line.reads[0], ()) if line.reads else ()
             made[line.node] = tuple(dict.fromkeys((*first, line.rule)))
     return taken, made

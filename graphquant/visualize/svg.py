@@ -3,7 +3,7 @@
     svg = render(dot(inspect(model, args, kwargs)))
 
 One box per operation, a frame per layer, no parameters. A box that a rule took or made is filled
-in the colour of that rule, in stripes if there were several.
+in the color of that rule, in stripes if there were several.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 from graphquant.report import Report
-from tools.inspect_graph import Inspected, Line, align
-from tools.rule_colors import COLORS, GONE, rules_of
+from graphquant.visualize.colors import COLORS, GONE, rules_of
+from graphquant.visualize.lines import Inspected, Line, align
 
 NO_DOT = (
     "drawing needs Graphviz's program `dot`, which is not on the PATH: apt-get install graphviz"

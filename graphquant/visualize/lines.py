@@ -133,7 +133,8 @@ def inspect(
 
     with torch.inference_mode():
         if export:
-            program = torch.export.export(model, tuple(args), dict(kwargs or {}))
+            module: Any = model  # it has to be one
+            program = torch.export.export(module, tuple(args), dict(kwargs or {}))
             if (captured := from_export(program)) is not None:
                 take(captured, {})
         else:
@@ -146,15 +147,15 @@ def inspect(
 
 def align(before: Sequence[Line], after: Sequence[Line]) -> list[Row]:
     """Rows in graph order: operations that were kept meet, what was replaced stands beside it."""
-    keys = [[(line.node, line.values) for line in side] for side in (before, after)]
+    left, right = ([(line.node, line.values) for line in side] for side in (before, after))
     rows: list[Row] = []
-    matcher = SequenceMatcher(None, *keys, autojunk=False)
+    matcher = SequenceMatcher(None, left, right, autojunk=False)
     for _, i, i_end, j, j_end in matcher.get_opcodes():
         old, new = list(before[i:i_end]), list(after[j:j_end])
         while old or new:  # section by section, so that a layer stands beside itself
             section = (old or new)[0].section
             if old and new and section not in {line.section for line in new}:
-                pair = _first(old, section), []
+                pair: tuple[list[Line], list[Line]] = _first(old, section), []
             elif old and new and new[0].section not in {line.section for line in old}:
                 pair = [], _first(new, new[0].section)
             else:
@@ -257,7 +258,7 @@ class _Writer:
         return f"{_op(node)}({', '.join(self._arguments(node))})"
 
     def _arguments(self, node: Node) -> Iterator[str]:
-        schema = getattr(node.target, "_schema", None)
+        schema: Any = getattr(node.target, "_schema", None)
         ours = getattr(node.target, "namespace", "") == "graphquant"
         skipped = False
         for i, value in enumerate(node.args):
@@ -281,7 +282,8 @@ class _Writer:
         """A weight as it will be packed: `int8({q,k,v}_proj.weight)`."""
         inputs = node.all_input_nodes
         if node.target is operator.getitem and is_call(inputs[0], quantize_weight.target):
-            return f"{('int8', 'scale', 'sum')[node.args[1]]}({self._text(inputs[0].args[0])})"
+            part: Any = node.args[1]
+            return f"{('int8', 'scale', 'sum')[part]}({self._text(inputs[0].args[0])})"
         if is_call(node, *CASTS, *ROW_VIEWS):
             return self._text(inputs[0])
         if is_call(node, aten.new_zeros.default):
@@ -347,7 +349,7 @@ def _unpacking(node: Node) -> dict[Node, int]:
     """The getitems that take a tuple apart; empty if anything reads the tuple itself."""
     if not isinstance(node.meta.get("val"), (list, tuple)):
         return {}
-    parts = {u: u.args[1] for u in node.users if u.target is operator.getitem}
+    parts: dict[Node, Any] = {u: u.args[1] for u in node.users if u.target is operator.getitem}
     return parts if len(parts) == len(node.users) else {}
 
 
@@ -355,7 +357,8 @@ def _result_names(node: Node) -> list[str]:
     """What graphquant's schemas call their results; [] for other ops."""
     if getattr(node.target, "namespace", "") != "graphquant":
         return []
-    return [r.name for r in node.target._schema.returns]
+    target: Any = node.target
+    return [r.name for r in target._schema.returns]
 
 
 def _op(node: Node) -> str:

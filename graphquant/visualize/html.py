@@ -1,9 +1,9 @@
 """Before and after side by side as one page that needs nothing but a browser.
 
     text = page("vit", inspect(model, args, kwargs))
-    text = one_sided("vit.onnx", onnx_graph.read("vit.onnx"))
+    text = one_sided("vit.onnx", onnx_model.read("vit.onnx"))
 
-The modules are a tree to open and close; html_graph.html, a Jinja template, is all of its look and
+The modules are a tree to open and close; page.html, a Jinja template, is all of its look and
 its search. Jinja, which torch brings, escapes what comes from the model. The page's own policy
 forbids it to fetch anything.
 """
@@ -21,9 +21,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from graphquant.accuracy.report import AccuracyReport, SiteAccuracy
 from graphquant.metrics import Error
 from graphquant.report import Outcome, Report
-from tools.inspect_graph import Inspected, Line, Row
-from tools.module_tree import Module, tree
-from tools.rule_colors import COLORS, GONE, KIND_COLORS, Rules, rules_of
+from graphquant.visualize.colors import COLORS, GONE, KIND_COLORS, Rules, rules_of
+from graphquant.visualize.lines import Inspected, Line, Row
+from graphquant.visualize.tree import Module, tree
 
 FEW = 6  # rows: a module without modules inside shows so many without being opened
 WORST = 5  # linears to name at the top
@@ -48,7 +48,7 @@ class Cell:
 
     @property
     def paint(self) -> str:
-        """CSS: the colours one under the other."""
+        """CSS: the colors one under the other."""
         part = 100 / max(len(self.colors), 1)
         stops = (f"{c} {i * part:.0f}% {(i + 1) * part:.0f}%" for i, c in enumerate(self.colors))
         return f"linear-gradient({','.join(stops)})"
@@ -169,7 +169,7 @@ def _render(**what: object) -> str:
     jinja.filters["word"] = _word
     jinja.tests["branch"] = lambda item: isinstance(item, Branch)
     jinja.filters["dB"] = lambda error: "exact" if error.exact else f"{error.sqnr:.1f} dB"
-    return jinja.get_template("html_graph.html").render(
+    return jinja.get_template("page.html").render(
         what, worst=WORST, meaning=MARKS, color_of=COLORS | KIND_COLORS
     )
 

@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphquant.errors import GraphquantError, MissingPackageError
-from tools.inspect_graph import Line, short
+from graphquant.visualize.lines import Line, short
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto, TensorShapeProto, TypeProto
 
-# `rule` of a line; the names are those of tools.rule_colors.KIND_COLORS
+# `rule` of a line; the names are those of graphquant.visualize.colors.KIND_COLORS
 KINDS = {
     "int8 product": "MatMulInteger ConvInteger QLinearMatMul QLinearConv QGemm MatMulIntegerToFloat"
     " DynamicQuantizeMatMul QAttention",
-    "quantise": "QuantizeLinear DynamicQuantizeLinear",
-    "dequantise": "DequantizeLinear",
+    "quantize": "QuantizeLinear DynamicQuantizeLinear",
+    "dequantize": "DequantizeLinear",
     "float product": "MatMul Gemm Conv FusedMatMul FusedGemm FusedConv",
 }
 _KIND_OF = {op: kind for kind, ops in KINDS.items() for op in ops.split()}
@@ -86,7 +86,7 @@ def _dtype(number: int) -> str:
     """As torch writes it."""
     from onnx import TensorProto
 
-    name = TensorProto.DataType.Name(number).lower()
+    name: str = TensorProto.DataType.Name(number).lower()
     return {"float": "float32", "double": "float64"}.get(name, name)
 
 

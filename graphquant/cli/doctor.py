@@ -1,0 +1,329 @@
+"""What this machine is, which kernels run here and why others do not: to paste into a bug report.
+
+    python -m graphquant doctor
+    python -m graphquant doctor --json doctor.json
+
+Versions, processor and GPU; each op's kernels, run on this GPU and compared with the op's
+reference; a small encoder layer compiled in int8; the caches with their sizes; the variables that
+change what graphquant, Inductor and Triton do. No path is told but those of the caches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+import graphquant
+from graphquant.backend import graphquant as backend
+from graphquant.cli.arguments import add_output, page, write_json
+from graphquant.metrics import Error
+from graphquant.ops import OPS
+from graphquant.ops.attention.hopper_tiles import TILES
+from graphquant.ops.define import Kernel, Op
+from graphquant.ops.define import missing as missing_kernels
+from graphquant.ops.runtime import cache, nvrtc
+
+PACKAGES = (
+    "torch", "triton", "transformers", "numpy", "safetensors", "onnx", "onnxruntime", "peft",
+    "torchao", "torch-tensorrt",
+)  # fmt: skip
+VARIABLES = ("GRAPHQUANT_", "TORCHINDUCTOR_", "TRITON_", "TORCH_LOGS", "CUDA_VISIBLE_DEVICES")
+NO_GPU = "no NVIDIA GPU"
+RUNS = "runs"
+WIDTH, TOKENS, HEADS = 128, 64, 2  # of the layer that is tried
+CLOSE = 2e-2  # of the largest value: kernels sum in other orders than the reference
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--no-trial", action="store_true", help="compile nothing, run no kernel")
+    add_output(p, 120)
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 if what was tried works, else 1."""
+    found = examine(trial=not args.no_trial)
+    with page(args) as console:
+        for title, facts in found.items():
+            table = Table(title=title, title_justify="left", show_header=False, min_width=60)
+            table.add_column(no_wrap=True)
+            table.add_column(overflow="fold")
+            for name, value in facts.items():
+                table.add_row(escape(name), escape(value))
+            console.print(table)
+    write_json(args, json.dumps(found, indent=2))
+    tried = {**found["kernels"], **found.get("a layer in int8", {})}
+    return int(any(text.startswith(("FAILS", "WRONG")) for text in tried.values()))
+
+
+def examine(*, trial: bool = True) -> dict[str, dict[str, str]]:
+    """Tables of facts, by title. trial: also run kernels and compile a layer."""
+    found = {"machine": environment() | _builds(), "kernels": kernels(trial=trial)}
+    if trial:
+        found["a layer in int8"] = {d: _compiled(d) for d in _devices()}
+    home = str(Path.home())
+    found["caches"] = {str(p).replace(home, "~", 1): size for p, size in caches()}
+    found["variables"] = {n: _shown(v) for n, v in sorted(os.environ.items()) if _counts(n)}
+    return found
+
+
+def _devices() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+# --- the machine ----------------------------------------------------------------------------------
+
+
+def environment(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Versions, processor and GPU."""
+    found = {"graphquant": graphquant.__version__, "python": platform.python_version()}
+    found["system"] = platform.platform()
+    found |= {name: version(name) for name in packages}
+    found["processor"] = f"{_processor()}, {os.cpu_count()} threads"
+    found["device"] = _device()
+    found["driver"] = _driver()
+    return found
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = info.read_text().splitlines() if info.exists() else []
+    named = (line.partition(":")[2].strip() for line in names if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def _device() -> str:
+    if not torch.cuda.is_available():
+        return NO_GPU
+    names = []
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        names.append(f"{torch.cuda.get_device_name(i)} (sm_{major}{minor})")
+    return f"{', '.join(names)}; CUDA {torch.version.cuda}"
+
+
+def _driver() -> str:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return "none found (no nvidia-smi)"
+    command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    asked = subprocess.run(command, capture_output=True, text=True)
+    answer = asked.stdout.strip().splitlines()
+    return answer[0] if asked.returncode == 0 and answer else "nvidia-smi does not answer"
+
+
+def _builds() -> dict[str, str]:
+    """What compiles for the processor and for the GPU."""
+    int8 = [n for n in ("avx512_vnni", "avx_vnni", "amx_int8") if n in _flags()]
+    compilers = [n for n in ("g++", "clang++", "gcc", "clang") if shutil.which(n)]
+    return {
+        "int8 instructions": ", ".join(int8) or "none known",
+        "torch for the CPU": torch.backends.cpu.get_cpu_capability(),
+        "threads of torch": str(torch.get_num_threads()),
+        "C and C++ compilers": ", ".join(compilers) or "none: Inductor needs one",
+        "NVRTC": why if (why := nvrtc.missing()) else ".".join(map(str, nvrtc.version())),
+    }
+
+
+def _flags() -> frozenset[str]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    flags = (line.partition(":")[2] for line in lines if line.startswith(("flags", "Features")))
+    return frozenset(next(flags, "").split())
+
+
+# --- kernels --------------------------------------------------------------------------------------
+
+
+def kernels(*, trial: bool = True) -> dict[str, str]:
+    """ "op: kernel" -> "runs", or why it does not. trial: run them."""
+    why = NO_GPU if not torch.cuda.is_available() else missing_kernels()
+    if why is None and not trial:
+        why = "not tried"
+    if why is not None:
+        names = (f"{op.name}: {file}" for op in OPS.values() for file in op.files)
+        return dict.fromkeys(names, why)
+    calls = _calls("cuda")
+    return {
+        f"{op.name}: {kernel.name}": _tried(op, kernel, calls.get(op.name))
+        for op in OPS.values()
+        for kernel in op.kernels
+    }
+
+
+def _tried(op: Op, kernel: Kernel, args: Sequence[Any] | None) -> str:
+    if args is None:
+        return "not tried: the layer has no call of it"
+    if (why := kernel.refuses(*args)) is not None:
+        return why
+    try:
+        got, want = kernel.fn(*args), op.reference(*args)
+        torch.cuda.synchronize()
+    except Exception as error:  # noqa: BLE001 - said in its line of the table
+        return _fails(error)
+    pairs = zip(_tensors(got), _tensors(want), strict=True)
+    return RUNS if all(_close(g, w) for g, w in pairs) else "WRONG: not what the reference says"
+
+
+def _tensors(results: Any) -> tuple[Tensor, ...]:
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _close(got: Tensor, want: Tensor) -> bool:
+    got, want = got.double(), want.double()
+    most = 1.0 if got.dtype == torch.int8 else CLOSE * float(want.abs().max())
+    return float((got - want).abs().max()) <= most
+
+
+def _fails(error: Exception) -> str:
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"FAILS: {type(error).__name__}: {first}"
+
+
+class _Layer(nn.Module):
+    """A layer with every op of graphquant in it: norms of both kinds, a plain and a gated MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.rms = nn.LayerNorm(WIDTH), nn.RMSNorm(WIDTH)
+        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.fc1, self.fc2 = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.gate, self.up = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
+        self.down = nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        q, k, v = (
+            linear(y).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            for linear in (self.q, self.k, self.v)
+        )
+        y = F.scaled_dot_product_attention(q, k, v)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        x = x + self.fc2(F.gelu(self.fc1(self.norm(x))))
+        y = self.rms(x)
+        mixed: Tensor = x + self.down(F.silu(self.gate(y)) * self.up(y))
+        return mixed
+
+
+def _layer(device: str) -> tuple[nn.Module, Tensor]:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model, x = _Layer().eval().requires_grad_(False), torch.randn(2, TOKENS, WIDTH)
+    return model.to(device, dtype), x.to(device, dtype)
+
+
+class _Calls(TorchDispatchMode):
+    """The first call of each op of graphquant."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.args: dict[str, tuple[Any, ...]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func.namespace == "graphquant":
+            name = func._schema.name.partition("::")[2]
+            self.args.setdefault(name, OPS[name].full(args))
+        return func(*args, **(kwargs or {}))
+
+
+def _calls(device: str) -> dict[str, tuple[Any, ...]]:
+    """Arguments of one call of each op, on this device, as the layer calls them."""
+    model, x = _layer(device)
+    program = graphquant.export(model.cpu(), (x.cpu(),), select="always")
+    with torch.no_grad(), _Calls() as calls:
+        program.module()(x.cpu())
+    heads = [torch.randn(1, HEADS, TOKENS, 64, dtype=x.dtype) for _ in range(3)]
+    calls.args.setdefault("attention", (*heads, 64**-0.5, next(iter(TILES))))
+    found: dict[str, tuple[Any, ...]] = tree_map(
+        lambda a: a.to(device) if isinstance(a, Tensor) else a, calls.args
+    )
+    return found
+
+
+def _compiled(device: str) -> str:
+    """Of the layer: how much is int8, and how near it is; or what went wrong."""
+    model, x = _layer(device)
+    reports: list[graphquant.Report] = []
+    options: dict[str, Any] = {"select": "always", "on_report": reports.append}
+    start = time.perf_counter()
+    try:
+        with torch.inference_mode():
+            want = model.float()(x.float()) if device == "cpu" else model(x)
+            got = torch.compile(model, backend=backend, options=options)(x)
+    except Exception as error:  # noqa: BLE001 - said in its line of the table
+        return _fails(error)
+    took = time.perf_counter() - start
+    report = graphquant.Report.merge(reports)
+    apart = Error.of(got, want).relative
+    good = "" if apart < 0.1 else "WRONG: "  # nan is wrong
+    return (
+        f"{good}{report.coverage:.0%} of the linears' FLOPs, relative error {apart:.2g}, "
+        f"{took:.1f} s to compile and run"
+    )
+
+
+# --- caches and variables -------------------------------------------------------------------------
+
+
+def caches() -> list[tuple[Path, str]]:
+    """Where kernels, compiled graphs and measured times lie, and how much there is."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    inductor = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir())
+    found = [(inductor, f"Inductor: {_size(inductor)}")]
+    with contextlib.suppress(FileNotFoundError):  # no home, no cache
+        ours = cache.place()
+        found += [
+            (ours, f"graphquant: {_size(ours)}"),
+            (ours.parent, f"Triton: {_size(ours.parent)}"),
+        ]
+    return found
+
+
+def _size(folder: Path) -> str:
+    if not folder.is_dir():
+        return "not there yet"
+    count, total = 0, 0
+    for place, _, files in os.walk(folder):
+        for file in files:
+            try:
+                total += os.lstat(os.path.join(place, file)).st_size
+                count += 1
+            except OSError:  # gone meanwhile
+                continue
+    return f"{total / 2**20:.1f} MiB in {count} files"
+
+
+def _counts(variable: str) -> bool:
+    return variable.startswith(VARIABLES)
+
+
+def _shown(value: str) -> str:
+    return "(a path)" if "/" in value else value
