@@ -31,7 +31,7 @@ from graphquant.exporters.standalone import without_ops
 from graphquant.failure import promised, stage
 from graphquant.ir.captured import Captured
 from graphquant.ir.interpret import Paths
-from graphquant.passes.notes import slow_here
+from graphquant.passes.notes import with_slow_cpu_note
 from graphquant.passes.pipeline import rewrite
 from graphquant.report import Report
 
@@ -57,7 +57,7 @@ def explain(
     config = Config.of(options or {})
 
     def take(captured: Captured, gm: GraphModule) -> tuple[Report, Callable[..., Any]]:
-        return slow_here(rewrite(captured, config).report, captured), gm.forward
+        return with_slow_cpu_note(rewrite(captured, config).report, captured), gm.forward
 
     trace = Trace(take)
     with forgotten_afterwards(trace.observe):

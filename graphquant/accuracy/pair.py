@@ -13,7 +13,7 @@ compared is what the int8 product adds to the model:
 Or any of the linears are int8 and the others are not: y8 takes the place of y in the float graph.
 
 Nothing here knows a rule. Which value of the model a node of the rewritten graph holds, `rewrite`
-returns (`Rewritten.stands_for`); whatever holds none, a quantizer or a packed weight, is computed
+returns (`Rewritten.replaces`); whatever holds none, a quantizer or a packed weight, is computed
 from those that do.
 """
 
@@ -127,7 +127,7 @@ class Pair:
 
         None for what is computed from parameters: a layer scale may be, behind the linear.
         """
-        found = self._names.get(self._rewritten.stands_for.get(node, node.name))
+        found = self._names.get(self._rewritten.replaces.get(node, node.name))
         computed = found in self._constants and found not in self._constants.roots
         return None if computed else found
 

@@ -185,7 +185,7 @@ def test_costs_are_flops_or_measured_times(monkeypatch: pytest.MonkeyPatch, x: T
     from graphquant.passes.policy import speed
     from graphquant.passes.record import Times
 
-    monkeypatch.setattr(speed, "compare", lambda old, new, *_: Times(40.0, 10.0))
+    monkeypatch.setattr(speed, "measure", lambda old, new, *_: Times(40.0, 10.0))
     costs = Trials(model, calls, Config(select="faster")).costs()
     assert costs["0.up"] == costs["0.down"] == 30.0
     assert costs["0.q"] == costs["0.k"] == costs["0.v"] == pytest.approx(10.0)  # of one product
