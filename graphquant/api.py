@@ -14,9 +14,9 @@ from torch.fx import GraphModule
 from tqdm import tqdm
 
 from graphquant.accuracy.budget import Budget, LeftInFloat, goal
-from graphquant.accuracy.calls import copies, each_call, own_generators
+from graphquant.accuracy.calls import copies, each_call, preserve_rng
 from graphquant.accuracy.compare import Comparison, FloatRun, Int8Run
-from graphquant.accuracy.outputs import kept
+from graphquant.accuracy.outputs import copy_outputs
 from graphquant.accuracy.pair import Pair
 from graphquant.accuracy.report import AccuracyReport
 from graphquant.accuracy.search import Trials
@@ -167,7 +167,7 @@ def compare(
 
     def run(how: FloatRun | Int8Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         active[:] = [how]
-        with own_generators():  # both runs draw the same numbers
+        with preserve_rng():  # both runs draw the same numbers
             return trace(model, *copies(args, kwargs))
 
     trace = Trace(take, "compare")
@@ -175,7 +175,7 @@ def compare(
     with torch.no_grad(), forgotten_afterwards(trace.observe):
         for args, kwargs in each_call(batches, model):
             floats = FloatRun()
-            want = kept(run(floats, args, kwargs))
+            want = copy_outputs(run(floats, args, kwargs))
             report = report or trace.report(model)
             int8 = Int8Run(floats.values)
             got = run(int8, args, kwargs)
@@ -242,7 +242,7 @@ def calibrate(
             each_call(batches, model), "calibrate", total, unit="batch", disable=not progress
         )
         for args, kwargs in calls:
-            with own_generators():
+            with preserve_rng():
                 trace(model, *copies(args, kwargs))
             calibration.batches += 1
     if calibration.batches == before:
@@ -316,7 +316,7 @@ def fit_budget(
             paths, more = paths + more[: 2**step], more[2**step :]
         if not after >= least:
             raise GraphquantError(
-                f"this budget cannot be kept: with every linear in float the outputs reach "
+                f"this budget cannot be met: with every linear in float the outputs reach "
                 f"{metric.shown(after)}, less than {metric.shown(least)}"
             )
         chosen = fitted
