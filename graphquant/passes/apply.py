@@ -109,7 +109,7 @@ def _replace(
     value = _model_value(linear, dict(zip(rewrite.values, site.outputs, strict=True)))
     if rewrite.product is not None:
         smoothing = rewrite.product.smoothing
-        state.record.smooth(site.subjects, smoothing.method, smoothing.reason)
+        state.record.set_smoothing(site.subjects, smoothing.method, smoothing.reason)
     state.record.apply(rule.name, site.subjects, linear, verdict.times, value)
     log.debug("%s applied to %s", rule.name, site.outputs[0].name)
     for old, now in zip(site.outputs, rewrite.values, strict=True):

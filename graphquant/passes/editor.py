@@ -45,8 +45,8 @@ class Editor:
         qparams = input_qparams(state.config, state.ranges, names, smoothing)
         return self.call(op, *op.quantizing(args, qparams))
 
-    def weigh(self, target: Any, *args: Any) -> Node:
-        """Add target(*args), computed from weights, as early as its inputs allow."""
+    def fold(self, target: Any, *args: Any) -> Node:
+        """Add target(*args) on weights, as early as its inputs allow; it runs at packing."""
         node = self.call(target, *args)
         last = max(node.all_input_nodes)
         first = next(n for n in self._state.graph.nodes if n.op == "call_function")
@@ -57,7 +57,7 @@ class Editor:
         return node
 
     def literal(self, value: Tensor, like: Node) -> Node:
-        """Add a constant for `weigh`: `value` in float32 on the device of `like`."""
+        """Add a constant for `fold`: `value` in float32 on the device of `like`."""
         gm, graph, device = self._state.gm, self._state.graph, like.meta["val"].device
         names = (f"graphquant_literal_{i}" for i in itertools.count())
         name = next(n for n in names if not hasattr(gm, n))
@@ -124,9 +124,9 @@ class Editor:
         x = (self.replay(views, v) for v in self.unpack(quantized)[-3:])
         weight, method = linear.weight, self._state.config.weight_scale
         if smoothing.scale is not None:
-            weight = self.weigh(aten.mul.Tensor, weight, smoothing.scale)
+            weight = self.fold(aten.mul.Tensor, weight, smoothing.scale)
         methods = [] if method == "absmax" else [method]
-        packed = self.weigh(quantize_weight, weight, *methods)  # runs once, at packing
-        wq, *w = (self.weigh(operator.getitem, packed, i) for i in range(3))
+        packed = self.fold(quantize_weight, weight, *methods)
+        wq, *w = (self.fold(operator.getitem, packed, i) for i in range(3))
         y = self.call(int8_linear, *x, wq, *w, linear.bias, None, dtype(linear.node))
         return Int8Product(y, linear, smoothing, wq, w[0])

@@ -101,7 +101,7 @@ class Record:
                 entry.value = value or entry.value
             self._at.setdefault(onto, []).extend(e for e in entries if e.outcome.kind == "linear")
 
-    def smooth(self, subjects: Iterable[Node], smoothed: str, not_smoothed: str) -> None:
+    def set_smoothing(self, subjects: Iterable[Node], smoothed: str, not_smoothed: str) -> None:
         """Record how the linears among these were smoothed, or why not."""
         for entry in (e for node in subjects for e in self._at.get(node, ())):
             if (smoothed or not_smoothed) and entry.outcome.kind == "linear":

@@ -38,7 +38,7 @@ def smooth_linear(
     scale, how = _scale(edit, config, paths, linear, norm)
     if scale is None:
         return Smoothing(reason=how)
-    return Smoothing(scale, edit.weigh(aten.reciprocal.default, scale), method=how)
+    return Smoothing(scale, edit.fold(aten.reciprocal.default, scale), method=how)
 
 
 def _scale(
@@ -48,7 +48,7 @@ def _scale(
     if config.smooth == "norm":
         if norm is None:
             return None, NO_NORM
-        s = edit.weigh(norm_smoothing, linear.weight, norm.gamma, norm.beta, ALPHA)
+        s = edit.fold(norm_smoothing, linear.weight, norm.gamma, norm.beta, ALPHA)
         return s, f"norm, alpha {ALPHA}"
     K, calibration = shape(linear.weight)[1], config.calibration
     assert calibration is not None  # checked by Config
@@ -60,11 +60,11 @@ def _scale(
     absmax = edit.literal(functools.reduce(torch.maximum, found), linear.weight)
     if config.smooth == "auto" and (rows := sample(calibration, paths)) is not None:
         given = (linear.weight, absmax, edit.literal(rows, linear.weight))
-        return edit.weigh(searched_smoothing, *given), "alpha searched"
+        return edit.fold(searched_smoothing, *given), "alpha searched"
     alpha, why = config.smooth, ""
     if alpha == "auto":
         alpha, why = ALPHA, ": the calibration has no rows to search on"
-    return edit.weigh(smoothing, linear.weight, absmax, alpha), f"alpha {alpha}{why}"
+    return edit.fold(smoothing, linear.weight, absmax, alpha), f"alpha {alpha}{why}"
 
 
 def sample(calibration: Any, paths: Sequence[str]) -> Tensor | None:

@@ -67,9 +67,9 @@ class NormLinear:
         if smoothing.factor is not None and site.fixed and not site.keep:
             # free at run time
             gamma = (
-                edit.weigh(aten.mul.Tensor, gamma, smoothing.factor) if gamma else smoothing.factor
+                edit.fold(aten.mul.Tensor, gamma, smoothing.factor) if gamma else smoothing.factor
             )
-            beta = beta and edit.weigh(aten.mul.Tensor, beta, smoothing.factor)
+            beta = beta and edit.fold(aten.mul.Tensor, beta, smoothing.factor)
             smoothing = smoothing._replace(factor=None)
         parameters: tuple[Any, ...] = (gamma, beta, norm.eps, norm.rms)
         if not site.keep:

@@ -63,7 +63,7 @@ class PatchLinear:
         x = edit.call(aten.permute.default, x, [0, *last[::2], 1, *last[1::2]])
         tokens, width = math.prod(windows), shape(site.weight)[1] * math.prod(patch)
         x = edit.call(aten.reshape.default, x, [batch, tokens, width])
-        weight = edit.weigh(aten.reshape.default, site.weight, [-1, width])
+        weight = edit.fold(aten.reshape.default, site.weight, [-1, width])
         y = edit.call(LINEAR, x, weight, site.bias)
         y = edit.call(aten.transpose.int, y, 1, 2)
         y = edit.call(aten.reshape.default, y, [batch, shape(conv)[1], *windows])

@@ -45,10 +45,10 @@ class StackSiblings:
         return Refuse(APART, site.outputs[0]) if are_apart(site.outputs, autocast=True) else None
 
     def rewrite(self, edit: Edit, site: Siblings) -> Rewrite:
-        weight = edit.weigh(aten.cat.default, [n.weight for n in site.linears])
+        weight = edit.fold(aten.cat.default, [n.weight for n in site.linears])
         bias = None
         if any(n.bias is not None for n in site.linears):
-            bias = edit.weigh(aten.cat.default, [_bias(edit, n) for n in site.linears])
+            bias = edit.fold(aten.cat.default, [_bias(edit, n) for n in site.linears])
         y = edit.call(LINEAR, site.linears[0].x, weight, bias)
         parts, start = [], 0
         for linear in site.linears:
@@ -61,4 +61,4 @@ class StackSiblings:
 def _bias(edit: Edit, linear: Linear) -> Node:
     if linear.bias is not None:
         return linear.bias
-    return edit.weigh(aten.new_zeros.default, linear.weight, [shape(linear.weight)[0]])
+    return edit.fold(aten.new_zeros.default, linear.weight, [shape(linear.weight)[0]])
