@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from graphquant._torch import original
 from graphquant.accuracy.budget import Budget, LeftInFloat, goal
-from graphquant.accuracy.calls import copies, each_call, own_generators
+from graphquant.accuracy.calls import copies, each_call, preserve_rng
 from graphquant.accuracy.compare import Comparison, FloatRun, Int8Run
-from graphquant.accuracy.outputs import kept
+from graphquant.accuracy.outputs import copy_outputs
 from graphquant.accuracy.pair import Pair
 from graphquant.accuracy.report import AccuracyReport
 from graphquant.accuracy.search import Trials
@@ -32,7 +32,7 @@ from graphquant.exporters.standalone import without_ops
 from graphquant.failure import promised, stage
 from graphquant.ir.captured import Captured
 from graphquant.ir.interpret import Paths
-from graphquant.passes.notes import slow_here
+from graphquant.passes.notes import with_slow_cpu_note
 from graphquant.passes.pipeline import rewrite
 from graphquant.report import Report
 
@@ -58,7 +58,7 @@ def explain(
     config = Config.of(options or {})
 
     def take(captured: Captured, gm: GraphModule) -> tuple[Report, Callable[..., Any]]:
-        return slow_here(rewrite(captured, config).report, captured), gm.forward
+        return with_slow_cpu_note(rewrite(captured, config).report, captured), gm.forward
 
     trace = Trace(take)
     with forgotten_afterwards(trace.observe):
@@ -168,7 +168,7 @@ def compare(
 
     def run(how: FloatRun | Int8Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         active[:] = [how]
-        with own_generators():  # both runs draw the same numbers
+        with preserve_rng():  # both runs draw the same numbers
             return trace(model, *copies(args, kwargs))
 
     trace = Trace(take, "compare")
@@ -176,7 +176,7 @@ def compare(
     with torch.no_grad(), forgotten_afterwards(trace.observe):
         for args, kwargs in each_call(batches, model):
             floats = FloatRun()
-            want = kept(run(floats, args, kwargs))
+            want = copy_outputs(run(floats, args, kwargs))
             report = report or trace.report(model)
             int8 = Int8Run(floats.values)
             got = run(int8, args, kwargs)
@@ -243,7 +243,7 @@ def calibrate(
             each_call(batches, model), "calibrate", total, unit="batch", disable=not progress
         )
         for args, kwargs in calls:
-            with own_generators():
+            with preserve_rng():
                 trace(model, *copies(args, kwargs))
             calibration.batches += 1
     if calibration.batches == before:
@@ -317,7 +317,7 @@ def fit_budget(
             paths, more = paths + more[: 2**step], more[2**step :]
         if not after >= least:
             raise GraphquantError(
-                f"this budget cannot be kept: with every linear in float the outputs reach "
+                f"this budget cannot be met: with every linear in float the outputs reach "
                 f"{metric.shown(after)}, less than {metric.shown(least)}"
             )
         chosen = fitted

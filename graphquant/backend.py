@@ -25,7 +25,7 @@ from graphquant.failure import stage
 from graphquant.ir.captured import Captured
 from graphquant.ir.graph import readers
 from graphquant.lowering.inner import build_kernels, compile_graph
-from graphquant.passes.notes import slow_here
+from graphquant.passes.notes import with_slow_cpu_note
 from graphquant.passes.pipeline import rewrite
 from graphquant.passes.prepack import prepack
 from graphquant.report import Quiet, Report
@@ -65,7 +65,7 @@ def _in_int8(
         captured = from_dynamo(gm, example_inputs, root)
     if captured is None:  # a graph of numbers only
         return Report(()), compile_graph(gm, example_inputs, config)
-    report = slow_here(rewrite(captured, config).report, captured)
+    report = with_slow_cpu_note(rewrite(captured, config).report, captured)
     owned = [i for i, held in enumerate(belong_to_modules(gm)) if held]
     return report, _hand_over(captured, example_inputs, config, owned)
 

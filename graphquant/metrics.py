@@ -1,4 +1,4 @@
-"""Error metrics between an int8 value and the float value that it stands for."""
+"""Error metrics between a float value and its int8 counterpart."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Error:
-    """How far int8 values y8 are from the float values y, over any number of elements.
+    """Sums over elements of float values y and int8 values y8, for SQNR, relative error and cosine.
 
     signal  sum y^2
     noise   sum (y8 - y)^2
@@ -27,7 +27,7 @@ class Error:
 
     @classmethod
     def of(cls, y8: Tensor, y: Tensor) -> Error:
-        """Of two tensors of one shape. Elements at which y is inf or nan are left out."""
+        """Of two tensors of one shape, in float64. Skips elements where y is inf or nan."""
         y8, y = _comparable(y8, y)
         sums = (y.square(), (y8 - y).square(), y8.square(), y8 * y)
         return cls(*torch.stack([s.sum() for s in sums]).tolist())
@@ -42,12 +42,12 @@ class Error:
 
     @property
     def exact(self) -> bool:
-        """Is every int8 value equal to the float one?"""
+        """Is y8 == y everywhere?"""
         return self.noise == 0.0
 
     @property
     def sqnr(self) -> float:
-        """Signal to quantisation noise, in dB. inf if exact; nan if an int8 value is not finite."""
+        """Signal to quantization noise ratio in dB. inf if exact; nan if y8 is not finite."""
         return -20 * math.log10(self.relative) if self.relative else math.inf
 
     @property
@@ -59,26 +59,25 @@ class Error:
 
     @property
     def cosine(self) -> float:
-        """Of the angle between y8 and y, -1 to 1. 0 if just one of them is zero."""
+        """Cosine similarity of y8 and y, -1 to 1. 0 if exactly one of them is zero."""
         if self.exact:
             return 1.0
         length = math.sqrt(self.signal) * math.sqrt(self.power)
-        # the sums are rounded: a cosine must not be 1 + 1e-16
-        return _clip(self.dot / length) if length else 0.0
+        return _clip(self.dot / length) if length else 0.0  # rounding can exceed 1
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON knows no inf and no nan: they are null, and `exact` tells the one good case."""
+        """The metrics for JSON: inf and nan are None, and `exact` marks an infinite SQNR."""
         return {
-            "sqnr_db": _finite(self.sqnr),
+            "sqnr_db": finite_or_none(self.sqnr),
             "exact": self.exact,
-            "relative_error": _finite(self.relative),
-            "cosine": _finite(self.cosine),
+            "relative_error": finite_or_none(self.relative),
+            "cosine": finite_or_none(self.cosine),
         }
 
 
 @dataclass(frozen=True)
 class RowCosines:
-    """Cosines between the int8 rows and the float rows (slices along the last dim) of a value."""
+    """Sum, count and minimum of the cosines between int8 and float rows (last-dim slices)."""
 
     total: float = 0.0
     rows: int = 0
@@ -86,7 +85,7 @@ class RowCosines:
 
     @classmethod
     def of(cls, y8: Tensor, y: Tensor) -> RowCosines:
-        """Of two tensors of one shape; a scalar is one row. A row that is zero in both counts 1."""
+        """Of two tensors of one shape; a scalar is one row. Two zero rows have cosine 1."""
         if not y.numel():
             return cls()
         y8, y = (t.reshape(-1, t.shape[-1] if t.dim() else 1) for t in _comparable(y8, y))
@@ -97,7 +96,7 @@ class RowCosines:
         return cls(cosines.sum().item(), len(cosines), cosines.min().item())
 
     def __add__(self, other: RowCosines) -> RowCosines:
-        worst = min(self.worst, other.worst)  # of nan and a number, min may take either
+        worst = min(self.worst, other.worst)  # min is unreliable with nan
         worst = math.nan if math.isnan(self.worst + other.worst) else worst
         return RowCosines(self.total + other.total, self.rows + other.rows, worst)
 
@@ -107,7 +106,7 @@ class RowCosines:
 
 
 def _comparable(y8: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float64, zero in both where the float value is inf or nan."""
+    """Both in float64, set to zero where y is inf or nan."""
     y8, y = y8.detach().double(), y.detach().double()
     usable = torch.isfinite(y)
     if not bool(usable.all()):
@@ -115,7 +114,7 @@ def _comparable(y8: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return y8, y
 
 
-def _finite(value: float) -> float | None:
+def finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 

@@ -75,7 +75,7 @@ REWRITE = {
             "choose_kernels",
             "merge_equal_views",
             "_gates",
-            "_stands_for",
+            "_replaced_names",
             "notes_of",
         )
     },

@@ -65,7 +65,7 @@ MUTANTS: Sequence[Mutant] = (
         ("read = (norm.x, out, ", "read = (norm.x, ", "the result may be written", NORM),
         ("out), *parameters)", "out))", "gamma may be written before", NORM),
         ("keep = not leads_only_to(out, linear.node)", "keep = False", "residual lost", NORM),
-        ("smooth = smooth._replace(factor=None)", "pass", "the scale is applied twice", SMOOTH),
+        ("smoothing._replace(factor=None)", "smoothing", "the scale is applied twice", SMOOTH),
     ),
     *_in(
         "passes/rules/residual.py",
@@ -83,19 +83,22 @@ MUTANTS: Sequence[Mutant] = (
         ("if product in view.needs_gradient", "if False", "a gradient is lost", GRADIENTS),
     ),
     *_in(
-        "passes/apply.py",
-        ("found, x=self._now(found.x), gamma=", "found, x=found.x, gamma=",
+        "passes/state.py",
+        ("found, x=self._current(found.x), gamma=", "found, x=found.x, gamma=",
          "the norm's input was replaced", SURVIVORS),
         (
-            "activations.get(out)\n        return found and replace(found, x=self._now(found.x))",
-            "activations.get(out)\n        return found",
+            "found and replace(found, x=self._current(found.x))",
+            "found",
             "the activation's input was replaced",
             f"{SURVIVORS} {ACT}",
         ),
-        ("if x in bench.written), None)", "if False), None)", "nothing moved is safe", SURVIVORS),
-        ("bench.written.add(now)", "pass", "what stands for a written value is written", SURVIVORS),
+    ),
+    *_in(
+        "passes/apply.py",
+        ("if x in state.written), None)", "if False), None)", "nothing moved is safe", SURVIVORS),
+        ("state.written.add(now)", "pass", "a replaced value is written", SURVIVORS),
         ("(want := _spec(old)) != (got := _spec(now))", "False", "shapes", APPLY),
-        ("autocast_at(first):", "bench.fake_mode:", "types under autocast", APPLY),
+        ("autocast_at(first):", "state.fake_mode:", "types under autocast", APPLY),
     ),
     *_in(
         "ir/rows.py",
@@ -115,9 +118,9 @@ MUTANTS: Sequence[Mutant] = (
     *_in(
         "passes/eligibility.py",
         ("if why := config.wants(path):", "if why := None:", "include and exclude", LINEAR),
-        ("if node in bench.needs_gradient:", "if False:", "training", GRADIENTS),
-        ('bench.constants:\n        return "its weight', 'set():\n        return "its weight',
-         "every linear is barred", LINEAR),
+        ("if node in state.needs_gradient:", "if False:", "training", GRADIENTS),
+        ('state.constants:\n        return "its weight', 'set():\n        return "its weight',
+         "every linear is ineligible", LINEAR),
     ),
     *_in(
         "ir/constants.py",
@@ -147,7 +150,7 @@ MUTANTS: Sequence[Mutant] = (
     ),
     *_in(
         "passes/policy/accuracy.py",
-        ("if sqnr >= least", "if sqnr >= 0", "min_sqnr", JUDGE),
+        ("if lowest >= min_sqnr", "if lowest >= 0", "min_sqnr", JUDGE),
     ),
     # --- the arithmetic ------------------------------------------------------------------------
     *_in(
@@ -192,7 +195,7 @@ MUTANTS: Sequence[Mutant] = (
     ),
     *_in(
         "passes/prepack.py",
-        ("(t) in theirs else t for t in made", "(t) in () else t for t in made",
+        ("(t) in root_storages else", "(t) in () else",
          "a pack in a parameter's memory", SURVIVORS),
     ),
     # --- capture -------------------------------------------------------------------------------

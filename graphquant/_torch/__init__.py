@@ -246,3 +246,10 @@ def finite(bound: Any) -> int | None:
     from torch.utils._sympy.numbers import int_oo
 
     return None if bound >= int_oo else int(bound)
+
+
+def inductor_cache_dir() -> str:
+    """Where Inductor keeps compiled code by default. 2.11 to 2.13."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    return str(default_cache_dir())

@@ -1,7 +1,4 @@
-"""Which linears stay in float so that a model's outputs are exact enough: `graphquant.fit_budget`.
-
-A Budget is options for torch.compile, and what they were found to cost and to reach.
-"""
+"""Budget, the result of `graphquant.fit_budget`: options that reach an accuracy goal."""
 
 from __future__ import annotations
 
@@ -29,10 +26,10 @@ _NOT_SAVED = ("calibration", "on_report")  # objects of the user's program
 
 @dataclass(frozen=True)
 class Metric:
-    """How exact a model's outputs are in one number, the more the better.
+    """The accuracy of a model's outputs in one number; higher is better.
 
-    of    of one output
-    loss  what grows with the power of its error
+    of    its value for one output
+    loss  converts it to a number proportional to the error's power
     """
 
     name: str
@@ -42,9 +39,9 @@ class Metric:
     loss: Callable[[float], float]
 
     def __call__(self, outputs: Sequence[OutputAccuracy]) -> float:
-        """Of the worst of these outputs; -inf if one of them is nan.
+        """Its value for the worst output; -inf if one is nan.
 
-        Raises UnsupportedInputError if there are none.
+        Raises UnsupportedInputError if there are no outputs.
         """
         if not outputs:
             raise UnsupportedInputError("the model returns no floating-point tensor to compare")
@@ -55,24 +52,24 @@ class Metric:
         return f"{value:.1f} dB" if self.unit else f"{value:.5f}"
 
 
-def _off(cosine: float) -> float:
+def _one_minus(cosine: float) -> float:
     return 1 - cosine
 
 
 METRICS = {
     metric.name: metric
     for metric in (
-        Metric("cosine", "mean cosine", "", lambda o: o.cosines.mean, _off),
-        Metric("worst_cosine", "worst cosine", "", lambda o: o.cosines.worst, _off),
+        Metric("cosine", "mean cosine", "", lambda o: o.cosines.mean, _one_minus),
+        Metric("worst_cosine", "worst cosine", "", lambda o: o.cosines.worst, _one_minus),
         Metric("sqnr", "SQNR", "dB", lambda o: o.error.sqnr, lambda db: 10 ** (-db / 10)),
     )
 }
 
 
 def goal(**given: float | None) -> tuple[Metric, float]:
-    """The one that is given, by the metric's name.
+    """(metric, its least value) of the one keyword, the metric's name, that is not None.
 
-    Raises OptionError if it is not one, and for a number that it cannot be.
+    Raises OptionError if that is not exactly one, or its value is out of range.
     """
     chosen = {name: value for name, value in given.items() if value is not None}
     if len(chosen) != 1:
@@ -82,7 +79,9 @@ def goal(**given: float | None) -> tuple[Metric, float]:
     number = as_float(value)
     most = math.inf if name == "sqnr" else 1.0
     if number is None or not 0.0 < number <= most or math.isinf(number):
-        raise OptionError(f"{name}={value!r} is no number above 0" + " up to 1" * (most == 1.0))
+        raise OptionError(
+            f"{name}={value!r} must be a number above 0" + ", at most 1" * (most == 1.0)
+        )
     return METRICS[name], number
 
 
@@ -90,8 +89,9 @@ def goal(**given: float | None) -> tuple[Metric, float]:
 class LeftInFloat:
     """A linear that the budget leaves in float.
 
-    alone  what the outputs reach with nothing else in int8 than this one
-    share  of all linears' FLOPs, 0 to 1, at the sizes of the first batch
+    path   its module path
+    alone  the outputs' metric with only this linear in int8
+    share  its share of all linears' FLOPs, 0 to 1, at the sizes of the first batch
     """
 
     path: str
@@ -101,17 +101,17 @@ class LeftInFloat:
 
 @dataclass(frozen=True)
 class Budget:
-    """Options under which a model's outputs are as exact as was asked, on the batches given.
+    """Options with which a model's outputs reach an accuracy goal on the given batches.
 
-    options      for torch.compile(model, backend="graphquant", options=...): those that were given,
-                 `exclude` with the exact paths of what stays in float, and `smooth` if it was found
-                 to help
-    metric       "cosine", "worst_cosine" or "sqnr" (dB), and `goal`, the least it may be
-    before       what the outputs reach with the options that were given
-    after        and with these
-    left         the linears left in float for it, the one that costs the outputs most first
-    float_share  of all linears' FLOPs, 0 to 1, at the sizes of the first batch, what is in float,
-                 for whatever reason
+    options      for torch.compile(model, backend="graphquant", options=...): the given ones, with
+                 the paths of the linears left in float in `exclude`, and `smooth` if that helped
+    metric       "cosine", "worst_cosine" or "sqnr" (dB)
+    goal         the least value of the metric
+    before       the metric with the given options
+    after        the metric with `options`
+    left         the linears left in float for the goal, the most harmful first
+    float_share  share of all linears' FLOPs, 0 to 1, that stays in float for any reason, at the
+                 sizes of the first batch
     """
 
     metric: str
@@ -123,7 +123,7 @@ class Budget:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def summary(self) -> str:
-        """One line: what was asked, what is reached, and how much is left in float for it."""
+        """One line: the metric before and after, the goal, and how much is in float."""
         metric = METRICS[self.metric]
         now, was, least = map(metric.shown, (self.after, self.before, self.goal))
         linears = f"{len(self.left)} linear{'s' * (len(self.left) != 1)} left in float"
@@ -143,7 +143,7 @@ class Budget:
         return Group(*[table] * bool(self.left), escape(self.summary()))
 
     def __str__(self) -> str:
-        """The table without colour, wide enough for its longest row."""
+        """The table without color, wide enough for its longest row."""
         longest = max((len(site.path) for site in self.left), default=0)
         width = min(max(100, longest + 60), 200)
         page = Console(file=io.StringIO(), width=width, color_system=None)
@@ -154,11 +154,10 @@ class Budget:
     # Files --------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """What JSON can hold. A calibration and on_report are left out; numbers that are not finite
-        are text.
+        """A dict for JSON, without calibration and on_report. Non-finite numbers become strings.
 
-        Raises OptionError for an option that cannot come from a file: for Inductor and
-        Torch-TensorRT those may be numbers, True and False.
+        Raises OptionError for options that cannot be saved: those for Inductor and Torch-TensorRT
+        may only be numbers and bools.
         """
         options = {k: v for k, v in self.options.items() if k not in _NOT_SAVED}
         try:
@@ -169,32 +168,31 @@ class Budget:
             "format": FORMAT,
             "version": VERSION,
             "metric": self.metric,
-            **{name: _told(getattr(self, name)) for name in _NUMBERS},
-            "left": [{**asdict(site), "alone": _told(site.alone)} for site in self.left],
+            **{name: _encode(getattr(self, name)) for name in _NUMBERS},
+            "left": [{**asdict(site), "alone": _encode(site.alone)} for site in self.left],
             "calibration": self.options.get("calibration") is not None,
             "options": json.loads(json.dumps(_plain(options))),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, calibration: Any = None) -> Budget:
-        """What `to_dict` gave, with the calibration that it was fitted with, if there was one.
+        """The inverse of `to_dict`.
 
-        Raises FileError for what is no budget, and for options that cannot come from a file (see
-        `to_dict`); OptionError without that calibration.
+        calibration  the one that the budget was fitted with, if any
+
+        Raises FileError for invalid data or options (see `to_dict`), OptionError if the calibration
+        is missing.
         """
         return cls._from(Field(data, "this is no budget"), calibration)
 
     def save(self, path: str | Path) -> None:
-        """A JSON file of `to_dict`. A calibration has a file of its own: Calibration.save.
-
-        A file that is there is replaced as a whole, or stays as it was.
-        """
+        """Write `to_dict` to a JSON file, atomically. Save a calibration with Calibration.save."""
         text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
         serialization.write(path, text.encode())
 
     @classmethod
     def load(cls, path: str | Path, *, calibration: Any = None) -> Budget:
-        """What `save` wrote; as `from_dict`."""
+        """Read a file that `save` wrote. Arguments and errors are those of `from_dict`."""
         return cls._from(serialization.read_json(path, "budget"), calibration)
 
     @classmethod
@@ -204,8 +202,8 @@ class Budget:
         data["version"].integer(VERSION, VERSION)
         metric = data["metric"].one_of(METRICS)
         share = data["float_share"].number(0.0, 1.0)
-        goal, before, after = (_number(data[name]) for name in ("goal", "before", "after"))
-        left = tuple(_left(one) for one in data["left"].list())
+        goal, before, after = (_decode(data[name]) for name in ("goal", "before", "after"))
+        left = tuple(_left_in_float(one) for one in data["left"].list())
         options = dict(data["options"].object())
         fitted_with = data["calibration"].boolean()
         if fitted_with and calibration is None:
@@ -229,21 +227,21 @@ def _given(calibration: Any) -> dict[str, Any]:
     return {} if calibration is None else {"calibration": calibration}
 
 
-def _left(data: Field) -> LeftInFloat:
+def _left_in_float(data: Field) -> LeftInFloat:
     data.only(("path", "alone", "share"))
     share = data["share"].number(0.0, 1.0)
-    return LeftInFloat(data["path"].text(), _number(data["alone"]), share)
+    return LeftInFloat(data["path"].text(), _decode(data["alone"]), share)
 
 
-def _number(data: Field) -> float:
-    """What `_told` wrote."""
+def _decode(data: Field) -> float:
+    """The inverse of `_encode`."""
     return float(data.value) if data.value in _INFINITE else data.number()
 
 
-def _told(number: float) -> float | str:
+def _encode(number: float) -> float | str:
     return number if math.isfinite(number) else str(number)
 
 
 def _plain(value: Any) -> Any:
-    """Mappings as dicts, which JSON knows."""
+    """Nested mappings as dicts, for JSON."""
     return {k: _plain(v) for k, v in value.items()} if isinstance(value, Mapping) else value

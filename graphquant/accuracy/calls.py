@@ -1,4 +1,4 @@
-"""The calls of a model that a user's batches stand for."""
+"""Turns a user's batches into calls (args, kwargs) of a model."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from graphquant.errors import UnsupportedInputError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
-
 _FORMS = "a tensor, a tuple of arguments, a mapping, or (arguments, dict of keyword arguments)"
 
 
 def each_call(batches: Iterable[Any], model: Callable[..., Any] | None = None) -> Iterator[Call]:
-    """(args, kwargs) of each batch. Raises UnsupportedInputError for what is none.
+    """(args, kwargs) of each batch.
 
-    A mapping is the keyword arguments of the call, if the model can be called with them, else its
-    one argument.
+    A mapping is the keyword arguments if the model takes them, else the one argument.
+
+    Raises UnsupportedInputError for anything that is no batch.
     """
     if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
         raise UnsupportedInputError(
@@ -64,7 +64,7 @@ def _signature(model: Callable[..., Any] | None) -> Signature | None:
         return None
     try:
         return inspect.signature(called)
-    except (TypeError, ValueError):  # it has none that can be read
+    except (TypeError, ValueError):  # not introspectable
         return None
 
 
@@ -77,13 +77,13 @@ def _binds(takes: Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 
 
 def copies(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """With tensors and mappings of their own: a model may write to its arguments."""
+    """The call with copies of its tensors and mappings, which a model may modify."""
     made: Call = tree_map(_copied, (args, kwargs))
     return made
 
 
 def _copied(value: Any) -> Any:
-    """Of what is no pytree of its own: transformers' BatchEncoding is a mapping, and no dict."""
+    """Also copies mappings that are no pytrees, such as transformers' BatchEncoding."""
     if isinstance(value, Tensor):
         return value.clone()
     if not isinstance(value, Mapping):
@@ -97,7 +97,7 @@ def _copied(value: Any) -> Any:
 
 
 @contextmanager
-def own_generators() -> Iterator[None]:
-    """The user's random generators are afterwards where they were before."""
+def preserve_rng() -> Iterator[None]:
+    """Restores the state of torch's random generators, CPU and CUDA, afterwards."""
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         yield

@@ -1,4 +1,4 @@
-"""The floating-point tensors of what a model returns."""
+"""Finds the floating-point tensors in a model's result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from graphquant.errors import UnsupportedInputError
 
 Named = tuple[str, Tensor]
 
-# of these nothing is a result
+# without tensors to compare
 _VALUES = (
     *(type(None), bool, int, float, complex, str, bytes, type, range),
     *(torch.dtype, torch.device, torch.Size, torch.SymInt, torch.SymFloat, torch.SymBool),
@@ -24,12 +24,11 @@ _VALUES = (
 )
 
 
-def kept(result: Any) -> dict[str, Tensor]:
-    """Copies of the floating-point tensors of what a model returned, and where each stands: the
-    next call may write to the same memory, or into the same mapping.
+def copy_outputs(result: Any) -> dict[str, Tensor]:
+    """Name (as in OutputAccuracy) -> copy of each floating-point tensor in a model's result, whose
+    memory the next call may reuse.
 
-    Raises UnsupportedInputError if there are none, or if it holds something that cannot be looked
-    into.
+    Raises UnsupportedInputError if there are none, or for objects of unknown structure.
     """
     found = {name: tensor.detach().clone() for name, tensor in _tensors(result)}
     if not found:
@@ -38,7 +37,7 @@ def kept(result: Any) -> dict[str, Tensor]:
 
 
 def _tensors(value: Any, name: str = "", above: tuple[int, ...] = ()) -> Iterator[Named]:
-    """The floating-point tensors of a model's output, and where each stands."""
+    """(name, tensor) of each floating-point tensor; complex ones as real."""
     if isinstance(value, Tensor):
         if value.is_complex():
             value = torch.view_as_real(value)
@@ -50,8 +49,8 @@ def _tensors(value: Any, name: str = "", above: tuple[int, ...] = ()) -> Iterato
 
 
 def _parts(value: Any, name: str) -> Iterable[tuple[str, Any]]:
-    """What a container holds, and where."""
-    if isinstance(value, Mapping):  # transformers' ModelOutput is one
+    """(name, value) of each element of a container."""
+    if isinstance(value, Mapping):  # such as transformers' ModelOutput
         return ((f"{name}.{k}" if name else str(k), v) for k, v in value.items())
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return _fields(name, value, value._fields)
@@ -60,9 +59,9 @@ def _parts(value: Any, name: str) -> Iterable[tuple[str, Any]]:
     if dataclasses.is_dataclass(value):
         return _fields(name, value, [f.name for f in dataclasses.fields(value)])
     leaves = tree_leaves(value)
-    if not (len(leaves) == 1 and leaves[0] is value):  # a pytree that was registered
+    if not (len(leaves) == 1 and leaves[0] is value):  # a registered pytree
         return ((f"{name}[{i}]", v) for i, v in enumerate(leaves))
-    if hasattr(value, "__dict__"):  # such as a cache of keys and values
+    if hasattr(value, "__dict__"):  # such as a KV cache
         return _fields(name, value, list(vars(value)))
     raise UnsupportedInputError(
         f"{name or 'what the model returns'} is a {type(value).__name__}, which cannot be compared"

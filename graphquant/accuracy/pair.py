@@ -1,20 +1,16 @@
-"""One captured graph twice: as the model computes it, in float, and rewritten to int8.
-
-Both are run node by node, so that every int8 linear can be held against the float one. What is
-compared is what the int8 product adds to the model:
+"""Pair: one captured graph in float and in int8, run node by node to compare their linears.
 
     y   the float model's  linear(x, W, bias), times the layer scale if a rule has folded one in
-    y8  the same from int8_linear, without the residual that it adds in its epilogue
+    y8  the same from int8_linear, before the residual of its epilogue
 
-    local        y8 on what the float model computes in front of the linear: quantisers, norms and
-                 activations that were fused with them run as in the int8 graph, on float values
+    local        y8 on the float model's values: the quantizer, with what is fused into it, runs on
+                 them as in the int8 graph
     accumulated  y8 as the int8 graph computes it
 
-Or any of the linears are int8 and the others are not: y8 takes the place of y in the float graph.
+`run_mixed` runs any subset of the linears in int8: there y8 replaces y in the float graph.
 
-Nothing here knows a rule. Which value of the model a node of the rewritten graph holds, `rewrite`
-returns (`Rewritten.stands_for`); whatever holds none, a quantizer or a packed weight, is computed
-from those that do.
+This is independent of the rules: `Rewritten.replaces` maps nodes of the rewritten graph to the
+model's values, and all others, such as quantizers and packed weights, are computed from those.
 """
 
 from __future__ import annotations
@@ -42,13 +38,13 @@ from graphquant.report import Outcome
 
 @dataclass(frozen=True)
 class _Part:
-    """One linear of an int8_linear.
+    """One of the linears that an int8_linear computes.
 
-    outcome  what the report says of it
+    outcome  its outcome in the report
     node     the linear in the float graph
-    caller   its path, and which input of the graph its weight is
-    value    the float graph's node that holds its result
-    columns  of the int8_linear's result
+    caller   its path, and the index of the graph's input that is its weight
+    value    the float graph's node with its result
+    columns  its columns of the int8_linear's result
     """
 
     outcome: Outcome
@@ -60,11 +56,11 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Product:
-    """An int8_linear of the rewritten graph, and the linears that it computes side by side.
+    """An int8_linear of the rewritten graph, and the linears that it computes.
 
-    first   the first of them in the float graph: where all read what the model multiplied
-    given   nodes that hold a value of the model -> the float graph's node with the same value
-    inner   what its local result is computed by from these, in graph order
+    first   the first of them in the float graph, where their input is available
+    given   nodes of the int8 graph -> the float graph's node with the same value
+    inner   the nodes that compute the local result from `given`, in graph order
     """
 
     node: Node
@@ -79,13 +75,13 @@ class _Product:
 
 
 class Pair:
-    """A captured graph in float and in int8. Rewrites `captured`, as the backend does.
+    """A captured graph in float and in int8. Rewrites `captured` in place.
 
-    paths  those of the model that it was captured from
+    paths  the module paths of the captured model
     """
 
     def __init__(self, captured: Captured, config: Config, paths: Paths) -> None:
-        normalize(captured)  # `rewrite` will find it done: linears get their names in it
+        normalize(captured)  # before the copy: `rewrite` would rename linears here
         copies: dict[Node, Node] = {}
         graph = Graph()
         graph.output(graph.graph_copy(captured.gm.graph, copies))
@@ -105,11 +101,11 @@ class Pair:
         self._int8 = captured.gm
         self._weights = Constants(captured.parameters)
         self._packed: dict[tuple[Node, tuple[int, ...]], dict[Node, Any]] = {}
-        self._products = list(self._find())
+        self._products = list(self._find_products())
         parts = (part for product in self._products for part in product.parts)
         self._parts = sorted(parts, key=lambda part: part.node)
 
-    def _find(self) -> Iterator[_Product]:
+    def _find_products(self) -> Iterator[_Product]:
         for node in calls(self._int8.graph, lambda n: n.target is int8_linear.target):
             start, parts = 0, []
             for outcome, value in self._rewritten.linears[node]:
@@ -120,19 +116,20 @@ class Pair:
                 caller = Caller(outcome.path, name, weight, self._inputs[root])
                 parts.append(_Part(outcome, linear, caller, self._names[value], columns))
             first = min(part.node for part in parts)
-            yield _Product(node, first, *self._behind(node), tuple(parts))
+            yield _Product(node, first, *self._local_subgraph(node), tuple(parts))
 
-    def _of_float(self, node: Node) -> Node | None:
-        """The float graph's node with the same value. What was kept has kept its name.
+    def _float_node(self, node: Node) -> Node | None:
+        """The float graph's node with the same value; unchanged nodes have the same name.
 
-        None for what is computed from parameters: a layer scale may be, behind the linear.
+        None for values computed from parameters: the float graph may compute those later, such as a
+        layer scale behind the linear.
         """
-        found = self._names.get(self._rewritten.stands_for.get(node, node.name))
+        found = self._names.get(self._rewritten.replaces.get(node, node.name))
         computed = found in self._constants and found not in self._constants.roots
         return None if computed else found
 
-    def _behind(self, product: Node) -> tuple[dict[Node, Node], tuple[Node, ...]]:
-        """(given, inner) of a product."""
+    def _local_subgraph(self, product: Node) -> tuple[dict[Node, Node], tuple[Node, ...]]:
+        """`given` and `inner` of a _Product."""
         given: dict[Node, Node] = {}
         inner = [product]
         for node in inner:
@@ -140,7 +137,7 @@ class Pair:
             if node is product:
                 read = with_arguments(node, residual=None)
             for i in (a for a in read if isinstance(a, Node)):
-                if (leaf := self._of_float(i)) is not None:
+                if (leaf := self._float_node(i)) is not None:
                     given[i] = leaf
                 elif i.target is int8_linear.target:
                     raise RuleError(f"{i.name}, in front of {product.name}, has no float value")
@@ -151,9 +148,9 @@ class Pair:
     def _local(
         self, product: _Product, known: Mapping[Node, Any], layer: tuple[int, ...]
     ) -> Tensor:
-        """The product on values of the float model.
+        """The int8_linear's result on values of the float model.
 
-        layer  which weights the graph runs with: what is computed from them alone is kept
+        layer  ids of the weights that the graph runs with: the key of the cached packed weights
         """
         values = {node: known[leaf] for node, leaf in product.given.items()}
         values |= {n: n.meta[LITERAL] for n in product.inner if LITERAL in n.meta}
@@ -169,24 +166,24 @@ class Pair:
 
     @property
     def products(self) -> list[tuple[Outcome, ...]]:
-        """The linears of each int8 product, by their paths in the graph."""
+        """The linears of each int8_linear, with their paths in the graph."""
         return [tuple(part.outcome for part in product.parts) for product in self._products]
 
     def linears(self, args: Sequence[Any]) -> list[Outcome]:
-        """The int8 linears in the float graph's order, as layers of the model whose weights these
-        arguments are."""
+        """The int8 linears in the float graph's order, with the paths of the layers whose weights
+        are among these arguments."""
         return [self._named(part, args) for part in self._parts]
 
     def _named(self, part: _Part, args: Sequence[Any]) -> Outcome:
         return replace(part.outcome, path=self._paths.of(part.caller, args)[0])
 
     def run_float(self, args: Sequence[Any], found: Callable[[int, Tensor, Tensor], None]) -> Any:
-        """The float graph's results. found(i, y, local y8) for the i-th of `linears`."""
+        """Run the float graph. Calls found(i, y, local y8) for the i-th of `linears`."""
         return self._run(args, self._products, found)
 
     def run_mixed(self, args: Sequence[Any], int8: Callable[[Outcome], bool]) -> Any:
-        """The float graph's results with those linears in int8 for which int8(its outcome, by its
-        path in the graph) is true. Siblings of one product may be of both kinds."""
+        """Run the float graph with the linears in int8 for which int8(outcome) is true. Stacked
+        siblings may differ."""
         chosen = {i for i, part in enumerate(self._parts) if int8(part.outcome)}
         parts = {self._parts[i].node for i in chosen}
         products = [p for p in self._products if any(part.node in parts for part in p.parts)]
@@ -198,11 +195,11 @@ class Pair:
         products: Sequence[_Product],
         found: Callable[[int, Tensor, Tensor], Tensor | None],
     ) -> Any:
-        """The float graph. What found(i, y, y8) returns stands for y from there on."""
+        """Run the float graph. What found(i, y, y8) returns, if not None, replaces y."""
         to_come = list(products)
         layer = tuple(id(args[self._inputs[root]]) for root in self._constants.roots)
-        known: dict[Node, Any] = {}  # leaves, until the last product that reads them
-        made: dict[Node, list[tuple[_Part, Tensor]]] = {}  # y8, until there is its y
+        known: dict[Node, Any] = {}  # leaves, until their last product
+        made: dict[Node, list[tuple[_Part, Tensor]]] = {}  # y8, until y is computed
 
         def after(node: Node, value: Any, env: Mapping[Node, Any]) -> Tensor | None:
             for product in [p for p in to_come if p.first is node]:
@@ -223,7 +220,7 @@ class Pair:
         return Watched(self._float, after).run(*args)
 
     def run_int8(self, args: Sequence[Any], found: Callable[[int, Tensor], None]) -> Any:
-        """The int8 graph's results. found(i, y8) for the i-th of `linears`."""
+        """Run the int8 graph. Calls found(i, y8) for the i-th of `linears`."""
         products = {p.node: p for p in self._products}
 
         def after(node: Node, value: Any, env: Mapping[Node, Any]) -> None:
@@ -238,6 +235,6 @@ class Pair:
 
 
 def _multiply(product: Node, value: Callable[[Node], Any]) -> Tensor:
-    """int8_linear on these values, without its residual."""
+    """int8_linear without its residual, on values of its arguments."""
     y8: Tensor = int8_linear(*map_arg(with_arguments(product, residual=None), value))
     return y8

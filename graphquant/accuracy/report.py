@@ -1,11 +1,11 @@
-"""How far int8 is from float: the numbers that `graphquant.compare` returns, as text, JSON, chart.
+"""AccuracyReport, the result of `graphquant.compare`: int8 errors as text, JSON and chart.
 
     SQNR            10 log10(sum y^2 / sum (y8 - y)^2)    dB; 6 dB are one bit
     relative error  |y8 - y| / |y|                        Frobenius norms: 10^(-SQNR / 20)
     cosine          <y8, y> / (|y8| |y|)
 
-y is a value of the float model, y8 its int8 counterpart. Sums run in float64 over all elements of
-all batches, so that a batch of twice the size counts twice.
+y is a value of the float model, y8 its int8 counterpart. Sums are in float64 over all elements of
+all batches.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from graphquant.errors import MissingPackageError
-from graphquant.metrics import Error, RowCosines, _finite
+from graphquant.metrics import Error, RowCosines, finite_or_none
 from graphquant.report import Outcome, Report
 from graphquant.utils import serialization
 
 
 @dataclass(frozen=True)
 class SiteAccuracy:
-    """One int8 linear.
+    """The errors of one int8 linear.
 
-    outcome      what the Report says of it; M is that of the first batch
-    call         0, or n for the (n+1)-th time that one call of the model comes to this linear
-    local        its int8 product on the float model's values
-    accumulated  its int8 product in the int8 model, where what it reads is off already
+    outcome      its outcome in the Report; M is that of the first batch
+    call         index among the runs of this linear within one call of the model
+    local        the error of its int8 result on the float model's input
+    accumulated  the error of its result in the int8 model, with all errors in front of it
     """
 
     outcome: Outcome
@@ -48,17 +48,17 @@ class SiteAccuracy:
 
     @property
     def name(self) -> str:
-        """The path, and which call of it, if one call of the model has several."""
+        """The path, with the call's number from the second on."""
         return f"{self.path or self.outcome.node}{f' (call {self.call + 1})' * (self.call > 0)}"
 
 
 @dataclass(frozen=True)
 class OutputAccuracy:
-    """One floating-point tensor of what the model returns.
+    """The error of one floating-point tensor in the model's result.
 
-    name     where it stands: "last_hidden_state", "[0]", "hidden_states[2]", "output" if alone
-    error    over all its elements
-    cosines  row by row
+    name     "last_hidden_state", "[0]", "hidden_states[2]", or "output" for a bare tensor
+    error    over all elements
+    cosines  of the rows
     """
 
     name: str
@@ -68,12 +68,12 @@ class OutputAccuracy:
 
 @dataclass(frozen=True)
 class AccuracyReport:
-    """What int8 costs in accuracy, linear by linear and at the model's end.
+    """The int8 errors of a model, by linear and by output.
 
-    sites    every int8 linear, in the order in which the model runs them
-    outputs  every floating-point tensor that the model returns
-    report   what was rewritten and what was not, at the first batch
-    batches  how many were compared
+    sites    every int8 linear, in execution order
+    outputs  every floating-point tensor in the model's result
+    report   of the rewrite, at the first batch
+    batches  the number of batches compared
     """
 
     sites: tuple[SiteAccuracy, ...]
@@ -83,7 +83,7 @@ class AccuracyReport:
 
     @property
     def ranked(self) -> tuple[SiteAccuracy, ...]:
-        """The sites, the one with the lowest local SQNR first."""
+        """The sites by local SQNR, lowest first."""
         return tuple(sorted(self.sites, key=lambda s: _order(s.local)))
 
     @property
@@ -97,7 +97,7 @@ class AccuracyReport:
         return tuple(o for o in self.report.linears if not o.int8)
 
     def summary(self) -> str:
-        """One line: how many linears and batches, and the worst of them."""
+        """One line: the number of linears and batches, and the worst linear."""
         linears = f"{len(self.sites)} int8 linear{'s' * (len(self.sites) != 1)}"
         count = f"{linears} on {self.batches} batch{'es' * (self.batches != 1)}"
         if self.worst is None:
@@ -105,7 +105,7 @@ class AccuracyReport:
         return f"{count}; the worst, {self.worst.name}: {_db(self.worst.local)} dB locally"
 
     def table(self) -> RenderableType:
-        """For a rich console: sites, the worst first; outputs; linears left in float."""
+        """Tables for a rich console: sites, worst first; outputs; linears left in float."""
         sites = Table(title="int8 against float", title_justify="left", header_style="bold")
         sites.add_column("linear", overflow="fold")
         sites.add_column("rules", overflow="fold")
@@ -129,7 +129,7 @@ class AccuracyReport:
         return self.table()
 
     def __str__(self) -> str:
-        """The table without colour, wide enough for its longest row."""
+        """The tables without color, wide enough for their longest row."""
         rules = [" + ".join(s.outcome.rules) for s in self.sites]
         longest = [max(map(len, c), default=0) for c in ([s.name for s in self.sites], rules)]
         width = min(max(100, sum(longest) + 60), 200)
@@ -139,13 +139,13 @@ class AccuracyReport:
         return "\n".join(line.rstrip() for line in text.splitlines())
 
     def to_json(self, *, indent: int | None = 2) -> str:
-        """Sites in model order. Numbers that are not finite are null."""
+        """The report as JSON, sites in execution order. Non-finite numbers are null."""
         return json.dumps(
             {
                 "batches": self.batches,
                 "sites": [
                     {
-                        **{k: v for k, v in asdict(s.outcome).items() if k in _TOLD},
+                        **{k: v for k, v in asdict(s.outcome).items() if k in _OUTCOME_KEYS},
                         "call": s.call,
                         "local": s.local.to_dict(),
                         "accumulated": s.accumulated.to_dict(),
@@ -157,8 +157,8 @@ class AccuracyReport:
                         "name": o.name,
                         **o.error.to_dict(),
                         "rows": o.cosines.rows,
-                        "mean_row_cosine": _finite(o.cosines.mean),
-                        "worst_row_cosine": _finite(o.cosines.worst),
+                        "mean_row_cosine": finite_or_none(o.cosines.mean),
+                        "worst_row_cosine": finite_or_none(o.cosines.worst),
                     }
                     for o in self.outputs
                 ],
@@ -169,26 +169,27 @@ class AccuracyReport:
         )
 
     def plot(self, path: str | Path) -> None:
-        """A PNG: SQNR of every site in model order, local and accumulated. Needs matplotlib.
+        """Write a PNG chart of every site's local and accumulated SQNR, in execution order.
 
-        Raises MissingPackageError without it. Sites that are exact or not finite have no dot.
+        Sites with an infinite or nan SQNR have no dot. Raises MissingPackageError without
+        matplotlib.
         """
         try:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
         except ModuleNotFoundError as missing:
             raise MissingPackageError("plot needs matplotlib: pip install matplotlib") from missing
-        tall = 0.2  # inches of one site
-        figure = Figure(figsize=(9, 1.5 + tall * max(len(self.sites), 4)), layout="constrained")
+        height = 1.5 + 0.2 * max(len(self.sites), 4)  # inches
+        figure = Figure(figsize=(9, height), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
         lanes = range(len(self.sites))
-        for label, colour, errors in (
+        for label, color, errors in (
             ("local", "#1f6fb4", [s.local for s in self.sites]),
             ("accumulated", "#d9822b", [s.accumulated for s in self.sites]),
         ):
             values = [e.sqnr if math.isfinite(e.sqnr) else math.nan for e in errors]
-            axes.plot(values, lanes, "o-", color=colour, label=label, markersize=4, linewidth=0.8)
+            axes.plot(values, lanes, "o-", color=color, label=label, markersize=4, linewidth=0.8)
         axes.set_yticks(lanes, [s.name for s in self.sites], fontsize=7)
         axes.set_ylim(len(self.sites) - 0.4, -0.6)  # the first layer on top
         axes.set_xlabel("SQNR of the int8 linear, dB (more is better)")
@@ -200,7 +201,7 @@ class AccuracyReport:
         serialization.write(path, picture.getvalue())
 
 
-_TOLD = ("path", "node", "rules", "M", "N", "K")
+_OUTCOME_KEYS = ("path", "node", "rules", "M", "N", "K")
 
 
 def _order(error: Error) -> float:

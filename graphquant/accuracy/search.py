@@ -1,12 +1,12 @@
-"""The search of `graphquant.fit_budget`: which linears to leave in float.
+"""The search behind `graphquant.fit_budget`: which linears to leave in float.
 
-Errors of linears add up in the outputs nearly as powers of independent noise do, so a linear that
-makes much of it alone makes much of it among others. The order is that of
+The linears' errors add up in the outputs almost like independent noise, so a linear's error alone
+predicts its share among the others. Linears are ranked by
 
-    loss with this linear alone in int8 / what leaving it in float costs
+    loss with only this linear in int8 / cost of leaving it in float
 
-and then whole sets are tried, the others in int8: first parts of that order, by bisection, then
-without one linear after the other, to give back what is not needed.
+Bisection finds the shortest prefix of that ranking which, left in float, reaches the goal. Then
+each of its linears, the most expensive first, returns to int8 if the goal still holds.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch.fx import GraphModule
 from tqdm import tqdm
 
 from graphquant.accuracy.budget import Metric
-from graphquant.accuracy.calls import Call, copies, own_generators
+from graphquant.accuracy.calls import Call, copies, preserve_rng
 from graphquant.accuracy.compare import Comparison
-from graphquant.accuracy.outputs import kept
+from graphquant.accuracy.outputs import copy_outputs
 from graphquant.accuracy.pair import Pair
 from graphquant.capture.tracing import Trace, root_of
 from graphquant.config import Config
@@ -32,13 +32,19 @@ from graphquant.ir.captured import Captured
 from graphquant.ir.interpret import Paths
 from graphquant.report import Outcome, Report
 
-Quality = Callable[[frozenset[str]], float]  # with the linears at these paths in float
-_LEAST = 1e-9  # of the cost of all: what costs nothing to leave in float is still compared by loss
+Quality = Callable[
+    [frozenset[str]], float
+]  # of the outputs, with the linears at these paths in float
+_MIN_COST = 1e-9  # relative to the total, so that zero-cost linears still rank by loss
 
 
 class Found(NamedTuple):
-    """The linears to leave in float, all others in the order in which they would be next, and for
-    all what the outputs reach with it alone in int8."""
+    """The result of a search, by module paths.
+
+    left    the linears to leave in float
+    others  all others, by rank
+    alone   the quality with only this linear in int8
+    """
 
     left: list[str]
     others: list[str]
@@ -48,19 +54,19 @@ class Found(NamedTuple):
 def search(
     costs: Mapping[str, float], quality: Quality, loss: Callable[[float], float], goal: float
 ) -> Found:
-    """Few linears to leave in float, for quality(they) >= goal.
+    """A small set of linears with quality(set) >= goal.
 
     costs  of leaving each linear in float, in any unit
 
-    Raises GraphquantError if not even all of them suffice.
+    Raises GraphquantError if all of them in float do not suffice.
     """
     every = frozenset(costs)
     if not (best := quality(every)) >= goal:
         raise GraphquantError(
-            f"this budget cannot be kept: with every linear in float the outputs reach {best:g}, "
+            f"this budget cannot be met: with every linear in float the outputs reach {best:g}, "
             f"less than {goal:g}. Does the model compute the same when it is called twice?"
         )
-    floor = _LEAST * sum(max(c, 0.0) for c in costs.values()) or 1.0
+    floor = _MIN_COST * sum(max(c, 0.0) for c in costs.values()) or 1.0
     alone = {path: quality(every - {path}) for path in costs}
     gain = {path: loss(alone[path]) / max(costs[path], floor) for path in costs}
     ranked = sorted(costs, key=lambda path: gain[path], reverse=True)
@@ -80,16 +86,18 @@ def search(
 
 
 class Trials:
-    """A model with any of its linears in int8 and the others in float, run on these calls.
+    """Runs a model on these calls with any subset of its linears in int8, and compares the outputs.
 
-    What it returned in float is kept. Stacked siblings may be of both kinds; they are smoothed and
-    scaled as if all were in int8, which is nearly what becomes of them.
+    Stacked siblings may differ; they share the smoothing and ranges that they have if all are int8,
+    which is close to the final result.
     """
 
     def __init__(self, model: Callable[..., Any], calls: Sequence[Call], config: Config) -> None:
         self._model, self._calls, self._config = model, calls, config
         self._paths = Paths(root_of(model))
-        self._sites: dict[str, list[tuple[Outcome, float]]] = {}  # and the share of its product
+        self._sites: dict[
+            str, list[tuple[Outcome, float]]
+        ] = {}  # with its share of its int8_linear
         self._int8: Collection[str] = ()
         self.trace = Trace(self._take, "fit_budget")
         self._wanted: list[dict[str, Tensor]] = []
@@ -107,18 +115,18 @@ class Trials:
         return pair.report, lambda *args: pair.run_mixed(args, lambda o: o.path in self._int8)
 
     def _run(self, int8: Collection[str]) -> Iterator[Any]:
-        """What each call returns, one after the other."""
+        """The result of each call."""
         self._int8 = int8
         for args, kwargs in self._calls:
-            with torch.no_grad(), own_generators():
+            with torch.no_grad(), preserve_rng():
                 result = self.trace(self._model, *copies(args, kwargs))
             yield result
 
     def costs(self) -> dict[str, float]:
-        """What leaving the linears at a path in float costs: microseconds as measured, if all int8
-        linears of the model were; else FLOPs."""
+        """Path -> cost of leaving its linears in float: measured microseconds if all of the model's
+        int8 linears were measured, else FLOPs."""
         if not self._wanted:
-            self._wanted = [kept(result) for result in self._run(())]
+            self._wanted = [copy_outputs(result) for result in self._run(())]
         every = [outcome for site in self._sites.values() for outcome, _ in site]
         timed = all(outcome.float_us > 0 for outcome in every)
 
@@ -131,7 +139,7 @@ class Trials:
         return sum(outcome.flops for outcome, _ in self._sites[path])
 
     def quality(self, metric: Metric, in_float: frozenset[str]) -> float:
-        """How exact the outputs are with these in float and all others in int8."""
+        """The metric of the outputs with these linears in float and all others in int8."""
         comparison = Comparison()
         for got, want in zip(self._run(self._sites.keys() - in_float), self._wanted, strict=True):
             comparison.outputs(got, want)

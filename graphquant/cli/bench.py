@@ -25,9 +25,10 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.benchmark import Timer
 
+from graphquant._torch import tree_leaves, tree_map
+from graphquant._torch.dynamo import patch_config
 from graphquant.backend import graphquant as backend
 from graphquant.cli.arguments import add_model, add_output, options, page, positive, write_json
 from graphquant.cli.doctor import environment
@@ -114,7 +115,7 @@ def measure(
     narrow: list[tuple[nn.Module, Inputs]] = []  # made when it is needed
     want: Tensor | None = None
     # variants are told apart by guards, so one forward is compiled several times
-    with torch._dynamo.config.patch(recompile_limit=64), torch.inference_mode():
+    with patch_config(recompile_limit=64), torch.inference_mode():
         for variant, time_ in times.items():
             in_bf16, how = VARIANTS[variant]
             if in_bf16 and not narrow:

@@ -29,9 +29,9 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 import graphquant
+from graphquant._torch import inductor_cache_dir, tree_map
 from graphquant.backend import graphquant as backend
 from graphquant.cli.arguments import add_output, page, write_json
 from graphquant.metrics import Error
@@ -294,9 +294,8 @@ def _compiled(device: str) -> str:
 
 def caches() -> list[tuple[Path, str]]:
     """Where kernels, compiled graphs and measured times lie, and how much there is."""
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    inductor = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir())
+    inductor = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or inductor_cache_dir())
     found = [(inductor, f"Inductor: {_size(inductor)}")]
     with contextlib.suppress(FileNotFoundError):  # no home, no cache
         ours = cache.place()

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from graphquant._torch import tree_map
 from graphquant.cli.arguments import UsageError, here
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]

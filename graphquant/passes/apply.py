@@ -1,8 +1,8 @@
-"""Apply one rule to a graph. Nothing else lets a rule change one.
+"""The rule engine: applies one rule to a graph.
 
-The engine keeps the graph valid: new nodes have fake values, the replacement has the shape, dtype
-and device of what it replaces (strides: layout.py), what was replaced is erased, and every decision
-is on record.
+It keeps the graph valid: new nodes have fake values, a replacement has the shape, dtype and device
+of what it replaces (for strides see layout.py), replaced nodes are erased, and every decision is
+recorded.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from graphquant.ir.graph import (
 )
 from graphquant.ops import int8_linear
 from graphquant.passes.editor import Editor
-from graphquant.passes.layout import restore_layouts, stands_for
+from graphquant.passes.layout import inherit_layout, restore_layouts
 from graphquant.passes.policy.gate import Candidate, Gate, Verdict
 from graphquant.passes.rule import Refuse, Rewrite, Rule, Site
 from graphquant.passes.state import RewriteState
 
 log = logging.getLogger(__name__)
 
-_CARRIERS = (LINEAR, int8_linear.target)  # a rewrite makes exactly one of these
+_LINEARS = (LINEAR, int8_linear.target)  # a rewrite makes exactly one of these
 
 
 def apply(state: RewriteState, rule: Rule[Any], gates: Sequence[Gate] = ()) -> None:
-    """Rewrite every site of one rule, in graph order, unless a gate decides against it.
+    """Rewrite every site of one rule, unless the rule or a gate refuses it.
 
     Raises RuleError for a rule that breaks the contract of rule.py.
     """
@@ -50,7 +50,7 @@ def apply(state: RewriteState, rule: Rule[Any], gates: Sequence[Gate] = ()) -> N
         first = min(site.outputs)  # in graph order
         with state.graph.inserting_before(first), autocast_at(first):
             rewrite = rule.rewrite(editor, site)
-            carrier = _carrier(rule, site, rewrite, editor.made)
+            linear = _made_linear(rule, site, rewrite, editor.made)
             verdict = _verdict(gates, Candidate(site, rewrite, editor.made))
         if verdict.reason:
             log.debug("%s left %s: %s", rule.name, site.outputs[0].name, verdict.reason)
@@ -59,13 +59,13 @@ def apply(state: RewriteState, rule: Rule[Any], gates: Sequence[Gate] = ()) -> N
                 state.record.exclude(rewrite.product.linear.node, verdict.reason)
             _undo(state, editor.made)
         else:
-            _replace(state, rule, site, rewrite, editor.made, carrier, verdict)
+            _replace(state, rule, site, rewrite, editor.made, linear, verdict)
     restore_layouts(state.graph, state.fake_mode)
 
 
 def _verdict(gates: Sequence[Gate], candidate: Candidate) -> Verdict:
-    """Of the first gate that decides against the rewrite, or else all that the gates found."""
-    found = Verdict(_late(candidate))
+    """The verdict of the first gate that refuses the rewrite, else the merged one."""
+    found = Verdict(_order_conflict(candidate))
     for gate in () if found.reason else gates:
         verdict = gate(candidate)
         found = verdict._replace(times=verdict.times or found.times)
@@ -74,15 +74,15 @@ def _verdict(gates: Sequence[Gate], candidate: Candidate) -> Verdict:
     return found
 
 
-def _carrier(rule: Rule[Any], site: Site, rewrite: Rewrite, made: Sequence[Node]) -> Node:
-    """The one linear that the rewrite made, which the record follows."""
+def _made_linear(rule: Rule[Any], site: Site, rewrite: Rewrite, made: Sequence[Node]) -> Node:
+    """The one linear that the rewrite made; the subjects' entries move to it."""
     for old, now in zip(site.outputs, rewrite.values, strict=True):
         if (want := _spec(old)) != (got := _spec(now)):
             raise RuleError(f"{rule.name} turned {old.name} {want} into {got}")
-    carriers = [n for n in made if n.target in _CARRIERS]
-    if len(carriers) != 1:
-        raise RuleError(f"{rule.name} made {len(carriers)} linears of one site, not one")
-    return carriers[0]
+    linears = [n for n in made if n.target in _LINEARS]
+    if len(linears) != 1:
+        raise RuleError(f"{rule.name} made {len(linears)} linears of one site, not one")
+    return linears[0]
 
 
 def _undo(state: RewriteState, made: Sequence[Node]) -> None:
@@ -98,7 +98,7 @@ def _replace(
     site: Site,
     rewrite: Rewrite,
     made: Sequence[Node],
-    carrier: Node,
+    linear: Node,
     verdict: Verdict,
 ) -> None:
     for node in made:
@@ -106,14 +106,14 @@ def _replace(
         for key in (MODULE, "nn_module_stack", "stack_trace", "custom"):
             if key in site.outputs[0].meta:
                 node.meta.setdefault(key, site.outputs[0].meta[key])
-    value = _takes_over(carrier, dict(zip(rewrite.values, site.outputs, strict=True)))
+    value = _model_value(linear, dict(zip(rewrite.values, site.outputs, strict=True)))
     if rewrite.product is not None:
         smoothing = rewrite.product.smoothing
-        state.record.smooth(site.subjects, smoothing.method, smoothing.reason)
-    state.record.apply(rule.name, site.subjects, carrier, verdict.times, value)
+        state.record.set_smoothing(site.subjects, smoothing.method, smoothing.reason)
+    state.record.apply(rule.name, site.subjects, linear, verdict.times, value)
     log.debug("%s applied to %s", rule.name, site.outputs[0].name)
     for old, now in zip(site.outputs, rewrite.values, strict=True):
-        stands_for(now, old)
+        inherit_layout(now, old)
         old.replace_all_uses_with(now)
         state.replaced[old] = now
         if old in state.written:
@@ -124,24 +124,24 @@ def _replace(
         raise RuleError(f"{rule.name} left what it replaced alive: {', '.join(alive)}")
 
 
-def _late(candidate: Candidate) -> str:
-    """Why these new nodes cannot replace the old ones, or "": a reader stands in front of them,
-    because they wait for a value that the model computes later."""
+def _order_conflict(candidate: Candidate) -> str:
+    """Why these new nodes cannot replace the old ones, or "": they depend on a value that the model
+    computes only after a reader of the old ones."""
     replacing = dict(zip(candidate.site.outputs, candidate.rewrite.values, strict=True))
     for old, new in replacing.items():
         for user in old.users:
             if user < new and user not in replacing:
-                return f"{user.name} reads {old.name} before all is known that its rewrite reads"
+                return f"{user.name} reads {old.name} before the rewrite's inputs are computed"
     return ""
 
 
-def _takes_over(carrier: Node, replaced: dict[Node, Node]) -> str:
-    """The model's own node whose value the carrier computes, "" if there is none: with a residual
-    inside, or siblings beside each other, it computes what the model never had as one value."""
-    old = replaced.get(carrier)
+def _model_value(linear: Node, replaced: dict[Node, Node]) -> str:
+    """The model's node whose value the new linear computes. "" if there is none, as for stacked
+    siblings or a fused residual."""
+    old = replaced.get(linear)
     if old is None or "graphquant" in old.meta:
         return ""
-    if carrier.target is int8_linear.target and arguments(carrier).residual is not None:
+    if linear.target is int8_linear.target and arguments(linear).residual is not None:
         return ""
     return old.name
 
@@ -163,7 +163,7 @@ def _spec(node: Node) -> tuple[Any, ...]:
 
 
 def _erase(graph: Graph, node: Node) -> None:
-    """Erase a node without users, and what was computed for it alone."""
+    """Erase a node without users, and the inputs that only it read."""
     if node._erased or node.users or node.op != "call_function" or is_impure(node):
         return
     inputs = node.all_input_nodes

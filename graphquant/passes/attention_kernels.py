@@ -1,7 +1,7 @@
-"""Attention stays in floats, and gets the fastest kernel.
+"""Autotunes attention, which stays in float: on CUDA, calls the fastest kernel for its shapes.
 
-Which of torch's kernels (cuDNN, flash, efficient) and of ours is fastest depends on the card and
-the sizes, so on CUDA it is measured, for equal sizes once (graphquant/ops/runtime/timing.py).
+The candidates are torch's kernels (cuDNN, flash, efficient) and graphquant's. Each combination of
+shapes is measured once per GPU (ops/runtime/timing.py).
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from graphquant.ops import attention
 from graphquant.ops.attention.hopper_tiles import ONLY, TILES
 from graphquant.ops.runtime.device import gpu_properties
 from graphquant.ops.runtime.timing import times
-from graphquant.passes.layout import stands_for
+from graphquant.passes.layout import inherit_layout
 from graphquant.passes.policy.speed import MEASURED, random_like
 
 log = logging.getLogger(__name__)
 
-HALVES = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float16, torch.bfloat16)
 
 
 def choose_kernels(graph: Graph, needs_gradient: set[Node]) -> None:
-    """Every attention without a mask calls the kernel that was measured to be the fastest."""
-    chosen = _chosen_by_the_model(graph)
-    for node in calls(graph, lambda n: n.target is SDPA and n not in needs_gradient | chosen):
+    """Make every attention without mask, dropout and gradient call its fastest kernel."""
+    pinned = _pinned_by_model(graph)
+    for node in calls(graph, lambda n: n.target is SDPA and n not in needs_gradient | pinned):
         q, k, v, mask, dropout, causal, scale, gqa = full_args(node)
         values = [n.meta["val"] for n in (q, k, v)]
-        if mask is not None or dropout or gqa or not all(map(_is_timed, values)):
+        if mask is not None or dropout or gqa or not all(map(_is_supported, values)):
             continue
-        if not _fits_together(values, causal):
+        if not _shapes_match(values, causal):
             continue
         scale = values[0].shape[-1] ** -0.5 if scale is None else scale
         width, sm = values[0].shape[-1], gpu_properties(values[0].device).sm
@@ -48,7 +48,7 @@ def choose_kernels(graph: Graph, needs_gradient: set[Node]) -> None:
         if len(allowed) < 2:
             continue
         question = f"attention {[_layout(t) for t in values]} causal={causal}"
-        inputs = cache(partial(_like, values))  # made only if there is something to measure
+        inputs = cache(partial(_random_inputs, values))  # only made for a measurement
         with unset_fake_temporarily(), torch.inference_mode():
             found = times(
                 question,
@@ -61,13 +61,13 @@ def choose_kernels(graph: Graph, needs_gradient: set[Node]) -> None:
         log.debug("%s: %s", node.name, fastest)
         with graph.inserting_before(node):
             made = KERNELS[fastest].insert(graph, node, (q, k, v), causal, scale)
-        stands_for(made, node)
+        inherit_layout(made, node)
         node.replace_all_uses_with(made)
         graph.erase_node(node)
 
 
-def _chosen_by_the_model(graph: Graph) -> set[Node]:
-    """Attention under torch.nn.attention.sdpa_kernel inside of the model."""
+def _pinned_by_model(graph: Graph) -> set[Node]:
+    """Attention for which the model itself selects kernels with torch.nn.attention.sdpa_kernel."""
 
     def outside(backends: tuple[str, ...], by_priority: bool) -> bool:
         now = [b.name for b in sdpa_backends(by_priority=by_priority)]
@@ -81,8 +81,12 @@ def _chosen_by_the_model(graph: Graph) -> set[Node]:
 
 
 @dataclass(frozen=True)
-class OfTorch:
-    """One of torch's kernels. `extra` stands between v and what all of them take."""
+class TorchKernel:
+    """One of torch's kernels.
+
+    allowed  whether torch's global switches enable it
+    extra    its arguments between v and those that all kernels take
+    """
 
     op: Any
     allowed: Callable[[], bool]
@@ -110,14 +114,14 @@ class OfTorch:
 
 
 @dataclass(frozen=True)
-class Ours:
-    """graphquant::attention in one of its tiles."""
+class GraphquantKernel:
+    """graphquant::attention with one of its tiles."""
 
     tile: str
 
     def takes(self, width: int, causal: bool, scale: float, sm: int) -> bool:
         fits = sm == ONLY and TILES[self.tile].refuses(width) is None
-        return fits and not causal and scale > 0 and _fusing()
+        return fits and not causal and scale > 0 and _fused_enabled()
 
     def call(self, qkv: Sequence[Any], causal: bool, scale: float) -> Any:
         return attention(*qkv, scale, self.tile)
@@ -131,47 +135,49 @@ class Ours:
         return made
 
 
-KERNELS: dict[str, OfTorch | Ours] = {
-    "cudnn": OfTorch(
+KERNELS: dict[str, TorchKernel | GraphquantKernel] = {
+    "cudnn": TorchKernel(
         aten._scaled_dot_product_cudnn_attention.default,
         torch.backends.cuda.cudnn_sdp_enabled,
         (None, False),  # no bias, no log-sum-exp
     ),
-    "flash": OfTorch(
+    "flash": TorchKernel(
         aten._scaled_dot_product_flash_attention.default,
         torch.backends.cuda.flash_sdp_enabled,
         (),
     ),
-    "efficient": OfTorch(
+    "efficient": TorchKernel(
         aten._scaled_dot_product_efficient_attention.default,
         torch.backends.cuda.mem_efficient_sdp_enabled,
         (None, False),
     ),
-    **{f"graphquant {tile}": Ours(tile) for tile in TILES},
+    **{f"graphquant {tile}": GraphquantKernel(tile) for tile in TILES},
 }
 
 
-def _fusing() -> bool:
-    """Is any kernel allowed that does not write the scores? Ours stands for all of them."""
-    ours = (k for k in KERNELS.values() if isinstance(k, OfTorch))
-    return any(kernel.allowed() for kernel in ours)
+def _fused_enabled() -> bool:
+    """Does torch allow any fused kernel? If not, ours is off as well."""
+    return any(k.allowed() for k in KERNELS.values() if isinstance(k, TorchKernel))
 
 
-def _like(values: Sequence[Tensor]) -> list[Tensor]:
+def _random_inputs(values: Sequence[Tensor]) -> list[Tensor]:
     return [random_like(t) for t in values]
 
 
 def _run(
-    kernel: OfTorch | Ours, inputs: Callable[[], Sequence[Tensor]], causal: bool, scale: float
+    kernel: TorchKernel | GraphquantKernel,
+    inputs: Callable[[], Sequence[Tensor]],
+    causal: bool,
+    scale: float,
 ) -> object:
     return kernel.call(inputs(), causal, scale)
 
 
-def _is_timed(value: Tensor) -> bool:
-    """The kernels take half floats [B, H, S, D], D a multiple of 8 next to each other."""
+def _is_supported(value: Tensor) -> bool:
+    """The kernels take fp16 and bf16 [B, H, S, D] with D a multiple of 8 and of stride 1."""
     return (
         value.device.type in MEASURED
-        and value.dtype in HALVES
+        and value.dtype in DTYPES
         and value.dim() == 4
         and all(isinstance(n, int) for n in (*value.shape, *value.stride()))
         and value.shape[-1] % 8 == 0
@@ -179,8 +185,9 @@ def _is_timed(value: Tensor) -> bool:
     )
 
 
-def _fits_together(qkv: Sequence[Tensor], causal: bool) -> bool:
-    """The kernels broadcast nothing, and do not agree on where the diagonal of a part begins."""
+def _shapes_match(qkv: Sequence[Tensor], causal: bool) -> bool:
+    """Equal B and H, for no kernel broadcasts; for causal also equal lengths, as kernels align the
+    diagonal differently."""
     q, k, v = qkv
     square = q.shape[2] == k.shape[2]
     return q.shape[:2] == k.shape[:2] == v.shape[:2] and (square or not causal)

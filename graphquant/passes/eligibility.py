@@ -1,4 +1,4 @@
-"""Which linears, norms and activations the rules may rewrite, and why not the others."""
+"""Eligibility: which linears, norms and activations rules may rewrite, and why not the others."""
 
 from __future__ import annotations
 
@@ -32,26 +32,22 @@ from graphquant.passes.state import RewriteState
 from graphquant.report import Outcome
 
 NEEDS_GRADIENT = "its result can need a gradient"
-
-
 DEVICES = ("cpu", "cuda")
-
-
-NEED_KERNELS = ("cuda",)
+NEED_KERNELS = ("cuda",)  # device types without a fallback to the reference
 
 
 def enter_all(state: RewriteState, captured: Captured, config: Config) -> None:
-    """Put every linear, norm and activation on record, in graph order."""
+    """Enter every linear, norm and activation into the record, in graph order."""
     norms, acts = state.recognized.norms, state.recognized.activations
     unusable = state.recognized.unusable
-    idle = "" if config.quantize else "quantize=False, and no other linear reads its input"
+    default = "" if config.quantize else "quantize=False, and no other linear reads its input"
     for node in state.graph.nodes:
         path = module_path(node)
         if node.target is LINEAR:
             x = arguments(node).input
             path = path_of(node, captured, state.constants)
             M, N, K = rows(node), width(node), width(x)
-            outcome = Outcome("linear", path, node.name, refused=idle, M=M, N=N, K=K)
+            outcome = Outcome("linear", path, node.name, refused=default, M=M, N=N, K=K)
             ineligible = _ineligible(state, captured, config, node, path)
             state.record.enter(node, outcome, ineligible)
         elif node in norms or node in acts or node in unusable:
@@ -61,7 +57,7 @@ def enter_all(state: RewriteState, captured: Captured, config: Config) -> None:
             state.record.enter(node, outcome, unusable.get(node, ""))
         elif isinstance(node.target, HigherOrderOperator):
             for inner in _linears_inside(state.gm, node):
-                state.record.enter_outside(
+                state.record.enter_unreachable(
                     Outcome(
                         "linear",
                         module_path(inner) or path,
@@ -75,7 +71,7 @@ def enter_all(state: RewriteState, captured: Captured, config: Config) -> None:
 
 
 def other_products_of(state: RewriteState) -> Iterator[Outcome]:
-    """What multiplies and is no linear, also inside higher-order ops."""
+    """Attention, convolutions and matmuls that are no linears, also inside higher-order ops."""
     for gm in state.gm.modules():
         if isinstance(gm, GraphModule):
             constants = state.constants if gm is state.gm else Constants(())
@@ -88,13 +84,13 @@ def other_products_of(state: RewriteState) -> Iterator[Outcome]:
 def _ineligible(
     state: RewriteState, captured: Captured, config: Config, node: Node, path: str
 ) -> str:
-    """Why no rule may rewrite this linear, or "" if they may."""
+    """Why no rule may rewrite this linear, or ""."""
     x, weight, bias = full_args(node)
     if node.meta.get("graphquant") == PatchLinear.name:
-        return "it embeds pixels, which stay in float"
+        return "patch embeddings stay in float"
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and (written := state.constants.written_in(value)):
-            return f"its {name} is not fixed: {_described(written, state)} is written in place"
+            return f"its {name} is not fixed: {_describe(written, state)} is written in place"
     if weight not in state.constants:
         return "its weight is not a parameter"
     if bias is not None and not state.constants.is_fixed(bias):
@@ -123,19 +119,19 @@ def _ineligible(
 
 
 def path_of(node: Node, captured: Captured, constants: Constants) -> str:
-    """The module path of a linear."""
+    """The module path of a linear, for reports, options and calibrations."""
     weight = arguments(node).weight
     roots = constants.roots_of(weight) if weight in constants else []
-    matrices = sorted(roots, key=lambda root: len(shape(root)) < 2)  # stable: in reading order
+    matrices = sorted(roots, key=lambda root: len(shape(root)) < 2)  # stable
     return linear_path(module_path(node), [captured.names[root] for root in matrices])
 
 
-def _described(written: Node, state: RewriteState) -> str:
+def _describe(written: Node, state: RewriteState) -> str:
     if written in state.constants.roots:
         return state.names[written]
     roots = " and ".join(state.names[r] for r in state.constants.roots_of(written))
     where = f" in {path}" if (path := module_path(written)) else ""
-    return f"what is made of {roots or 'numbers'}{where}"
+    return f"a value computed from {roots or 'constants'}{where}"
 
 
 def _linears_inside(gm: GraphModule, node: Node) -> Iterator[Node]:

@@ -1,10 +1,9 @@
-"""Are two functions one, on every value that a type can hold?
+"""Numerical equivalence of two functions over the whole range of a dtype.
 
-Both are evaluated in float64: on both signs, on all decades from the smallest subnormal number to
-the type's maximum, at zero, inf and nan, and close to where anything that is computed on the way
-changes its sign or comes near zero: there are the kinks of a clamp, and bumps no wider than the
-distance of two samples. They may differ by RELATIVE of the value, for constants are written with
-eight digits, and by float64's own rounding; by nothing else, however small the value is beside 1.
+Both are evaluated in float64: on both signs, on all decades from the smallest subnormal to the
+dtype's maximum, at zero, inf and nan, and densely where an intermediate value changes its sign or
+comes near zero, as at the kinks of a clamp. They may differ by RELATIVE of the value, since models
+write constants with eight digits, and by float64's rounding.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-Steps = Callable[[Tensor], Sequence[Tensor]]  # all values on the way, the function's own last
+Steps = Callable[[Tensor], Sequence[Tensor]]  # all intermediate values, the result last
 
 RELATIVE = 1e-6  # gelu's two forms are 4.7e-4 apart
-ROUNDING = 2.0**-48  # of what terms that cancel are made of: 1 + erf(x) rounds to float64's 2^-53
+ROUNDING = 2.0**-48  # relative to canceling terms: 1 + erf(x) rounds to 2^-53
 SMALLEST = 2.0**-149  # float32's and bfloat16's smallest subnormal number
-ROUNDS = 3  # of samples between samples
-CUTS = 24  # new samples between two
+ROUNDS = 3  # of refinement
+CUTS = 24  # new samples between two of a refined interval
 
 
 def elementwise(steps: Steps, want: Callable[[Tensor], Tensor], most: float) -> bool:
@@ -43,8 +42,8 @@ def elementwise(steps: Steps, want: Callable[[Tensor], Tensor], most: float) -> 
 def rowwise(
     steps: Steps, want: Callable[[Tensor], Tensor], beta: Tensor | None, K: int, most: float
 ) -> bool:
-    """Is steps(x)[-1] == want(x) for rows x [M, K] of numbers up to `most`? `beta` [K] is what is
-    added to a row last, and hides nothing."""
+    """Is steps(x)[-1] == want(x) for rows x [M, K] of magnitudes up to `most`? Errors are relative
+    to want(x) without beta [K], which is added last."""
     random = torch.Generator("cpu").manual_seed(K)
     even, other = torch.randn(2, K, generator=random, dtype=torch.float64, device="cpu")
     outlier = other.clone()
@@ -72,7 +71,7 @@ def rowwise(
 
 
 def _decades(least: float, most: float, each: int) -> Tensor:
-    """Numbers from least to most, so many in each decade."""
+    """Log-spaced numbers from least to most, `each` per decade."""
     low, high = math.log10(least), math.log10(most)
     count = int(each * (high - low)) + 2
     found = torch.logspace(low, high, count, dtype=torch.float64, device="cpu")
@@ -80,8 +79,8 @@ def _decades(least: float, most: float, each: int) -> Tensor:
 
 
 def _refined(x: Tensor, steps: Steps, limit: int) -> Sequence[Tensor]:
-    """These samples in order, and more where a step of the function turns: CUTS between each two
-    samples, at `limit` places at most, and again between those."""
+    """The samples `x`, then in ROUNDS rounds denser ones around turning points of any step: CUTS
+    per interval, at no more than `limit` places."""
     found = [x]
     for _ in range(ROUNDS):
         turns = [_turns(v.reshape(len(x), -1)) for v in steps(x) if v.shape[:1] == x.shape]
@@ -97,8 +96,7 @@ def _refined(x: Tensor, steps: Steps, limit: int) -> Sequence[Tensor]:
 
 
 def _turns(v: Tensor) -> Tensor:
-    """Where, among values [n, m] in order, those from [i] to [i + 3] turn: the sign changes, or
-    those in the middle are nearer to zero than those around them, by more than rounding."""
+    """bool [n - 3]: do the values v[i:i + 4] of v [n, m] change sign, or dip toward zero?"""
     sign, size = v.sign(), v.abs()
     changes = (sign[1:-2] != sign[2:-1]).any(1)
     middle, around = torch.minimum(size[1:-2], size[2:-1]), torch.minimum(size[:-3], size[3:])
@@ -106,8 +104,8 @@ def _turns(v: Tensor) -> Tensor:
 
 
 def _same_ends(value: Tensor, want: Tensor) -> bool:
-    """At -inf, inf and nan: where the one is inf the other is, and nan stays nan. Forms that differ
-    in a product of 0 and inf are one."""
+    """Equality at -inf, inf and nan: inf must match, nan must stay non-finite. A finite result may
+    become nan, as forms that multiply 0 by inf do."""
     inf, nan = want.isinf(), want.isnan()
     return bool(
         torch.where(inf, value == want, torch.where(nan, ~value.isfinite(), True)).all()

@@ -1,8 +1,8 @@
-"""What multiplies in a graph and is no linear: attention, convolutions, matmuls of any spelling.
+"""FLOPs of products that are no linears: attention, convolutions and other matmuls.
 
-These stay in float. They are counted, so that a share of all products can be told next to the share
-of the linears. The counting is torch.utils.flop_counter's, on tensors without values of the sizes
-seen at compile time: ops that it does not know are opened as torch opens them (einsum is a bmm).
+They stay in float, and the report counts them next to the linears. torch.utils.flop_counter counts,
+on meta tensors with the sizes seen at compile time; ops that it does not know are decomposed as
+torch decomposes them (einsum is a bmm).
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from graphquant.ir.graph import LINEAR, SDPA, aten, hint, is_call, is_tensor
 log = logging.getLogger(__name__)
 
 
-def _of_matrix(_: Any, matrix: Any, *rest: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _matrix_flops(_: Any, matrix: Any, *rest: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return 2 * int(math.prod(matrix))
 
 
-def _of_first(value: Any, *rest: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _first_arg_flops(value: Any, *rest: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return 2 * int(math.prod(value))
 
 
-_OF_VECTORS = {aten.mv: _of_first, aten.dot: _of_first, aten.vdot: _of_first} | {
-    aten.addmv: _of_matrix
+_VECTOR_FLOPS = dict.fromkeys((aten.mv, aten.dot, aten.vdot), _first_arg_flops) | {
+    aten.addmv: _matrix_flops
 }
-"""What the counter does not know: every element of one argument is multiplied once."""
+"""Ops unknown to the counter, in which each element of one argument is multiplied once."""
 
 
 class OtherProduct(NamedTuple):
-    """kind: "attention", "convolution" or "matmul"; why it stays in float; its FLOPs."""
+    """kind: "attention", "convolution" or "matmul"; why: the reason to stay in float; its FLOPs."""
 
     kind: str
     why: str
@@ -47,8 +47,8 @@ class OtherProduct(NamedTuple):
 
 
 def other_products(graph: Graph, constants: Constants) -> Iterator[tuple[Node, OtherProduct]]:
-    """Every node that multiplies on more than weights and is no linear."""
-    known: dict[Any, int] = {}  # layers are alike
+    """Every product that is no linear, except products of weights alone."""
+    known: dict[Any, int] = {}  # layers repeat
     for node in graph.nodes:
         if node.op != "call_function" or node.target is LINEAR or node in constants:
             continue
@@ -63,25 +63,25 @@ def _flops(node: Node, known: dict[Any, int]) -> int:
         return 0
     if not _may_multiply(node):
         return 0
-    args, kwargs = tree_map_only(Node, _without_values, (node.args, node.kwargs))
+    args, kwargs = tree_map_only(Node, _to_meta, (node.args, node.kwargs))
     key = repr((node.target, args, kwargs))
     if key not in known:
-        known[key] = _counted(node.target, args, kwargs)
+        known[key] = _count(node.target, args, kwargs)
     return known[key]
 
 
 def _may_multiply(node: Node) -> bool:
-    """The counter knows it, or it is made of other ops and takes two tensors or more."""
+    """The counter knows it, or it is composite and takes at least two tensors."""
     op: Any = node.target
-    if op.overloadpacket in flop_registry or op.overloadpacket in _OF_VECTORS:
+    if op.overloadpacket in flop_registry or op.overloadpacket in _VECTOR_FLOPS:
         return True
     tensors = [v for v in tree_leaves((node.args, node.kwargs)) if isinstance(v, Node)]
     composite = op.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd)
     return composite and sum(map(is_tensor, tensors)) > 1
 
 
-def _counted(op: Any, args: Any, kwargs: Any) -> int:
-    counter = FlopCounterMode(display=False, custom_mapping=_OF_VECTORS)
+def _count(op: Any, args: Any, kwargs: Any) -> int:
+    counter = FlopCounterMode(display=False, custom_mapping=_VECTOR_FLOPS)
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False), counter:
             op(*args, **kwargs)
@@ -91,7 +91,7 @@ def _counted(op: Any, args: Any, kwargs: Any) -> int:
     return int(counter.get_total_flops())
 
 
-def _without_values(node: Node) -> Any:
+def _to_meta(node: Node) -> Any:
     value = node.meta["val"]
     if isinstance(value, Tensor):
         sizes, strides = map(hint, value.shape), map(hint, value.stride())
@@ -100,7 +100,7 @@ def _without_values(node: Node) -> Any:
 
 
 def _attention_flops(q: Tensor, k: Tensor, v: Tensor) -> int:
-    """Of q k^T and of the weights times v. Fewer heads of k and v than of q save none."""
+    """FLOPs of q k^T and of the probabilities times v. GQA saves none."""
     scores = math.prod(map(hint, q.shape[:-1])) * hint(k.shape[-2])
     return 2 * scores * (hint(q.shape[-1]) + hint(v.shape[-1]))
 

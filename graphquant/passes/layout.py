@@ -1,12 +1,10 @@
-"""Who sees how a value lies in memory sees what eager gives.
+"""Eager's memory layout for graph outputs and for ops that depend on strides, offsets or bytes.
 
-A rule replaces a value by an equal one that may lie otherwise: a slice of a stacked product, tokens
-for pixels. Most readers do not care. The caller does, who gets the graph's results, views them, or
-saves them with all the memory that they hold; and so do ops that read strides, offsets or bytes.
-Where such a value reaches one of them, through views or through ops that follow their input's
-layout, it is copied into the layout that the model gave it.
+A rule replaces a value by an equal one whose layout may differ: a slice of a stacked product, or
+tokens for pixels. Where such a value reaches an output or a layout-dependent op, directly, through
+views, or through ops that propagate their input's layout, it is copied into the model's layout.
 
-    EAGER in a node's meta    the fake value as the model had it, if the node's own lies otherwise
+    node.meta[EAGER]    the fake value with the model's layout, where the node's own differs
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from graphquant.ir.rows import SIZED_VIEWS
 
 EAGER = "graphquant_eager"
 
-_READERS = frozenset(
+_STRIDE_READERS = frozenset(
     {
         "as_strided",
         "as_strided_",
@@ -49,41 +47,41 @@ _READERS = frozenset(
         "view_as_complex",
     }
 )
-_KNOWN = frozenset({"aten", "prims", "graphquant"})  # namespaces of ops that are not a user's
-_OF_BYTES = (aten.view.dtype, aten.view_copy.dtype)
+_LIBRARIES = frozenset({"aten", "prims", "graphquant"})  # any other namespace holds custom ops
+_BYTE_VIEWS = (aten.view.dtype, aten.view_copy.dtype)
 
 
-def stands_for(now: Node, old: Node) -> None:
-    """`now` takes the place of `old`: note how that lay in memory."""
+def inherit_layout(now: Node, old: Node) -> None:
+    """Note on `now`, which replaces `old`, the layout that `old` had in the model."""
     value = old.meta.get(EAGER, old.meta["val"])
     if same_layout(now.meta["val"], value):
-        now.meta["val"] = value  # with it, what is known of aliases
+        now.meta["val"] = value  # it carries the storage, and so the aliases
     else:
         now.meta[EAGER] = value
 
 
 def reads_layout(node: Node) -> bool:
-    """Does it depend on how its inputs lie in memory, or may it?"""
+    """May its result depend on the memory layout of its inputs?"""
     target = node.target
     if not isinstance(target, OpOverload):
         return node.op == "call_function" and target is not operator.getitem
-    if target.namespace not in _KNOWN:
+    if target.namespace not in _LIBRARIES:
         return True
     name = target._schema.name.partition("::")[2]
     if torch.Tag.nondeterministic_seeded in target.tags and "attention" not in name:
-        return True  # rand_like draws in the order of memory; attention, only for its dropout
-    return target in _OF_BYTES or name in _READERS
+        return True  # rand_like fills in memory order; attention draws only for dropout
+    return target in _BYTE_VIEWS or name in _STRIDE_READERS
 
 
 def restore_layouts(graph: Graph, fake_mode: FakeTensorMode) -> None:
-    """Copy what lies otherwise than in the model, where that shows."""
+    """Copy values whose layout differs from the model's, where that is visible. Clears EAGER."""
     sources = [n for n in graph.nodes if EAGER in n.meta]
-    stuck: set[Node] = set()
+    forced: set[Node] = set()
     while sources:
-        failed = _follow(graph, fake_mode, _shown(graph, stuck))
-        if failed is None or failed in stuck:
+        failed = _propagate(graph, fake_mode, _layout_visible(graph, forced))
+        if failed is None or failed in forced:
             break
-        stuck.add(failed)  # it cannot read its input as it lies: once more, with a copy
+        forced.add(failed)  # it cannot read its input in this layout: retry with a copy
         for node in graph.nodes:
             if EAGER in node.meta and node not in sources:
                 node.meta["val"] = node.meta.pop(EAGER)
@@ -91,10 +89,10 @@ def restore_layouts(graph: Graph, fake_mode: FakeTensorMode) -> None:
         node.meta.pop(EAGER, None)
 
 
-def _shown(graph: Graph, stuck: Iterable[Node]) -> set[Node]:
-    """Values whose layout shows, and those of which they are views."""
+def _layout_visible(graph: Graph, forced: Iterable[Node]) -> set[Node]:
+    """Values whose layout is visible, and the values that they are views of."""
     readers = [n for n in graph.nodes if n.op == "output" or reads_layout(n)]
-    edge = [i for n in (*readers, *stuck) for i in n.all_input_nodes]
+    edge = [i for n in (*readers, *forced) for i in n.all_input_nodes]
     found: set[Node] = set()
     while edge:
         node = edge.pop()
@@ -112,31 +110,31 @@ def _is_view_of(node: Node, other: Node) -> bool:
 
 
 def _memory(node: Node) -> frozenset[int]:
-    """Where it lies, and where it lay in the model."""
+    """The node's storages, now and in the model."""
     return memory(node) | memory_of(node.meta.get(EAGER))
 
 
-def _follow(graph: Graph, fake_mode: FakeTensorMode, shown: set[Node]) -> Node | None:
-    """Infer again what is computed from values that lie otherwise; copy them where it shows.
+def _propagate(graph: Graph, fake_mode: FakeTensorMode, visible: set[Node]) -> Node | None:
+    """Re-infer fake values downstream of changed layouts; copy where the layout is visible.
 
-    Returns a node that cannot be computed from them, if there is one.
+    Returns the first node that cannot take its inputs in their new layout, or None.
     """
     nodes: list[Node] = list(graph.nodes)
     for node in nodes:
         if any(EAGER in i.meta for i in node.all_input_nodes) and not _infer(node, fake_mode):
             return node
-        if EAGER in node.meta and node in shown and is_tensor(node):
+        if EAGER in node.meta and node in visible and is_tensor(node):
             _restore(node, fake_mode)
     return None
 
 
 def _infer(node: Node, fake_mode: FakeTensorMode) -> bool:
-    """The fake value that a node has by now; False if it can have none."""
+    """Re-infer a node's fake value. False if the op fails on the new layout."""
     if node.op != "call_function" or not _is_op(node):
         return True
     old = node.meta.get("val")
     if old is None or free_unbacked_symbols(old):
-        return True  # a size that is known from the data has one name
+        return True  # running it again would make new unbacked symbols
     try:
         value = _run(node, fake_mode)
     except (RuntimeError, ValueError):
@@ -164,7 +162,7 @@ def _run(node: Node, fake_mode: FakeTensorMode) -> object:
 
 
 def _restore(node: Node, fake_mode: FakeTensorMode) -> None:
-    """Everyone reads a copy of the node, which lies as it lay in the model."""
+    """Make all users read a copy of the node in the model's layout."""
     readers, value = list(node.users), node.meta.pop(EAGER)
     made = _copy(node, value, fake_mode)
     for reader in readers:
@@ -173,7 +171,7 @@ def _restore(node: Node, fake_mode: FakeTensorMode) -> None:
 
 
 def _copy(node: Node, value: Tensor, fake_mode: FakeTensorMode) -> Node:
-    """A copy of the node with the strides of `value`."""
+    """Add a copy of the node with the strides of `value`."""
     graph, last = node.graph, node
 
     def call(target: object, *args: object, **kwargs: object) -> Node:

@@ -1,9 +1,8 @@
-"""Attention masks that mask nothing are dropped.
+"""Removes attention masks that mask nothing.
 
-A mask that every token passes costs the fused kernels: torch computes attention with any mask in
-separate float32 steps, at twice the whole model's time. Tracing makes such masks (a model checks
-whether it may skip one only when it is not traced). Where a mask is computed from no input, it is
-evaluated here.
+With any mask, torch does not use its fused attention kernels, which can double a model's time.
+Tracing adds such masks: models skip the check for an empty mask while traced. A mask that depends
+on no input is evaluated here.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ from graphquant.ir.graph import (
 
 log = logging.getLogger(__name__)
 
-MOST_ELEMENTS = 2**28  # of a mask that is evaluated at compile time
+MAX_ELEMENTS = 2**28  # largest mask evaluated at compile time
 
 
 def drop_empty_masks(graph: Graph) -> None:
-    """attn_mask=None where the mask is computed from no input and masks nothing. Exact."""
+    """Set attn_mask=None where the mask depends on no input and masks nothing. Exact."""
     written = written_in_place(graph)
-    known: dict[Node, bool] = {}  # layers share a mask
+    known: dict[Node, bool] = {}  # layers share masks
     for node in calls(graph, lambda n: n.target is SDPA):
         mask = arguments(node).attn_mask
         if mask is None:
@@ -45,18 +44,18 @@ def drop_empty_masks(graph: Graph) -> None:
             known[mask] = _masks_nothing(mask, written)
         if known[mask]:
             unmasked = list(with_arguments(node, attn_mask=None))
-            node.args, node.kwargs = _spelled(unmasked)
+            node.args, node.kwargs = _sdpa_args(unmasked)
             log.debug("%s: its mask masks nothing", node.name)
     drop_dead_code(graph)
 
 
-def _spelled(arguments: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _sdpa_args(arguments: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     q, k, v, mask, dropout, causal, scale, gqa = arguments
     return (q, k, v, mask, dropout, causal), {"scale": scale, "enable_gqa": gqa}
 
 
 def _masks_nothing(mask: Node, written: set[Node]) -> bool:
-    order = _computed_from_nothing(mask)
+    order = _constant_subgraph(mask)
     if order is None or not written.isdisjoint(order):
         return False
 
@@ -68,8 +67,8 @@ def _masks_nothing(mask: Node, written: set[Node]) -> bool:
         return bool(value.all()) if value.dtype == torch.bool else not bool(value.any())
 
 
-def _computed_from_nothing(mask: Node) -> list[Node] | None:
-    """All that a value is computed from, in order, if that is no input and no random number."""
+def _constant_subgraph(mask: Node) -> list[Node] | None:
+    """The nodes that compute a value, in order; None if it depends on inputs or randomness."""
     found: set[Node] = set()
     edge = [mask]
     while edge:
@@ -77,10 +76,10 @@ def _computed_from_nothing(mask: Node) -> list[Node] | None:
         if node in found:
             continue
         if not isinstance(node.target, OpOverload) or is_impure(node) or is_random(node):
-            return None  # vmap's own functions, say, mean nothing without their surroundings
+            return None  # vmap's internal functions, for example, depend on global state
         value = node.meta.get("val")
         size = value.numel() if isinstance(value, Tensor) else None
-        if not isinstance(size, int) or size > MOST_ELEMENTS:
+        if not isinstance(size, int) or size > MAX_ELEMENTS:
             return None
         found.add(node)
         edge += node.all_input_nodes

@@ -1,9 +1,8 @@
-"""Many spellings become one. Nothing here changes a number that the model computes.
+"""Canonicalization of the captured graph, without any change of its numbers.
 
-In order: traces of tracing go (assertions on metadata, eval-mode dropout, casts to the same type);
-writes in place to what the graph made become plain values (functional.py); equal views become one;
-a product with a constant matrix becomes `aten.linear`; what is computed from parameters alone moves
-to the top.
+In order: drop no-ops (metadata assertions, eval-mode dropout, casts to the same dtype);
+functionalize in-place writes to intermediates (functionalize.py); merge equal views; turn products
+with parameters into `aten.linear` (products.py); hoist what is computed from parameters alone.
 """
 
 from __future__ import annotations
@@ -29,21 +28,22 @@ from graphquant.ir.graph import (
 )
 from graphquant.ir.rows import CASTS, ROW_VIEWS
 from graphquant.passes.functionalize import make_functional
-from graphquant.passes.products import spell_linears
+from graphquant.passes.products import to_linears
 
-# They return what they are given, whatever the fake values of some of them say.
+# They return their input, even where the fake value is a new tensor.
 _ALIASES = frozenset({aten.alias.default, aten.lift.default, aten.lift_fresh.default})
 
 
 def normalize(captured: Captured) -> None:
+    """Canonicalize a captured graph in place."""
     graph = captured.gm.graph
     _drop_no_ops(graph, differentiable=bool(captured.differentiable))
     make_functional(captured)
     _drop_copies_of_constants(graph)
     merge_equal_views(graph)
     constants = Constants(captured.parameters)
-    trained = needs_gradient(graph, captured.differentiable, captured.grad_enabled)
-    spell_linears(graph, captured.fake_mode, constants, trained)
+    needs_grad = needs_gradient(graph, captured.differentiable, captured.grad_enabled)
+    to_linears(graph, captured.fake_mode, constants, needs_grad)
     _hoist_weights(graph, constants)
     drop_dead_code(graph)
 
@@ -51,15 +51,14 @@ def normalize(captured: Captured) -> None:
 def _drop_no_ops(graph: Graph, *, differentiable: bool) -> None:
     for node in calls(graph, lambda n: True):
         if node.target is aten._assert_tensor_metadata.default:
-            graph.erase_node(node)  # it would keep what a rule replaced alive
+            graph.erase_node(node)  # it would keep replaced nodes alive
         elif _is_no_op(node, differentiable):
             node.replace_all_uses_with(node.all_input_nodes[0])
             graph.erase_node(node)
 
 
 def _drop_copies_of_constants(graph: Graph) -> None:
-    """A constant of the forward, torch.tensor(0.5), is copied at every call: in vain, unless the
-    copy is written, or handed to the caller, who may do so."""
+    """Drop the copy that torch.tensor(0.5) in forward makes, unless it is written or returned."""
     copies = list(calls(graph, lambda n: n.target is aten.lift_fresh_copy.default))
     if not copies:
         return
@@ -77,7 +76,7 @@ def _is_no_op(node: Node, differentiable: bool) -> bool:
         return True
     if is_call(node, aten.detach.default):
         return not differentiable
-    if is_call(node, aten.detach_.default):  # how torch.tensor(...) ends
+    if is_call(node, aten.detach_.default):  # the last op of torch.tensor(...)
         fresh = is_call(node.all_input_nodes[0], aten.lift_fresh_copy.default)
         return fresh or not differentiable
     if is_call(node, *CASTS):
@@ -92,9 +91,9 @@ def _is_no_op(node: Node, differentiable: bool) -> bool:
 
 
 def merge_equal_views(graph: Graph) -> None:
-    """Siblings often make the same view of their input each: one is enough.
+    """Merge equal views, such as those that q, k and v each make of their input.
 
-    A reshape may copy. Two copies are not one if they are written, or if the caller gets them.
+    A reshape that copies is not merged if a copy is written in place or returned.
     """
     seen: dict[Any, Node] = {}
     written, returned = written_in_place(graph), leaving(graph)
@@ -111,7 +110,7 @@ def merge_equal_views(graph: Graph) -> None:
 
 
 def _hoist_weights(graph: Graph, constants: Constants) -> None:
-    """Weights that are computed (cast, split, transposed) are ready before the first linear."""
+    """Move computed weights (casts, splits, transposes) to the top, or behind the last context."""
     wanted: set[Node] = set()
     edge = [a for n in calls(graph, lambda n: n.target is LINEAR) for a in n.args[1:]]
     while edge:
@@ -119,7 +118,7 @@ def _hoist_weights(graph: Graph, constants: Constants) -> None:
         if isinstance(value, Node) and constants.is_fixed(value) and value not in wanted:
             wanted.add(value)
             edge += value.all_input_nodes
-    first: Node | None = None  # since a context began or ended: they say what a call computes
+    first: Node | None = None  # call since the last context change, such as autocast
     for node in list(graph.nodes):
         if node in wanted:
             if first is not None and node.op != "placeholder":

@@ -1,4 +1,4 @@
-"""Notes of a report: what a user should know about a rewrite besides each linear's outcome."""
+"""The notes of a report: facts about the rewrite beyond the outcome of each linear."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from dataclasses import replace
 
 from graphquant.config import Config, matches
 from graphquant.ir.captured import Captured
-from graphquant.ir.graph import (
-    calls,
-)
+from graphquant.ir.graph import calls
 from graphquant.ops import int8_linear
 from graphquant.passes.eligibility import NEEDS_GRADIENT
 from graphquant.passes.policy.accuracy import AccuracyGate
@@ -26,21 +24,21 @@ def patterns_of(state: RewriteState, config: Config) -> Iterator[Pattern]:
             yield Pattern(option, pattern, sum(matches(pattern, path) for path in paths))
 
 
-def is_elsewhere(pattern: Pattern, captured: Captured) -> bool:
-    """Could it match a linear of the model that is in another graph?"""
+def may_match_elsewhere(pattern: Pattern, captured: Captured) -> bool:
+    """Does it match a linear of the model in another graph?"""
     return any(matches(pattern.pattern, path) for path in captured.elsewhere)
 
 
-def in_training(captured: Captured) -> Iterator[str]:
+def training_notes(captured: Captured) -> Iterator[str]:
     if training := captured.training:
         which = "the model is" if "" in training else f"{len(training)} of its modules are"
         such = "" if "" in training else f", such as {training[0]}"
         note = f"{which} in training mode{such}: for inference, call model.eval()"
-        yield Quiet(note) if captured.grad_enabled else note  # who trains needs no warning
+        yield Quiet(note) if captured.grad_enabled else note  # no warning during training
 
 
-def slow_here(report: Report, captured: Captured) -> Report:
-    """The report, with a note if int8 products run on a processor that is slower with them."""
+def with_slow_cpu_note(report: Report, captured: Captured) -> Report:
+    """The report, with the note SLOW_ON_CPU if int8 linears run on a CPU."""
     products = calls(captured.gm.graph, lambda n: n.target is int8_linear.target)
     if not any(node.meta["val"].device.type == "cpu" for node in products):
         return report
@@ -48,8 +46,8 @@ def slow_here(report: Report, captured: Captured) -> Report:
 
 
 def _not_smoothed(linears: Sequence[Outcome]) -> Iterator[str]:
-    """Linears that the options ask to smooth, and that are not; what is behind no norm was never
-    meant by "norm", unless that is all."""
+    """Why linears are not smoothed although the options ask for it; with smooth="norm", those
+    without a norm count only if no linear is smoothed."""
     reasons = Counter(o.not_smoothed for o in linears if o.not_smoothed)
     if NO_NORM in reasons and any(o.smoothed for o in linears):
         del reasons[NO_NORM]
@@ -69,8 +67,8 @@ def notes_of(state: RewriteState, accuracy: AccuracyGate) -> Iterator[str]:
         )
     if unmeasured := sum(o.int8 and o.node in accuracy.unmeasured for o in linears):
         yield (
-            f"min_sqnr did not judge {unmeasured} of {sum(o.int8 for o in linears)} int8 linears: "
-            "the calibration has no rows of what they read"
+            f"min_sqnr was not checked for {unmeasured} of {sum(o.int8 for o in linears)} int8 "
+            "linears: the calibration has no rows of their inputs"
         )
     if config.activation == "static" and (
         unknown := [
@@ -81,5 +79,5 @@ def notes_of(state: RewriteState, accuracy: AccuracyGate) -> Iterator[str]:
     ):
         yield (
             f"{len(unknown)} of {sum(o.int8 for o in linears)} int8 linears stay dynamic, because "
-            f"the calibration has no range for what they read: {', '.join(unknown)}"
+            f"the calibration has no range of their inputs: {', '.join(unknown)}"
         )

@@ -1,4 +1,4 @@
-"""The order of all passes."""
+"""The pass pipeline: normalize, recognize, apply the rules, restore layouts, report."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from graphquant.passes.eligibility import enter_all, other_products_of
 from graphquant.passes.layout import restore_layouts
 from graphquant.passes.masks import drop_empty_masks
 from graphquant.passes.normalize import merge_equal_views, normalize
-from graphquant.passes.notes import in_training, is_elsewhere, notes_of, patterns_of
+from graphquant.passes.notes import may_match_elsewhere, notes_of, patterns_of, training_notes
 from graphquant.passes.policy.accuracy import AccuracyGate
 from graphquant.passes.policy.gate import Gate
 from graphquant.passes.policy.ranges import static_ranges
 from graphquant.passes.policy.speed import SpeedGate
 from graphquant.passes.recognize import Recognized, recognize
-from graphquant.passes.record import Carried, Record
+from graphquant.passes.record import Record, RecordedLinear
 from graphquant.passes.rule import Rule
 from graphquant.passes.rules.act_linear import ActLinear
 from graphquant.passes.rules.layer_scale import LayerScale
@@ -53,32 +53,35 @@ log = logging.getLogger(__name__)
 
 FLOAT_RULES: tuple[Rule[Any], ...] = (StackSiblings(), PatchLinear())
 INT8_RULES: tuple[Rule[Any], ...] = (
-    StackSiblings(),  # first: three readers of a norm become one
+    StackSiblings(),  # first: three linears behind a norm become one
     NormLinear(),
     ActLinear(),
-    AnyLinear(),  # what no fusion took
+    AnyLinear(),  # linears that no fusion took
     LayerScale(),  # before the residual, as in the models
     Residual(),
-    PatchLinear(),  # last: pixels stay in float
+    PatchLinear(),  # last: patch embeddings stay in float
 )
 
 
 @dataclass(frozen=True)
 class Rewritten:
-    """What became of a captured graph.
+    """The result of rewriting a captured graph.
 
-    stands_for  for each node that replaces one of the model's: the name of that one, which is gone
-    linears     for each node that computes linears, in int8 or in float: these, in the order of its
-                columns
+    replaces  new node -> the name of the model's node that it replaces
+    linears   int8 or float linear node -> the linears that it computes, in column order
     """
 
     report: Report
-    stands_for: Mapping[Node, str]
-    linears: Mapping[Node, tuple[Carried, ...]]
+    replaces: Mapping[Node, str]
+    linears: Mapping[Node, tuple[RecordedLinear, ...]]
 
 
 def rewrite(captured: Captured, config: Config) -> Rewritten:
-    """Rewrite the captured graph in place. Weights stay expressions of parameters (prepack.py)."""
+    """Rewrite the captured graph in place. Weights stay expressions of parameters (prepack.py).
+
+    Raises RuleError for a rule that breaks its contract, OptionError for a calibration whose ranges
+    are invalid.
+    """
     gm = captured.gm
     verify = verifier(captured)
 
@@ -101,30 +104,30 @@ def rewrite(captured: Captured, config: Config) -> Rewritten:
         products = tuple(other_products_of(state))
     if config.activation == "static" and config.calibration is not None:
         with stage("static ranges"):
-            state.ranges.update(static_ranges(_open_linears(state), config.calibration))
+            state.ranges.update(static_ranges(_eligible_linears(state), config.calibration))
     for rule in INT8_RULES if config.quantize else FLOAT_RULES:
         with step(f"rule {rule.name}"):
             apply(state, rule, gates)
     if config.select == "faster" and missing() is None:
         with step("the choice of attention kernels"):
             choose_kernels(gm.graph, state.needs_gradient)
-    with step("the layout of what is seen"):
+    with step("the memory layout of outputs and stride-dependent ops"):
         restore_layouts(gm.graph, state.fake_mode)
     with step("the end of the rewrite"):
-        merge_equal_views(gm.graph)  # a rule may have made one that the model has as well
+        merge_equal_views(gm.graph)  # rules may duplicate a view of the model
         drop_dead_code(gm.graph)
     with stage("the report"):
         gm.graph.lint()
         gm.recompile()
         patterns = tuple(patterns_of(state, config))
-        missed = (p for p in patterns if not p.matched and not is_elsewhere(p, captured))
+        missed = (p for p in patterns if not p.matched and not may_match_elsewhere(p, captured))
         notes = (
             *notes_of(state, accuracy),
-            *in_training(captured),
+            *training_notes(captured),
             *(p.note for p in missed),
         )
         report = Report(state.record.outcomes(), 1, notes, products, patterns)
-        rewritten = Rewritten(report, _stands_for(state), _linears(state))
+        rewritten = Rewritten(report, _replaced_names(state), _linears(state))
     log.info("%s", report.summary())
     return rewritten
 
@@ -136,7 +139,7 @@ def _state(captured: Captured, config: Config) -> RewriteState:
         gm=gm,
         fake_mode=captured.fake_mode,
         constants=constants,
-        recognized=_unwritten(recognize(gm.graph, constants), written),
+        recognized=_without_written(recognize(gm.graph, constants), written),
         needs_gradient=needs_gradient(gm.graph, captured.differentiable, captured.grad_enabled),
         written=written,
         record=Record(),
@@ -146,14 +149,14 @@ def _state(captured: Captured, config: Config) -> RewriteState:
 
 
 def _gates(state: RewriteState, captured: Captured) -> tuple[AccuracyGate, tuple[Gate, ...]]:
-    """What decides whether an int8 rewrite is kept: accuracy first, then speed."""
+    """The accuracy gate, and all gates in order: accuracy before speed."""
     config, constants = state.config, state.constants
     accuracy = AccuracyGate(config, state.record, state.ranges, constants, captured.parameters)
     return accuracy, (accuracy, SpeedGate(constants)) if config.select == "faster" else (accuracy,)
 
 
-def _unwritten(found: Recognized, written: set[Node]) -> Recognized:
-    """Without those of which a step is written in place: they compute something else."""
+def _without_written(found: Recognized, written: set[Node]) -> Recognized:
+    """Without the norms and activations of which an intermediate is written in place."""
     if not written:
         return found
     norms, acts, unusable = dict(found.norms), dict(found.activations), dict(found.unusable)
@@ -167,23 +170,23 @@ def _unwritten(found: Recognized, written: set[Node]) -> Recognized:
     return Recognized(norms, acts, unusable)
 
 
-def _open_linears(state: RewriteState) -> dict[Node, str]:
-    """The linears that rules may rewrite, and their module paths."""
+def _eligible_linears(state: RewriteState) -> dict[Node, str]:
+    """Linears that rules may rewrite -> their module paths."""
     return {
         node: outcome.path
         for node in calls(state.graph, lambda n: n.target is LINEAR)
-        for outcome, _ in state.record.carried(node)
-        if state.open(node)
+        for outcome, _ in state.record.linears_of(node)
+        if state.is_eligible(node)
     }
 
 
-def _stands_for(state: RewriteState) -> dict[Node, str]:
+def _replaced_names(state: RewriteState) -> dict[Node, str]:
     found: dict[Node, str] = {}
-    for old, new in state.replaced.items():  # in the order of the rewrites: chains are followed
+    for old, new in state.replaced.items():  # in rewrite order, so chains resolve
         found[new] = found.get(old, old.name)
     return found
 
 
-def _linears(state: RewriteState) -> dict[Node, tuple[Carried, ...]]:
+def _linears(state: RewriteState) -> dict[Node, tuple[RecordedLinear, ...]]:
     nodes = calls(state.graph, lambda n: n.target in (LINEAR, int8_linear.target))
-    return {node: state.record.carried(node) for node in nodes}
+    return {node: state.record.linears_of(node) for node in nodes}

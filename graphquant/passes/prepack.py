@@ -1,8 +1,8 @@
-"""What is computed from parameters alone becomes a packed input of the graph.
+"""Packs weights: expressions of parameters become inputs of the graph.
 
-The rules leave weights as expressions, `quantize(cat(Wq, Wk, Wv))`, so that the graph is right
-after every rule. Here the expressions of each linear, and of the quantiser in front of it, are
-taken out: the graph gets an input for each, and a Recipe that computes them from the parameters.
+The rules leave weights as expressions, `quantize_weight(cat(Wq, Wk, Wv))`, so that the graph is
+correct after every rule. Here those of each linear and of its quantizer are replaced by new inputs,
+and a Recipe computes them from the parameters.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Root:
 
 @dataclass(frozen=True)
 class Literal:
-    """A tensor that is no parameter, such as statistics of a calibration. Equal if its values are:
-    a graph that is compiled again finds what was packed before."""
+    """A constant tensor, such as calibration statistics. Compared by value, so that a recompiled
+    graph reuses packed weights."""
 
     shape: tuple[int, ...]
     kind: tuple[torch.dtype, torch.device]
@@ -51,8 +51,8 @@ class Literal:
 
 
 @dataclass(frozen=True)
-class Call:
-    """target(*args, **kwargs); arguments are Root, Literal, Call, tuples of them, or plain
+class OpCall:
+    """target(*args, **kwargs). Arguments are Root, Literal, OpCall, tuples of them, or plain
     values."""
 
     target: Any
@@ -62,13 +62,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Packed tensors as expressions of parameters. Equal for equal linears, whatever the graph."""
+    """Packed tensors as expressions of parameters. Equal for equal linears of different graphs."""
 
-    outputs: tuple[Call, ...]
+    outputs: tuple[OpCall, ...]
 
     @torch.no_grad()
     def compute(self, roots: Sequence[Tensor]) -> list[Tensor]:
-        """The packed tensors, in float32 arithmetic whatever autocast says."""
+        """The packed tensors, computed from the parameters `roots` with autocast off."""
         done: dict[int, Any] = {}
         device = roots[0].device.type
 
@@ -79,28 +79,32 @@ class Recipe:
                 return e.value
             if isinstance(e, tuple):
                 return tuple(map(value, e))
-            if not isinstance(e, Call):
+            if not isinstance(e, OpCall):
                 return e
             if id(e) not in done:
                 kwargs = {k: value(v) for k, v in e.kwargs}
                 done[id(e)] = e.target(*map(value, e.args), **kwargs)
             return done[id(e)]
 
-        theirs = {storage_id(r) for r in roots}
+        root_storages = {storage_id(r) for r in roots}
         with (
             torch.inference_mode(False),
             torch.autocast(device, enabled=False),
-            set_forward_grad(False),  # else a dual weight's pack has its tangent
+            set_forward_grad(False),  # else dual tensors give tangents
         ):
             made = [value(e) for e in self.outputs]
-            # a slice of a parameter is no pack yet: the parameter may be released
-            return [t.clone() if storage_id(t) in theirs else t for t in made]
+            # own memory: a slice would keep the parameter alive, which may be released
+            return [t.clone() if storage_id(t) in root_storages else t for t in made]
 
 
 @dataclass(frozen=True)
 class Packing:
-    """The packed inputs of one linear and its quantiser: their recipe, the parameters that it
-    reads, weights first, and the graph's inputs that take the results."""
+    """The packed inputs of one linear and its quantizer.
+
+    recipe  computes them
+    roots   the parameters that the recipe reads, weights first
+    inputs  the graph's inputs that take the results
+    """
 
     recipe: Recipe
     roots: tuple[Node, ...]
@@ -108,15 +112,15 @@ class Packing:
 
 
 def prepack(captured: Captured, new_input: Callable[[str], Node]) -> list[Packing]:
-    """Take the weight expressions of every rewritten linear out of the graph.
+    """Replace the weight expressions of every rewritten linear by inputs.
 
-    `new_input(name)` adds an input to the graph; the fake value is copied onto it here.
+    new_input  adds an input of that name to the graph; its fake value is set here
     """
     graph, constants = captured.gm.graph, Constants(captured.parameters)
     check = verifier(captured)
     packings: list[Packing] = []
     for linear in calls(graph, _is_rewritten):
-        # a quantiser of a constant is an expression itself, and reads nothing that is left
+        # a quantizer of a constant is itself packed
         readers = [r for r in _readers(linear) if r is linear or r not in constants]
         read = dict.fromkeys(a for reader in readers for a in reader.all_input_nodes)
         outputs = [a for a in read if a in constants and not _is_root(a, constants)]
@@ -142,7 +146,7 @@ def prepack(captured: Captured, new_input: Callable[[str], Node]) -> list[Packin
 
 
 def packing_of(outputs: Sequence[Node], constants: Constants) -> Packing:
-    """How these nodes are computed from parameters, on which alone they depend."""
+    """The Packing, without inputs, of nodes that depend on parameters alone."""
     roots = list(dict.fromkeys(r for o in outputs for r in constants.roots_of(o)))
     expressions = _Expressions(roots)
     return Packing(Recipe(tuple(expressions.of(o) for o in outputs)), tuple(roots))
@@ -153,14 +157,14 @@ def _name(value: Node, readers: Sequence[Node]) -> str:
 
 
 def _is_root(node: Node, constants: Constants) -> bool:
-    """A parameter, or one reshaped: nothing is computed, and a pack must own its memory."""
+    """A parameter or a reshape of one: nothing to compute, so nothing to pack."""
     if is_call(node, *SIZED_VIEWS):
         return _is_root(node.all_input_nodes[0], constants)
     return node in constants.roots
 
 
 def _readers(linear: Node) -> tuple[Node, ...]:
-    """A rewritten linear, and what quantises its input."""
+    """A rewritten linear, and the quantizer of its input."""
     if linear.target is LINEAR:
         return (linear,)
     x = linear.all_input_nodes[0]
@@ -176,11 +180,11 @@ def _is_rewritten(node: Node) -> bool:
 
 
 class _Expressions:
-    """Nodes as expressions of these roots."""
+    """Builds the expressions of nodes over these roots."""
 
     def __init__(self, roots: Sequence[Node]) -> None:
         self._index = {root: Root(i) for i, root in enumerate(roots)}
-        self._made: dict[Node, Call] = {}
+        self._made: dict[Node, OpCall] = {}
 
     def of(self, node: Node) -> Any:
         if node in self._index:
@@ -190,7 +194,7 @@ class _Expressions:
         if node not in self._made:
             args = tuple(map(self._argument, node.args))
             kwargs = tuple((k, self._argument(v)) for k, v in sorted(node.kwargs.items()))
-            self._made[node] = Call(node.target, args, kwargs)
+            self._made[node] = OpCall(node.target, args, kwargs)
         return self._made[node]
 
     def _argument(self, value: Any) -> Any:

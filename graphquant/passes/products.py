@@ -1,11 +1,11 @@
-"""Products with a parameter, however they are spelled, become `aten.linear`.
+"""Turns products with a parameter into `aten.linear`.
 
     einsum("bsd,dhk->bshk", x, W), tensordot, inner, x @ W with W [H, K, N] and one x for all H
     addmm(b, x, W, beta=, alpha=)
-    a 1x1 convolution of what lies channels last, such as transposed tokens
+    a 1x1 convolution of a channels-last value, such as transposed tokens
 
-Where W is another one for each batch or head, where the channels do not lie beside each other, and
-where a sum is left over, it is no linear and stays. The result lies in memory as the model's does.
+A product stays if W differs by batch or head, if the contracted dim of x does not have stride 1, or
+if a further sum remains. The result keeps the model's memory layout.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from graphquant.ir.graph import (
     shape,
 )
 
-Labels = Sequence[object]  # a name for each dim; equal names are multiplied
+Labels = Sequence[object]  # one for each dim, as in einsum
 
 CONVOLUTIONS = {
     getattr(getattr(aten, f"conv{n}d"), kind) for n in (1, 2, 3) for kind in ("default", "padding")
 }
 
 
-def spell_linears(
-    graph: Graph, fake_mode: FakeTensorMode, constants: Constants, trained: Collection[Node]
+def to_linears(
+    graph: Graph, fake_mode: FakeTensorMode, constants: Constants, needs_grad: Collection[Node]
 ) -> None:
-    """trained: nodes whose result can need a gradient; a convolution among them stays one."""
+    """needs_grad: nodes whose result can need a gradient; convolutions among them stay."""
     for node in calls(graph, lambda n: n.target in (aten.mm.default, aten.matmul.default)):
         _matmul(graph, fake_mode, constants, node)
     for node in calls(graph, lambda n: n.target is aten.addmm.default):
@@ -50,12 +50,12 @@ def spell_linears(
         _einsum(graph, fake_mode, constants, node)
     for node in calls(graph, lambda n: n.target in (aten.tensordot.default, aten.inner.default)):
         _tensordot(graph, fake_mode, constants, node)
-    for node in calls(graph, lambda n: n.target in CONVOLUTIONS and n not in trained):
+    for node in calls(graph, lambda n: n.target in CONVOLUTIONS and n not in needs_grad):
         _convolution(graph, fake_mode, constants, node)
 
 
-class _Maker:
-    """Adds calls in front of a node, each with its fake value."""
+class _Builder:
+    """Adds calls with fake values in front of a node, and replaces it."""
 
     def __init__(self, graph: Graph, fake_mode: FakeTensorMode, node: Node) -> None:
         self._graph, self._fake_mode, self._node = graph, fake_mode, node
@@ -65,21 +65,21 @@ class _Maker:
         with self._graph.inserting_before(self._node):
             made = self._graph.call_function(target, args)
         value = fake_result(self._fake_mode, target, args, {})
-        if target is LINEAR:  # whatever autocast says, it is the model's type
+        if target is LINEAR:  # the model's dtype, also under autocast
             value = value.to(dtype(self._node))
         made.meta = {**self._node.meta, "val": value}
         self._made.append(made)
         return made
 
     def sizes(self, node: Node, dims: Sequence[int]) -> list[Any]:
-        """Numbers, or nodes that hold them where they are dynamic."""
+        """The sizes of these dims: ints, or sym_size nodes where dynamic."""
         size = shape(node)
         return [
             size[d] if isinstance(size[d], int) else self(aten.sym_size.int, node, d) for d in dims
         ]
 
     def replace(self, new: Node) -> None:
-        """`new`, laid out as the node is, stands for it. Nothing happens if it cannot be."""
+        """Replace the node by `new`, permuted to its layout; give up if no permutation matches."""
         if not _same_layout(new, self._node):
             strides = [hint(s) for s in self._node.meta["val"].stride()]
             order = sorted(range(len(strides)), key=lambda d: -strides[d])
@@ -106,14 +106,14 @@ def _same_layout(a: Node, b: Node) -> bool:
 
 def _matmul(graph: Graph, fake_mode: FakeTensorMode, constants: Constants, node: Node) -> None:
     x, weight = full_args(node)
-    if not _fits(constants, node, x, weight) or not shape(x)[:-1] or len(shape(weight)) < 2:
+    if not _has_weight(constants, node, x, weight) or not shape(x)[:-1] or len(shape(weight)) < 2:
         return
     if len(shape(weight)) == 2:
         _to_linear(graph, node, x, weight, None)
         return
-    make, size = _Maker(graph, fake_mode, node), shape(x)
+    make, size = _Builder(graph, fake_mode, node), shape(x)
     heads = len(shape(weight)) - 2
-    beside = size[:-2][-heads:]  # the dims of x that meet the heads
+    beside = size[:-2][-heads:]  # the dims of x that broadcast against the heads
     if not all(statically_known_true(n == 1) for n in beside):
         return  # each batch has a matrix of its own
     first = len(size) - 2 - len(beside)
@@ -125,11 +125,11 @@ def _matmul(graph: Graph, fake_mode: FakeTensorMode, constants: Constants, node:
 
 def _addmm(graph: Graph, fake_mode: FakeTensorMode, constants: Constants, node: Node) -> None:
     bias, x, weight, beta, alpha = full_args(node)
-    if not _fits(constants, node, x, weight) or not _is_exact(dtype(weight), alpha, beta):
+    if not _has_weight(constants, node, x, weight) or not _is_exact(dtype(weight), alpha, beta):
         return
     if beta != 0 and (not constants.is_fixed(bias) or shape(bias) != shape(weight)[1:]):
         return
-    make = _Maker(graph, fake_mode, node)
+    make = _Builder(graph, fake_mode, node)
     if alpha != 1:
         weight = make(aten.mul.Tensor, weight, alpha)
     if beta not in (0, 1):
@@ -138,7 +138,7 @@ def _addmm(graph: Graph, fake_mode: FakeTensorMode, constants: Constants, node: 
 
 
 def _is_exact(kind: torch.dtype, *factors: Any) -> bool:
-    """May a weight of this type be multiplied by these, where the model multiplies the product?"""
+    """May these factors move from the product onto a weight of this dtype without more rounding?"""
     if not all(isinstance(f, (int, float)) for f in factors):
         return False
     return kind in (torch.float32, torch.float64) or all(
@@ -154,18 +154,18 @@ def _einsum(graph: Graph, fake_mode: FakeTensorMode, constants: Constants, node:
     terms = left.split(",")
     given = [_labels(t, len(shape(v))) for t, v in zip(terms, operands, strict=True)]
     rest = [n for labels in given for n in labels if isinstance(n, int)]
-    if not arrow:  # what stands once, in alphabetical order
+    if not arrow:  # labels that occur once, in alphabetical order
         right = "." + "".join(sorted(c for c in {*left} - {*".,"} if left.count(c) == 1))
     result = [n for c in right for n in (rest if c == "." else c)]
     pairs = zip(operands, given, strict=True)
     (x, names), (weight, own) = sorted(pairs, key=lambda p: p[0] in constants)
-    if any(isinstance(n, int) for n in own) or not _fits(constants, node, x, weight):
+    if any(isinstance(n, int) for n in own) or not _has_weight(constants, node, x, weight):
         return
-    _contract(_Maker(graph, fake_mode, node), x, weight, names, own, result)
+    _contract(_Builder(graph, fake_mode, node), x, weight, names, own, result)
 
 
 def _labels(text: str, dims: int) -> Labels:
-    """A label for each dim: letters, and numbers for those that an ellipsis stands for."""
+    """A label for each dim: letters, and ints for the dims of an ellipsis."""
     rest = range(dims - len(text.replace(".", "")))
     return [n for c in text for n in (rest if c == "." else c)]
 
@@ -183,14 +183,14 @@ def _tensordot(graph: Graph, fake_mode: FakeTensorMode, constants: Constants, no
     result = [n for own in names for n in own if not isinstance(n, int)]
     pairs = zip(operands, names, strict=True)
     (x, labels), (weight, own) = sorted(pairs, key=lambda p: p[0] in constants)
-    if _fits(constants, node, x, weight):
-        _contract(_Maker(graph, fake_mode, node), x, weight, labels, own, result)
+    if _has_weight(constants, node, x, weight):
+        _contract(_Builder(graph, fake_mode, node), x, weight, labels, own, result)
 
 
 def _convolution(graph: Graph, fake_mode: FakeTensorMode, constants: Constants, node: Node) -> None:
     x, weight, bias, stride, padding, _, groups = full_args(node)
     if (
-        not _fits(constants, node, x, weight)
+        not _has_weight(constants, node, x, weight)
         or not (bias is None or constants.is_fixed(bias))
         or len(shape(x)) != len(shape(weight))  # no batch
         or any(n != 1 for n in (*shape(weight)[2:], *stride, groups))
@@ -198,12 +198,12 @@ def _convolution(graph: Graph, fake_mode: FakeTensorMode, constants: Constants, 
     ):
         return
     pixels = [f"p{i}" for i in range(len(shape(x)) - 2)]
-    make = _Maker(graph, fake_mode, node)
+    make = _Builder(graph, fake_mode, node)
     weight = make(aten.reshape.default, weight, list(shape(weight)[:2]))
     _contract(make, x, weight, ["b", "k", *pixels], ["n", "k"], ["b", "n", *pixels], bias)
 
 
-def _fits(constants: Constants, node: Node, x: Node, weight: Node) -> bool:
+def _has_weight(constants: Constants, node: Node, x: Node, weight: Node) -> bool:
     return (
         weight in constants
         and not constants.is_fixed(x)
@@ -213,7 +213,7 @@ def _fits(constants: Constants, node: Node, x: Node, weight: Node) -> bool:
 
 
 def _contract(
-    make: _Maker,
+    make: _Builder,
     x: Node,
     weight: Node,
     names: Labels,
@@ -221,7 +221,7 @@ def _contract(
     result: Labels,
     bias: Node | None = None,
 ) -> None:
-    """result = sum over labels in x and weight that are not in it, if that is a linear."""
+    """Replace the einsum x[names], weight[own] -> result by a linear, if it is one."""
     summed = [n for n in names if n in own]
     rows, columns = ([n for n in result if n in of and n not in summed] for of in (names, own))
     plain = all(len(set(of)) == len(of) for of in (names, own, result))
@@ -230,7 +230,7 @@ def _contract(
         return make.give_up()
     last = names.index(summed[-1])
     if not statically_known_true(x.meta["val"].stride()[last] == 1):
-        return make.give_up()  # the int8 rows of a linear are read along its channels
+        return make.give_up()  # the int8 linear reads rows with stride 1
     if not all(isinstance(n, int) for n in shape(weight)):
         return make.give_up()
     sizes = dict(zip(own, shape(weight), strict=True))
@@ -239,22 +239,22 @@ def _contract(
         for n, size in zip(names, shape(x), strict=True)
         if n in sizes
     ):
-        return make.give_up()  # one that is 1 is broadcast
+        return make.give_up()  # a size of 1 is broadcast
     K, N = (math.prod(sizes[n] for n in labels) for labels in (summed, columns))
     lead = make.sizes(x, [names.index(n) for n in rows])
-    x = _arranged(make, x, names, [*rows, *summed])
+    x = _permuted(make, x, names, [*rows, *summed])
     if len(summed) > 1:
         x = make(aten.reshape.default, x, [*lead, K])
-    weight = _arranged(make, weight, own, [*columns, *summed])
+    weight = _permuted(make, weight, own, [*columns, *summed])
     if len(columns) > 1 or len(summed) > 1:
         weight = make(aten.reshape.default, weight, [N, K])
     y = make(LINEAR, x, weight, bias)
     if len(columns) > 1:
         y = make(aten.reshape.default, y, [*lead, *(sizes[n] for n in columns)])
-    make.replace(_arranged(make, y, [*rows, *columns], result))
+    make.replace(_permuted(make, y, [*rows, *columns], result))
 
 
-def _arranged(make: _Maker, value: Node, names: Labels, order: Labels) -> Node:
+def _permuted(make: _Builder, value: Node, names: Labels, order: Labels) -> Node:
     if list(names) == list(order):
         return value
     return make(aten.permute.default, value, [list(names).index(n) for n in order])

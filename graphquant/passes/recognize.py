@@ -1,10 +1,9 @@
-"""Norms and activations, recognised by what they compute and not by how they are spelled.
+"""Recognizes norms and activations by evaluating them, not by matching patterns.
 
-A spelled-out form such as `w * (x * rsqrt(mean(x**2) + eps))` or `0.5 * x * (1 + erf(x / sqrt(2)))`
-has many spellings: operand orders, pow or mul, casts in between. Instead of one pattern per
-spelling, the smallest region of arithmetic with a single activation `x` as its input is *evaluated*
-in float64 on random parameters and on all that `x` can be (equivalence.py), and compared with the
-norms and activations that the ops know.
+A decomposed form such as `w * (x * rsqrt(mean(x**2) + eps))` or `0.5 * x * (1 + erf(x / sqrt(2)))`
+has many variants: operand orders, pow or mul, casts in between. The smallest region of arithmetic
+with a single non-constant input `x` is evaluated in float64, on random parameters and on samples of
+the whole range of `x` (equivalence.py), and compared with the norms and activations of the ops.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from graphquant.ops.checks import FLOATS
 from graphquant.ops.numerics import ACTIVATIONS
 from graphquant.passes.equivalence import RELATIVE, Steps, elementwise, rowwise
 
-HALF_MOST, FLOAT_MOST = 65504.0, 3.38e38  # of float16; of bfloat16, and so of float32
-LONGEST = 24  # nodes of a spelled-out form; layer norm with casts takes 14
+HALF_MOST, FLOAT_MOST = 65504.0, 3.38e38  # largest float16; largest bfloat16, for float32 too
+LONGEST = 24  # nodes of a decomposed form; layer norm with casts takes 14
 
 WHOLE_ACTIVATIONS = frozenset(a.whole for a in ACTIVATIONS.values() if a.whole is not None)
 WHOLE_NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default})
@@ -67,7 +66,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Activation:
-    """`out` = act(`x`), elementwise; `act` is a name the ops know."""
+    """`out` = act(`x`), elementwise; `act` is a key of ACTIVATIONS."""
 
     out: Node
     x: Node
@@ -76,9 +75,9 @@ class Activation:
 
 @dataclass(frozen=True)
 class Recognized:
-    """All norms and activations of one graph, by the node that holds their result.
+    """All norms and activations of one graph, by the node of their result.
 
-    `unusable` holds those that no op can take over, with the reason.
+    unusable  those that no op computes -> the reason
     """
 
     norms: dict[Node, Norm]
@@ -87,8 +86,9 @@ class Recognized:
 
 
 def recognize(graph: Graph, constants: Constants) -> Recognized:
+    """Find the norms and activations of a graph."""
     found = Recognized({}, {}, {})
-    known: dict[str, Any] = {}  # what a region's text was found to be: layers repeat
+    known: dict[str, Any] = {}  # results by region text, as layers repeat
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in calls(graph, lambda n: n.target in WHOLE_NORMS):
         norm = _whole_norm(node)
@@ -126,7 +126,7 @@ def _whole_norm(node: Node) -> Norm | str:
         return f"normalises over {len(dims)} dims; int8 scales are per row"
     if node.target is aten.rms_norm.default:
         gamma, eps = rest
-        if eps is None:  # torch's default: of the type it computes in, not of the input's
+        if eps is None:  # torch's default: that of the compute dtype, not of the input's
             eps = torch.finfo(torch.promote_types(dtype(x), torch.float32)).eps
         return Norm(node, _unwidened(x), gamma, None, eps, True)
     gamma, beta, eps, _ = rest
@@ -134,10 +134,8 @@ def _whole_norm(node: Node) -> Norm | str:
 
 
 def _downstream(node: Node) -> list[Node]:
-    """The node and what is computed from it next, a few steps down, nearest last.
-
-    Furthest first: the outermost match is the whole norm with its affine part.
-    """
+    """The node and its arithmetic users up to nine levels down, furthest first: the outermost match
+    is the whole norm with its affine part."""
     found, edge = [node], [node]
     for _ in range(9):
         edge = [u for n in edge for u in n.users if is_call(u, *_ARITHMETIC) and u not in found]
@@ -149,7 +147,7 @@ def _downstream(node: Node) -> list[Node]:
 
 @dataclass(frozen=True)
 class _Region:
-    """Arithmetic between `x` and `out`: all of it depends on x and on `parameters` alone."""
+    """A subgraph of arithmetic from `x` to `out` that depends only on x and `parameters`."""
 
     out: Node
     x: Node
@@ -157,7 +155,7 @@ class _Region:
     parameters: tuple[Node, ...]
 
     def steps(self, x: Tensor, parameters: dict[Node, Tensor]) -> list[Tensor]:
-        """The values of all nodes in the precision of `x`: casts do not round, but overflow."""
+        """The values of all nodes in the dtype of `x`. Casts overflow, but do not round."""
         values = {self.x: x, **parameters}
         for node in self.nodes:
             if node.target in CASTS:
@@ -173,12 +171,12 @@ class _Region:
 
     @property
     def most(self) -> float:
-        """The largest number that x can be, in types that the ops take."""
+        """The largest finite value of x's dtype, before widening casts."""
         return HALF_MOST if dtype(_unwidened(self.x)) == torch.float16 else FLOAT_MOST
 
     @property
     def text(self) -> str:
-        """The same for regions that compute the same."""
+        """A cache key: equal for regions that compute the same."""
         names = {n: f"%{i}" for i, n in enumerate((self.x, *self.parameters, *self.nodes))}
         sizes = [(shape(p), p.meta["val"].dtype) for p in self.parameters]
         lines = [f"{self.most} {len(shape(self.x))} {shape(self.x)[-1:]} {sizes}"]
@@ -189,17 +187,17 @@ class _Region:
 
 
 def _overflowed(value: Tensor, kind: torch.dtype) -> Tensor:
-    """What a cast to this type makes of a value, its rounding left out."""
+    """The value cast to this dtype: overflow without rounding."""
     if torch.finfo(kind).max > HALF_MOST:
-        return value  # no smaller than what all else is computed in
+        return value  # the range of float32
     return torch.where(value.abs() > HALF_MOST, value.sign() * math.inf, value)
 
 
 def _regions(out: Node, constants: Constants, order: dict[Node, int]) -> list[_Region]:
-    """Regions that end in `out` and have one input that is no constant, smallest first.
+    """Regions that end in `out` and have one non-constant input, smallest first.
 
-    A heap by graph order makes the open ends a cut: whenever a single one is left, everything
-    below it depends on it alone.
+    The heap, in graph order, holds a cut of the graph: whenever it has one node left, everything
+    below depends on that node alone.
     """
     found: list[_Region] = []
     inside: list[Node] = []
@@ -212,7 +210,7 @@ def _regions(out: Node, constants: Constants, order: dict[Node, int]) -> list[_R
         if not is_call(node, *_ARITHMETIC) or not is_tensor(node):
             break
         if node.target in CASTS and not is_float_cast(node):
-            break  # a cast to integers is a rounding, not a spelling
+            break  # a cast to integers rounds
         inside.append(node)
         for i in node.all_input_nodes:
             if i in constants:
@@ -272,7 +270,7 @@ def _spelled_norm(
         gamma, beta = (None if i is None else region.parameters[i] for i in roles)
         norm = Norm(out, _unwidened(region.x), gamma, beta, eps, is_rms)
         if not norm.rms:
-            return norm  # whole: not only the RMS norm of the deviations, which a layer norm holds
+            return norm  # the deviations inside a layer norm match as an RMS norm
         rms = rms or norm
     return rms
 
@@ -280,14 +278,14 @@ def _spelled_norm(
 def _which_norm(
     region: _Region, K: int, rank: int
 ) -> tuple[int | None, int | None, float, bool] | None:
-    """(which parameter is gamma, which is beta, eps, rms?) if the region is a norm."""
+    """(gamma, beta, eps, is RMS) if the region is a norm; gamma, beta: indices of parameters."""
     random = torch.Generator("cpu").manual_seed(K)
 
     def draw(*size: int) -> Tensor:
         return torch.randn(*size, generator=random, dtype=torch.float64, device="cpu")
 
     parameters = {p: draw(*shape(p)) for p in region.parameters}
-    x = draw(*[2] * (rank - 1), K)  # 2 and not 1: a norm over other dims as well must show
+    x = draw(*[2] * (rank - 1), K)  # 2, not 1: so that a norm over several dims differs
     value = region(x, parameters)
     numbers = [a for n in region.nodes for a in (*n.args, *n.kwargs.values())]
     epsilons = {float(a) for a in numbers if isinstance(a, float) and 0 < a < 0.1}
@@ -311,7 +309,7 @@ def _which_norm(
 
 
 def _by_rows(region: _Region, parameters: dict[Node, Tensor], rank: int) -> Steps:
-    """A region's steps on rows [M, K], as [M, 1] or [M, K]."""
+    """The region's steps as a function of rows [M, K]; each step is [M, 1] or [M, K]."""
 
     def steps(x: Tensor) -> list[Tensor]:
         if rank == 1:
@@ -325,14 +323,14 @@ def _by_rows(region: _Region, parameters: dict[Node, Tensor], rank: int) -> Step
 
 
 def _similar(value: Tensor, want: Tensor) -> bool:
-    """Worth a closer look?"""
+    """Are these close enough for the full comparison?"""
     return value.shape == want.shape and bool(
         ((value - want).abs() <= RELATIVE * (1 + want.abs())).all()
     )
 
 
 def _unwidened(x: Node) -> Node:
-    """The value before a cast to a wider type: the ops widen by themselves."""
+    """The value before widening casts, which the ops do themselves."""
     while is_widening(x) and dtype(x.all_input_nodes[0]) in FLOATS:
         x = x.all_input_nodes[0]
     return x

@@ -1,7 +1,7 @@
-"""The running record of a rewrite: what became of every linear, norm and activation.
+"""Record: the state of every linear, norm and activation during a rewrite, and so the report.
 
-Each of them is entered before the first rule runs. A rule that takes one in moves its entry to the
-new node; the report is read off at the end, so nothing can be skipped in silence.
+All are entered before the first rule runs. A rule that fuses one moves its entry to the new node,
+so the report misses none.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from torch.fx import Node
 
 from graphquant.report import Outcome
 
-ENOUGH = 0.98  # of the float time: what only draws level is left in float, which is more exact
+MAX_TIME_RATIO = 0.98  # int8 / float; without a gain, float is more accurate
 
 
 class Times(NamedTuple):
-    """Microseconds of one site."""
+    """Measured times of one site, in microseconds."""
 
     float_us: float
     int8_us: float
 
     @property
-    def why_not(self) -> str:
-        """A reason to stay in float, or ""."""
-        if self.int8_us <= ENOUGH * self.float_us:
+    def refusal(self) -> str:
+        """Why int8 is too slow, or ""."""
+        if self.int8_us <= MAX_TIME_RATIO * self.float_us:
             return ""
         return f"measured: int8 takes {self.int8_us:.1f} us, float {self.float_us:.1f} us"
 
 
-class Carried(NamedTuple):
-    """A linear among those that one node computes.
+class RecordedLinear(NamedTuple):
+    """One of the linears that a node computes.
 
-    value  the name of the model's node that held the same value, a residual left out
+    value  the name of the model's node with the same value (before a fused residual)
     """
 
     outcome: Outcome
@@ -43,24 +43,24 @@ class Carried(NamedTuple):
 
 @dataclass
 class Entry:
-    """One linear, norm or activation on its way through the rules."""
+    """One linear, norm or activation, and what the rules did with it."""
 
-    outcome: Outcome  # its `refused` is what to say if no rule ever looks at it
-    value: str  # the node of the model whose value a linear's columns hold, a residual left out
+    outcome: Outcome  # its `refused` is the reason if no rule considers it
+    value: str  # RecordedLinear.value
     rules: list[str] = field(default_factory=list)
-    ineligible: str = ""  # no rule may touch it, for this reason
+    ineligible: str = ""  # why no rule may rewrite it, or ""
     declined: dict[str, str] = field(default_factory=dict)  # rule -> its reason
-    float_us: float = 0.0  # measured, of the site that it is in
+    float_us: float = 0.0  # measured, of its site
     int8_us: float = 0.0
 
-    def done(self) -> Outcome:
+    def result(self) -> Outcome:
         timed = replace(self.outcome, float_us=self.float_us, int8_us=self.int8_us)
-        why_not = self.ineligible or "; ".join(self.declined.values())
+        reason = self.ineligible or "; ".join(self.declined.values())
         if not self.rules:
-            return replace(timed, refused=why_not or self.outcome.refused)
+            return replace(timed, refused=reason or self.outcome.refused)
         taken = replace(timed, rules=tuple(self.rules), refused="")
         in_float = taken.kind == "linear" and not taken.int8
-        return replace(taken, refused=why_not) if in_float else taken
+        return replace(taken, refused=reason) if in_float else taken
 
 
 class Record:
@@ -73,11 +73,11 @@ class Record:
         self._entries.append(entry)
         self._at.setdefault(node, []).append(entry)
 
-    def enter_outside(self, outcome: Outcome) -> None:
-        """Something no rule can reach, such as a linear inside a higher-order op."""
+    def enter_unreachable(self, outcome: Outcome) -> None:
+        """A linear that no rule can reach, such as one inside a higher-order op."""
         self._entries.append(Entry(outcome, ""))
 
-    def open(self, node: Node) -> bool:
+    def is_eligible(self, node: Node) -> bool:
         return not any(e.ineligible for e in self._at.get(node, ()))
 
     def apply(
@@ -88,7 +88,10 @@ class Record:
         times: Times | None = None,
         value: str = "",
     ) -> None:
-        """value: the node of the model whose value `onto` computes, if that is another one now."""
+        """Move the entries of `subjects` to the node `onto`.
+
+        value  the model's node whose value `onto` computes; "" if unchanged
+        """
         for node in subjects:
             entries = self._at.pop(node, [])
             for entry in entries:
@@ -98,8 +101,8 @@ class Record:
                 entry.value = value or entry.value
             self._at.setdefault(onto, []).extend(e for e in entries if e.outcome.kind == "linear")
 
-    def smooth(self, subjects: Iterable[Node], smoothed: str, not_smoothed: str) -> None:
-        """How the linears among these were smoothed, or why they were not."""
+    def set_smoothing(self, subjects: Iterable[Node], smoothed: str, not_smoothed: str) -> None:
+        """Record how the linears among these were smoothed, or why not."""
         for entry in (e for node in subjects for e in self._at.get(node, ())):
             if (smoothed or not_smoothed) and entry.outcome.kind == "linear":
                 entry.outcome = replace(entry.outcome, smoothed=smoothed, not_smoothed=not_smoothed)
@@ -114,16 +117,16 @@ class Record:
                     entry.float_us, entry.int8_us = times
 
     def exclude(self, linear: Node, reason: str) -> None:
-        """From now on no rule may touch it."""
+        """Make this linear ineligible for all further rules."""
         for entry in self._at.get(linear, ()):
             entry.ineligible = reason
 
-    def carried(self, node: Node) -> tuple[Carried, ...]:
-        """The linears whose columns this node computes, in the columns' order."""
-        return tuple(Carried(e.done(), e.value) for e in self._at.get(node, ()))
+    def linears_of(self, node: Node) -> tuple[RecordedLinear, ...]:
+        """The linears that this node computes, in the order of its columns."""
+        return tuple(RecordedLinear(e.result(), e.value) for e in self._at.get(node, ()))
 
     def linears(self) -> dict[Node, list[str]]:
-        """The nodes that compute the linears on record, and the paths of these."""
+        """Nodes that compute recorded linears -> the paths of those linears."""
         found = {
             node: [e.outcome.path or e.outcome.node for e in entries if e.outcome.kind == "linear"]
             for node, entries in self._at.items()
@@ -132,4 +135,4 @@ class Record:
 
     def outcomes(self) -> tuple[Outcome, ...]:
         """Every Outcome, in graph order."""
-        return tuple(e.done() for e in self._entries)
+        return tuple(e.result() for e in self._entries)

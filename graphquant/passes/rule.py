@@ -1,9 +1,9 @@
-"""The interface between rewrite rules and the engine that applies them.
+"""The interface of rewrite rules.
 
-A rule is one file with three methods: `sites` finds where its pattern occurs, `check` returns None
-or a Refuse with a reason, `rewrite` builds the replacement and returns it as a Rewrite. The engine
-(apply.py) does the rest: fake values, equal shape and dtype, the accuracy and speed gates, dead
-code, the record of what happened.
+A rule has three methods: `sites` finds where its pattern occurs, `check` returns None or a Refuse
+with a reason, `rewrite` builds the replacement and returns it as a Rewrite. The engine (apply.py)
+does the rest: fake values, checks of shape and dtype, the accuracy and speed gates, dead code, and
+the record for the report.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from graphquant.passes.recognize import Activation, Norm
 
 
 class Refuse(NamedTuple):
-    """A rule saw its shape and declined: why, and which node it blames."""
+    """A rule found its pattern but declines: the reason, and the node that causes it."""
 
     reason: str
     at: Node
 
 
 class Linear(NamedTuple):
-    """y [..., N] = x [..., K] @ weight [N, K]^T + bias [N], as one node."""
+    """A float linear: y [..., N] = x [..., K] @ weight [N, K]^T + bias [N]."""
 
     node: Node
     x: Node
@@ -41,9 +41,9 @@ class Linear(NamedTuple):
 class Smoothing(NamedTuple):
     """SmoothQuant's scaling of a linear's input channels: x W^T = (x factor) (W scale)^T.
 
-    scale   [K] float32, what the weight is multiplied by; None if the linear is not smoothed
-    factor  [K] float32, what the quantizer multiplies x by; None if there is none, or if it is
-            folded into the parameters of the norm in front
+    scale   [K] float32, multiplies the weight; None if the linear is not smoothed
+    factor  [K] float32, by which the quantizer multiplies x; None if not smoothed, or if folded
+            into the preceding norm's parameters
     method  how the scale was found, for the report
     reason  why the linear is not smoothed although the options ask for it
     """
@@ -55,11 +55,11 @@ class Smoothing(NamedTuple):
 
 
 class Int8Product(NamedTuple):
-    """An int8_linear that takes the place of a float linear.
+    """An int8_linear that replaces a float linear.
 
     node     the call of int8_linear
-    wq       [N, K] int8, the packed weight that it reads
-    w_scale  [N] float32, its scales
+    wq       [N, K] int8, the packed weight
+    w_scale  [N] float32, the weight's scales
     """
 
     node: Node
@@ -72,9 +72,9 @@ class Int8Product(NamedTuple):
 class Rewrite(NamedTuple):
     """What a rule built at one site.
 
-    values   the nodes that replace the site's outputs, in their order
-    product  the int8 linear among them, if it takes the place of a float one: the gates decide
-             whether it is accurate and fast enough
+    values   the nodes that replace the site's outputs, in the same order
+    product  the int8 linear among them, if it replaces a float one: the gates check its accuracy
+             and speed
     """
 
     values: tuple[Node, ...]
@@ -83,12 +83,12 @@ class Rewrite(NamedTuple):
 
 @dataclass(frozen=True)
 class Site:
-    """Where a rule may apply.
+    """One match of a rule's pattern.
 
-    outputs   the nodes whose values the rewrite replaces, in order
-    subjects  the linears, norms and activations that the rewrite takes in; the record credits them
+    outputs   the nodes that the rewrite replaces
+    subjects  the linears, norms and activations that the rewrite fuses, for the report
     moved     values that the rewrite reads at another time than the model does; the engine refuses
-              the site if anything writes to one of them in place
+              the site if one of them is written in place
     """
 
     outputs: tuple[Node, ...]
@@ -97,7 +97,7 @@ class Site:
 
 
 class View(Protocol):
-    """What a rule may ask about the graph."""
+    """A rule's read-only view of the graph."""
 
     @property
     def graph(self) -> Graph: ...
@@ -113,17 +113,17 @@ class View(Protocol):
         """The activation whose result this node holds."""
         ...
 
-    def open(self, linear: Node) -> bool:
-        """May this float linear be rewritten? False for one that was refused for good."""
+    def is_eligible(self, linear: Node) -> bool:
+        """May rules rewrite this float linear?"""
         ...
 
 
 class Edit(Protocol):
-    """What a rule may do to the graph: add calls, each with its fake value (editor.py)."""
+    """How a rule adds nodes to the graph (editor.py)."""
 
     def call(self, target: Any, *args: Any) -> Node: ...
     def quantized(self, op: Op, *args: Any, linear: Linear, smoothing: Smoothing) -> Node: ...
-    def weigh(self, target: Any, *args: Any) -> Node: ...
+    def fold(self, target: Any, *args: Any) -> Node: ...
     def literal(self, value: Tensor, like: Node) -> Node: ...
     def smooth(
         self, linear: Linear, norm: Norm | None = None, *, one_sided: bool = False
@@ -140,7 +140,7 @@ S = TypeVar("S", bound=Site)
 
 
 class Rule(Protocol[S]):
-    """One rewrite. `name` is that of its file, in reports and in logs."""
+    """One rewrite. `name` is its file's, as in reports and logs."""
 
     name: str
 
@@ -149,8 +149,8 @@ class Rule(Protocol[S]):
     def rewrite(self, edit: Edit, site: S) -> Rewrite: ...
 
 
-def not_floats(*values: Node | None) -> Refuse | None:
-    """Why the ops, which take float16, bfloat16 and float32, cannot take one of these values."""
+def refuse_dtype(*values: Node | None) -> Refuse | None:
+    """Refuses values that are not float16, bfloat16 or float32."""
     for value in values:
         if value is not None and dtype(value) not in FLOATS:
             kind = str(dtype(value)).removeprefix("torch.")
@@ -159,7 +159,7 @@ def not_floats(*values: Node | None) -> Refuse | None:
 
 
 def linears(view: View) -> Iterator[Linear]:
-    """The float linears that are still open, in order."""
+    """The float linears that are still eligible, in graph order."""
     for node in calls(view.graph, lambda n: n.target is LINEAR):
-        if view.open(node):
+        if view.is_eligible(node):
             yield Linear(node, *full_args(node))

@@ -1,4 +1,4 @@
-"""The graph that rules rewrite, and what is known about it."""
+"""RewriteState: the graph that the rules rewrite, with the analyses that they read."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from graphquant.passes.record import Record
 
 @dataclass
 class RewriteState:
-    """One graph in the middle of its rewrite (what rules see of it: rule.View).
+    """One graph during its rewrite; implements rule.View.
 
-    written   values whose memory the graph writes to
-    names     of parameters
-    ranges    static ranges of the linears' inputs, by the names of the linears' nodes
-    replaced  nodes of the graph as it was recognized -> what stands for them by now
+    written   values that the graph writes in place
+    names     parameter nodes -> their names in the model
+    ranges    names of linears' nodes -> the static ranges of their inputs
+    replaced  nodes at recognition time -> the nodes that replaced them
     """
 
     gm: GraphModule
@@ -45,18 +45,18 @@ class RewriteState:
         found = self.recognized.norms.get(out)
         if found is None:
             return None
-        gamma, beta = (p and self._now(p) for p in (found.gamma, found.beta))
-        return replace(found, x=self._now(found.x), gamma=gamma, beta=beta)
+        gamma, beta = (p and self._current(p) for p in (found.gamma, found.beta))
+        return replace(found, x=self._current(found.x), gamma=gamma, beta=beta)
 
     def activation(self, out: Node) -> Activation | None:
         found = self.recognized.activations.get(out)
-        return found and replace(found, x=self._now(found.x))
+        return found and replace(found, x=self._current(found.x))
 
-    def _now(self, node: Node) -> Node:
-        """What stands for this node: norms and activations are recognized before any rewrite."""
+    def _current(self, node: Node) -> Node:
+        """The node that replaced this one, for recognition ran before any rewrite."""
         while node in self.replaced:
             node = self.replaced[node]
         return node
 
-    def open(self, linear: Node) -> bool:
-        return self.record.open(linear)
+    def is_eligible(self, linear: Node) -> bool:
+        return self.record.is_eligible(linear)

@@ -1,16 +1,14 @@
-"""Hold a graph, after every pass, to what is true of every right one. Off unless it is asked for.
+"""Graph invariants, checked after every pass if GRAPHQUANT_VERIFY=1 and in the tests.
 
-With GRAPHQUANT_VERIFY=1, and in the tests, `verifier` notes what a captured graph returns and gives
-a check that passes call by name:
+`verifier` records what a captured graph returns, and gives a check for passes to call:
 
     order       every value is computed before it is read
     values      every fake value has the shape, dtype and device that its node computes
-    outputs     as captured: their number, shapes, dtypes, devices and layout in memory, and which
-                of them share memory with each other and with inputs
-    writes      inputs are written in place where they were, and nothing that was taken for constant
-    linears     every linear that is left is on record, and every one on record is in the graph
+    outputs     number, shapes, dtypes, devices, memory layout and aliases are as captured
+    writes      the same inputs are written in place as captured, and no assumed constant is
+    linears     every linear in the graph is recorded, and every recorded one is in the graph
 
-What is wrong raises VerifyError, which names the pass and the node.
+A violation raises VerifyError, which names the pass and the node.
 """
 
 from __future__ import annotations
@@ -45,17 +43,16 @@ from graphquant.passes.layout import EAGER
 from graphquant.passes.record import Record
 
 Check = Callable[..., None]
-"""check(pass name, record=None, taken=()): see `verifier`; `taken` are values that are going to be
-computed from parameters before the graph runs."""
+"""check(pass name, record=None, taken=()); `taken` are values about to be packed."""
 Known = dict[Node, tuple[Any, Any, Any]]
-"""What a node was computed from, its value, and the metadata that this value was held to."""
+"""Node -> (the key of its inputs, its fake value, the metadata that it was checked against)."""
 
-# sizes that are known only at run time would be other ones when they are asked for again
+# a second run would make new unbacked symbols
 _UNREPEATABLE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
 def verifier(captured: Captured) -> Check:
-    """A check of this graph, which holds it to what it returns now."""
+    """A check of this graph against its present outputs."""
     if not verifying():
         return lambda name, record=None, taken=(): None
     graph = captured.gm.graph
@@ -97,11 +94,11 @@ def _check_order(graph: Graph, name: str) -> None:
 
 
 def _infer(captured: Captured, name: str) -> tuple[dict[Node, Any], bool]:
-    """The fake value of every node, computed again from those of the graph's inputs, and whether
-    anything is not as it was when this was last asked. Raises VerifyError for a value that differs
-    from what the node's metadata says.
+    """(the fake value of every node, recomputed from the graph's inputs; has anything changed since
+    the last call). Raises VerifyError for a value that differs from the node's metadata.
 
-    What has not changed since is not computed again (`Captured.inferred`)."""
+    Unchanged nodes are not computed again (`Captured.inferred`).
+    """
     known: Known = captured.inferred
     values: dict[Node, Any] = {}
     changed = computing = False
@@ -120,7 +117,7 @@ def _infer(captured: Captured, name: str) -> tuple[dict[Node, Any], bool]:
                         entered.enter_context(torch.autocast(*args))
                     value = _as_before(_computed(captured, node, values, name), inputs, value)
                 _check_value(node, value, name)
-                if eager is not None:  # the layout that it is going to have
+                if eager is not None:  # the layout that restore_layouts will give it
                     value = eager
             if before != made_of or held_to is not said:
                 changed = True
@@ -131,8 +128,8 @@ def _infer(captured: Captured, name: str) -> tuple[dict[Node, Any], bool]:
 
 
 def _as_before(value: Any, inputs: list[Any], before: Any) -> Any:
-    """`before` stands for a value of the same layout in memory of its own: what is computed from it
-    need not be computed again."""
+    """`before` if it equals `value` in layout and neither aliases an input, so that nodes that read
+    it stay cached."""
     if not isinstance(value, Tensor) or not isinstance(before, Tensor):
         return value
     theirs = _memories(inputs)
@@ -151,7 +148,7 @@ def _computed(captured: Captured, node: Node, values: dict[Node, Any], name: str
     if drops_nothing(node):
         return values[node.all_input_nodes[0]]
     args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-    if writes(node):  # it may change the sizes of what it is given
+    if writes(node):  # it may change the sizes of its inputs
         args, kwargs = _aliases((args, kwargs))
     try:
         return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -172,7 +169,7 @@ def _check_value(node: Node, value: Any, name: str) -> None:
 
 @contextmanager
 def _quietly(captured: Captured) -> Iterator[None]:
-    """Fake values, and nothing that the graph's sizes would be guarded by later."""
+    """Fake mode without new guards on symbolic sizes."""
     with ExitStack() as entered:
         if (shapes := captured.fake_mode.shape_env) is not None:
             entered.enter_context(shapes.suppress_guards())
@@ -188,7 +185,7 @@ def _is_repeatable(node: Node) -> bool:
         return True
     if not isinstance(node.target, OpOverload) or "val" not in node.meta:
         return False
-    # sizes that are known only at run time would be other ones when they are asked for again
+    # a second run would make new unbacked symbols
     unknown = any(tag in node.target.tags for tag in _UNREPEATABLE)
     return not unknown and not any(map(_is_unbacked, tree_leaves(node.meta["val"])))
 
@@ -199,7 +196,7 @@ def _is_unbacked(value: Any) -> bool:
 
 
 def _aliases(value: Any) -> Any:
-    """The same values in the same memory, which may change their sizes on their own."""
+    """Aliases of the tensors, whose sizes can change independently."""
     return tree_map_only(Tensor, Tensor.detach, value)
 
 
@@ -208,7 +205,7 @@ def _kind(value: Tensor) -> tuple[Any, ...]:
 
 
 def _number(size: int | torch.SymInt) -> int | str:
-    """Sizes that are equal are one number, or one text."""
+    """A canonical form of a size: equal sizes are one int or one text."""
     return size if isinstance(size, int) else str(sympy.expand(size.node.expr))
 
 
@@ -216,8 +213,8 @@ def _number(size: int | torch.SymInt) -> int | str:
 
 
 def _outputs(captured: Captured, values: dict[Node, Any]) -> list[tuple[Node | None, Any]]:
-    """Of each output its node, and what can be seen of it: of a tensor also its layout, and the
-    first input or output that shares its memory."""
+    """(node, description) of each output. That of a tensor has its layout, and the first input or
+    output that shares its memory."""
     owners: dict[int, str] = {}
     for node, value in values.items():
         if node.op in ("placeholder", "get_attr") and isinstance(value, Tensor):
@@ -238,8 +235,7 @@ def _memory(value: Tensor) -> int:
 
 
 def _layout(value: Tensor) -> tuple[Any, ...]:
-    """Its kind, strides of dims that have any, where it begins in its memory, and how large that
-    is."""
+    """Kind, strides of dims whose size is not 1, storage offset and storage size."""
     if value.layout is not torch.strided or _number(value.numel()) == 0:
         return _kind(value)
     strides = (
@@ -283,7 +279,7 @@ def _check_constants(
 
 
 def _written(graph: Graph, values: dict[Node, Any]) -> dict[int, Node]:
-    """The memory that is written in place, and by whom."""
+    """Storages that are written in place -> the writing node."""
     return {m: node for node in graph.nodes for v in writes(node) for m in _memories(values[v])}
 
 
@@ -291,7 +287,7 @@ def _written_inputs(
     captured: Captured, values: dict[Node, Any], written: dict[int, Node]
 ) -> set[str]:
     inputs = {*captured.gm.graph.find_nodes(op="placeholder"), *captured.parameters}
-    # a parameter that nothing reads any more may be gone
+    # unread parameters may be gone
     return {n.name for n in inputs & values.keys() if {*_memories(values[n])} & written.keys()}
 
 
@@ -300,7 +296,7 @@ def _memories(value: Any) -> list[int]:
 
 
 def _weights(linear: Node) -> list[Node]:
-    """Weights and bias of a rewritten linear."""
+    """The weights and bias of a rewritten linear."""
     if linear.target is int8_linear.target:
         made = arguments(linear)
         values = [made.wq, made.w_scale, made.w_sum, made.bias]
@@ -312,7 +308,7 @@ def _weights(linear: Node) -> list[Node]:
 
 
 def _made_from(values: Iterable[Node]) -> list[Node]:
-    """These values, and all that they are computed from."""
+    """These values and all their ancestors."""
     found = list(values)
     for value in found:
         found += [i for i in value.all_input_nodes if i not in found]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from graphquant._torch.dynamo import patch_config
 from graphquant.capture.aten import from_dynamo, from_export
 from graphquant.config import Config
 from graphquant.ir.captured import Captured
@@ -140,7 +141,7 @@ def inspect(
         else:
             # each call is one more entry in Dynamo's cache of this code
             many = {"recompile_limit": 2**16, "accumulated_recompile_limit": 2**16}
-            with torch._dynamo.config.patch(many):
+            with patch_config(**many):
                 torch.compile(model, backend=backend)(*args, **(kwargs or {}))
     return found
 

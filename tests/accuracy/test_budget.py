@@ -357,7 +357,7 @@ def test_a_saved_file_keeps_its_permissions_and_a_link_its_target(tmp_path: Path
 
 @pytest.mark.parametrize("value", [10**400, -(10**400), math.nan, math.inf, True, "1"])
 def test_numbers_that_no_float_holds_are_no_goal_and_no_option(value: Any) -> None:
-    with pytest.raises(OptionError, match="no number above 0"):
+    with pytest.raises(OptionError, match="must be a number above 0"):
         goal(sqnr=value)
     with pytest.raises(OptionError, match="clip_range must be a number above 0"):
         Config(clip_range=value)

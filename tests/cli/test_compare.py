@@ -105,7 +105,9 @@ def test_a_budget_is_fitted_shown_and_saved(
     assert saved.options == {"weight_scale": "mse", "exclude": ["1"]}
     assert saved.goal == 0.99999999
     assert "0 linears left in float; 0.0%" in shown(capsys, *given, "--budget", "0.9")
-    assert "cosine=2.0 is no number above 0 up to 1" in refused(capsys, *given, "--budget", "2")
+    assert "cosine=2.0 must be a number above 0, at most 1" in refused(
+        capsys, *given, "--budget", "2"
+    )
     assert "--save writes what --budget finds" in refused(capsys, *given, "--save", str(file))
 
 

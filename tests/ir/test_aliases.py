@@ -312,6 +312,7 @@ def test_what_stays_written_is_named_by_what_it_is_made_of(where: str, x: Tensor
     block = Model(forward, a=nn.Linear(K, K))
     result = compiled(Model(lambda m, x: m.block(x), block=block), x)
     assert result.refused("linear") == [
-        f"its {where} is not fixed: what is made of block.a.{where} in block is written in place"
+        f"its {where} is not fixed: a value computed from block.a.{where} in block is written in "
+        "place"
     ]
     torch.testing.assert_close(result.got, result.want)

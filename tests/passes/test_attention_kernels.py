@@ -47,7 +47,7 @@ def clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cl
     return stand_in
 
 
-OF_TORCH = [name for name, kernel in KERNELS.items() if isinstance(kernel, attention.OfTorch)]
+OF_TORCH = [name for name, kernel in KERNELS.items() if isinstance(kernel, attention.TorchKernel)]
 OURS = [name for name in KERNELS if name not in OF_TORCH]
 
 

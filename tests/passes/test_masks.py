@@ -215,9 +215,9 @@ def test_a_mask_that_is_read_elsewhere_is_dropped_where_it_masks_nothing(x: Tens
 
 
 def test_a_mask_too_large_to_evaluate_stays(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masks, "MOST_ELEMENTS", T * T - 1)
+    monkeypatch.setattr(masks, "MAX_ELEMENTS", T * T - 1)
     assert mask_of(rewritten(attending(EMPTY["ones"]), x).graph) is not None
-    monkeypatch.setattr(masks, "MOST_ELEMENTS", T * T)
+    monkeypatch.setattr(masks, "MAX_ELEMENTS", T * T)
     assert mask_of(rewritten(attending(EMPTY["ones"]), x).graph) is None
 
 

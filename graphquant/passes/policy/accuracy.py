@@ -1,11 +1,11 @@
 """Accuracy gate: an int8 linear is kept only if its SQNR on calibration rows reaches min_sqnr.
 
-    y     = x W^T + bias                              x: up to 64 rows of what the linear reads
+    y     = x W^T + bias                              x: up to 64 calibration rows of the input
     y8    = dq(quantize(x / s)) dq(quantize_weight(W s))^T + bias
     SQNR  = 10 log10(sum y^2 / sum (y8 - y)^2)        dB, of each linear's columns (metrics.py)
 
-with s, ranges, clip and weight scales as the rewrite has them, in float32. It is what
-`graphquant.compare` finds locally, but on few rows, and before a layer scale is folded in.
+with the smoothing s, ranges, clip and weight scales of the rewrite, in float32. This is the local
+SQNR of `graphquant.compare`, on few rows and before a layer scale is folded in.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from graphquant.weights.released import is_released
 
 @dataclass
 class AccuracyGate:
-    """Refuses an int8 product of which any linear has less than config.min_sqnr, for good.
+    """Refuses, permanently, an int8 linear if a linear that it computes is below config.min_sqnr.
 
-    unmeasured  the names of the nodes of linears for which the calibration has no rows
+    unmeasured  names of nodes of linears without calibration rows
     """
 
     config: Config
@@ -50,10 +50,10 @@ class AccuracyGate:
     unmeasured: set[str] = field(default_factory=set)
 
     def __call__(self, candidate: Candidate) -> Verdict:
-        product, least = candidate.rewrite.product, self.config.min_sqnr
-        if product is None or least is None:
+        product, min_sqnr = candidate.rewrite.product, self.config.min_sqnr
+        if product is None or min_sqnr is None:
             return Verdict()
-        linears = [outcome for outcome, _ in self.record.carried(product.linear.node)]
+        linears = [outcome for outcome, _ in self.record.linears_of(product.linear.node)]
         paths, names = [o.path for o in linears], [o.node for o in linears]
         found = sqnr(
             product,
@@ -66,7 +66,7 @@ class AccuracyGate:
         if found is None:
             self.unmeasured.update(names)
             return Verdict()
-        return Verdict(below(paths, found, least), final=True)
+        return Verdict(below(paths, found, min_sqnr), final=True)
 
 
 def sqnr(
@@ -77,19 +77,14 @@ def sqnr(
     constants: Constants,
     parameters: Mapping[Node, Tensor],
 ) -> list[float] | None:
-    """The SQNR in dB of each of the linears that one int8 product computes side by side.
+    """The SQNR in dB of each linear that an int8_linear computes.
 
-    <<<<<<< HEAD
-        rows     [n, K] float32 of what they read
-        qparams  of what they read, without a factor: smoothing is the product's
-    =======
-        rows     [n, K] float32 of what they read; None is not judged
-        qparams  of what they read, without the factor: that is in the product's smoothing
-    >>>>>>> ops
-        widths   the columns of each linear
+    rows     [n, K] float32, samples of the input
+    qparams  of the input, without factor: smoothing is taken from `product`
+    widths   the number of columns of each linear
 
-        None without rows, or if they have another width. inf for weights that free_weights has
-        released: they were accurate enough when they were packed.
+    None without rows, or if their width is not K. inf if free_weights has released the weights,
+    which were accepted when they were packed.
     """
     linear, s = product.linear, product.smoothing.scale
     if rows is None or rows.shape[1] != shape(linear.weight)[1]:
@@ -112,14 +107,14 @@ def sqnr(
             return [Error.of(y8, part).sqnr for y8, part in parts]
 
 
-def below(paths: Sequence[str], found: Sequence[float], least: float) -> str:
-    """Why linears of one product with these SQNRs in dB stay in float; "" if all reach `least`."""
+def below(paths: Sequence[str], found: Sequence[float], min_sqnr: float) -> str:
+    """Why linears of one product with these SQNRs (dB) stay in float; "" if all reach min_sqnr."""
     ranked = [-math.inf if math.isnan(sqnr) else sqnr for sqnr in found]
     worst = ranked.index(min(ranked))
     lowest = found[worst]
-    if lowest >= least:
+    if lowest >= min_sqnr:
         return ""
-    # never rounded up to min_sqnr
+    # rounded down, so that the report never shows min_sqnr itself
     down = math.floor(10 * lowest) / 10 if math.isfinite(lowest) else lowest
     whose = "its SQNR" if len(found) == 1 else f"in one product with {paths[worst]}, whose SQNR"
-    return f"{whose} would be {down:.1f} dB, less than min_sqnr={least:g}"
+    return f"{whose} would be {down:.1f} dB, less than min_sqnr={min_sqnr:g}"

@@ -1,7 +1,7 @@
-"""Gates: the last word on an int8 rewrite, once its nodes stand in the graph beside the float ones.
+"""The interface of gates, which accept or refuse a rewrite after its nodes were added.
 
-A gate takes a Candidate and returns a Verdict. `apply` asks them in order, and stops at the first
-that decides against the rewrite.
+A gate takes a Candidate and returns a Verdict. `apply` calls the gates in order, up to the first
+that refuses.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from graphquant.passes.rule import Rewrite, Site
 
 
 class Candidate(NamedTuple):
-    """A rewrite that stands in the graph, and that nothing reads yet.
+    """A rewrite whose nodes are in the graph, and have no users yet.
 
     made  all nodes that it added
     """
@@ -29,9 +29,9 @@ class Candidate(NamedTuple):
 class Verdict(NamedTuple):
     """A gate's decision.
 
-    reason  why the float nodes stay, for the report; "" if the rewrite is kept
-    times   what was measured, if anything was
-    final   no other rule may try this linear
+    reason  why the float nodes stay, for the report; "" to accept the rewrite
+    times   measured times, if any
+    final   the linear becomes ineligible for all rules
     """
 
     reason: str = ""

@@ -1,7 +1,7 @@
-"""Quantization parameters of linears' inputs: static ranges of a calibration, clip, smoothing.
+"""QParams of linears' inputs, from the calibration's static ranges, the clip and smoothing.
 
-All linears that read one value, through views of its rows and casts as well, have one range: the
-least that holds what the calibration knows of each. So q, k and v are quantised once.
+All linears that read one value, also through row views and casts, share the union of their ranges,
+so that q, k and v are quantized once.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from graphquant.passes.rule import Smoothing
 
 Range = tuple[float, float]
 
-SMOOTHED = (-1.0, 1.0)  # of x / s, whatever x's channels and the weights are (smoothing.py)
+SMOOTHED = (-1.0, 1.0)  # range of x / s for any x and weights (smoothing.py)
 
 
 def static_ranges(linears: Mapping[Node, str], calibration: Statistics) -> dict[str, Range]:
-    """The range of each linear's input, by the name of its node; none for inputs not known.
+    """Names of linears' nodes -> the ranges of their inputs, where the calibration has one.
 
-    linears  float linears and their module paths
+    linears  float linears -> their module paths
 
-    Raises OptionError for a range that is none.
+    Raises OptionError for a range that is not two finite, ordered numbers.
     """
     groups: dict[Node, list[Node]] = defaultdict(list)
     for linear in linears:
@@ -45,10 +45,10 @@ def static_ranges(linears: Mapping[Node, str], calibration: Statistics) -> dict[
 def input_qparams(
     config: Config, ranges: Mapping[str, Range], names: Iterable[str], smoothing: Smoothing
 ) -> QParams:
-    """Quantization parameters of what linears read, by the options and a calibration.
+    """QParams of the input of linears.
 
-    ranges  static ranges by the names of linears' nodes
-    names   of the linears' nodes that read the result, as one product
+    ranges  as `static_ranges` returns them
+    names   of the nodes of the linears, which read this input
     """
     clip = config.clip_range
     known = [ranges[name] for name in names if name in ranges]
@@ -65,7 +65,7 @@ def union(ranges: list[Range]) -> Range:
 
 
 def within(span: Range, clip: float | None) -> Range:
-    """What is left of a range in [-clip, clip]."""
+    """The range clamped to [-clip, clip]."""
     if clip is None:
         return span
     low, high = (min(max(end, -clip), clip) for end in span)

@@ -1,11 +1,10 @@
-"""SmoothQuant: which linears are smoothed, and by which numbers (`Config.smooth`).
+"""SmoothQuant's policy: which linears are smoothed, with which statistics and alpha.
 
     linear(x, W)  ->  int8_linear(quantize(x / s), quantize_weight(W s)),  s = smoothing(W, absmax)
 
-Nothing is inserted into the float model: where a rule turns a linear to int8, its weight becomes
-W s, and the quantiser in front of it takes 1 / s, folded into gamma and beta where it is a norm.
-So it does not matter who else reads x, and attention's values and gated activations need no rule
-of their own. s is an expression of the weights and of statistics, packed with them.
+The float model stays as it is: a rule that makes a linear int8 multiplies its weight by s, and its
+quantizer multiplies x by 1 / s, folded into gamma and beta where it is a norm. So other readers of
+x do not matter. s is an expression of weights and statistics (smoothing.py), and packed with them.
 """
 
 from __future__ import annotations
@@ -24,22 +23,22 @@ from graphquant.passes.policy.smoothing import norm_smoothing, searched_smoothin
 from graphquant.passes.recognize import Norm
 from graphquant.passes.rule import Edit, Linear, Smoothing
 
-ALPHA = 0.5  # where nothing says another: what the paper takes, and the best one on MiniLM
+ALPHA = 0.5  # the default: as in the paper, and best on MiniLM
 NO_NORM = "there is no norm with parameters in front of it"
 
 
-def smooth(
+def smooth_linear(
     edit: Edit, config: Config, paths: Sequence[str], linear: Linear, norm: Norm | None
 ) -> Smoothing:
     """The smoothing of a linear by config.smooth.
 
-    paths  of the linears that it holds, which read one value
-    norm   computes that value, from parameters and one activation
+    paths  the module paths of the linears that it computes
+    norm   the norm that computes its input, if gamma and beta are parameters
     """
     scale, how = _scale(edit, config, paths, linear, norm)
     if scale is None:
         return Smoothing(reason=how)
-    return Smoothing(scale, edit.weigh(aten.reciprocal.default, scale), method=how)
+    return Smoothing(scale, edit.fold(aten.reciprocal.default, scale), method=how)
 
 
 def _scale(
@@ -49,10 +48,10 @@ def _scale(
     if config.smooth == "norm":
         if norm is None:
             return None, NO_NORM
-        s = edit.weigh(norm_smoothing, linear.weight, norm.gamma, norm.beta, ALPHA)
+        s = edit.fold(norm_smoothing, linear.weight, norm.gamma, norm.beta, ALPHA)
         return s, f"norm, alpha {ALPHA}"
     K, calibration = shape(linear.weight)[1], config.calibration
-    assert calibration is not None  # Config sees to it
+    assert calibration is not None  # checked by Config
     found = [v for v in map(calibration.absmax, paths) if v is not None]
     if not found:
         return None, "the calibration has no statistics of it"
@@ -61,15 +60,14 @@ def _scale(
     absmax = edit.literal(functools.reduce(torch.maximum, found), linear.weight)
     if config.smooth == "auto" and (rows := sample(calibration, paths)) is not None:
         given = (linear.weight, absmax, edit.literal(rows, linear.weight))
-        return edit.weigh(searched_smoothing, *given), "alpha searched"
+        return edit.fold(searched_smoothing, *given), "alpha searched"
     alpha, why = config.smooth, ""
     if alpha == "auto":
         alpha, why = ALPHA, ": the calibration has no rows to search on"
-    return edit.weigh(smoothing, linear.weight, absmax, alpha), f"alpha {alpha}{why}"
+    return edit.fold(smoothing, linear.weight, absmax, alpha), f"alpha {alpha}{why}"
 
 
 def sample(calibration: Any, paths: Sequence[str]) -> Tensor | None:
-    """Rows [n, K] that these linears, which read one value, have read, if the calibration keeps
-    some."""
+    """Calibration rows [n, K] float32 of the shared input of these linears, or None."""
     known = getattr(calibration, "sample", lambda path: None)
     return next((rows for rows in map(known, paths) if rows is not None), None)

@@ -1,8 +1,8 @@
 """Speed gate: on CUDA an int8 rewrite is kept only if it was measured to be faster.
 
-What a rewrite replaces and what it makes are both cut out of the graph as they stand, run on random
-values of the sizes seen at compile time, and timed in turn (ops/runtime/timing.py). One answer
-serves all layers of equal sizes, and all later processes. Host time does not count.
+The replaced and the new subgraph are extracted, run alternately on random values of the sizes seen
+at compile time, and timed (ops/runtime/timing.py). Results are cached by subgraph and sizes, also
+across processes. Host time is not measured.
 """
 
 from __future__ import annotations
@@ -24,41 +24,42 @@ from graphquant.ops.runtime.timing import times
 from graphquant.passes.policy.gate import Candidate, Verdict
 from graphquant.passes.record import Times
 
-MOST_NODES = 100  # of a region: a larger one is no chain
-MEASURED = ("cuda",)  # device types
+MAX_NODES = 100  # of a region to measure
+MEASURED = ("cuda",)  # device types to measure on
 
 
 class SpeedGate:
-    """Refuses an int8 rewrite whose time on random inputs is not below the float nodes' time."""
+    """Refuses an int8 rewrite that is not faster than the float nodes on random inputs."""
 
     def __init__(self, constants: Constants) -> None:
         self._constants = constants
 
     def __call__(self, candidate: Candidate) -> Verdict:
         site, rewrite, made = candidate
-        times = compare(site.outputs, rewrite.values, made, self._constants)
-        return Verdict() if times is None else Verdict(times.why_not, times)
+        times = measure(site.outputs, rewrite.values, made, self._constants)
+        return Verdict() if times is None else Verdict(times.refusal, times)
 
 
-def compare(
+def measure(
     old: Collection[Node], new: Collection[Node], made: Collection[Node], constants: Constants
 ) -> Times | None:
-    """Time what computes `old` against what computes `new`; None where there is nothing to time.
+    """The times of the subgraphs that compute `old` and `new`; None if there is nothing to measure.
 
-    old   nodes about to be replaced           new  the nodes that will stand for them
+    old   nodes about to be replaced
+    new   the nodes that will replace them
     made  all nodes that the rewrite made
     """
     device = next(iter(old)).meta["val"].device
     if device.type not in MEASURED or not any(n.target is int8_linear.target for n in made):
-        return None  # float fusing: fewer launches, nothing to doubt
+        return None  # a float fusion, with fewer launches
     after = _region(new, lambda n: n in made and n not in constants)
     before = _region(
         old,
         lambda n: n.op == "call_function" and n not in constants and n not in after.inputs,
     )
     if any(n.target is int8_linear.target for n in before.nodes):
-        return None  # int8 before as well: something more goes into its epilogue
-    if max(len(after.nodes), len(before.nodes)) > MOST_NODES:
+        return None  # int8 before as well: only its epilogue grows
+    if max(len(after.nodes), len(before.nodes)) > MAX_NODES:
         return None
     with unset_fake_temporarily(), torch.inference_mode():
         both = {"float": before.bind(), "int8": after.bind()}
@@ -69,8 +70,8 @@ def compare(
 
 
 class Region(NamedTuple):
-    """A piece of a graph: its nodes in order, what it computes, and what it reads from outside, in
-    the order in which it does: that of the graph is another one in each layer."""
+    """A subgraph: nodes in graph order, inputs in the order in which they are read (which repeats
+    across layers, unlike graph order), and outputs."""
 
     nodes: list[Node]
     inputs: list[Node]
@@ -78,16 +79,16 @@ class Region(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The same for regions that compute the same, in sizes and layouts as well."""
+        """A cache key: equal for regions that compute the same on equal sizes and layouts."""
         names = {n: f"%{i}" for i, n in enumerate((*self.inputs, *self.nodes))}
         lines = [f"{names[n]} = {_spec(n.meta['val'])}" for n in self.inputs]
         for n in self.nodes:
-            args = torch.fx.node.map_aggregate((n.args, n.kwargs), lambda a: _shown(a, names))
+            args = torch.fx.node.map_aggregate((n.args, n.kwargs), lambda a: _text_of(a, names))
             lines.append(f"{names[n]} = {n.target}{args}")
         return "\n".join((*lines, ", ".join(names[n] for n in self.outputs)))
 
     def bind(self) -> Callable[[], object]:
-        """Run it on random values, made at the first call: most answers are known."""
+        """A function that runs it on random values, which its first call makes."""
         graph, made = Graph(), dict[Node, Node]()
         for n in self.inputs:
             made[n] = graph.placeholder(n.name)
@@ -99,25 +100,25 @@ class Region(NamedTuple):
         return lambda: module(*values())
 
 
-def _shown(argument: Any, names: Mapping[Node, str]) -> Any:
-    """In a region's text. No kernel takes longer for another eps or range, which each layer has."""
+def _text_of(argument: Any, names: Mapping[Node, str]) -> Any:
+    """An argument in a region's text. Floats, such as eps and ranges, do not change the time."""
     if isinstance(argument, Node):
         return names[argument]
     return float if isinstance(argument, float) else argument
 
 
 def cut_out(nodes: Collection[Node]) -> Region:
-    """These nodes, all of whose results are read."""
+    """The region of these nodes, with all of them as outputs."""
     return _region(nodes, lambda n: n in nodes)
 
 
 def _region(outputs: Collection[Node], inside: Callable[[Node], bool]) -> Region:
-    """What computes `outputs`, back to the first nodes that are not inside."""
+    """The region that computes `outputs`, back to the first nodes that are not inside."""
     found: set[Node] = set()
     edge = list(outputs)
     while edge:
         n = edge.pop()
-        if len(found) <= MOST_NODES and inside(n):
+        if len(found) <= MAX_NODES and inside(n):
             edge += [i for i in n.all_input_nodes if i not in found]
             found.add(n)
     nodes = sorted(found)
@@ -139,7 +140,7 @@ def _value(value: object) -> object:
 
 
 def _layout(value: Tensor) -> tuple[list[int], list[int]]:
-    """Sizes and strides when it runs: what lies in no rows is written in rows by Inductor."""
+    """Sizes and strides at run time: Inductor makes inputs without contiguous rows contiguous."""
     sizes, strides = ([hint(s) for s in of] for of in (value.shape, value.stride()))
     if sizes and row_stride(torch.empty_strided(sizes, strides, device="meta")) is None:
         strides = list(torch.empty(sizes, device="meta").stride())
@@ -153,12 +154,12 @@ def _number(value: object) -> object:
 def random_like(
     value: Tensor, sizes: Sequence[int] | None = None, strides: Sequence[int] | None = None
 ) -> Tensor:
-    """As this one is laid out, of random values: a card multiplies zeros faster than others."""
+    """Random values in this tensor's layout; not zeros, which a GPU multiplies faster."""
     if sizes is None or strides is None:
         sizes, strides = ([hint(s) for s in of] for of in (value.shape, value.stride()))
-    # filled before it is laid out: nothing can be written where strides are 0
+    # filled as flat memory, since expanded tensors cannot be written
     extent = 1 + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
-    extent = 0 if 0 in sizes else padded(extent)  # a packed weight's last row has its pads
+    extent = 0 if 0 in sizes else padded(extent)  # packed weights pad their last row
     memory = torch.empty(extent, dtype=value.dtype, device=value.device)
     random = torch.Generator(value.device).manual_seed(0)
     if value.dtype.is_floating_point:

@@ -1,10 +1,10 @@
-"""An activation in front of a linear quantises on its way out.
+"""Fuses an activation with the quantization of the linear behind it.
 
     y = linear(act(x), W, bias)          -> int8_linear(*quantize(x, None, act), ...)
     y = linear(act(gate) * up, W, bias)  -> int8_linear(*quantize(gate, up, act), ...)
 
-The activation's result, the widest value of a transformer block, is never written to memory.
-Row-keeping views in between move in front of the activation. Inexact: int8 on both operands.
+The activation's result, the widest value of a transformer block, is not written to memory.
+Row-preserving views in between move in front of the activation. Inexact: int8 on both operands.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from graphquant.ir.rows import leads_only_to, origin, overflowing
 from graphquant.ops import quantize
 from graphquant.ops.numerics import ACTIVATIONS
 from graphquant.passes.recognize import Activation
-from graphquant.passes.rule import Edit, Linear, Refuse, Rewrite, Site, View, linears, not_floats
+from graphquant.passes.rule import Edit, Linear, Refuse, Rewrite, Site, View, linears, refuse_dtype
 
 
 @dataclass(frozen=True)
 class ActSite(Site):
     act: Activation
-    gate: Node  # its result as it is read: through casts
+    gate: Node  # its result, after casts
     up: Node | None  # the factor of a gated activation
     out: Node
     views: tuple[Node, ...]
@@ -53,7 +53,7 @@ class ActLinear:
                 return Refuse(
                     f"its result is read by {readers(value)}; fusing would compute it twice", value
                 )
-        if (no := not_floats(site.act.x, site.up)) is not None:
+        if (no := refuse_dtype(site.act.x, site.up)) is not None:
             return no
         if (cast := _overflowing(site)) is not None:
             return Refuse(f"between them is a cast to {dtype(cast)}, which may overflow", cast)
@@ -69,7 +69,7 @@ class ActLinear:
 
 
 def _overflowing(site: ActSite) -> Node | None:
-    """A cast that may make inf of a result. Only a square and a product exceed what they read."""
+    """A cast of the result that may overflow. Only squares and products exceed their inputs."""
     act = site.act
     grows = ACTIVATIONS[act.act].grows
     cast = overflowing(site.gate, act.out, torch.float32 if grows else dtype(act.x))

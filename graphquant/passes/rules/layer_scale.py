@@ -1,10 +1,9 @@
-"""A layer scale behind an int8 linear folds into its packed scale and bias.
+"""Folds a layer scale behind an int8 linear into its packed scales and bias.
 
     gamma * int8_linear(..., wq, w_scale, w_sum, bias)
  -> int8_linear(..., wq, w_scale * gamma, w_sum * gamma, bias * gamma)
 
-Exact in real arithmetic, for any sign of gamma [N], and free: the products are made when the
-weight is packed.
+Exact in real arithmetic, for any sign of gamma [N], and free: it runs when the weight is packed.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class LayerScale:
     def sites(self, view: View) -> Iterator[LayerScaleSite]:
         seen: set[Node] = set()
         while fresh := [n for n in calls(view.graph, _is_int8) if n not in seen]:
-            for linear in fresh:  # the fold makes a new one, which may be scaled again
+            for linear in fresh:  # a fold adds a linear, which may be scaled again
                 seen.add(linear)
                 product = only_user(linear)
                 if not is_call(product, aten.mul.Tensor):
@@ -52,7 +51,7 @@ class LayerScale:
                 if not isinstance(gamma, Node):
                     continue
                 if gamma in view.constants and _is_per_channel(gamma, shape(linear)[-1]):
-                    read = tuple(view.constants.made_from(gamma))  # when packed, not when called
+                    read = tuple(view.constants.made_from(gamma))  # read at packing
                     yield LayerScaleSite((product,), (linear,), read, linear, gamma)
 
     def check(self, view: View, site: LayerScaleSite) -> Refuse | None:

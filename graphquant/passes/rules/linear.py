@@ -1,8 +1,8 @@
-"""Any linear that is left quantises its input first.
+"""Quantizes the input of any linear that no other rule has taken.
 
     y = linear(x, W, bias)  ->  int8_linear(*quantize(x), *quantize_weight(W), bias)
 
-Attention outputs, embeddings' projections, heads. Inexact: int8 on both operands.
+Such as attention outputs, projections of embeddings, heads. Inexact: int8 on both operands.
 """
 
 from __future__ import annotations

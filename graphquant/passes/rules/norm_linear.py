@@ -1,13 +1,12 @@
-"""A norm in front of a linear quantises on its way out.
+"""Fuses a norm with the quantization of the linear behind it.
 
     y = linear(norm(x, gamma, beta), W, bias)
  -> y = int8_linear(*norm_quantize(x, gamma, beta), *quantize_weight(W), bias)
 
-LayerNorm or RMSNorm, written whole or spelled out. The normalised activation is never written to
-memory, unless the model also reads it elsewhere (post-norm models add it to the residual): then
-`norm_quantize_keep` returns it too. Row-keeping views in between move in front of the norm, which
-works row by row, or onto its int8 result if the float one keeps its shape. Inexact: int8 on both
-operands.
+LayerNorm or RMSNorm, as one op or decomposed. The normalized value is not written to memory, unless
+the model reads it elsewhere (post-norm models add it to the residual): then `norm_quantize_keep`
+returns it too. Row-preserving views in between move in front of the norm, or, if the float result
+is kept, onto the int8 one. Inexact: int8 on both operands.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from graphquant.ir.graph import aten, between, dtype, shape
 from graphquant.ir.rows import leads_only_to, origin, overflowing
 from graphquant.ops import norm_quantize, norm_quantize_keep
 from graphquant.passes.recognize import Norm
-from graphquant.passes.rule import Edit, Linear, Refuse, Rewrite, Site, View, linears, not_floats
+from graphquant.passes.rule import Edit, Linear, Refuse, Rewrite, Site, View, linears, refuse_dtype
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class NormSite(Site):
     views: tuple[Node, ...]
     linear: Linear
     keep: bool
-    fixed: bool  # gamma and beta are parameters, or computed from such
+    fixed: bool  # gamma and beta are computed from parameters alone
 
 
 class NormLinear:
@@ -47,14 +46,14 @@ class NormLinear:
             both = (linear.node, out)
             parameters = [p for p in (norm.gamma, norm.beta) if p is not None]
             fixed = all(p in view.constants for p in parameters)
-            made_from = view.constants.made_from  # what is folded is read when it is packed
+            made_from = view.constants.made_from  # folded parameters are read at packing
             parameters = [n for p in parameters for n in (made_from(p) if fixed else [p])]
             read = (norm.x, out, *between(linear.node, out), *parameters)
             yield NormSite(outputs, both, read, norm, tuple(views), linear, keep, fixed)
 
     def check(self, view: View, site: NormSite) -> Refuse | None:
         norm = site.norm
-        if (no := not_floats(norm.x, norm.gamma, norm.beta)) is not None:
+        if (no := refuse_dtype(norm.x, norm.gamma, norm.beta)) is not None:
             return no
         if (cast := overflowing(site.linear.x, norm.out, dtype(norm.x))) is not None:
             return Refuse(f"between them is a cast to {dtype(cast)}, which may overflow", cast)
@@ -66,11 +65,11 @@ class NormLinear:
         norm = replace(site.norm, gamma=gamma, beta=beta)
         smoothing = edit.smooth(linear, norm if site.fixed else None)
         if smoothing.factor is not None and site.fixed and not site.keep:
-            # folded into the parameters, it costs nothing when the model runs
+            # free at run time
             gamma = (
-                edit.weigh(aten.mul.Tensor, gamma, smoothing.factor) if gamma else smoothing.factor
+                edit.fold(aten.mul.Tensor, gamma, smoothing.factor) if gamma else smoothing.factor
             )
-            beta = beta and edit.weigh(aten.mul.Tensor, beta, smoothing.factor)
+            beta = beta and edit.fold(aten.mul.Tensor, beta, smoothing.factor)
             smoothing = smoothing._replace(factor=None)
         parameters: tuple[Any, ...] = (gamma, beta, norm.eps, norm.rms)
         if not site.keep:
@@ -87,7 +86,7 @@ class NormLinear:
 
 
 def _vector(edit: Edit, parameter: Node | None) -> Node | None:
-    """A parameter spelled [1, 1, K] as [K]."""
+    """A parameter such as [1, 1, K] as [K]."""
     if parameter is None or len(shape(parameter)) == 1:
         return parameter
     return edit.call(aten.reshape.default, parameter, [-1])

@@ -1,12 +1,12 @@
-"""A convolution whose windows do not overlap is a linear over patches.
+"""Turns a convolution with non-overlapping windows (a patch embedding) into a linear over patches.
 
     y = conv(x [B, C, H, W], weight [N, C, p, p], bias, stride=p)
  -> y = linear(patches(x) [B, H/p * W/p, C p p], weight [N, C p p], bias), as [B, N, H/p, W/p]
 
-The patch embedding of every vision transformer, in two dimensions or three. The same products and
-sums, so it stays in float; but cuDNN turns the image, the weight and the result into layouts of its
-own and back (SigLIP-so400m, 64 images on an H200: 1.9 ms in all, of 11 for the first four layers).
-The result lies in memory as tokens, which is how encoders read it on.
+In two or three dimensions. It stays in float, with the same products and sums; but cuDNN converts
+the image, the weight and the result to other layouts and back (SigLIP-so400m, 64 images on an H200:
+1.9 ms in all, of 11 for the first four layers). The result has the memory layout of tokens, as the
+encoder reads it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class PatchLinear:
         x = edit.call(aten.permute.default, x, [0, *last[::2], 1, *last[1::2]])
         tokens, width = math.prod(windows), shape(site.weight)[1] * math.prod(patch)
         x = edit.call(aten.reshape.default, x, [batch, tokens, width])
-        weight = edit.weigh(aten.reshape.default, site.weight, [-1, width])
+        weight = edit.fold(aten.reshape.default, site.weight, [-1, width])
         y = edit.call(LINEAR, x, weight, site.bias)
         y = edit.call(aten.transpose.int, y, 1, 2)
         y = edit.call(aten.reshape.default, y, [batch, shape(conv)[1], *windows])
@@ -78,13 +78,13 @@ def _is_patches(
     dilation: Any,
     groups: int,
 ) -> bool:
-    """Does every pixel belong to exactly one window? Of sizes that are numbers."""
+    """Does every pixel belong to exactly one window? Only for static sizes."""
     pixels, patch = x[2:], list(weight[2:])
     return (
-        len(x) == len(weight)  # a batch
+        len(x) == len(weight)  # has a batch dim
         and all(isinstance(n, int) for n in pixels)
         and list(stride) == patch
-        and (padding == "valid" or not any(padding))  # "same" is a true string too
+        and (padding == "valid" or not any(padding))  # any("same") is true
         and all(d == 1 for d in dilation)
         and groups == 1
         and all(n >= p and n % p == 0 for n, p in zip(pixels, patch, strict=True))

@@ -1,9 +1,9 @@
-"""A residual behind an int8 linear is added in its epilogue.
+"""Fuses the residual addition into the epilogue of an int8 linear.
 
     r + int8_linear(..., residual=None)  ->  int8_linear(..., residual=r)
 
-The sum is made in float32 before the one rounding of the result, so this is more exact than the
-model's own. A reshape between linear and sum moves onto the residual.
+The sum is in float32 and rounded once, so it is more accurate than the model's. A reshape between
+linear and sum moves onto the residual.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Residual:
         if shape(end) != shape(total):
             return Refuse(f"the linear's result is broadcast from {shape(end)}", total)
         if shape(site.residual) != shape(total):
-            return Refuse(f"what is added is broadcast from {shape(site.residual)}", site.residual)
+            return Refuse(f"the residual is broadcast from {shape(site.residual)}", site.residual)
         if not dtype(site.linear) == dtype(site.residual) == dtype(total):
             return Refuse(f"the sum mixes {dtype(site.linear)} and {dtype(site.residual)}", total)
         return None

@@ -1,11 +1,11 @@
-"""Linears that read one value become one linear on stacked weights.
+"""Stacks linears with the same input into one linear.
 
     q, k, v = linear(x, Wq, bq), linear(x, Wk, bk), linear(x, Wv, bv)
  -> y = linear(x, [Wq; Wk; Wv], [bq; bk; bv]);  q, k, v = slices of y's last dim
 
-Exact: an output column of a linear depends on its own weight row only, and so does its int8 scale,
-so the stacked int8 weight is bit-identical to the separate ones. Any group of two or more (q/k/v,
-k/v of a cross-attention, gate/up), any widths; a missing bias becomes zeros.
+Exact: each output column, and its int8 scale, depends only on its own weight row, so the stacked
+int8 weight is bit-identical to the separate ones. Any group of two or more (q/k/v, k/v of
+cross-attention, gate/up) of any widths; a missing bias becomes zeros.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ class StackSiblings:
             groups[linear.x, dtype(linear.node), dtype(linear.weight)].append(linear.node)
         for nodes in groups.values():
             if len(nodes) > 1:
-                # what they read may be a sibling of the group before: it is a slice by now
+                # read again: their input may be a sibling of the previous group, now a slice
                 group = tuple(Linear(n, *full_args(n)) for n in nodes)
-                # a slice of the stacked result cannot be viewed and written as the result itself
+                # `moved` includes the results: as slices they cannot be written as before
                 yield Siblings(tuple(nodes), tuple(nodes), (group[0].x, *nodes), group)
 
     def check(self, view: View, site: Siblings) -> Refuse | None:
-        # it makes a float linear, whose type is that of the autocast region that it stands in
+        # the new float linear's dtype depends on the autocast region
         return Refuse(APART, site.outputs[0]) if are_apart(site.outputs, autocast=True) else None
 
     def rewrite(self, edit: Edit, site: Siblings) -> Rewrite:
-        weight = edit.weigh(aten.cat.default, [n.weight for n in site.linears])
+        weight = edit.fold(aten.cat.default, [n.weight for n in site.linears])
         bias = None
         if any(n.bias is not None for n in site.linears):
-            bias = edit.weigh(aten.cat.default, [_bias(edit, n) for n in site.linears])
+            bias = edit.fold(aten.cat.default, [_bias(edit, n) for n in site.linears])
         y = edit.call(LINEAR, site.linears[0].x, weight, bias)
         parts, start = [], 0
         for linear in site.linears:
@@ -61,4 +61,4 @@ class StackSiblings:
 def _bias(edit: Edit, linear: Linear) -> Node:
     if linear.bias is not None:
         return linear.bias
-    return edit.weigh(aten.new_zeros.default, linear.weight, [shape(linear.weight)[0]])
+    return edit.fold(aten.new_zeros.default, linear.weight, [shape(linear.weight)[0]])

@@ -157,7 +157,8 @@ def test_what_the_calibration_does_not_know_is_int8_and_counted(x: Tensor) -> No
     result = rewritten(model, x, calibration=known, min_sqnr=150)
     assert result.counts == {"norm_linear": 1} and said(result.report).keys() == {"fc2"}
     assert result.report.notes == (
-        "min_sqnr did not judge 1 of 1 int8 linears: the calibration has no rows of what they read",
+        "min_sqnr was not checked for 1 of 1 int8 linears: the calibration has no rows of their "
+        "inputs",
     )
     known.rows["fc1"] = torch.randn(8, K + 1)  # of another linear
     assert rewritten(model, x, calibration=known, min_sqnr=150).counts == {"norm_linear": 1}

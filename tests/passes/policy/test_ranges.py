@@ -131,8 +131,7 @@ def test_a_linear_without_a_range_stays_dynamic_and_the_report_says_so() -> None
     assert [argument(n, "low") for n in made] == [-1.5, None]
     (note,) = result.report.notes
     assert note == (
-        "1 of 2 int8 linears stay dynamic, because the calibration has no range for what they "
-        "read: b"
+        "1 of 2 int8 linears stay dynamic, because the calibration has no range of their inputs: b"
     )
     assert note in str(result.report).replace("\n", " ")
 

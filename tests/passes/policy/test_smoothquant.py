@@ -394,7 +394,7 @@ def test_statistics_leave_nothing_behind(x: Tensor, monkeypatch: pytest.MonkeyPa
     assert len(attributes(taken)) == 1
     packed_graph(taken)
     assert attributes(taken) == []
-    monkeypatch.setattr(speed, "compare", lambda *_: Times(1.0, 2.0))
+    monkeypatch.setattr(speed, "measure", lambda *_: Times(1.0, 2.0))
     refused = rewritten(model, x, smooth=0.5, calibration=Told(), select="faster")
     assert not any(o.int8 or o.smoothed for o in refused.report.linears)
     assert attributes(refused) == []
@@ -463,7 +463,7 @@ def test_an_activation_keeps_its_static_range(x: Tensor) -> None:
     options: Any = {"smooth": 0.5, "calibration": told}
     static = rewritten(model, x, activation="static", **options)
     assert [o.smoothed for o in static.report.linears] == [""]
-    assert "an activation would be spread over all of (-1.0, 1.0)" in static.report.notes[0]
+    assert "an activation would use half of the range (-1.0, 1.0)" in static.report.notes[0]
     quantiser = static.one("quantize")
     assert (argument(quantiser, "low"), argument(quantiser, "high")) == (-0.17, 7.0)
     assert [o.smoothed for o in rewritten(model, x, **options).report.linears] == ["alpha 0.5"]

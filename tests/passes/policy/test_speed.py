@@ -301,7 +301,7 @@ def test_sizes_that_may_change_are_measured_as_they_are_seen_first(clock: Clock)
 def test_a_region_that_is_too_large_is_not_measured(
     x: Tensor, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(select, "MOST_NODES", 2)
+    monkeypatch.setattr(select, "MAX_NODES", 2)
     assert rewritten(MODELS["activation"][0](), x).counts == {"act_linear": 1}
     assert not clock.questions
 

@@ -132,11 +132,11 @@ def test_other_sums_are_left_as_they_are(name: str, x: Tensor, fc: nn.Linear) ->
 REFUSED: dict[str, Any] = {
     "a row for all tokens": (
         lambda m, x: m.fc(x) + m.row,
-        "what is added is broadcast from (32,)",
+        "the residual is broadcast from (32,)",
     ),
     "positions for all samples": (
         lambda m, x: m.fc(x) + m.positions,
-        "what is added is broadcast from (1, 5, 32)",
+        "the residual is broadcast from (1, 5, 32)",
     ),
     "a linear of one token for all": (
         lambda m, x: x + m.fc(x[:, :1]),
