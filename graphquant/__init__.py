@@ -21,7 +21,7 @@ from graphquant.exporters.torchscript import torchscript
 from graphquant.inplace import LiveReport, optimize_, restore_
 from graphquant.lowering import inductor as lowering
 from graphquant.report import Outcome, Report
-from graphquant.weights.packed import refresh
+from graphquant.weights.versions import refresh
 
 lowering.register()  # AOTInductor may compile a program that this process has only loaded
 

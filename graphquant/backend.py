@@ -29,7 +29,7 @@ from graphquant.passes.notes import slow_here
 from graphquant.passes.pipeline import rewrite
 from graphquant.passes.prepack import prepack
 from graphquant.report import Quiet, Report
-from graphquant.weights.packed import Supply
+from graphquant.weights.packed import PackedInputs
 from graphquant.weights.released import is_released
 
 log = logging.getLogger(__name__)
@@ -91,9 +91,9 @@ def _hand_over(
     jobs = [(p.recipe, tuple(index[r] for r in p.roots)) for p in packings]
     kept = [i for i, n in enumerate(given) if n.users]
     floats = [i for i in kept if given[i] in captured.parameters] if config.free_weights else []
-    supply = Supply(jobs, names.__getitem__, floats, owned)
+    packed_inputs = PackedInputs(jobs, names.__getitem__, floats, owned)
     with stage("packing"):
-        tensors = supply(real)
+        tensors = packed_inputs(real)
     _refuse_released(captured, given, kept, real)
     for node in given:
         if not node.users:
@@ -111,9 +111,9 @@ def _hand_over(
     to_release = [config.free_weights] if config.free_weights else []
 
     def run(*args: Any) -> Any:
-        result = inner(*[args[i] for i in kept], *supply(args))
+        result = inner(*[args[i] for i in kept], *packed_inputs(args))
         if to_release:  # now that the graph has run, nothing can fail that would need the floats
-            freed = supply.release(args, config.free_weights)  # by two threads does no harm
+            freed = packed_inputs.release(args, config.free_weights)  # by two threads does no harm
             to_release.clear()
             log.info("free_weights released %.1f MiB of float weights", freed / 2**20)
         return result
@@ -121,10 +121,10 @@ def _hand_over(
     def run_and_look(*args: Any) -> Any:
         """The GPU starts at once; whether the packs were fresh is found out while it computes."""
         if not to_release and not torch.cuda.is_current_stream_capturing():
-            guess = supply.guess(args)
-            if guess is not None:
-                result = inner(*[args[i] for i in kept], *guess.tensors)
-                if supply.confirms(guess, args):
+            plan = packed_inputs.speculate(args)
+            if plan is not None:
+                result = inner(*[args[i] for i in kept], *plan.tensors)
+                if packed_inputs.confirm(plan, args):
                     return result
                 del result
         return run(*args)

@@ -37,8 +37,8 @@ from graphquant.config import Config
 from graphquant.errors import OptionError, ReleasedWeightError, UnsupportedInputError
 from graphquant.report import Report
 from graphquant.utils.locks import Lock
-from graphquant.weights.packed import forget
-from graphquant.weights.released import bring_back, is_released
+from graphquant.weights.released import is_released, move_back
+from graphquant.weights.versions import forget
 
 _CALL = "_compiled_call_impl"  # torch.nn.Module.__call__ calls this, if it is set
 _FORWARD, _STATE = "forward", "__getstate__"  # attributes of the instance, in front of its class's
@@ -147,7 +147,7 @@ def _undo(optimized: list[nn.Module]) -> None:
         if before is not None:
             setattr(m, _CALL, before)
         forget(m)
-        bring_back(chain(m.parameters(), m.buffers()))
+        move_back(chain(m.parameters(), m.buffers()))
 
 
 class _Run:

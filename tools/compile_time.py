@@ -40,7 +40,7 @@ from graphquant.ir.graph import hint
 from graphquant.passes.pipeline import rewrite
 from graphquant.passes.prepack import prepack
 from graphquant.report import Report
-from graphquant.weights.packed import Supply
+from graphquant.weights.packed import PackedInputs
 from tools import zoo
 
 TARGET_S = 15.0  # capture + rewrite + pack of SO400M on two slow CPU cores
@@ -131,7 +131,7 @@ def _pack(captured: Captured, example_inputs: Sequence[Any]) -> None:
 
     packings = prepack(captured, new_input)
     jobs = [(p.recipe, tuple(index[r] for r in p.roots)) for p in packings]
-    Supply(jobs, [n.name for n in given].__getitem__)(example_inputs)
+    PackedInputs(jobs, [n.name for n in given].__getitem__)(example_inputs)
 
 
 def _zeros(captured: Captured) -> Callable[..., Any]:

@@ -177,10 +177,13 @@ MUTANTS: Sequence[Mutant] = (
     # --- packed weights ------------------------------------------------------------------------
     *_in(
         "weights/packed.py",
-        ("_stamps(roots(args)) != self.stamps", "False", "new stamps", PACKED),
-        ("pack.stamps != stamps or ", "", "weights that have changed", PACKED),
-        (" or pack.epoch != epoch", "", "refresh()", PACKED),
-        ("(recipe, *(m.name for m in marks))", "(recipe, marks[0].name)", "tied weights", PACKED),
+        ("versions_of(roots(args)) != self.versions", "False", "new versions", PACKED),
+        ("packed.versions != now or ", "", "weights that have changed", PACKED),
+        (" or packed.epoch != epoch", "", "refresh()", PACKED),
+        ("(recipe, *(t.id for t in trackers))", "(recipe, trackers[0].id)", "tied weights", PACKED),
+    ),
+    *_in(
+        "weights/versions.py",
         ("p for group in optimizer.param_groups", "p for group in []", "fused optimizers", PACKED),
     ),
     *_in(
