@@ -190,7 +190,7 @@ def test_what_is_no_budget_is_refused_by_its_field(
         Budget.from_dict(data)
     file = tmp_path / "budget.json"
     file.write_text(json.dumps(data))
-    with pytest.raises(FileError, match=r"budget\.json is no budget: "):
+    with pytest.raises(FileError, match=r"budget\.json is not a budget: "):
         Budget.load(file)
 
 
@@ -255,7 +255,7 @@ def test_numbers_words_and_patterns_come_from_a_file(
 def test_files_that_are_no_budget_are_refused(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "budget.json"
     file.write_bytes(content)
-    with pytest.raises(FileError, match=r"budget\.json is no budget: "):
+    with pytest.raises(FileError, match=r"budget\.json is not a budget: "):
         Budget.load(file)
 
 
@@ -268,7 +268,7 @@ def test_a_field_that_is_there_twice_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_that_never_ends_is_refused() -> None:
-    with pytest.raises(FileError, match="/dev/zero is no budget: it is larger than 64 MiB"):
+    with pytest.raises(FileError, match="/dev/zero is not a budget: it is larger than 64 MiB"):
         Budget.load("/dev/zero")
 
 
