@@ -1,4 +1,4 @@
-"""Error metrics between an int8 value and the float value that it stands for."""
+"""Error metrics between int8 values and the float values that they approximate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Error:
-    """How far int8 values y8 are from the float values y, over any number of elements.
+    """Error of int8 values y8 against float values y, summed over any number of elements.
 
     signal  sum y^2
     noise   sum (y8 - y)^2
@@ -27,7 +27,7 @@ class Error:
 
     @classmethod
     def of(cls, y8: Tensor, y: Tensor) -> Error:
-        """Of two tensors of one shape. Elements at which y is inf or nan are left out."""
+        """Error between two tensors of equal shape, without elements at which y is inf or nan."""
         y8, y = _comparable(y8, y)
         sums = (y.square(), (y8 - y).square(), y8.square(), y8 * y)
         return cls(*torch.stack([s.sum() for s in sums]).tolist())
@@ -47,7 +47,7 @@ class Error:
 
     @property
     def sqnr(self) -> float:
-        """Signal to quantisation noise, in dB. inf if exact; nan if an int8 value is not finite."""
+        """Signal to quantization noise, in dB. inf if exact; nan if an int8 value is not finite."""
         return -20 * math.log10(self.relative) if self.relative else math.inf
 
     @property
@@ -59,7 +59,7 @@ class Error:
 
     @property
     def cosine(self) -> float:
-        """Of the angle between y8 and y, -1 to 1. 0 if just one of them is zero."""
+        """Cosine similarity of y8 and y, -1 to 1; 0 if only one of them is zero."""
         if self.exact:
             return 1.0
         length = math.sqrt(self.signal) * math.sqrt(self.power)
@@ -67,7 +67,7 @@ class Error:
         return _clip(self.dot / length) if length else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON knows no inf and no nan: they are null, and `exact` tells the one good case."""
+        """As JSON, in which inf and nan are null; `exact` distinguishes the case without error."""
         return {
             "sqnr_db": _finite(self.sqnr),
             "exact": self.exact,
@@ -78,7 +78,7 @@ class Error:
 
 @dataclass(frozen=True)
 class RowCosines:
-    """Cosines between the int8 rows and the float rows (slices along the last dim) of a value."""
+    """Cosine similarities of int8 and float rows (slices along the last dim) of a value."""
 
     total: float = 0.0
     rows: int = 0
@@ -86,7 +86,7 @@ class RowCosines:
 
     @classmethod
     def of(cls, y8: Tensor, y: Tensor) -> RowCosines:
-        """Of two tensors of one shape; a scalar is one row. A row that is zero in both counts 1."""
+        """Of tensors of equal shape; a scalar is one row. Rows that are zero in both give 1."""
         if not y.numel():
             return cls()
         y8, y = (t.reshape(-1, t.shape[-1] if t.dim() else 1) for t in _comparable(y8, y))
@@ -107,7 +107,7 @@ class RowCosines:
 
 
 def _comparable(y8: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float64, zero in both where the float value is inf or nan."""
+    """Both in float64, set to zero where the float value is inf or nan."""
     y8, y = y8.detach().double(), y.detach().double()
     usable = torch.isfinite(y)
     if not bool(usable.all()):

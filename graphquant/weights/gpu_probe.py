@@ -28,12 +28,12 @@ def values_of(tensors: Sequence[Tensor]) -> list[bytes | None]:
     """
     found = [values(t) for t in tensors]
     for device in _devices(tensors):
-        mine = [i for i, t in enumerate(tensors) if _readable(t, device)]
+        indices = [i for i, t in enumerate(tensors) if _readable(t, device)]
         with torch.cuda.device(device), torch.inference_mode():
             if torch.cuda.is_current_stream_capturing():
                 continue
-            rows = read(_table([tensors[i] for i in mine]).to(device)).cpu().numpy()
-        for i, row in zip(mine, rows, strict=True):
+            rows = read(_table([tensors[i] for i in indices]).to(device)).cpu().numpy()
+        for i, row in zip(indices, rows, strict=True):
             found[i] = row.tobytes()
     return found
 
@@ -46,9 +46,11 @@ def probes(tensors: Sequence[Tensor], states: Sequence[TensorState]) -> list[Pro
             s.values is not None and _readable(t, device)
             for t, s in zip(tensors, states, strict=True)
         ]
-        mine = [i for i, k in enumerate(known) if k]
-        if mine and not _is_capturing(device):
-            result.append(Probe([tensors[i] for i in mine], [states[i] for i in mine], device))
+        indices = [i for i, k in enumerate(known) if k]
+        if indices and not _is_capturing(device):
+            result.append(
+                Probe([tensors[i] for i in indices], [states[i] for i in indices], device)
+            )
     return result
 
 
