@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from graphquant.exporters.torchscript import torchscript
     from graphquant.inplace import LiveReport, optimize_, restore_
     from graphquant.report import Outcome, Report
-    from graphquant.weights.packed import refresh
+    from graphquant.weights.versions import refresh
 
 _register_lowerings()
 
@@ -82,7 +82,7 @@ if not TYPE_CHECKING:  # type checkers read the imports above, and see unknown n
         "exporters.torchscript": "torchscript",
         "inplace": "LiveReport optimize_ restore_",
         "report": "Outcome Report",
-        "weights.packed": "refresh",
+        "weights.versions": "refresh",
     }
     _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
     # `graphquant.onnx.save`, without an import of graphquant.onnx

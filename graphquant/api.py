@@ -1,4 +1,4 @@
-"""The entries beside torch.compile."""
+"""Public entry points besides the torch.compile backend."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from graphquant.accuracy.report import AccuracyReport
 from graphquant.accuracy.search import Trials
 from graphquant.calibration import Calibration, Record
 from graphquant.calibration.observed import Observed
-from graphquant.capture.aten import forgotten_afterwards
+from graphquant.capture.aten import reset_dynamo_afterwards
 from graphquant.capture.tracing import Trace, root_of
-from graphquant.config import Config, literally
+from graphquant.config import Config, escape
 from graphquant.errors import GraphquantError, OptionError, UnsupportedInputError
 from graphquant.exporters.program import require_program, to_program
 from graphquant.exporters.standalone import without_ops
-from graphquant.failure import promised, stage
+from graphquant.failure import raise_failures, stage
 from graphquant.ir.captured import Captured
 from graphquant.ir.interpret import Paths
 from graphquant.passes.notes import with_slow_cpu_note
@@ -38,7 +38,7 @@ from graphquant.report import Report
 
 log = logging.getLogger(__name__)
 
-OF_COMPILATION = ("inner", "mode", "inductor", "tensorrt", "free_weights")
+COMPILE_OPTIONS = ("inner", "mode", "inductor", "tensorrt", "free_weights")
 
 
 def explain(
@@ -47,11 +47,13 @@ def explain(
     options: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Report:
-    """What `torch.compile(model, backend="graphquant", options=options)` would do on this call.
+    """Report of what `torch.compile(model, backend="graphquant", options=options)` would do.
 
-    Captures `model(*args, **kwargs)`, applies the rules and returns the Report. Nothing is packed
-    or compiled; the model runs once, in float, as it is. Call it under the same
-    `torch.inference_mode()` or `torch.no_grad()` as the model: what needs a gradient stays float.
+    Captures `model(*args, **kwargs)` and applies the rules, without packing or compiling; the model
+    runs once, unchanged. Call it under the same `torch.inference_mode()` or `torch.no_grad()` as
+    the model: what needs a gradient stays float.
+
+    Raises UnsupportedInputError if the model is not callable, OptionError for invalid options.
     """
     if not callable(model):
         raise UnsupportedInputError(f"explain needs a torch.nn.Module, got {type(model).__name__}")
@@ -61,7 +63,7 @@ def explain(
         return with_slow_cpu_note(rewrite(captured, config).report, captured), gm.forward
 
     trace = Trace(take)
-    with forgotten_afterwards(trace.observe):
+    with reset_dynamo_afterwards(trace.observe):
         trace(model, args, kwargs)
     return trace.report(model)
 
@@ -74,31 +76,31 @@ def export(
     dynamic_shapes: Any = None,
     **options: Any,
 ) -> ExportedProgram:
-    """The model in int8 as a torch.export program, to be saved, compiled ahead or converted.
+    """Export the model in int8 as a torch.export program, to be saved, compiled or converted.
 
-    model           a torch.nn.Module in eval mode; it stays as it is
-    args, kwargs    what one call takes, as for torch.export.export: its dtypes and device are those
-                    of the program, and its sizes where `dynamic_shapes` does not say otherwise
+    model           a torch.nn.Module in eval mode; it is not changed
+    args, kwargs    example inputs as for torch.export.export, which fix dtypes and device, and all
+                    sizes that are not in `dynamic_shapes`
     dynamic_shapes  as for torch.export.export: {"pixel_values": {0: torch.export.Dim("batch")}}
-    options         as for `torch.compile(model, backend="graphquant", options=options)`, but for
+    options         as for `torch.compile(model, backend="graphquant", options=options)`, except
                     those of compilation; `on_report` gets the Report
 
-    The same rules rewrite it as under torch.compile. Int8 weights are buffers of the program, named
-    after the linears ("layers.0.fc1.wq", "w_scale", "w_sum"), and float weights that nothing reads
-    any more are not in it. Weights are those of now: the program does not follow the model.
+    The rules are the same as under torch.compile. Int8 weights are buffers of the program, named
+    after the linears ("layers.0.fc1.wq", "w_scale", "w_sum"); float weights that nothing reads are
+    left out. The program does not track later changes of the model's weights.
 
-    A process that loads the file has to import graphquant first, for its ops.
+    A process that loads the file must import graphquant first, for its ops.
 
-    Raises UnsupportedInputError for a model that is no module or is in training mode; OptionError
-    for options that do not exist or say nothing here; and what torch.export raises for a model that
-    it cannot trace into one graph.
+    Raises UnsupportedInputError if the model is not a module or is in training mode; OptionError
+    for options that are unknown or of compilation; and what torch.export raises if it cannot trace
+    the model into one graph.
     """
     model = _in_eval_mode("export", model)
-    for name in OF_COMPILATION:
+    for name in COMPILE_OPTIONS:
         if name in options:
-            raise OptionError(f"{name} is an option of torch.compile: an export compiles nothing")
+            raise OptionError(f"{name} is an option of torch.compile; export does not compile")
     config = Config.of(options)
-    with promised("export"):
+    with raise_failures("export"):
         program, report = to_program(model, args, kwargs or {}, dynamic_shapes, config)
     for note in report.notes:
         log.warning("%s", note)
@@ -108,18 +110,17 @@ def export(
 
 
 def standalone(program: ExportedProgram) -> ExportedProgram:
-    """The same program without graphquant's ops: it runs where graphquant is not.
+    """The same program without graphquant's ops, which runs without graphquant installed.
 
-    program  what `export` returned, or `torch.export.load` of it; it stays as it is
+    program  result of `export`, also after torch.export.load; it is not changed
 
-    Every op of graphquant is replaced by what it means in torch's own ops. torch.export.load needs
-    no import of graphquant then, nor of the model's library: what the model returned as a class of
-    its own is a dict with the same names, or a tuple.
+    Every graphquant op is replaced by torch's own ops. torch.export.load then needs neither
+    graphquant nor the model's library: a custom output class becomes a dict with the same names, or
+    a tuple.
 
-    For a CPU: the results are the same, bit for bit, and AOTInductor compiles it to a package that
-    a C++ program runs without Python. On CUDA the int8 products are `torch._int_mm`, and it is
-    slower than a float model; there AOTInductor compiles the program as it is, with graphquant's
-    Triton kernels, to such a package.
+    For CPUs: results are bit-identical, and AOTInductor compiles it to a package that C++ runs
+    without Python. On CUDA the int8 products are `torch._int_mm`, and slower than a float model;
+    there AOTInductor compiles the original program, with graphquant's Triton kernels.
 
     Raises UnsupportedInputError for anything but an ExportedProgram.
     """
@@ -130,31 +131,29 @@ def standalone(program: ExportedProgram) -> ExportedProgram:
 def compare(
     model: Callable[..., Any], batches: Iterable[Any], *, options: Mapping[str, Any] | None = None
 ) -> AccuracyReport:
-    """How far int8 takes a model from float: at every int8 linear, and in what it returns.
+    """Compare a model in int8 with float: at every int8 linear, and in its outputs.
 
-    model    a torch.nn.Module in eval mode, compiled or not; it stays as it is
-    batches  what its calls take, one after the other, each of any size: a tensor (the only
-             argument), a tuple of arguments, a dict of keyword arguments, or the tuple (tuple or
-             list of arguments, dict of keyword arguments)
+    model    a torch.nn.Module in eval mode, compiled or not; it is not changed
+    batches  inputs of any number of calls and any size: a tensor (the only argument), a tuple of
+             arguments, a dict of keyword arguments, or the tuple (tuple or list of arguments, dict
+             of keyword arguments)
     options  as for `torch.compile(model, backend="graphquant", options=options)`
 
-    Every batch runs twice, in float and rewritten, under torch.no_grad() and by the ops as they
-    stand (no Inductor); nothing is packed. The float results of all int8 linears are kept from one
-    run to the other. Compared is what an int8 product adds to the model, y8, with what the float
-    model has in its place, y:
+    Every batch runs twice, in float and in int8, under torch.no_grad(), without Inductor or packed
+    weights. The float results of all int8 linears are kept in between. Compared are the result of
+    an int8 product, y8, and that of the float model, y:
 
-        y    linear(x, W, bias), times the layer scale if that was folded into the int8 product
-        y8   the same in int8, without the residual that is added in its epilogue
+        y    linear(x, W, bias), times the layer scale if that is folded into the int8 product
+        y8   the same in int8, without the residual added in its epilogue
 
-    `local`: y8 on the float model's input x, or, where a norm or an activation was fused with the
-    quantisation, on the float model's input of that. `accumulated`: y8 in the int8 model.
-    q/k/v that became one product are told apart. A model that changes its own buffers when it is
-    called sees two calls for each batch.
+    `local`: y8 on the float model's input, of the linear or of the norm or activation fused with
+    its quantization. `accumulated`: y8 in the int8 model. Stacked q/k/v are compared separately. A
+    model that changes its own buffers when called sees two calls per batch.
 
-    Raises UnsupportedInputError for a model that is no module or is in training mode, for batches
-    that hold nothing, and for a batch of another type; OptionError for options that do not exist;
-    GraphquantError if the model takes another path in int8 than in float (its control flow or its
-    sizes depend on values that int8 has changed).
+    Raises UnsupportedInputError if the model is not a module or is in training mode, if there are
+    no batches, and for a batch of another type; OptionError for invalid options; GraphquantError if
+    the model takes another path in int8 than in float (its control flow or its sizes depend on
+    values that int8 has changed).
     """
     model = _callable("compare", model)
     config = Config.of(options or {})
@@ -173,7 +172,7 @@ def compare(
 
     trace = Trace(take, "compare")
     report = None
-    with torch.no_grad(), forgotten_afterwards(trace.observe):
+    with torch.no_grad(), reset_dynamo_afterwards(trace.observe):
         for args, kwargs in each_call(batches, model):
             floats = FloatRun()
             want = copy_outputs(run(floats, args, kwargs))
@@ -197,30 +196,28 @@ def calibrate(
     progress: bool = True,
     resume: Calibration | None = None,
 ) -> Calibration:
-    """What the model's linears read on these batches: channels' absmax, a histogram, some rows.
+    """Collect statistics of all linear inputs: absmax per channel, histogram, sampled rows.
 
-    model       a torch.nn.Module in eval mode, compiled or not; it stays as it is
-    batches     what its calls take, one after the other, each of any size, as for `compare`;
-                padding counts like anything else
-    method      how Calibration.range finds a static range: "absmax", "percentile" or "mse"; all
-                three work on what is gathered, so `Calibration.using` can change it later
+    model       a torch.nn.Module in eval mode, compiled or not; it is not changed
+    batches     inputs as for `compare`; padding is included
+    method      how Calibration.range chooses a static range: "absmax", "percentile" or "mse";
+                `Calibration.using` can change it later, without new data
     percentile  of |x|, for method "percentile"
     progress    show a progress bar
-    resume      a Calibration of this model: its data counts as well, and its method stays as it is
-                here. Neither it nor anything else is changed.
+    resume      a Calibration of this model to add the data to; it is not changed, and its method is
+                not used
 
-    The float model runs once for each batch under torch.no_grad(), by the ops as they stand. A
-    linear that no batch came to is not in the result, nor is one that torch.compile does not see
-    (a warning in the log says how many). Values that are inf or nan are left out, and a warning
-    says where.
+    The float model runs once per batch under torch.no_grad(), without Inductor. Linears that no
+    batch reaches, or that torch.compile does not capture (a warning says how many), are not in the
+    result. inf and nan are left out, with a warning.
 
-    Adding up is exact, so it can be done in parts: after each, `calibration = calibrate(model,
-    part, resume=calibration)` and `calibration.save(path)`. The model computes in float, and its
-    results may depend on how samples are batched in the last bits.
+    Merging is exact, so calibration can be done in parts: `calibration = calibrate(model, part,
+    resume=calibration)` and `calibration.save(path)` after each. The last bits of the float model's
+    own results may depend on the batching.
 
-    Raises UnsupportedInputError for a model that is no module or is in training mode, for batches
-    that hold nothing, and for a batch of another type; OptionError for a method that does not
-    exist; CalibrationError if `resume` is of another model.
+    Raises UnsupportedInputError if the model is not a module or is in training mode, if there are
+    no batches, and for a batch of another type; OptionError for an unknown method;
+    CalibrationError if `resume` is of another model.
     """
     model = _callable("calibrate", model)
     calibration = Calibration(_owner(model), method=method, percentile=percentile)
@@ -228,17 +225,17 @@ def calibrate(
         calibration = calibration.merge(resume)
     paths = Paths(root_of(model))
 
-    def found(readers: Sequence[str], x: Tensor) -> None:
+    def add(readers: Sequence[str], x: Tensor) -> None:
         calibration.add(readers, Record.of(x))
 
     def take(captured: Captured, gm: GraphModule) -> tuple[Report, Callable[..., Any]]:
         with stage("normalize"):
-            return Report(()), Observed(captured, paths, found).run
+            return Report(()), Observed(captured, paths, add).run
 
     trace = Trace(take, "calibrate")
     before = calibration.batches
     total = len(batches) if isinstance(batches, Sized) else None
-    with torch.no_grad(), forgotten_afterwards(trace.observe):
+    with torch.no_grad(), reset_dynamo_afterwards(trace.observe):
         calls = tqdm(
             each_call(batches, model), "calibrate", total, unit="batch", disable=not progress
         )
@@ -263,33 +260,32 @@ def fit_budget(
     options: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Budget:
-    """Options under which the outputs are this exact: the linears that cost most stay in float.
+    """Find options that meet an accuracy budget, by leaving the worst linears in float.
 
-    model         a torch.nn.Module in eval mode, compiled or not; it stays as it is
-    batches       what its calls take, as for `compare`; all are kept, and run again and again
-    cosine        the least mean of the cosines of the outputs' rows (slices along the last dim)
-    worst_cosine  the least cosine of any row
-    sqnr          the least SQNR of the outputs, in dB
+    model         a torch.nn.Module in eval mode, compiled or not; it is not changed
+    batches       inputs as for `compare`; all are kept in memory and run many times
+    cosine        minimum mean cosine of the outputs' rows (slices along the last dim)
+    worst_cosine  minimum cosine of any row
+    sqnr          minimum SQNR of the outputs, in dB
     options       as for `torch.compile(model, backend="graphquant", options=options)`
     progress      show a progress bar
 
-    One of the three budgets is given. Each floating-point tensor that the model returns has to keep
-    it: wrap the model in a module that returns what counts, such as its pooled embeddings. With a
-    `calibration` and no word of `smooth` among the options, smooth="auto" is tried first, and taken
-    if the outputs are nearer with it.
+    Give exactly one of the three budgets. Every floating-point output must meet it: wrap the model
+    in a module that returns only what matters, such as its pooled embeddings. With a `calibration`
+    and without `smooth` in the options, smooth="auto" is tried first, and kept if it brings the
+    outputs closer.
 
-    First the outputs are compared with each linear alone in int8. Those that cost most for the time
-    that they save (as measured on CUDA; else for their FLOPs) are left in float, as few as suffice,
-    in runs of the whole model; and what turns out not to be needed is given back. It takes about
-    n + log2(n) + m runs over the batches for n linears of which m stay in float. The result is
-    compared at last as it will be compiled.
+    First the outputs are compared with each linear alone in int8. The linears with the most error
+    per time saved (measured on CUDA; else per FLOP) are left in float, as few as suffice in runs of
+    the whole model; those that turn out unnecessary return to int8. It takes about
+    n + log2(n) + m runs over the batches for n linears of which m stay in float. Finally the result
+    is compared as it will be compiled.
 
-    Linears are told apart by the module path in the report, so layers that share one graph go
-    together. On other data, or with other weights, the outputs may be less exact.
+    Linears are identified by the module path in the report, so layers that share a graph are
+    decided together. On other data, or with other weights, the outputs may be less accurate.
 
-    Raises OptionError unless one budget is given and can be met by a number; GraphquantError if not
-    even float keeps it, which is so for a model that computes something else at every call; and as
-    `compare` does.
+    Raises OptionError unless exactly one valid budget is given; GraphquantError if even float does
+    not meet it, as for a model that is not deterministic; and as `compare` does.
     """
     model = _callable("fit_budget", model)
     metric, least = goal(cosine=cosine, worst_cosine=worst_cosine, sqnr=sqnr)
@@ -305,11 +301,11 @@ def fit_budget(
     left: list[LeftInFloat] = []
     if after < least:
         trials = Trials(model, calls, Config.of(chosen))
-        with forgotten_afterwards(trials.trace.observe):
+        with reset_dynamo_afterwards(trials.trace.observe):
             found = trials.search(metric, least, progress=progress)
         every = sum(o.flops for o in report.report.linears) or 1
         paths, more = found.left, found.others
-        for step in count():  # one try, if it holds as it is compiled
+        for step in count():  # one step, if the result holds when compiled
             fitted = {**chosen, "exclude": _excluded(chosen, paths)}
             report = compare(model, calls, options=fitted)
             if (after := metric(report.outputs)) >= least or not more:
@@ -328,12 +324,12 @@ def fit_budget(
 
 
 def _excluded(options: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
-    """The option `exclude`, and these paths."""
-    return [*Config.of(options).exclude, *map(literally, paths)]
+    """The option `exclude` with these paths added."""
+    return [*Config.of(options).exclude, *map(escape, paths)]
 
 
 def _callable(entry: str, model: Callable[..., Any]) -> Callable[..., Any]:
-    """The module or the method of a module, if it may be run as in inference."""
+    """The model, a module or a method of one, if it is in eval mode."""
     owner = getattr(model, "__self__", None)
     if not isinstance(owner, nn.Module):
         return _in_eval_mode(entry, model)
@@ -343,12 +339,12 @@ def _callable(entry: str, model: Callable[..., Any]) -> Callable[..., Any]:
 
 def _owner(model: Callable[..., Any]) -> nn.Module:
     owner = root_of(model)
-    assert owner is not None  # _callable has looked
+    assert owner is not None  # checked by _callable
     return owner
 
 
 def _in_eval_mode(entry: str, model: Any) -> nn.Module:
-    """The module itself, if it is one and may be run as in inference."""
+    """The module, not compiled, if it is in eval mode. Raises UnsupportedInputError."""
     model = original(model)
     if not isinstance(model, nn.Module):
         raise UnsupportedInputError(f"{entry} needs a torch.nn.Module, got {type(model).__name__}")

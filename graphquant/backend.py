@@ -1,6 +1,6 @@
 """The torch.compile backend: `torch.compile(model, backend="graphquant")`.
 
-capture -> rewrite (normalise, recognise, rules) -> prepack -> hand over
+capture -> rewrite (normalize, recognize, rules) -> prepack -> lowering
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from graphquant._torch import FakeTensor, OpOverload, detect_fake_mode, forward_ad_is_on
 from graphquant.capture.aten import from_dynamo
-from graphquant.capture.fallback import or_in_float
+from graphquant.capture.fallback import with_fallback
 from graphquant.capture.sources import belong_to_modules, static_inputs
 from graphquant.config import Config
 from graphquant.errors import ReleasedWeightError
@@ -29,7 +29,7 @@ from graphquant.passes.notes import with_slow_cpu_note
 from graphquant.passes.pipeline import rewrite
 from graphquant.passes.prepack import prepack
 from graphquant.report import Quiet, Report
-from graphquant.weights.packed import Supply
+from graphquant.weights.packed import PackedInputs
 from graphquant.weights.released import is_released
 
 log = logging.getLogger(__name__)
@@ -43,67 +43,71 @@ def graphquant(
     options: Mapping[str, Any] | None = None,
     root: torch.nn.Module | None = None,
 ) -> Callable[..., Any]:
-    """Compile one of Dynamo's graphs. Found by name through the entry point; not called directly.
+    """Compile a Dynamo graph. Registered as a backend by the package's entry point.
 
     mode     as for Inductor: "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
     options  the fields of graphquant.Config
-    root     where paths begin: by itself the module that torch.compile was given
+    root     module at which paths begin, by default the one given to torch.compile
     """
     config = Config.of({**({"mode": mode} if mode is not None else {}), **(options or {})})
-    report, run = or_in_float(gm, lambda: _in_int8(gm, example_inputs, config, root))
+    report, run = with_fallback(gm, lambda: _compile_int8(gm, example_inputs, config, root))
     if run is None:
         run = compile_graph(gm, example_inputs, config)
-    _tell(config, report)
-    return _float_for_tangents(run, gm, released=config.free_weights is True)
+    _report(config, report)
+    return _float_for_forward_ad(run, gm, released=config.free_weights is True)
 
 
-def _in_int8(
+def _compile_int8(
     gm: GraphModule, example_inputs: list[Any], config: Config, root: torch.nn.Module | None
 ) -> tuple[Report, Callable[..., Any]]:
-    """What was done, and what runs instead of Dynamo's graph, which stays as it is."""
+    """(report, callable that replaces Dynamo's graph). Does not change that graph."""
     with stage("capture"):
         captured = from_dynamo(gm, example_inputs, root)
-    if captured is None:  # a graph of numbers only
+    if captured is None:  # no tensor inputs
         return Report(()), compile_graph(gm, example_inputs, config)
     report = with_slow_cpu_note(rewrite(captured, config).report, captured)
     owned = [i for i, held in enumerate(belong_to_modules(gm)) if held]
-    return report, _hand_over(captured, example_inputs, config, owned)
+    return report, _lower(captured, example_inputs, config, owned)
 
 
-def _tell(config: Config, report: Report) -> None:
+def _report(config: Config, report: Report) -> None:
     for note in report.notes:
         log.log(logging.INFO if isinstance(note, Quiet) else logging.WARNING, "%s", note)
     if config.on_report is not None:
         config.on_report(report)
 
 
-def _hand_over(
+def _lower(
     captured: Captured, example_inputs: Sequence[Any], config: Config, owned: Sequence[int]
 ) -> Callable[..., Any]:
+    """Pack the weights and compile the graph with them as inputs.
+
+    owned  which inputs belong to a module, see PackedInputs
+    """
     graph = captured.gm.graph
-    given = graph.find_nodes(op="placeholder")
-    names = [captured.names.get(n, n.name) for n in given]
-    index = {node: i for i, node in enumerate(given)}
-    real = [captured.parameters.get(n, v) for n, v in zip(given, example_inputs, strict=True)]
+    nodes = graph.find_nodes(op="placeholder")
+    names = [captured.names.get(n, n.name) for n in nodes]
+    index = {node: i for i, node in enumerate(nodes)}
+    real = [captured.parameters.get(n, v) for n, v in zip(nodes, example_inputs, strict=True)]
 
     with stage("prepack"):
         packings = prepack(captured, static_inputs(graph))
     jobs = [(p.recipe, tuple(index[r] for r in p.roots)) for p in packings]
-    kept = [i for i, n in enumerate(given) if n.users]
-    floats = [i for i in kept if given[i] in captured.parameters] if config.free_weights else []
-    supply = Supply(jobs, names.__getitem__, floats, owned)
+    used = [i for i, n in enumerate(nodes) if n.users]
+    floats = [i for i in used if nodes[i] in captured.parameters] if config.free_weights else []
+    packed_inputs = PackedInputs(jobs, names.__getitem__, floats, owned)
     with stage("packing"):
-        tensors = supply(real)
-    _refuse_released(captured, given, kept, real)
-    for node in given:
+        tensors = packed_inputs(real)
+    _refuse_released(captured, nodes, used, real)
+    for node in nodes:
         if not node.users:
             graph.erase_node(node)
     captured.gm.recompile()
     on_gpu = any(isinstance(a, Tensor) and a.is_cuda for a in example_inputs)
-    hides = on_gpu and can_run_twice(graph)
-    # static shapes: a packed weight never changes its size
+    speculates = on_gpu and can_run_twice(graph)
+    # static shapes: a packed weight keeps its shape
     fakes = _fake(captured, example_inputs, tensors)
-    inputs = [*(example_inputs[i] for i in kept), *fakes]
+    inputs = [*(example_inputs[i] for i in used), *fakes]
     with stage("the build of kernels"):
         build_kernels(captured.gm)
     with stage(f"inner={config.inner!r}"):
@@ -111,38 +115,37 @@ def _hand_over(
     to_release = [config.free_weights] if config.free_weights else []
 
     def run(*args: Any) -> Any:
-        result = inner(*[args[i] for i in kept], *supply(args))
-        if to_release:  # now that the graph has run, nothing can fail that would need the floats
-            freed = supply.release(args, config.free_weights)  # by two threads does no harm
+        result = inner(*[args[i] for i in used], *packed_inputs(args))
+        if to_release:  # after the first run no failure can need the float weights any more
+            freed = packed_inputs.release(args, config.free_weights)  # safe in two threads at once
             to_release.clear()
             log.info("free_weights released %.1f MiB of float weights", freed / 2**20)
         return result
 
-    def run_and_look(*args: Any) -> Any:
-        """The GPU starts at once; whether the packs were fresh is found out while it computes."""
+    def run_and_confirm(*args: Any) -> Any:
+        """Start the GPU at once, and check the packed weights while it computes."""
         if not to_release and not torch.cuda.is_current_stream_capturing():
-            guess = supply.guess(args)
-            if guess is not None:
-                result = inner(*[args[i] for i in kept], *guess.tensors)
-                if supply.confirms(guess, args):
+            plan = packed_inputs.speculate(args)
+            if plan is not None:
+                result = inner(*[args[i] for i in used], *plan.tensors)
+                if packed_inputs.confirm(plan, args):
                     return result
                 del result
         return run(*args)
 
-    compiled = run_and_look if hides else run
+    compiled = run_and_confirm if speculates else run
 
     def run_or_trace(*args: Any) -> Any:
         if any(isinstance(a, FakeTensor) for a in args):
-            return inner(*[args[i] for i in kept], *fakes)
+            return inner(*[args[i] for i in used], *fakes)
         return compiled(*args)
 
-    # DDP's optimizer runs what it compiled on fake inputs, for the strides of the results
+    # DDPOptimizer runs compiled graphs on fake inputs to get the strides of the results
     return run_or_trace if any(isinstance(v, FakeTensor) for v in example_inputs) else compiled
 
 
 def can_run_twice(graph: Graph) -> bool:
-    """Is it no matter whether a graph has run before? It writes to nothing, draws no random numbers
-    and talks to nobody."""
+    """Is the graph free of side effects: in-place writes, random numbers, collectives?"""
     return all(
         n.op in ("placeholder", "get_attr", "output") or n.target in _PURE or _is_pure(n)
         for n in graph.nodes
@@ -169,15 +172,17 @@ def _is_pure(node: Node) -> bool:
         op.namespace in ("aten", "prims", "graphquant")
         and not op._schema.is_mutable
         and torch.Tag.nondeterministic_seeded not in op.tags
-        and not ("batch_norm" in name or "instance_norm" in name)  # write running statistics
+        and not ("batch_norm" in name or "instance_norm" in name)  # they write running statistics
     )
 
 
-def _float_for_tangents(
+def _float_for_forward_ad(
     run: Callable[..., Any], gm: GraphModule, *, released: bool
 ) -> Callable[..., Any]:
-    """Calls whose inputs carry a tangent of forward-mode AD run Dynamo's graph: int8 ops have no
-    derivative. Dynamo has no guard for it, so the same code is called with and without."""
+    """Run Dynamo's float graph if an input has a forward-mode AD tangent.
+
+    int8 ops have no derivative, and Dynamo does not guard on tangents.
+    """
 
     def choose(*args: Any) -> Any:
         if not forward_ad_is_on() or not any(map(_has_tangent, args)):
@@ -203,11 +208,11 @@ def _fake(captured: Captured, example_inputs: Sequence[Any], tensors: list[Any])
 
 
 def _refuse_released(
-    captured: Captured, given: Sequence[Node], kept: Sequence[int], example_inputs: Sequence[Any]
+    captured: Captured, nodes: Sequence[Node], used: Sequence[int], example_inputs: Sequence[Any]
 ) -> None:
-    for i in kept:
-        if given[i] in captured.parameters and is_released(example_inputs[i]):
+    for i in used:
+        if nodes[i] in captured.parameters and is_released(example_inputs[i]):
             raise ReleasedWeightError(
-                f"{captured.names[given[i]]} was released by free_weights=True, but is read in "
-                f"float by {readers(given[i])}"
+                f"{captured.names[nodes[i]]} was released by free_weights=True, but is read in "
+                f"float by {readers(nodes[i])}"
             )

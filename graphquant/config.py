@@ -1,4 +1,4 @@
-"""All options in one frozen value. Nothing else in the library reads `options=`."""
+"""Config: all options, validated. The only place that reads `options=`."""
 
 from __future__ import annotations
 
@@ -27,80 +27,77 @@ WEIGHT_SCALES = ("absmax", "mse")
 
 @runtime_checkable
 class Statistics(Protocol):
-    """What a calibration knows of the inputs of linears, by the linear's module path, as in the
-    report. None for one that it has not seen.
+    """Protocol of a calibration: statistics of linear inputs by module path, None if unknown.
 
-    A calibration may also have `sample(path)`: some rows, [n, K] float32, for smooth="auto" and for
-    `min_sqnr`.
+    It may also have `sample(path)`: some rows, [n, K] float32, for smooth="auto" and `min_sqnr`.
     """
 
     def absmax(self, path: str) -> Tensor | None:
-        """[K] float32: the largest magnitude in each input channel."""
+        """max |x| of each input channel, [K] float32."""
         ...
 
     def range(self, path: str) -> tuple[float, float] | None:
-        """(low, high): the range of the whole input that static scales shall cover."""
+        """(low, high), the per-tensor range that a static scale covers."""
         ...
 
 
 @dataclass(frozen=True)
 class Config:
-    """What `torch.compile(model, backend="graphquant", options={...})` accepts.
+    """Options of `torch.compile(model, backend="graphquant", options={...})`.
 
     Patterns in `include` and `exclude` are module paths such as `encoder.layers.0.mlp.fc1`: globs,
-    in which `*` also crosses dots, or regular expressions behind `re:`. A pattern must match the
+    in which `*` also matches dots, or regular expressions after `re:`. A pattern must match the
     whole path.
     """
 
     inner: str = "inductor"
-    """What runs the rewritten graph: "inductor", "eager" (as it stands), "aot_eager", or
-    "torch_tensorrt": engines around the int8 ops, which stay with PyTorch."""
+    """Compiler of the rewritten graph: "inductor", "eager" (none), "aot_eager" or "torch_tensorrt",
+    which builds engines for all but the int8 ops."""
     mode: str | None = None
-    """Inductor's mode: torch.compile's own `mode=` cannot be given next to `options=`."""
+    """Inductor's mode; torch.compile does not accept `mode=` together with `options=`."""
     select: str = ""
-    """On CUDA, "faster" (default): a linear runs in int8 only if that was measured to be faster
-    than the float chain it replaces. "always": without measuring. Elsewhere nothing is measured.
-    The environment variable GRAPHQUANT_SELECT changes the default."""
+    """On CUDA, "faster" (default): a linear runs in int8 only if measured to be faster than the
+    float chain it replaces. "always": without measuring, as on other devices. The environment
+    variable GRAPHQUANT_SELECT changes the default."""
     quantize: bool = True
-    """False: float only. Linears that read one value (q/k/v) become one; nothing is int8."""
+    """False: float only. Linears that read the same value (q/k/v) become one; nothing is int8."""
     include: tuple[str, ...] = ()
     """Only linears whose module path matches one of these are rewritten; empty means all."""
     exclude: tuple[str, ...] = ()
-    """Linears whose module path matches one of these are left alone."""
+    """Linears whose module path matches one of these are not rewritten."""
     free_weights: bool | str = False
-    """True: give up the float values of every weight of the module that only int8 linears read,
-    after the first call. From then on the eager module, saving its state_dict and in-place updates
-    of those weights raise; `load_state_dict(..., assign=True)` works. "host": move them to host
-    memory, where all of that works. On the CPU they are there already, and stay."""
+    """True: free the float values of all weights that only int8 linears read, after the first
+    call. From then on the eager module, saving its state_dict and in-place updates of those weights
+    raise; `load_state_dict(..., assign=True)` works. "host": move them to host memory, where all of
+    that works; no effect on a CPU."""
     activation: str = "dynamic"
-    """With "dynamic" every row (token) of a linear's input has a scale and a shift of its own, with
-    "static" all have the same, from the range in `calibration`. A linear that the calibration does
-    not know stays dynamic; the report says so."""
+    """Quantization of a linear's input: "dynamic" has a scale and a shift per row (token), "static"
+    one of each for all rows, from the range in `calibration`. A linear without such a range stays
+    dynamic; the report says so."""
     clip_range: float | None = None
-    """Nothing that a linear reads in int8 is further from zero than this."""
+    """Clip the inputs of int8 linears to [-clip_range, clip_range]."""
     weight_scale: str = "absmax"
-    """The scale of a weight's output channel: "absmax", or "mse", which makes its squared rounding
-    error least."""
+    """Scales of weights per output channel: "absmax", or "mse" (least squared rounding error)."""
     wbits: int = 8
-    """Bits of a weight. There are no products of other widths than 8."""
+    """Bits of a weight. Only 8 is supported."""
     smooth: float | str | None = None
-    """SmoothQuant: what an int8 linear reads is divided, channel by channel, by the channel's
-    absmax^smooth / its weights' size^(1 - smooth), and the weights multiplied: exact but for int8.
-    0 < smooth < 1 (0.5 is usual) and "auto" need `calibration`; with "auto" the exponent, or not to
-    smooth, is searched for each linear of which the calibration keeps a sample of rows. "norm":
-    only linears behind a norm, by its parameters, without data."""
+    """SmoothQuant: divide each input channel of an int8 linear by its absmax^smooth / its weights'
+    size^(1 - smooth), and multiply the weights by it, which is equivalent in float. 0 < smooth < 1
+    (0.5 is usual) and "auto" need `calibration`; "auto" searches the exponent, or not to smooth,
+    for each linear with sampled rows. "norm": only linears after a norm, from its parameters,
+    without data."""
     min_sqnr: float | None = None
-    """In dB. A linear whose int8 product is less exact than this, on the rows that `calibration`
-    has of its input, stays in float; q/k/v that are one product all do if one of them is. Without
-    rows it is int8. Judged when the model is compiled, not again when weights change."""
+    """Minimum SQNR in dB: a linear whose int8 product is below it, on the sampled rows in
+    `calibration`, stays in float; stacked q/k/v all do if one of them is below. A linear without
+    rows is int8. Checked when the model is compiled, not again when weights change."""
     calibration: Statistics | None = None
-    """What calibration data has shown, for activation="static", `smooth` and `min_sqnr`."""
+    """Result of `calibrate`, for activation="static", `smooth` and `min_sqnr`."""
     on_report: Callable[[Any], object] | None = None
-    """Called with the Report of each graph that is compiled, e.g. `print`."""
+    """Called with the Report of each compiled graph, e.g. `print`."""
     inductor: Mapping[str, Any] = field(default_factory=dict)
-    """Options handed to Inductor for this compilation, e.g. {"max_autotune": True}."""
+    """Options for Inductor, e.g. {"max_autotune": True}."""
     tensorrt: Mapping[str, Any] = field(default_factory=dict)
-    """Options handed to Torch-TensorRT with inner="torch_tensorrt", e.g. {"min_block_size": 1}."""
+    """Options for Torch-TensorRT, with inner="torch_tensorrt", e.g. {"min_block_size": 1}."""
 
     def __post_init__(self) -> None:
         _one_of("inner", self.inner, INNERS)
@@ -114,22 +111,20 @@ class Config:
         if not isinstance(self.free_weights, bool) and self.free_weights != "host":
             raise OptionError(
                 f"free_weights must be True or False, got {self.free_weights!r}; "
-                'the one word that it knows is "host"'
+                'the only word it accepts is "host"'
             )
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         _one_of("activation", self.activation, ACTIVATIONS)
         _one_of("weight_scale", self.weight_scale, WEIGHT_SCALES)
         if self.wbits != 8 or isinstance(self.wbits, bool):
-            raise OptionError(
-                f"wbits={self.wbits!r}: weights have 8 bits; graphquant has no products of others"
-            )
+            raise OptionError(f"wbits={self.wbits!r}: only 8-bit weights are supported")
         if self.clip_range is not None:
             object.__setattr__(self, "clip_range", _positive("clip_range", self.clip_range))
         if self.calibration is not None and not isinstance(self.calibration, Statistics):
             raise OptionError(
-                "calibration must have the methods absmax(path) and range(path), as what "
-                f"graphquant.calibrate returns, got {self.calibration!r}"
+                "calibration must have the methods absmax(path) and range(path), like the result "
+                f"of graphquant.calibrate, got {self.calibration!r}"
             )
         if self.activation == "static" and self.calibration is None:
             raise OptionError(
@@ -142,7 +137,7 @@ class Config:
             object.__setattr__(self, "min_sqnr", _positive("min_sqnr", self.min_sqnr))
             if not hasattr(self.calibration, "sample"):
                 raise OptionError(
-                    f"min_sqnr={self.min_sqnr:g} is judged on rows of calibration data: give "
+                    f"min_sqnr={self.min_sqnr:g} needs sampled rows of calibration data: give "
                     "calibration=graphquant.calibrate(model, batches)"
                 )
         if self.on_report is not None and not callable(self.on_report):
@@ -156,7 +151,7 @@ class Config:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Config:
-        """The Config for these options. Raises OptionError for one that does not exist."""
+        """The Config for these options. Raises OptionError for unknown or invalid ones."""
         valid = [f.name for f in dataclasses.fields(cls)]
         for name in options:
             if name not in valid:
@@ -167,20 +162,18 @@ class Config:
 
     @classmethod
     def of_file(cls, options: Mapping[str, Any], **given: Any) -> Config:
-        """As `of`, for options that a file brings, beside those that are `given` by the program.
+        """As `of`, for untrusted options from a file together with those `given` by the program.
 
-        A file is data: it may hold numbers, True and False, one of the words an option knows, and
-        patterns of module paths; for Inductor and Torch-TensorRT numbers, True and False alone.
-        Some of their other options name programs that they run.
-
+        A file may contain numbers, booleans, words and patterns of module paths; for Inductor and
+        Torch-TensorRT only numbers and booleans, since other options name programs that they run.
         Raises OptionError for anything else.
         """
         for name, value in options.items():
             if not _is_data(name, value):
                 raise OptionError(
                     f"the option {name}={reprlib.repr(value)} cannot come from a file, which may "
-                    "hold numbers, true, false, words that the option knows and patterns of paths"
-                    + f"; give it beside them: {{**options, {name!r}: ...}}"
+                    "contain numbers, true, false, words and patterns of paths; add it in code: "
+                    f"{{**options, {name!r}: ...}}"
                 )
         return cls.of({**options, **given})
 
@@ -188,58 +181,57 @@ class Config:
         smooth = self.smooth
         if self.clip_range is not None:
             raise OptionError(
-                f"smooth={smooth!r} beside clip_range: what is smoothed has other units than what "
-                "it is clipped to"
+                f"smooth={smooth!r} with clip_range: smoothing changes the units of what is clipped"
             )
         if smooth == "norm":
             if self.activation == "static":
-                raise OptionError("smooth='norm' knows no range for activation='static'")
+                raise OptionError("smooth='norm' has no range for activation='static'")
             return
         if smooth != "auto" and not (isinstance(smooth, float) and 0.0 < smooth < 1.0):
             raise OptionError(
-                f"smooth={smooth!r} is no number between 0 and 1, nor one of 'auto', 'norm'"
+                f"smooth={smooth!r} is not a number between 0 and 1, 'auto' or 'norm'"
             )
         if self.calibration is None:
             raise OptionError(
-                f"smooth={smooth!r} takes its channels from calibration data: give "
+                f"smooth={smooth!r} needs calibration data: give "
                 "calibration=graphquant.calibrate(model, batches), or smooth='norm'"
             )
 
     def wants(self, path: str) -> str | None:
-        """None if the linear at this module path may be rewritten, else why not."""
+        """Why `include` or `exclude` rule out the linear at this path; None if they do not."""
         if self.include and not any(matches(p, path) for p in self.include):
-            return "not named by include"
+            return "not matched by include"
         if (hit := next((p for p in self.exclude if matches(p, path)), None)) is not None:
             return f"excluded by {hit!r}"
         return None
 
 
 def strict() -> bool:
-    """GRAPHQUANT_STRICT=1: what fails in graphquant raises, and is not run in float instead."""
+    """GRAPHQUANT_STRICT=1: internal failures raise, instead of falling back to float."""
     return os.environ.get("GRAPHQUANT_STRICT", "") not in ("", "0")
 
 
 def verifying() -> bool:
-    """Is every graph verified after every pass? (passes/verify.py)"""
+    """GRAPHQUANT_VERIFY=1: every graph is verified after every pass (passes/verify.py)."""
     return os.environ.get("GRAPHQUANT_VERIFY") == "1"
 
 
-def literally(path: str) -> str:
-    """A pattern that matches this module path alone, whatever characters are in it."""
+def escape(path: str) -> str:
+    """A pattern that matches only this module path, with special characters escaped."""
     pattern = re.sub(r"[*?[]", r"[\g<0>]", path)
     return f"[{pattern[0]}]{pattern[1:]}" if pattern.startswith("re:") else pattern
 
 
 _PATTERNS = ("include", "exclude")
-_OTHERS = ("inductor", "tensorrt")  # options of other programs
+_FORWARDED = ("inductor", "tensorrt")  # options of other libraries
 _OBJECTS = ("calibration", "on_report")
 
 
 def _is_data(name: object, value: object) -> bool:
-    """May a file hold this? Whether the option knows the word or number is for Config to say."""
+    """May a file contain this? Whether the value is valid for the option is up to Config."""
     if name in _OBJECTS:
         return False
-    if name in _OTHERS:
+    if name in _FORWARDED:
         return isinstance(value, Mapping) and all(
             isinstance(key, str) and _is_number(one) for key, one in value.items()
         )

@@ -1,8 +1,8 @@
-"""What becomes of a graph when graphquant itself fails: it runs in float, and says what failed.
+"""Internal failures: the graph runs in float instead, and the report says what failed.
 
-A fault in a pass, a kernel that cannot be built, memory that does not suffice for the int8 weights:
-none of them is the user's, and the model as it stands still runs. GRAPHQUANT_STRICT=1 raises
-instead. What the user asked for and cannot be is always raised.
+A bug in a pass, a kernel that cannot be built or too little memory for the int8 weights is not the
+user's fault, and the float model still runs. GRAPHQUANT_STRICT=1 raises instead. Requests that
+cannot be met are always raised.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from graphquant.errors import (
     ReleasedWeightError,
 )
 
-# What is no failure: mistakes in what was asked for, and torch.compile's own ways to start again.
+# Not failures: invalid requests, and torch.compile's own control flow.
 NEVER_CAUGHT: tuple[type[Exception], ...] = (
     CalibrationError,
     MissingPackageError,
@@ -45,11 +45,8 @@ _HERE = Path(__file__).parent
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """A part of what graphquant does when it compiles.
-
-    An exception that leaves this block says where it comes from: `what_failed` tells. How long it
-    took is in `torch._dynamo.utils.compile_times()`, as "graphquant: normalize".
-    """
+    """Label exceptions that leave this block with the stage, for `what_failed`, and record its time
+    as "graphquant: normalize" in `torch._dynamo.utils.compile_times()`."""
     try:
         with dynamo_timed(f"graphquant: {name}"):
             yield
@@ -62,17 +59,17 @@ def stage(name: str) -> Iterator[None]:
 def what_failed(error: Exception) -> str:
     """ "normalize failed: ValueError: ... (passes/normalize.py:87)"."""
     lines = str(error).strip().splitlines()
-    said = f"{type(error).__name__}{': ' if lines else ''}{lines[0] if lines else ''}"
-    steps = ((Path(f.filename), f.lineno) for f in traceback.extract_tb(error.__traceback__))
+    message = f"{type(error).__name__}{': ' if lines else ''}{lines[0] if lines else ''}"
+    frames = ((Path(f.filename), f.lineno) for f in traceback.extract_tb(error.__traceback__))
     ours = [
-        f"{file.relative_to(_HERE).as_posix()}:{n}" for file, n in steps if _HERE in file.parents
+        f"{file.relative_to(_HERE).as_posix()}:{n}" for file, n in frames if _HERE in file.parents
     ]
     where = f" ({ours[-1]})" if ours else ""
-    return f"{getattr(error, _STAGE, 'the rewrite')} failed: {said}{where}"
+    return f"{getattr(error, _STAGE, 'the rewrite')} failed: {message}{where}"
 
 
 def what_to_do(error: Exception) -> str:
-    """The end of a message about it."""
+    """Advice for the end of a message about a failure."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return "With more free memory it would be int8"
     if isinstance(error, KernelBuildError):
@@ -84,8 +81,8 @@ def what_to_do(error: Exception) -> str:
 
 
 @contextmanager
-def promised(entry: str) -> Iterator[None]:
-    """For entries that promise int8: a failure in here is raised as one error that says so."""
+def raise_failures(entry: str) -> Iterator[None]:
+    """Raise failures as GraphquantError, for entry points without a fallback (`entry` not "")."""
     try:
         yield
     except Exception as error:

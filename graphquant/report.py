@@ -1,4 +1,4 @@
-"""What was rewritten, what was not, and why: an Outcome for every linear, norm and activation."""
+"""Report: the Outcome of every linear, norm and activation, and why some stay in float."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INT8_RULES = frozenset({"norm_linear", "act_linear", "linear"})
 
 
 class Quiet(str):
-    """A note that is logged as information, not as a warning."""
+    """A note that is logged at INFO, not WARNING."""
 
     __slots__ = ()
 
@@ -31,20 +31,20 @@ SLOW_ON_CPU = Quiet(
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one linear, norm or activation of the model, or of another product.
+    """Outcome of the rewrite for one linear, norm, activation or other product.
 
-    kind     "linear" | "norm" | "activation"; of what multiplies and is no linear "attention",
-             "convolution" or "matmul"
-    path     its module path, e.g. "encoder.layers.0.self_attn.q_proj"
-    node     its name in the traced graph
-    rules    the rules that rewrote it, in order; empty if none did
-    refused  why no rule took it, or why a linear is in float that is stacked with others; else ""
-    M, N, K  of a linear [M, K] x [N, K]^T at the sizes seen at compile time; K alone for a norm
+    kind     "linear" | "norm" | "activation"; for other products "attention", "convolution" or
+             "matmul"
+    path     module path, e.g. "encoder.layers.0.self_attn.q_proj"
+    node     name in the captured graph
+    rules    rules that rewrote it, in order; empty if none did
+    refused  why no rule applied, or why a linear stacked with others is in float; else ""
+    M, N, K  of a linear [M, K] x [N, K]^T at the sizes seen at compile time; only K for a norm
     smoothed how the input channels of an int8 linear were smoothed, "alpha 0.5"; "" if not
     not_smoothed  why not, if the options ask for it
-    float_us, int8_us  microseconds of the chain that it is part of, with its norm or activation and
-             its siblings, in float and in int8, as measured; 0 where nothing was
-    product_flops  of a product that is no linear
+    float_us, int8_us  measured microseconds of its chain (with its norm or activation and its
+             siblings) in float and in int8; 0 if not measured
+    product_flops  of a product that is not a linear
     """
 
     kind: str
@@ -72,8 +72,7 @@ class Outcome:
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions of a linear, 2 M N K, or of another product. 0 for norms
-        and activations."""
+        """FLOPs of a linear, 2 M N K, or of another product; 0 for norms and activations."""
         return 2 * self.M * self.N * self.K if self.kind == "linear" else self.product_flops
 
     def __str__(self) -> str:
@@ -84,14 +83,14 @@ class Outcome:
 
     @property
     def taken(self) -> str:
-        """The rules, how it was smoothed and its times: "norm_linear, smoothed (alpha 0.5)"."""
+        """Rules, smoothing and times as text: "norm_linear, smoothed (alpha 0.5)"."""
         smoothed = f", smoothed ({self.smoothed})" if self.smoothed else ""
         smoothed += f", not smoothed: {self.not_smoothed}" if self.not_smoothed else ""
         return " + ".join(self.rules) + smoothed + self._timed()
 
     def _timed(self) -> str:
         if not self.applied or self.refused or not self.float_us:
-            return ""  # a refusal for speed says it in its reason
+            return ""  # a refusal for speed contains the times
         return f" ({self.int8_us:.1f} us, float {self.float_us:.1f} us)"
 
 
@@ -113,13 +112,13 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Report:
-    """The outcomes of one compiled graph, or of several (one per graph break).
+    """Outcomes of one compiled graph, or of several (after graph breaks).
 
     outcomes  of linears, norms and activations
-    graphs    how many
-    notes     what a user should know
-    products  of all else that multiplies, which stays in float: attention, convolutions, matmuls
-    patterns  those of the options
+    graphs    number of graphs
+    notes     messages for the user
+    products  of other products, which stay in float: attention, convolutions, matmuls
+    patterns  of the options `include` and `exclude`
     """
 
     outcomes: tuple[Outcome, ...]
@@ -130,7 +129,7 @@ class Report:
 
     @classmethod
     def left(cls, why: object) -> Report:
-        """Of a graph that runs as it is."""
+        """Report of a graph that runs unchanged."""
         return cls((), notes=(f"a graph was left in float: {why}",))
 
     @classmethod
@@ -142,7 +141,7 @@ class Report:
         patterns = tuple(Pattern(*key, n) for key, n in matched.items())
         notes = dict.fromkeys(n for r in every for n in r.notes)
         for pattern in patterns:
-            if pattern.matched:  # in another graph than the one that said it did not
+            if pattern.matched:  # in another graph than the one with the note
                 notes.pop(pattern.note, None)
         return cls(
             tuple(o for r in every for o in r.outcomes),
@@ -166,27 +165,27 @@ class Report:
 
     @property
     def coverage(self) -> float:
-        """Share of the linears' FLOPs that runs in int8, 0 to 1. 0 for a graph without linears."""
+        """Share of the linears' FLOPs in int8, 0 to 1; 0 without linears."""
         total = sum(o.flops for o in self.linears)
         return sum(o.flops for o in self.linears if o.int8) / total if total else 0.0
 
     @property
     def total_coverage(self) -> float:
-        """Share of the FLOPs of all products that runs in int8, 0 to 1: of linears, attention,
-        convolutions and matmuls. 0 for a graph without any."""
+        """Share of the FLOPs of all products (linears, attention, convolutions, matmuls) in int8, 0
+        to 1; 0 without products."""
         total = sum(o.flops for o in (*self.linears, *self.products))
         return sum(o.flops for o in self.linears if o.int8) / total if total else 0.0
 
     def counts(self) -> dict[str, int]:
-        """How many linears each combination of rules took: {"stack_siblings + norm_linear": 6}."""
+        """Number of linears per combination of rules: {"stack_siblings + norm_linear": 6}."""
         return dict(Counter(" + ".join(o.rules) for o in self.linears if o.rules))
 
     def reasons(self) -> dict[str, int]:
-        """How many linears were refused for each reason."""
+        """Number of linears refused for each reason."""
         return dict(Counter(o.refused for o in self.linears if o.refused or not o.rules))
 
     def summary(self) -> str:
-        """One line: how much is int8, by which rules, and what was refused."""
+        """One line: coverage, rules and refusals."""
         int8 = sum(o.int8 for o in self.linears)
         taken = ", ".join(f"{rules} {n}" for rules, n in self.counts().items())
         refused = ", ".join(f"{reason} ({n})" for reason, n in self.reasons().items())
@@ -217,8 +216,8 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        """What `to_json` gave. Raises FileError for anything else."""
-        data = serialization.parse(text, "this is no report")
+        """Parse the result of `to_json`. Raises FileError for anything else."""
+        data = serialization.parse(text, "this is not a report")
         computed = ("coverage", "total_coverage", "counts")
         data.only((*computed, "graphs", "notes", "outcomes", "products", "patterns"))
         outcomes, products, patterns = (
@@ -263,7 +262,7 @@ class Report:
             yield kind, [o for o in self.products if o.kind == kind]
 
     def __str__(self) -> str:
-        """The table without colour, wide enough for its longest row."""
+        """The table without color, wide enough for its longest row."""
         widest = max((len(str(o)) for o in self.outcomes), default=0) + 40
         page = Console(file=io.StringIO(), width=min(max(100, widest), 200), color_system=None)
         page.print(self)

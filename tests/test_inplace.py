@@ -28,10 +28,12 @@ from graphquant import (
     optimize_,
     restore_,
 )
-from graphquant.inplace import _Int8
+from graphquant.inplace import _OptimizedCall
 from graphquant.weights import released
-from graphquant.weights.packed import _MARK, Supply, is_released
+from graphquant.weights.packed import PackedInputs
+from graphquant.weights.released import is_released
 from graphquant.weights.snapshot import SAMPLES
+from graphquant.weights.versions import TRACKER
 from tests import zoo
 from tests.models import error as errors
 from tests.models import on, relative, same_structure
@@ -73,7 +75,7 @@ def vision(name: str, device: str, attn: str = "sdpa") -> tuple[Any, nn.Module, 
 
 def marked(module: nn.Module) -> list[str]:
     """Parameters with packed weights."""
-    return [n for n, p in module.named_parameters() if _MARK in vars(p)]
+    return [n for n, p in module.named_parameters() if TRACKER in vars(p)]
 
 
 # The encoder alone -------------------------------------------------------------------------------
@@ -543,7 +545,7 @@ class TwoParts(nn.Module):
 def objects_of_ours() -> dict[str, int]:
     """How many of these live."""
     gc.collect()
-    kinds = (_Int8, Supply, Graph)
+    kinds = (_OptimizedCall, PackedInputs, Graph)
     return {k.__name__: sum(type(o) is k for o in gc.get_objects()) for k in kinds}
 
 
@@ -558,12 +560,12 @@ def test_nothing_stays_behind_what_is_restored_replaced_or_deleted(device: str, 
         hook = model.second.register_forward_hook(lambda *_: None)
         model(x)
         hook.remove()
-    assert objects_of_ours()["Supply"] > before["Supply"] + len(models)
+    assert objects_of_ours()["PackedInputs"] > before["PackedInputs"] + len(models)
     last = models.pop()
     for model in models:
         restore_(model)
         assert error(model(x), again(model)(x)) == 0
-    assert objects_of_ours()["_Int8"] == before["_Int8"] + 1
+    assert objects_of_ours()["_OptimizedCall"] == before["_OptimizedCall"] + 1
     del last
     assert objects_of_ours() == before
 

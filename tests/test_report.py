@@ -204,7 +204,7 @@ def test_a_report_from_before_there_were_times_can_be_read() -> None:
 )
 def test_what_is_no_report_is_refused_by_its_field(change: dict[str, Any], said: str) -> None:
     data = {**json.loads(REPORT.to_json()), **change}
-    with pytest.raises(FileError, match=f"this is no report: .*{said}"):
+    with pytest.raises(FileError, match=f"this is not a report: .*{said}"):
         Report.from_json(json.dumps(data))
 
 
@@ -221,7 +221,7 @@ def test_no_field_of_an_outcome_takes_a_value_of_another_type(name: str) -> None
     "text", ["", "[" * 10**5, "[]", "NaN", "1" * 5000, '{"a": 1, "a": 2}', None]
 )
 def test_texts_that_are_no_report_are_refused(text: Any) -> None:
-    with pytest.raises(FileError, match="this is no report: "):
+    with pytest.raises(FileError, match="this is not a report: "):
         Report.from_json(text)
 
 

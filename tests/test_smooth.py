@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphquant import Report, compare
-from graphquant.weights.packed import is_released
+from graphquant.weights.released import is_released
 from tests.seen import seen
 from tests.small import FAR, NEAR, Mlp, again, error, int8, seeded
 

@@ -180,10 +180,13 @@ MUTANTS: Sequence[Mutant] = (
     # --- packed weights ------------------------------------------------------------------------
     *_in(
         "weights/packed.py",
-        ("_stamps(roots(args)) != self.stamps", "False", "new stamps", PACKED),
-        ("pack.stamps != stamps or ", "", "weights that have changed", PACKED),
-        (" or pack.epoch != epoch", "", "refresh()", PACKED),
-        ("(recipe, *(m.name for m in marks))", "(recipe, marks[0].name)", "tied weights", PACKED),
+        ("versions_of(roots(args)) != self.versions", "False", "new versions", PACKED),
+        ("packed.versions != now or ", "", "weights that have changed", PACKED),
+        (" or packed.epoch != epoch", "", "refresh()", PACKED),
+        ("(recipe, *(t.id for t in trackers))", "(recipe, trackers[0].id)", "tied weights", PACKED),
+    ),
+    *_in(
+        "weights/versions.py",
         ("p for group in optimizer.param_groups", "p for group in []", "fused optimizers", PACKED),
     ),
     *_in(
@@ -223,7 +226,7 @@ MUTANTS: Sequence[Mutant] = (
     ),
     *_in(
         "calibration/sample.py",
-        ("found[1:] != found[:-1]", "found[1:] == found[1:]", "rows kept twice",
+        ("hashes[1:] != hashes[:-1]", "hashes[1:] == hashes[1:]", "rows kept twice",
          "tests/calibration/test_sample.py"),
     ),
     *_in(
@@ -236,14 +239,14 @@ MUTANTS: Sequence[Mutant] = (
         ("(counts >= 0).all()", "True", "negative counts", FILES),
         ("values == rows * K - left_out", "True", "counts of no data", FILES),
         ("integer(MIN_EXPONENT, MAX_EXPONENT)", "integer(-(10**9), 10**9)", "exponents", FILES),
-        ("unseen | seen", "unseen | ~unseen", "nan and inf in ranges", FILES),
+        ("empty | finite", "empty | ~empty", "nan and inf in ranges", FILES),
         ("inside.all()", "True", "rows that were never seen", FILES),
     ),
     # --- files and caches ----------------------------------------------------------------------
     *_in(
         "utils/serialization.py",
         ("os.replace(name, target)", "target.write_bytes(data)", "permissions and links", BUDGET),
-        ("if len(made) != len(pairs):", "if False:", "a key twice", BUDGET),
+        ("if len(result) != len(pairs):", "if False:", "a key twice", BUDGET),
     ),
     *_in(
         "config.py",

@@ -215,7 +215,7 @@ class Budget:
         try:
             Config.of_file(options, **given)
         except OptionError as bad:
-            raise FileError(f"{data.said}: options: {bad}") from bad
+            raise FileError(f"{data.prefix}: options: {bad}") from bad
         return cls(metric, goal, before, after, left, share, {**options, **given})
 
 

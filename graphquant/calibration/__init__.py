@@ -1,4 +1,4 @@
-"""What a model's linears read, gathered over data: `graphquant.calibrate`."""
+"""Statistics of linear inputs, collected by `graphquant.calibrate`."""
 
 from graphquant.calibration.calibration import Calibration
 from graphquant.calibration.record import Record

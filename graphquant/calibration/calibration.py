@@ -1,4 +1,4 @@
-"""What all linears of a model read, by module path: merged, synchronised, saved and loaded."""
+"""Calibration: statistics of all linear inputs of a model, merged, synchronized and saved."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from graphquant._torch import original
 from graphquant.calibration.fingerprint import (
-    NAMED,
+    MAX_NAMED,
     Fingerprint,
-    Parameter,
+    ParameterFingerprint,
     differences,
     fingerprint,
 )
 from graphquant.calibration.record import METHODS, Record, Site
-from graphquant.calibration.saved import NUMBERS, read_record, saved, sha256
-from graphquant.calibration.sync import all_reduced, gathered
+from graphquant.calibration.saved import NUMBERS, read_file, read_record, sha256
+from graphquant.calibration.sync import all_gather, all_reduce_records
 from graphquant.errors import CalibrationError, FileError, OptionError
 from graphquant.ir.paths import weight_path
 from graphquant.utils import serialization
@@ -32,19 +32,19 @@ FORMAT, VERSION = "graphquant.calibration", 1
 
 
 class Calibration:
-    """What the linears of a model read: `graphquant.calibrate` makes it.
+    """Statistics of all linear inputs of a model, made by `graphquant.calibrate`.
 
-    A site is the input of a linear, known by the linear's module path as in a Report. Linears that
-    read one value (q/k/v) share one Record: what is known of one is known of all. A linear that is
-    called several times, or whose weight several modules share, has the sum of all its calls.
+    A site is the input of a linear, named by the linear's module path as in a Report. Linears that
+    read the same value (q/k/v) share one Record. A linear that is called several times, or whose
+    weight several modules share, has one Record of all its calls.
 
-    method      how `range` is found: "absmax", "percentile" or "mse"; `using` changes it
+    method      how `range` is chosen: "absmax", "percentile" or "mse"; `using` changes it
     percentile  of |x|, for method "percentile"
-    batches     how many were seen
+    batches     number of batches seen
 
-    `Calibration(model)` has seen nothing: what a rank without data brings to `sync`.
-    What is kept does not grow with the data: for each value that linears read, of K channels, 64
-    KiB and 8 K bytes of sums, and 64 of its rows, 256 K bytes.
+    `Calibration(model)` is empty, for a rank without data that calls `sync`.
+    Its size does not grow with the data: for each value of K channels, 64 KiB of counts, 8 K bytes
+    of ranges and 64 sampled rows of 4 K bytes.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Calibration:
     ) -> None:
         self._set(method, percentile)
         self.batches = 0
-        self._records: dict[Site, Record] = {}  # one object for all sites that share one
+        self._records: dict[Site, Record] = {}  # the same object for sites that share it
         self._model = fingerprint(original(model))
 
     def _set(self, method: str, percentile: float) -> None:
@@ -63,7 +63,7 @@ class Calibration:
             raise OptionError(f"percentile must be above 0 and at most 100, got {percentile!r}")
         self.method, self.percentile = method, float(percentile)
 
-    # What is known ------------------------------------------------------------------------------
+    # Statistics ---------------------------------------------------------------------------------
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -72,14 +72,14 @@ class Calibration:
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
-        """The paths of linears that read one value, such as q, k and v: two or more each."""
+        """The paths of linears that read the same value, such as q, k and v: two or more each."""
         every = (tuple(sorted({s.path for s in sites})) for sites, _ in self._shared())
         return tuple(sorted(paths for paths in every if len(paths) > 1))
 
     def record(self, path: str) -> Record | None:
-        """All that is known of the input of the linear at this path.
+        """The statistics of the input of the linear at this path.
 
-        None if no finite value came there, or if it has two widths: one weight is used both ways.
+        None if it had no finite value, or has two widths because one weight is used both ways.
         """
         found = [record for site, record in self._records.items() if site.path == path]
         return found[0] if len(found) == 1 and found[0].seen else None
@@ -87,37 +87,39 @@ class Calibration:
     def absmax(self, path: str) -> Tensor | None:
         """max |x| of each channel of this linear's input, [K] float32 on the CPU; None as `record`.
 
-        inf and nan do not count: a channel that held nothing else has 0.
+        inf and nan are left out: a channel that held nothing else has 0.
         """
         record = self.record(path)
         return None if record is None else record.absmax
 
     def sample(self, path: str) -> Tensor | None:
-        """Up to 64 rows that this linear read, [n, K] float32 on the CPU, none of them twice and
-        whatever the order of the data was the same; None as `record`, and if no row was finite."""
+        """Up to 64 distinct rows of this linear's input, [n, K] float32 on the CPU.
+
+        They do not depend on the order of the data. None as `record`, and if no row was finite.
+        """
         record = self.record(path)
         return None if record is None or not len(record.sample) else record.sample
 
     def range(self, path: str) -> tuple[float, float] | None:
-        """(low, high) for a static scale of this linear's whole input; None as `record`.
+        """(low, high) for a static per-tensor scale of this linear's input; None as `record`.
 
-        low <= 0 <= high: like a row of the dynamic quantiser, the range holds 0.
+        low <= 0 <= high: the range includes 0, as those of dynamic quantization do.
 
         absmax      the lowest and the highest value seen
-        percentile  those, but no further from 0 than `percentile` % of all |x| are
-        mse         where the expected squared error of 255 levels is least (Histogram.error)
+        percentile  the same, clipped to the value that `percentile` % of all |x| do not exceed
+        mse         the range of least expected squared error (Histogram.error)
         """
         record = self.record(path)
         return None if record is None else record.range(self.method, self.percentile)
 
     def using(self, method: str, *, percentile: float | None = None) -> Calibration:
-        """The same data with another method for `range`. A new Calibration."""
+        """A new Calibration of the same data with another method for `range`."""
         other = self._copy()
         other._set(method, self.percentile if percentile is None else percentile)
         return other
 
     def warnings(self) -> Iterator[str]:
-        """What a user should know before relying on this."""
+        """Warnings for the user about this data."""
         if not self._records:
             yield "calibrate saw no linear"
         for sites, record in self._shared():
@@ -138,7 +140,7 @@ class Calibration:
     # More data ----------------------------------------------------------------------------------
 
     def add(self, paths: Iterable[str], record: Record) -> None:
-        """What the linears at these paths read, all of it the same; from now on they share."""
+        """Add an input that the linears at these paths have in common; they share a record then."""
         sites = {Site(path, record.K) for path in paths}
         had = {id(r): r for s in sites if (r := self._records.get(s)) is not None}
         record = sum(had.values(), record)
@@ -146,11 +148,11 @@ class Calibration:
         self._records |= dict.fromkeys(sorted(sites), record)
 
     def merge(self, other: Calibration) -> Calibration:
-        """A new Calibration of the data of both, exactly as if one had seen all; this one's method.
+        """A new Calibration of the data of both, with this one's method.
 
-        Raises CalibrationError if the other is of another model.
+        Exactly equal to one of all the data. Raises CalibrationError if the models differ.
         """
-        _refuse_other("the other calibration's model", self._model, other._model, self.sites)
+        _check_same_model("the other calibration's model", self._model, other._model, self.sites)
         merged = self._copy()
         merged.batches += other.batches
         for sites, record in other._shared():
@@ -158,24 +160,24 @@ class Calibration:
         return merged
 
     def sync(self, group: Any = None) -> Calibration:
-        """Bring this calibration, on every rank of a torch.distributed group, to the data of all.
+        """All-reduce this calibration in place over the ranks of a torch.distributed group.
 
         Every rank of the group must call it, once: a second call counts all data again. A rank
-        without data brings `Calibration(model)`. Lows and highs are all-reduced with MAX, counts
-        with SUM after the ranks have agreed on the histograms' ranges. Without an initialised
-        process group it does nothing. Returns itself.
+        without data calls it on `Calibration(model)`. Lows and highs are reduced with MAX, counts
+        with SUM over a common histogram range. Without an initialized process group it does
+        nothing. Returns self.
 
         Raises CalibrationError, on all ranks, if their models differ.
         """
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for rank, model in enumerate(gathered(self._model, group)):
-                _refuse_other(f"rank {rank}'s model", self._model, model, self.sites)
-            self.batches, shared = all_reduced(self.batches, self._shared(), group)
+            for rank, model in enumerate(all_gather(self._model, group)):
+                _check_same_model(f"rank {rank}'s model", self._model, model, self.sites)
+            self.batches, shared = all_reduce_records(self.batches, self._shared(), group)
             self._records = {site: record for sites, record in shared for site in sites}
         return self
 
     def _shared(self) -> list[tuple[tuple[Site, ...], Record]]:
-        """Every record once, with its sites, sorted."""
+        """Every distinct record with its sites, sorted."""
         sites: dict[int, list[Site]] = {}
         for site in sorted(self._records):
             sites.setdefault(id(self._records[site]), []).append(site)
@@ -189,8 +191,11 @@ class Calibration:
     # Files --------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """A safetensors file: tensors of each record, and all else as JSON in its header, with the
-        SHA-256 of both. A file that is there is replaced as a whole, or stays as it was."""
+        """Save as a safetensors file, atomically.
+
+        It holds the tensors of each record, the rest as JSON in the header, and the SHA-256 of
+        both.
+        """
         tensors: dict[str, Tensor] = {}
         records = []
         for i, (sites, record) in enumerate(self._shared()):
@@ -199,7 +204,7 @@ class Calibration:
             numbers = {name: getattr(record, name) for name in NUMBERS}
             exponent = record.histogram.exponent
             records.append({"sites": [s.path for s in sites], "exponent": exponent, **numbers})
-        about = {
+        header = {
             "version": VERSION,
             "method": self.method,
             "percentile": self.percentile,
@@ -207,69 +212,73 @@ class Calibration:
             "records": records,
             "model": self._model,
         }
-        header = json.dumps({**about, "sha256": sha256(about, tensors)})
-        entries = {FORMAT: header}  # of several the order is random
+        text = json.dumps({**header, "sha256": sha256(header, tensors)})
+        entries = {FORMAT: text}  # a single entry: the order of several is random
         serialization.write(path, serialize(tensors, entries))
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> Calibration:
-        """What `save` wrote. With `model`, only if it is the model that was calibrated.
+        """Load what `save` wrote. With `model`, check that it is the model that was calibrated.
 
-        That is told by its parameters: names, shapes, types and samples of the values
-        (`fingerprint` says what they show and what not). Without a model nothing is checked but the
-        file.
+        Names, shapes, dtypes and sampled values of its parameters must match (see `fingerprint`).
 
-        Raises FileError, which is a CalibrationError, for a file that is no calibration, has
-        another version or is damaged; CalibrationError for another model: the message names what
-        differs and the sites concerned.
+        Raises FileError, a CalibrationError, for a file that is not a calibration, is damaged or
+        has another version; CalibrationError for another model, naming what differs and the sites
+        concerned.
         """
-        about, tensors = saved(path, FORMAT)
-        if (version := about["version"].integer()) != VERSION:
+        header, tensors = read_file(path, FORMAT)
+        if (version := header["version"].integer()) != VERSION:
             raise FileError(f"{path} has version {version}, this graphquant reads {VERSION}")
-        loaded = cls._from(about, tensors)
+        loaded = cls._from(header, tensors)
         if model is not None:
-            _refuse_other(
+            _check_same_model(
                 "the model given", loaded._model, fingerprint(original(model)), loaded.sites
             )
         return loaded
 
     @classmethod
-    def _from(cls, about: Field, tensors: dict[str, Tensor]) -> Calibration:
-        about.only(("version", "method", "percentile", "batches", "records", "model", "sha256"))
-        if about["sha256"].text() != sha256(_without(about.object(), "sha256"), tensors):
-            raise FileError(f"{about.said}: its content does not have the SHA-256 that it names")
-        made = cls.__new__(cls)
-        method, percentile = about["method"].one_of(METHODS), about["percentile"]
+    def _from(cls, header: Field, tensors: dict[str, Tensor]) -> Calibration:
+        header.only(("version", "method", "percentile", "batches", "records", "model", "sha256"))
+        if header["sha256"].text() != sha256(_without(header.object(), "sha256"), tensors):
+            raise FileError(f"{header.prefix}: its content does not match its SHA-256")
+        new = cls.__new__(cls)
+        method, percentile = header["method"].one_of(METHODS), header["percentile"]
         if not percentile.number(0.0, 100.0):
             percentile.refuse("above 0")
-        made._set(method, percentile.number())
-        made.batches = about["batches"].integer()
-        made._model = {name: Parameter.read(one) for name, one in about["model"].items()}
-        made._records = {}
-        for i, entry in enumerate(about["records"].list()):
+        new._set(method, percentile.number())
+        new.batches = header["batches"].integer()
+        new._model = {name: ParameterFingerprint.read(one) for name, one in header["model"].items()}
+        new._records = {}
+        for i, entry in enumerate(header["records"].list()):
             sites, record = read_record(entry, f"{i}.", tensors)
-            if twice := made._records.keys() & set(sites):
-                raise FileError(f"{about.said}: {entry.at}: {min(twice).path!r} is named twice")
-            made._records |= dict.fromkeys(sites, record)
+            if twice := new._records.keys() & set(sites):
+                raise FileError(
+                    f"{header.prefix}: {entry.path}: {min(twice).path!r} is named twice"
+                )
+            new._records |= dict.fromkeys(sites, record)
         if tensors:
-            raise FileError(f"{about.said}: tensors without a record: {', '.join(sorted(tensors))}")
-        return made
+            raise FileError(
+                f"{header.prefix}: tensors without a record: {', '.join(sorted(tensors))}"
+            )
+        return new
 
 
 def _without(entries: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in entries.items() if key != name}
 
 
-def _refuse_other(who: str, ours: Fingerprint, theirs: Fingerprint, sites: Sequence[str]) -> None:
-    """Raise CalibrationError unless both are of one model."""
+def _check_same_model(
+    who: str, ours: Fingerprint, theirs: Fingerprint, sites: Sequence[str]
+) -> None:
+    """Raise CalibrationError if the fingerprints differ."""
     found = sorted(differences(ours, theirs))
     if not found:
         return
-    said = "; ".join(f"{name} {what}" for name, what in found[:NAMED])
-    more = f"; and {len(found) - NAMED} more parameters" if len(found) > NAMED else ""
+    listed = "; ".join(f"{name} {what}" for name, what in found[:MAX_NAMED])
+    more = f"; and {len(found) - MAX_NAMED} more parameters" if len(found) > MAX_NAMED else ""
     concerned = sorted({weight_path(name) for name, _ in found} & set(sites))
     paths = ", ".join(concerned) or "none"
     raise CalibrationError(
-        f"{who} is not the one that was calibrated: {said}{more}. Calibrated linears concerned: "
+        f"{who} is not the one that was calibrated: {listed}{more}. Calibrated linears concerned: "
         f"{paths}"
     )

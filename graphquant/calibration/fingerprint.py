@@ -1,4 +1,4 @@
-"""Which model a calibration is of: its parameters' names, shapes, types, and some of the values."""
+"""Fingerprint of a model: names, shapes, dtypes and sampled values of its parameters."""
 
 from __future__ import annotations
 
@@ -11,46 +11,51 @@ from torch import Tensor, nn
 
 from graphquant.utils.serialization import Field
 
-SAMPLES = 64  # values of each parameter, evenly spaced, the first and the last among them
-NAMED = 5  # parameters in a message
+SAMPLES = 64  # values of each parameter, evenly spaced, with the first and the last
+MAX_NAMED = 5  # parameters named in a message
 
 
-class Parameter(NamedTuple):
+class ParameterFingerprint(NamedTuple):
+    """Dtype, shape and checksum of one parameter."""
+
     dtype: str
     shape: tuple[int, ...]
-    values: int | None  # CRC-32 of the samples' bytes; None where they cannot be read
+    values: int | None  # CRC-32 of the sampled values; None if they cannot be read
 
     @classmethod
-    def of(cls, parameter: Tensor) -> Parameter:
+    def of(cls, parameter: Tensor) -> ParameterFingerprint:
         dtype = str(parameter.dtype).removeprefix("torch.")
-        return cls(dtype, tuple(parameter.shape), _crc(parameter))
+        return cls(dtype, tuple(parameter.shape), _checksum(parameter))
 
     @classmethod
-    def read(cls, data: Field) -> Parameter:
-        """What a file holds. Raises FileError."""
+    def read(cls, data: Field) -> ParameterFingerprint:
+        """Parse an entry of a file. Raises FileError."""
         entry = data.list()
         if len(entry) != len(cls._fields):
             data.refuse("[type, shape, checksum]")
         dtype, shape, values = entry
-        crc = None if values.value is None else values.integer(most=2**32 - 1)
-        return cls(dtype.text(), tuple(one.integer() for one in shape.list()), crc)
+        checksum = None if values.value is None else values.integer(most=2**32 - 1)
+        return cls(dtype.text(), tuple(one.integer() for one in shape.list()), checksum)
 
 
-Fingerprint = Mapping[str, Parameter]
+Fingerprint = Mapping[str, ParameterFingerprint]
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
-    """Of all parameters of the model; buffers do not count.
+    """Fingerprint of all parameters of the model, without its buffers.
 
-    It notices a parameter that is missing, new, renamed, of another shape or type, and weights that
-    were trained, reloaded or folded. It does not notice a change that leaves all samples as they
-    are, another order of the layers' calls, another configuration of modules without parameters.
+    Detects parameters that are missing, new, renamed or have another shape or dtype, and weights
+    that were trained, reloaded or folded. Does not detect a change that spares all sampled values,
+    another order of the layers, or another configuration of modules without parameters.
     """
-    return {name: Parameter.of(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    return {
+        name: ParameterFingerprint.of(p)
+        for name, p in model.named_parameters(remove_duplicate=False)
+    }
 
 
 def differences(was: Fingerprint, now: Fingerprint) -> Iterator[tuple[str, str]]:
-    """(name, what differs) of every parameter that is not the same."""
+    """(name, what differs) of every parameter that differs."""
     for name in was.keys() | now.keys():
         if name not in now:
             yield name, "is missing"
@@ -64,7 +69,7 @@ def differences(was: Fingerprint, now: Fingerprint) -> Iterator[tuple[str, str]]
 
 
 @torch.no_grad()
-def _crc(parameter: Tensor) -> int | None:
+def _checksum(parameter: Tensor) -> int | None:
     plain = type(parameter) in (Tensor, nn.Parameter) and parameter.layout is torch.strided
     if not plain or parameter.device.type == "meta" or not parameter.numel():
         return None

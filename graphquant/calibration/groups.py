@@ -1,3 +1,3 @@
-"""Shared scales: the names of `graphquant.calibration.modelopt.groups`."""
+"""Shared scales: alias of `graphquant.calibration.modelopt.groups`."""
 
 from graphquant.calibration.modelopt.groups import *  # noqa: F403

@@ -1,13 +1,12 @@
-"""A histogram whose sums are exact, and the int8 range that fits it best.
+"""Histograms that add exactly, and the best int8 range for one.
 
 BINS bins of equal width w = 2^(exponent + 1) / BINS cover [-2^exponent, 2^exponent):
 
     bin i holds  floor(x / w) + BINS / 2 == i,   so  (i - BINS / 2) w <= x < (i + 1 - BINS / 2) w
 
 w is a power of two, so x / w and the floor of it are exact, and floor(floor(x / w) / 2) is
-floor(x / 2w): twice the range is neighbours added in pairs, with the very counts that binning the
-values into it would give. So batches can be added in any order, and histograms of parts to that of
-the whole.
+floor(x / 2w): adding neighbors in pairs doubles the range, and gives the same counts as binning the
+values into it. So histograms of batches can be added in any order, and give that of all data.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from torch import Tensor
 from graphquant.ops.numerics import MIN_ABSMAX, QMAX
 
 BINS = 8192  # a step of 2 absmax / 254 is 16 bins or more; 64 KiB
-MIN_EXPONENT = -66  # 2^-66 > MIN_ABSMAX: what is smaller quantises to 0
+MIN_EXPONENT = -66  # 2^-66 > MIN_ABSMAX: smaller values quantize to 0
 MAX_EXPONENT = 128  # float32 is below 2^128
-CHUNK = 2**20  # elements that are binned at a time: in float64, then int64
+CHUNK = 2**20  # elements binned at a time, in float64, then int64
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """counts [BINS] int64 on the CPU, of values x with |x| < 2^exponent."""
+    """Counts [BINS] int64, on the CPU, of values x with |x| < 2^exponent."""
 
     counts: Tensor
     exponent: int
@@ -40,7 +39,7 @@ class Histogram:
 
     @classmethod
     def of(cls, x: Tensor, absmax: float) -> Histogram:
-        """Of finite values in float32, |x| <= absmax, of any shape."""
+        """Histogram of finite float32 values of any shape, |x| <= absmax."""
         exponent = math.frexp(max(absmax, 2.0 ** (MIN_EXPONENT - 1)))[1]
         counts = torch.zeros(BINS, dtype=torch.int64, device=x.device)
         for part in x.flatten().split(CHUNK):
@@ -51,12 +50,12 @@ class Histogram:
 
     def __add__(self, other: Histogram) -> Histogram:
         exponent = max(self.exponent, other.exponent)
-        return Histogram(self.over(exponent).counts + other.over(exponent).counts, exponent)
+        return Histogram(self.widen(exponent).counts + other.widen(exponent).counts, exponent)
 
-    def over(self, exponent: int) -> Histogram:
-        """The same values over the range of another exponent, which is not below this one."""
+    def widen(self, exponent: int) -> Histogram:
+        """The same values over a wider range: `exponent` is not below this one's."""
         counts = self.counts
-        # After log2(BINS) - 1 steps all is in the two bins around 0, and stays there.
+        # After log2(BINS) - 1 steps all values are in the two bins around 0, and stay there.
         for _ in range(min(exponent - self.exponent, BINS.bit_length() - 2)):
             pairs = counts.view(-1, 2).sum(1)
             counts = torch.zeros_like(counts)
@@ -65,11 +64,11 @@ class Histogram:
 
     @property
     def width(self) -> float:
-        """Of a bin."""
+        """Width of a bin."""
         return float(2.0 ** (self.exponent + 1) / BINS)
 
     def percentile(self, percent: float) -> float:
-        """What percent % of |x| do not exceed, with x evenly spread within its bin."""
+        """The value that `percent` % of |x| do not exceed, with x uniform within each bin."""
         below, above = self.counts[: BINS // 2].flip(0), self.counts[BINS // 2 :]
         sums = (below + above).cumsum(0).double()
         target = sums[-1] * (percent / 100)
@@ -79,7 +78,7 @@ class Histogram:
         return self.width * (i + (float(target) - before) / inside if inside else i)
 
     def error(self, low: float, high: float) -> float:
-        """The sum of (x - Q(x))^2 over all values, x evenly spread within its bin.
+        """Expected squared error: sum of (x - Q(x))^2 over all values, x uniform within each bin.
 
         Q rounds to the 255 levels of the static range [low, high]: shift + n * step with
         |n| <= 127, shift = (low + high) / 2, step = (high - low) / 254 (ops/numerics.py). In units
@@ -88,8 +87,8 @@ class Histogram:
 
             G(u) = n / 12 + (u - n)^3 / 3,    1/12 for every whole step
 
-        continuous, and past the last level it grows like the cube of the distance: what is clipped
-        needs no case of its own. A bin from a to b, in units of u, with c values adds
+        which is continuous, and cubic beyond the last level: clipped values need no case of their
+        own. A bin from a to b, in units of u, with c values adds
         c step^2 (G(b) - G(a)) / (b - a).
         """
         used = self.counts.nonzero().flatten()
@@ -105,7 +104,7 @@ class Histogram:
         return float((counts * G.diff()).sum()) * step**3 / self.width
 
     def best_range(self, low: float, high: float) -> tuple[float, float]:
-        """The range within [low, high], low <= 0 <= high, whose `error` is smallest.
+        """The range within [low, high], low <= 0 <= high, of least `error`.
 
         Both ends shrink independently, by factors of 2 down to 1/1024, then by finer ones around
         the best pair, down to 1 %.
@@ -123,6 +122,6 @@ class Histogram:
     def _best(
         self, low: float, high: float, lows: list[float], highs: list[float]
     ) -> tuple[float, float]:
-        """Of equal ones the first: an end at 0 stays one candidate."""
+        """The first of equal pairs. An end at 0 has one candidate."""
         pairs = product(lows if low else lows[:1], highs if high else highs[:1])
         return min(pairs, key=lambda f: self.error(low * f[0], high * f[1]))

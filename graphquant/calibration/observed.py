@@ -1,4 +1,4 @@
-"""A captured graph that tells what its linears read."""
+"""Interpreter that reports the inputs of all linears of a captured graph."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from graphquant.ir.interpret import Caller, Paths, Watched
 from graphquant.passes.eligibility import path_of
 from graphquant.passes.normalize import normalize
 
-Found = Callable[[Sequence[str], Tensor], None]
+OnInput = Callable[[Sequence[str], Tensor], None]
 
 
 class Observed:
-    """The float graph, as the rules see it before the first of them.
+    """The normalized float graph, before any rule.
 
-    found(paths, x) is called for every value x [..., K] that linears read, once, with the module
-    paths of all of them. Linears are those with a floating-point input and a weight that is made
-    from parameters. If x is written to in place, each of its readers may see other numbers: then
-    each one's x counts for itself.
+    on_input(paths, x) is called once for every value x [..., K] that linears read, with the module
+    paths of all these linears. Only linears with a floating-point input and a weight that is
+    computed from parameters count. If x is written in place, its readers may see different values:
+    then it is called for each of them.
     """
 
-    def __init__(self, captured: Captured, paths: Paths, found: Found) -> None:
+    def __init__(self, captured: Captured, paths: Paths, on_input: OnInput) -> None:
         normalize(captured)
         graph = captured.gm.graph
         self._gm = captured.gm
         self._paths = paths
-        self._found = found
-        self._readers: dict[Node, list[Caller]] = {}  # by the first linear that reads it
+        self._on_input = on_input
+        self._readers: dict[Node, list[Caller]] = {}  # by the first linear that reads the input
         inputs = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
         constants = Constants(captured.parameters)
         written = written_in_place(graph)
@@ -49,11 +49,11 @@ class Observed:
                 self._readers.setdefault(at, []).append(reader)
 
     def run(self, *args: Any) -> Any:
-        """The float graph's results."""
+        """Run the float graph; returns its results."""
 
         def after(node: Node, value: Any, env: Mapping[Node, Any]) -> None:
             if readers := self._readers.get(node):
                 paths = [p for reader in readers for p in self._paths.of(reader, args)]
-                self._found(paths, env[arguments(node).input])
+                self._on_input(paths, env[arguments(node).input])
 
         return Watched(self._gm, after).run(*args)

@@ -1,4 +1,4 @@
-"""What one value of a model, the input of one or several linears, was over all data."""
+"""Statistics of one linear input over all calibration data."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from graphquant.calibration.histogram import Histogram
-from graphquant.calibration.sample import smallest
+from graphquant.calibration.sample import sample_rows
 
 METHODS = ("absmax", "percentile", "mse")
 
 
 class Site(NamedTuple):
-    """The input of the linears at a path. K tells those apart that use one weight both ways."""
+    """Input of the linear at a module path. K is part of it: one weight may be used both ways."""
 
     path: str
     K: int
@@ -25,14 +25,14 @@ class Site(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """Sums of rows x [..., K], all on the CPU; adding two is exact, in any order.
+    """Statistics of rows x [..., K], on the CPU; adding two records is exact, in any order.
 
-    low, high  [K] float32, of each channel; inf and -inf where no finite value was seen
+    low, high  [K] float32, minimum and maximum of each channel; inf and -inf without finite values
     histogram  of all finite values
-    sample     [n, K] float32, n <= 64 of the rows (sample.py says which)
-    rows       how many rows, x.numel() / K
-    calls      how many times a linear read such rows
-    left_out   how many values were inf or nan: they are in none of the above
+    sample     [n, K] float32, n <= 64, a random sample of the rows (sample.py)
+    rows       number of rows, x.numel() / K
+    calls      number of calls of linears
+    left_out   number of inf and nan values, which are in none of the above
     """
 
     low: Tensor
@@ -50,7 +50,7 @@ class Record:
 
     @classmethod
     def of(cls, x: Tensor) -> Record:
-        """Of one call: x [..., K], floating-point, on any device. Values count in float32."""
+        """Record of one call: x [..., K], floating-point, on any device, converted to float32."""
         K = x.shape[-1]
         x = x.detach().reshape(-1, K).float()
         if not x.numel():
@@ -64,14 +64,14 @@ class Record:
         low, high = lowest.amin(0).cpu(), highest.amax(0).cpu()
         absmax = max(-low.min().item(), high.max().item(), 0.0)
         histogram = Histogram.of(values, absmax) if values.numel() else Histogram.empty()
-        return Record(low, high, histogram, smallest(x), len(x), 1, left_out)
+        return Record(low, high, histogram, sample_rows(x), len(x), 1, left_out)
 
     def __add__(self, other: Record) -> Record:
         return Record(
             torch.minimum(self.low, other.low),
             torch.maximum(self.high, other.high),
             self.histogram + other.histogram,
-            smallest(torch.cat([self.sample, other.sample])),
+            sample_rows(torch.cat([self.sample, other.sample])),
             self.rows + other.rows,
             self.calls + other.calls,
             self.left_out + other.left_out,
@@ -88,15 +88,15 @@ class Record:
 
     @property
     def absmax(self) -> Tensor:
-        """[K] float32, of each channel; 0 for one that had no finite value."""
+        """max |x| of each channel, [K] float32; 0 for a channel without finite values."""
         return torch.maximum(-self.low, self.high).clamp(min=0.0)
 
     def range(self, method: str, percentile: float) -> tuple[float, float]:
-        """(low, high), low <= 0 <= high: see Calibration.range."""
+        """(low, high) with low <= 0 <= high; see Calibration.range."""
         low, high = min(self.low.min().item(), 0.0), max(self.high.max().item(), 0.0)
         if method == "percentile":
-            most = self.histogram.percentile(percentile)
-            return max(low, -most), min(high, most)
+            limit = self.histogram.percentile(percentile)
+            return max(low, -limit), min(high, limit)
         return self._best_range if method == "mse" else (low, high)
 
     @cached_property

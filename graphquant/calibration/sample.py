@@ -1,10 +1,10 @@
-"""A few rows of all that were seen, the same ones in whatever order they came.
+"""Bottom-k sample of rows: a small random sample that does not depend on the order of the data.
 
-Kept are the ROWS distinct rows with the smallest hashes of their values. The smallest of a whole
-are among the smallest of its parts, so samples of batches, runs and processes can be joined in any
-order; and as a hash tells nothing of what a row holds, they are a fair choice of distinct rows
-(padding, the same row a thousand times, counts once). Source: bottom-k sketches, Cohen and Kaplan,
-"Summarizing data using bottom-k sketches", PODC 2007.
+The ROWS distinct rows with the smallest hashes are kept. The smallest of a whole are among the
+smallest of its parts, so samples of batches, runs and processes can be merged in any order. Hashes
+are independent of what a row means, so the sample is unbiased over distinct rows (padding, the same
+row a thousand times, counts once). Source: Cohen and Kaplan, "Summarizing data using bottom-k
+sketches", PODC 2007.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ import torch
 from torch import Tensor
 
 ROWS = 64
-CHUNK = 2**20  # elements that are hashed at a time: in int64
+CHUNK = 2**20  # elements hashed at a time, in int64
 
 
-def smallest(rows: Tensor) -> Tensor:
-    """At most ROWS of these rows [n, K] float32, by their hashes, on the CPU. Rows that hold inf or
-    nan are left out."""
+def sample_rows(rows: Tensor) -> Tensor:
+    """The sample of rows [n, K] float32: at most [ROWS, K], on the CPU, without inf and nan."""
     rows = rows[rows.isfinite().all(1)]
-    found, order = _hashes(rows).sort(stable=True)
-    first = torch.ones_like(found, dtype=torch.bool)
-    first[1:] = found[1:] != found[:-1]
+    hashes, order = _hashes(rows).sort(stable=True)
+    first = torch.ones_like(hashes, dtype=torch.bool)
+    first[1:] = hashes[1:] != hashes[:-1]
     return rows[order[first][:ROWS]].cpu()
 
 
@@ -40,9 +39,9 @@ def _hashes(rows: Tensor) -> Tensor:
 
 @cache
 def _factors(K: int) -> Tensor:
-    """[K] odd int64, the same wherever K is."""
-    draw = torch.Generator("cpu").manual_seed(K)
-    return torch.randint(-(2**62), 2**62, (K,), generator=draw) * 2 + 1
+    """[K] odd int64, always the same for one K."""
+    generator = torch.Generator("cpu").manual_seed(K)
+    return torch.randint(-(2**62), 2**62, (K,), generator=generator) * 2 + 1
 
 
-_MIX = -7046029254386353131  # 2^64 / golden ratio, odd: every bit of the sum moves the high ones
+_MIX = -7046029254386353131  # 2^64 / golden ratio, odd: every bit of the sum changes the high bits

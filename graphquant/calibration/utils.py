@@ -1,3 +1,3 @@
-"""Model-Optimizer's helpers: the names of `graphquant.calibration.modelopt.utils`."""
+"""Model-Optimizer's helpers: alias of `graphquant.calibration.modelopt.utils`."""
 
 from graphquant.calibration.modelopt.utils import *  # noqa: F403

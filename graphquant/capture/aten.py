@@ -1,4 +1,4 @@
-"""Dynamo graph or ExportedProgram -> one IR: a pre-dispatch ATen graph whose parameters are known.
+"""Capture: a Dynamo graph or an ExportedProgram as a pre-dispatch ATen graph with its parameters.
 
     torch.compile:  from_dynamo(gm, example_inputs)      parameters are placeholders
     torch.export:   from_export(program)                 parameters are get_attr nodes
@@ -56,7 +56,7 @@ from graphquant.capture.sources import (
     _being_compiled,
     _is_parameter,
     _real,
-    _spelling,
+    _source_name,
 )
 from graphquant.capture.transformer_layer import _encoder_layer
 from graphquant.errors import CaptureError
@@ -72,28 +72,27 @@ _POLICY = "_checkpoint_context_fn"  # make_fx wants one, and most checkpoints ha
 def from_dynamo(
     gm: GraphModule, example_inputs: list[Any], root: torch.nn.Module | None = None
 ) -> Captured | None:
-    """Retrace what Dynamo hands to a backend. None if the graph has no tensor input.
+    """Retrace the graph that Dynamo gives a backend. None if the graph has no tensor input.
 
-    root  where paths begin: by itself the module that is being compiled
+    root  module at which paths begin, by default the one that is being compiled
 
-    Raises CaptureError for a graph that would not be the model's any more: one with a value that
-    make_fx cannot follow, or with an effect that it would lose.
+    Raises CaptureError if make_fx cannot trace a value or would drop a side effect.
     """
-    given = gm.graph.find_nodes(op="placeholder")
-    fakes = [n.meta["example_value"] for n in given]
+    inputs = gm.graph.find_nodes(op="placeholder")
+    fakes = [n.meta["example_value"] for n in inputs]
     fake_mode = next((f.fake_mode for f in fakes if isinstance(f, FakeTensor)), None)
     if fake_mode is None:
         return None
     trains = any(isinstance(v, Tensor) and v.requires_grad for v in example_inputs)
-    if why := _unfollowable(gm, trains):
+    if why := _untraceable(gm, trains):
         raise CaptureError(why)
     try:
         with fake_mode, preserve_node_meta():
             retraced = make_fx(lambda *a: _retrace(gm, *a), pre_dispatch=True)(*fakes)
-    finally:  # Dynamo's graph may still be compiled as it was
+    finally:  # Dynamo's graph may be compiled unchanged instead
         _drop_policies(gm)
     _drop_policies(retraced)
-    if why := _lost(retraced):
+    if why := _untraced(retraced):
         raise CaptureError(why)
     places = Places(_being_compiled() if root is None else root)
     places.mark(retraced)
@@ -102,10 +101,10 @@ def from_dynamo(
         value = getattr(retraced, str(node.target), None)
         if isinstance(value, Tensor):  # torch.tensor([1.0]) in the forward
             node.meta[LITERAL] = value
-            # make_fx leaves a fake value of another mode, which does not go with the others
+            # make_fx leaves a fake tensor of another mode, which cannot be mixed with the others
             node.meta["val"] = fake_mode.from_tensor(value, static_shapes=True)
     placeholders = retraced.graph.find_nodes(op="placeholder")
-    for old, new, value in zip(given, placeholders, example_inputs, strict=True):
+    for old, new, value in zip(inputs, placeholders, example_inputs, strict=True):
         copy_source(old, new)
         value = _real(old, value)
         if not isinstance(value, Tensor):
@@ -114,31 +113,31 @@ def from_dynamo(
             captured.differentiable.add(new)
         if _is_parameter(value):
             captured.parameters[new] = value
-            captured.names[new] = places.tensor(value, _spelling(old))
+            captured.names[new] = places.tensor(value, _source_name(old))
     captured.training = places.training
     captured.elsewhere = places.elsewhere(captured.parameters.values())
     # CUDA graphs treat parameters as static only if the graph says where its inputs come from
     retraced.meta.update(gm.meta)
-    # constants of the forward, such as the 0 of `y[:, 0] = 0`, need a name of their own
+    # constants of the forward, such as the 0 of `y[:, 0] = 0`, need a source as well
     constants = (n for n, _ in chain(retraced.named_parameters(), retraced.named_buffers()))
     name_parameters(retraced, constants)
     return captured
 
 
 @contextmanager
-def forgotten_afterwards(backend: Callable[..., Any]) -> Iterator[None]:
-    """Dynamo forgets the functions that it compiles in here, for this backend and for no other.
+def reset_dynamo_afterwards(backend: Callable[..., Any]) -> Iterator[None]:
+    """Context that resets the Dynamo cache of functions compiled in it for this backend only.
 
-    Else the code behind a graph break keeps what was compiled, and at the recompile_limit Dynamo
-    runs that code as it is, whatever backend asks.
+    Otherwise the entries of code after a graph break accumulate, and at the recompile_limit Dynamo
+    runs that code eagerly for every backend.
     """
     codes: list[CodeType] = []
 
-    def note(code: CodeType, new_code: CodeType) -> CodeType | None:
+    def record(code: CodeType, new_code: CodeType) -> CodeType | None:
         codes.append(code)
         return None
 
-    hook = on_bytecode(note)
+    hook = on_bytecode(record)
     try:
         yield
     finally:
@@ -154,20 +153,20 @@ def _drop_policies(gm: GraphModule) -> None:
             del module.meta[_POLICY]
 
 
-def _unfollowable(gm: GraphModule, trains: bool) -> str | None:
-    """Why this graph cannot be retraced, or None. Asked before anything of it is run.
+def _untraceable(gm: GraphModule, trains: bool) -> str | None:
+    """Why this graph cannot be retraced, or None. Checked before it is run.
 
-    A call that takes and gives no value is there for what it does to the state of torch. Those of
-    STATEFUL are kept; to leave out any other would change what the model computes.
+    A call without inputs and results is there for its effect on torch's global state. The effects
+    in ir/contexts.py are kept; dropping any other would change what the model computes.
     """
     for module in gm.modules():
         for node in module.graph.nodes if isinstance(module, GraphModule) else ():
             if trains and getattr(node.target, "_name", "") == _FUNCTION:
                 return f"{node.name} is an autograd.Function with a backward of its own"
             if _is_of_functorch(node.target):
-                return f"{node.name} is a step of torch.vmap or torch.func"
+                return f"{node.name} belongs to torch.vmap or torch.func"
             if node.op == "call_method" and node.target in _ON_AUTOGRAD:
-                return f"{node.name} tells autograd something about a value"
+                return f"{node.name} changes how autograd treats a value"
             if node.op != "placeholder" and _is_nested(node.meta.get("example_value")):
                 return f"{node.name} makes a nested tensor"
             if node.op != "call_function" or not _without_value(node):
@@ -181,16 +180,16 @@ def _unfollowable(gm: GraphModule, trains: bool) -> str | None:
     return None
 
 
-_FUNCTION = "autograd_function_apply"  # make_fx follows into its forward, and forgets the rest
+_FUNCTION = "autograd_function_apply"  # make_fx traces its forward and drops its backward
 _ON_AUTOGRAD = ("requires_grad_", "retain_grad", "register_hook")
 
 
 def _without_value(node: Node) -> bool:
-    """Does this call neither take nor give a value? Contexts that it takes are none."""
+    """Has this call neither inputs nor results? Contexts do not count as inputs."""
     if any(not sets_state(n) for n in node.all_input_nodes):
         return False
-    given = tree_leaves(node.meta.get("example_value"))
-    return sets_state(node) or not any(isinstance(v, _VALUES) for v in given)
+    results = tree_leaves(node.meta.get("example_value"))
+    return sets_state(node) or not any(isinstance(v, _VALUES) for v in results)
 
 
 _VALUES = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, int, float)
@@ -210,8 +209,8 @@ def _name(target: Any) -> str:
     return getattr(target, "__name__", str(target))
 
 
-def _lost(retraced: GraphModule) -> str | None:
-    """What make_fx could not follow and took for a constant."""
+def _untraced(retraced: GraphModule) -> str | None:
+    """A value that make_fx could not trace and recorded as a constant."""
     for name, value in chain(retraced.named_buffers(), vars(retraced).items()):
         if isinstance(value, FakeTensor):
             return f"{name} was computed from no input of the graph"
@@ -237,13 +236,13 @@ def from_export(program: ExportedProgram) -> Captured | None:
 
 
 def without_checks(program: ExportedProgram) -> GraphModule:
-    """The program's module, which does not check its inputs."""
+    """The module of an exported program, without checks of its inputs."""
     module = program.module(check_guards=False)
     return GraphModule(module, module.graph)  # a plain copy: the checks are hooks of `module`
 
 
 def _retrace(gm: GraphModule, *inputs: Any) -> Any:
-    """Run the graph under make_fx. What it sets is set back, whatever happens."""
+    """Run the graph under make_fx, and restore the global state that it changes."""
     run, grad, sdpa = _Retrace(gm), torch.is_grad_enabled(), _sdpa_kernels()
     hooks = why_hooks_are_forbidden()
     try:
@@ -267,12 +266,12 @@ def _sdpa_kernels() -> tuple[list[Any], list[Any]]:
 
 
 class _Retrace(Interpreter):
-    """Runs a Dynamo graph under make_fx, which records the operators on tensors.
+    """Interpreter of a Dynamo graph under make_fx, which records the operators on tensors.
 
-    Calls that set a state are recorded here, and take effect as well: a fake value under autocast
-    has the type of a real run. So are checks on sizes that depend on data. Dynamo has taken them
-    for true, and what runs on its fake values finds a constant where the check compares a size.
-    Fused inference ops of torch.nn.Transformer are opened, so that their linears can be found.
+    Calls that set global state are recorded as nodes, and take effect as well, so that fake tensors
+    under autocast have their real dtype. Checks on data-dependent sizes are copied: Dynamo has
+    assumed them true, so that running them on fake tensors would record a constant. Fused inference
+    ops of torch.nn.Transformer are decomposed, so that their linears can be found.
     """
 
     def __init__(self, gm: GraphModule) -> None:
@@ -280,8 +279,9 @@ class _Retrace(Interpreter):
         mode = get_proxy_mode()
         assert mode is not None
         self._tracer = mode.tracer
-        self._copies: dict[Node, Node] = {}  # nodes that are recorded as they are
-        self.open: dict[Node, tuple[Callable[[Any], Any], Any]] = {}  # contexts, and how to leave
+        self._copies: dict[Node, Node] = {}  # nodes that are copied, not traced
+        # exit function and context of those that are entered
+        self.open: dict[Node, tuple[Callable[[Any], Any], Any]] = {}
 
     @property
     def _new(self) -> Graph:
@@ -296,20 +296,20 @@ class _Retrace(Interpreter):
             n.op == "call_function" and not isinstance(n.target, HigherOrderOperator)
         )
         if value is None and calls:
-            made = list(reversed(self._new.nodes))[: len(self._new.nodes) - before]
-            if n.all_input_nodes and (self._is_check(n) or not any(map(is_impure, made))):
-                for node in made:
+            new = list(reversed(self._new.nodes))[: len(self._new.nodes) - before]
+            if n.all_input_nodes and (self._is_check(n) or not any(map(is_impure, new))):
+                for node in new:
                     self._new.erase_node(node)
                 self._copy(n, None)
         return value
 
     def _is_check(self, n: Node) -> bool:
-        """Does this call act on numbers alone?"""
+        """Has this call no tensor inputs?"""
         return not any(isinstance(self.env[i], Tensor) for i in n.all_input_nodes)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target in _OPENED:
-            return _OPENED[target](*args, **kwargs)
+        if target in _DECOMPOSITIONS:
+            return _DECOMPOSITIONS[target](*args, **kwargs)
         if target is _CHECKPOINT:
             args[0].meta.setdefault(_POLICY, noop_context_fn)
         return super().call_function(target, args, kwargs)
@@ -318,15 +318,15 @@ class _Retrace(Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         with DisableTorchFunction():
             value = n.target(*args, **kwargs)  # type: ignore[operator]
-        if n.target in _LEAVING:
-            self.open[n] = _LEAVING[n.target], value
-        elif n.target in _LEAVING.values():
+        if n.target in _EXITS:
+            self.open[n] = _EXITS[n.target], value
+        elif n.target in _EXITS.values():
             del self.open[n.args[0]]  # type: ignore[arg-type]
         self._copy(n, None)
         return value
 
     def _copy(self, n: Node, value: Any) -> Node:
-        """The call itself in the new graph, not what running it records."""
+        """Copy the call itself to the new graph, instead of what tracing it records."""
         args, kwargs = map_arg((n.args, n.kwargs), self._source)
         copy = self._tracer.create_node(n.op, n.target, args, kwargs)
         copy.meta["val"] = value
@@ -334,7 +334,7 @@ class _Retrace(Interpreter):
         return copy
 
     def _source(self, n: Node) -> Any:
-        """What stands for n in the new graph."""
+        """The node or constant for n in the new graph."""
         if n in self._copies:
             return self._copies[n]
         value = self.env[n]
@@ -344,20 +344,20 @@ class _Retrace(Interpreter):
                 raise CaptureError(f"a check of {n.name} would be lost")
             return slot.proxy.node
         if n.op in ("call_function", "call_method"):
-            return self._copy(n, value)  # as Dynamo has it: torch's compilers look where it is from
+            return self._copy(n, value)  # a copy: torch's compilers check where it comes from
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             return get_proxy_slot(value, self._tracer).force().node
         return value
 
 
-_LEAVING: dict[Any, Callable[[Any], Any]] = {
+_EXITS: dict[Any, Callable[[Any], Any]] = {
     ENTER_AUTOCAST: EXIT_AUTOCAST,
     ENTER_INFERENCE: EXIT_INFERENCE,
 }
 
 
-_OPENED: dict[Any, Callable[..., Tensor]] = {
-    # make_fx takes `x.data` for a constant
+_DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
+    # make_fx would record `x.data` as a constant
     GET_DATA: Tensor.detach,
     TRANSFORMER_LAYER: _encoder_layer,
     aten._transformer_encoder_layer_fwd.default: _encoder_layer,

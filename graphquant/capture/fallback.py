@@ -1,4 +1,4 @@
-"""A graph that runs as Dynamo gave it, all of it in float, and its report."""
+"""Fallback to float: runs Dynamo's graph unchanged, with a report that says why."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from graphquant.ir.graph import hint
 from graphquant.report import Outcome, Report
 
 
-def or_in_float(
+def with_fallback(
     gm: GraphModule, attempt: Callable[[], tuple[Report, Callable[..., Any]]]
 ) -> tuple[Report, Callable[..., Any] | None]:
-    """attempt(), or (why this graph runs in float, None).
+    """attempt(), or (report of the failure, None) if graphquant fails.
 
-    Dynamo's graph itself must not be changed in it. Of what has failed nothing is kept alive: it
-    may have lacked the memory.
+    `attempt` must not change Dynamo's graph. Nothing of a failed attempt is kept alive: it may have
+    run out of memory.
     """
     try:
         return attempt()
@@ -38,7 +38,7 @@ def or_in_float(
 
 
 def left_in_float(gm: GraphModule, why: object) -> Report:
-    """Every linear of Dynamo's graph is float for this reason."""
+    """Report of a graph whose linears are all float, for this reason."""
     outcomes = (
         Outcome("linear", path, node.name, (), str(why), *_sizes(node))
         for node, path in linears_of(gm)
@@ -47,7 +47,7 @@ def left_in_float(gm: GraphModule, why: object) -> Report:
 
 
 def _sizes(linear: Node) -> tuple[int, int, int]:
-    """M, N, K; zeros if they are not known."""
+    """M, N, K; zeros if unknown."""
     values = [a.meta.get("example_value") for a in linear.args[:2] if isinstance(a, Node)]
     if len(values) < 2 or not all(isinstance(v, Tensor) and v.dim() for v in values):
         return 0, 0, 0

@@ -1,4 +1,4 @@
-"""Where the inputs of Dynamo's graphs come from, and which of them a module holds."""
+"""Sources of the inputs of Dynamo graphs: module parameters or arguments of the call."""
 
 from __future__ import annotations
 
@@ -22,15 +22,18 @@ from graphquant._torch.dynamo import (
 from graphquant.ir.graph import module_path
 from graphquant.ir.paths import Places, linear_path
 
-_HELD = (ParamBufferSource, UnspecializedParamBufferSource)  # an entry of a module's tables
+_HELD = (ParamBufferSource, UnspecializedParamBufferSource)  # of parameters and buffers of a module
 
 
-_WRAPPER = "compile_wrapper"  # the function that torch.compile returns
+_WRAPPER = "compile_wrapper"  # name of the function that torch.compile returns
 
 
 def _real(placeholder: Node, value: Any) -> Any:
-    """The tensor behind a fake input. DDP's optimizer, which cuts Dynamo's graph at its buckets,
-    compiles the pieces with fake inputs, and leaves on each what Dynamo made it from."""
+    """The real tensor of a fake input.
+
+    DDPOptimizer, which splits Dynamo's graph into buckets, compiles the parts with fake inputs, and
+    keeps the real ones in their metadata.
+    """
     if not isinstance(value, FakeTensor):
         return value
     real = getattr(placeholder.meta.get("grapharg"), "example", None)
@@ -43,8 +46,10 @@ def _is_parameter(value: Tensor) -> bool:
 
 
 def belong_to_modules(gm: GraphModule) -> list[bool]:
-    """Of each input of Dynamo's graph: is it a parameter or buffer that a module holds? Arguments
-    of the call are none, be they Parameters or marked static."""
+    """For each input of Dynamo's graph: is it a parameter or buffer of a module?
+
+    Arguments of the call are not, even if they are Parameters or marked static.
+    """
     return [_is_held(n) for n in gm.graph.find_nodes(op="placeholder")]
 
 
@@ -57,18 +62,18 @@ def _is_held(placeholder: Node) -> bool:
 
 
 def linears_of(gm: GraphModule) -> Iterator[tuple[Node, str]]:
-    """The linears of Dynamo's graph, and their module paths."""
+    """The linears of Dynamo's graph with their module paths."""
     places = Places(_being_compiled())
     places.mark(gm)
     for node in gm.graph.find_nodes(op="call_function", target=F.linear):
         weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
         held = isinstance(weight, Node) and weight.op == "placeholder" and _is_held(weight)
-        names = [places.tensor(example(weight), _spelling(weight))] if held else []
+        names = [places.tensor(example(weight), _source_name(weight))] if held else []
         yield node, linear_path(module_path(node), names)
 
 
-def _spelling(placeholder: Node) -> str:
-    """How Dynamo says where an input is: "L['self']._modules['fc']._parameters['weight']"."""
+def _source_name(placeholder: Node) -> str:
+    """Dynamo's source of an input: "L['self']._modules['fc']._parameters['weight']"."""
     argument = placeholder.meta.get("grapharg")
     if argument is None or argument.source is None:
         return placeholder.name
@@ -77,10 +82,9 @@ def _spelling(placeholder: Node) -> str:
 
 
 def _being_compiled() -> torch.nn.Module | None:
-    """The module that torch.compile was given and whose call brought Dynamo here. Behind a graph
-    break Dynamo speaks of what is inside it as if it stood alone.
+    """The module given to torch.compile whose call is being compiled; None if it is a function.
 
-    None for a function that is compiled.
+    Found on the stack: after a graph break, Dynamo's sources start at an inner module.
     """
     frame = sys._getframe(1)
     while frame := frame.f_back:  # type: ignore[assignment]
@@ -100,9 +104,9 @@ def _being_compiled() -> torch.nn.Module | None:
 
 
 def static_inputs(graph: Graph) -> Callable[[str], Node]:
-    """Returns a function that adds an input, behind those that the graph has.
+    """A function that appends an input to the graph, given its name.
 
-    CUDA graphs take it for static: it keeps its address from call to call.
+    The input is static for CUDA graphs: it keeps its address from call to call.
     """
     last: Node = graph.find_nodes(op="placeholder")[-1]
 

@@ -1,4 +1,4 @@
-"""torch.compile with a view of every graph: how the entries beside the backend run a model."""
+"""Trace: runs a model by torch.compile with a function for every captured graph."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from torch.fx import GraphModule
 from graphquant._torch import is_compiled, original
 from graphquant._torch.dynamo import patch_config
 from graphquant.capture.aten import from_dynamo
-from graphquant.capture.fallback import left_in_float, or_in_float
+from graphquant.capture.fallback import left_in_float, with_fallback
 from graphquant.errors import CaptureError, GraphquantError
-from graphquant.failure import promised, stage
+from graphquant.failure import raise_failures, stage
 from graphquant.ir.captured import Captured
 from graphquant.report import Report
 
 
 class Trace:
-    """Calls of a model.
+    """Calls a model, with a replacement for each of its graphs.
 
-    take(captured, Dynamo's graph) -> (its report, what runs in its place), once for each graph
-    entry  that is of no use in float, and raises GraphquantError where graphquant fails; "" for
-           one that reports such a graph as left in float
+    take   take(captured, Dynamo's graph) -> (report, replacement), called once per graph
+    entry  name of an entry point that is useless in float, and so raises GraphquantError if
+           graphquant fails; "" if the graph is reported as left in float instead
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Trace:
         self._reports: list[Report] = []
         self._seen: set[int] = set()  # ids of parameters
         self._root: nn.Module | None = None
-        # Dynamo counts compilations by code object, and runs eager after a few: this one is new
+        # a new code object: Dynamo counts compilations per code object, and runs eager after a few
         call = FunctionType(_call.__code__.replace(), globals())
         self._compiled = torch.compile(call, backend=self.observe)
 
@@ -47,8 +47,8 @@ class Trace:
         self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         self._root = root_of(model)
-        many = patch_config(recompile_limit=2**16, accumulated_recompile_limit=2**16)
-        with many, promised(self._entry):
+        limits = patch_config(recompile_limit=2**16, accumulated_recompile_limit=2**16)
+        with limits, raise_failures(self._entry):
             return self._compiled(model, *args, **kwargs)
 
     def observe(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -66,30 +66,33 @@ class Trace:
             except CaptureError as why:
                 report, run = left_in_float(gm, why), gm.forward
         else:
-            report, int8 = or_in_float(gm, attempt)
+            report, int8 = with_fallback(gm, attempt)
             run = int8 or gm.forward
         if report.graphs:
             self._reports.append(report)
         return run
 
     def report(self, model: Callable[..., Any]) -> Report:
-        """Of all graphs until now."""
+        """The merged Report of all graphs so far. Raises GraphquantError if there are none."""
         if not self._reports:
             raise GraphquantError(f"torch.compile found no tensor code in {type(model).__name__}")
         report = Report.merge(self._reports)
-        return replace(report, notes=(*report.notes, *unseen(root_of(model), self._seen)))
+        return replace(report, notes=(*report.notes, *missing_linears(root_of(model), self._seen)))
 
 
 def root_of(model: Callable[..., Any]) -> nn.Module | None:
-    """The module at which paths begin: the model, or whose method it is; None for a function."""
+    """The module at which paths begin: the model, or the owner of the method; None if neither."""
     model = getattr(model, "__self__", model)
     if is_compiled(model):
         return root_of(original(model))
     return model if isinstance(model, nn.Module) else None
 
 
-def unseen(model: nn.Module | None, seen: Collection[Any]) -> Iterator[str]:
-    """A note if the model has linears that no graph holds: coverage does not count them."""
+def missing_linears(model: nn.Module | None, seen: Collection[Any]) -> Iterator[str]:
+    """A note if linears of the model are in no graph, and so not counted in its coverage.
+
+    seen  ids of the parameters of all graphs
+    """
     if model is None:
         return
     every = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -103,4 +106,4 @@ def unseen(model: nn.Module | None, seen: Collection[Any]) -> Iterator[str]:
 
 
 def _call(self: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return self(*args, **kwargs)  # named as in a method: paths in the report begin behind it
+    return self(*args, **kwargs)  # named `self` as in a method: paths leave it out

@@ -1,4 +1,4 @@
-"""torch's fused encoder layer, spelled out in parts that rules know."""
+"""Decomposition of torch's fused encoder layer into ops that rules know."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def _encoder_layer(
     mask: Tensor | None = None,
     mask_type: int | None = None,
 ) -> Tensor:
-    """What aten._transformer_encoder_layer_fwd computes, from parts that rules know.
+    """aten._transformer_encoder_layer_fwd, from ops that rules know. src [B, T, embed_dim].
 
-    mask_type: 0 a mask [T, T] of attention, 1 a key padding mask [B, T], 2 a full mask; True (or
+    mask_type: 0 an attention mask [T, T], 1 a key padding mask [B, T], 2 a full mask; True (or
     -inf) means "do not attend", as in torch.nn.MultiheadAttention.
     """
 

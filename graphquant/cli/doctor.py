@@ -28,10 +28,9 @@ import torch.nn.functional as F
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphquant
-from graphquant._torch import inductor_cache_dir, tree_map
+from graphquant._torch import TorchDispatchMode, inductor_cache_dir, tree_map
 from graphquant.backend import graphquant as backend
 from graphquant.cli.arguments import add_output, page, write_json
 from graphquant.metrics import Error

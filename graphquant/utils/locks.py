@@ -1,4 +1,4 @@
-"""Locks that a forked process finds open, though another thread held them in its parent."""
+"""Locks that survive fork: released in the child if another thread held them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from weakref import WeakSet
 
 
 class Lock:
-    """A threading.RLock. What it guards must be right, or noticed to be stale, at any time: the
-    thread that held it is not there in a forked process, and leaves things as they were."""
+    """A threading.RLock that is released in a forked child.
+
+    The child may find the guarded state half written, by a thread that it does not have. So that
+    state must be valid, or detectably stale, at any time.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -31,14 +34,14 @@ class Lock:
 _locks: WeakSet[Lock] = WeakSet()
 
 
-def _renew() -> None:
+def _release_in_child() -> None:
     for lock in list(_locks):
         try:
             lock._lock.release()
-        except RuntimeError:  # not held by this thread, the only one that is left
+        except RuntimeError:  # not held by the forking thread, the only one left
             lock._lock = threading.RLock()
         else:
             lock._lock.acquire()
 
 
-os.register_at_fork(after_in_child=_renew)
+os.register_at_fork(after_in_child=_release_in_child)

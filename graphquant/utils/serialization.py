@@ -1,6 +1,6 @@
-"""Files that others may have written: read without trusting them, written whole or not at all.
+"""Atomic writes, and validated reads of untrusted JSON.
 
-Whatever a file holds, a loader gives a valid value or raises FileError, which names the file and
+Whatever a file holds, a loader returns a valid value or raises FileError, which names the file and
 the field.
 """
 
@@ -20,17 +20,17 @@ from typing import Any, NoReturn, TypeVar
 
 from graphquant.errors import FileError
 
-LARGEST = 64 * 2**20  # bytes of a JSON file; the largest real ones have some hundred KiB
-MOST = 2**53  # of a count: sums of a thousand such fit in int64
+MAX_BYTES = 64 * 2**20  # of a JSON file; the largest real ones have a few hundred KiB
+MAX_COUNT = 2**53  # sums of a thousand counts fit in int64
 
 T = TypeVar("T")
 
 
 def write(path: str | Path, data: bytes) -> None:
-    """Replace the file's content by `data`, all of it or, if that fails, nothing.
+    """Replace the content of a file atomically.
 
-    The data is on the disk before the file has its name. A link stays a link; what is no regular
-    file, such as /dev/stdout, is written to.
+    The data is flushed to disk before the file is renamed into place. Symbolic links are followed;
+    what is not a regular file, such as /dev/stdout, is written to directly.
     """
     target = Path(os.path.realpath(path))
     mode = _mode(target)
@@ -52,7 +52,7 @@ def write(path: str | Path, data: bytes) -> None:
 
 
 def _mode(target: Path) -> int | None:
-    """The permissions the file has or, if it is new, would be given; None if it is none."""
+    """Permissions of the file, or of a new one; None if it is not a regular file."""
     try:
         found = os.stat(target).st_mode
     except FileNotFoundError:
@@ -63,56 +63,59 @@ def _mode(target: Path) -> int | None:
 
 
 def read_json(path: str | Path, what: str) -> Field:
-    """The JSON in a file. Raises FileError for what is none, OSError if it cannot be read."""
-    said = f"{path} is no {what}"
+    """Read a JSON file. Raises FileError if it is not JSON, OSError if it cannot be read."""
+    prefix = f"{path} is not a {what}"
     with open(path, "rb") as file:
-        data = file.read(LARGEST + 1)
-    if len(data) > LARGEST:
-        raise FileError(f"{said}: it is larger than {LARGEST >> 20} MiB")
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise FileError(f"{prefix}: it is larger than {MAX_BYTES >> 20} MiB")
     try:
         text = data.decode()
     except UnicodeDecodeError as bad:
-        raise FileError(f"{said}: it is not UTF-8 text: {bad.reason} at {bad.start}") from bad
-    return parse(text, said)
+        raise FileError(f"{prefix}: it is not UTF-8 text: {bad.reason} at {bad.start}") from bad
+    return parse(text, prefix)
 
 
-def parse(text: str, said: str) -> Field:
-    """JSON, strictly: no key twice, no NaN and no Infinity. `said` begins the error's message."""
+def parse(text: str, prefix: str) -> Field:
+    """Parse strict JSON: no duplicate keys, no NaN, no Infinity.
+
+    Raises FileError, whose message begins with `prefix`.
+    """
     try:
-        return Field(json.loads(text, object_pairs_hook=_once, parse_constant=_refused), said)
+        return Field(json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse), prefix)
     except RecursionError as deep:
-        raise FileError(f"{said}: it is nested too deeply") from deep
-    except (ValueError, TypeError) as bad:  # TypeError: what was given is no text
-        raise FileError(f"{said}: {bad}") from bad
+        raise FileError(f"{prefix}: it is nested too deeply") from deep
+    except (ValueError, TypeError) as bad:  # TypeError: `text` is not a string
+        raise FileError(f"{prefix}: {bad}") from bad
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"it has {reprlib.repr(twice)} twice")
-    return made
+    return result
 
 
-def _refused(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no number in JSON")
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not a number in JSON")
 
 
 @dataclass(frozen=True)
 class Field:
-    """A value that was read, and where it stands: each method returns it if it is what it must be.
+    """A value of a JSON file and its path in it.
 
-    All raise FileError.
+    Each method returns the value if it is valid, else raises FileError.
     """
 
     value: Any
-    said: str  # what the error's message begins with: "budget.json is no budget"
-    at: str = ""  # "left[3].path"
+    prefix: str  # of error messages: "budget.json is not a budget"
+    path: str = ""  # "left[3].path"
 
     def refuse(self, wants: str) -> NoReturn:
         got = reprlib.repr(self.value)
-        raise FileError(f"{self.said}: {self.at or 'it'} must be {wants}, got {got}")
+        raise FileError(f"{self.prefix}: {self.path or 'it'} must be {wants}, got {got}")
 
     def object(self) -> Mapping[str, Any]:
         if not isinstance(self.value, Mapping) or not all(isinstance(k, str) for k in self.value):
@@ -120,10 +123,10 @@ class Field:
         return self.value
 
     def only(self, names: Collection[str]) -> Field:
-        """Itself, an object that has none but these keys."""
+        """Self, if it is an object with no other keys than these."""
         for name in self.object():
             if name not in names:
-                raise FileError(f"{self.said}: it has an unknown field {self._below(name)!r}")
+                raise FileError(f"{self.prefix}: it has an unknown field {self._below(name)!r}")
         return self
 
     def has(self, name: str) -> bool:
@@ -131,29 +134,29 @@ class Field:
 
     def __getitem__(self, name: str) -> Field:
         if name not in self.object():
-            raise FileError(f"{self.said}: it has no {self._below(name)}")
-        return Field(self.value[name], self.said, self._below(name))
+            raise FileError(f"{self.prefix}: it has no {self._below(name)}")
+        return Field(self.value[name], self.prefix, self._below(name))
 
     def _below(self, name: str) -> str:
         name = name if len(name) <= 100 else f"{name[:100]}..."
-        return f"{self.at}.{name}" if self.at else name
+        return f"{self.path}.{name}" if self.path else name
 
     def items(self) -> Iterator[tuple[str, Field]]:
         for name in self.object():
-            yield Field(name, self.said, f"a name in {self.at or 'it'}").text(), self[name]
+            yield Field(name, self.prefix, f"a name in {self.path or 'it'}").text(), self[name]
 
     def list(self) -> tuple[Field, ...]:
         if not isinstance(self.value, (list, tuple)):
             self.refuse("a list")
-        return tuple(Field(v, self.said, f"{self.at}[{i}]") for i, v in enumerate(self.value))
+        return tuple(Field(v, self.prefix, f"{self.path}[{i}]") for i, v in enumerate(self.value))
 
     def text(self) -> str:
         if not isinstance(self.value, str):
             self.refuse("text")
         try:
             self.value.encode()
-        except UnicodeEncodeError:  # a half of a surrogate pair: it could not be printed
-            self.refuse("text that UTF-8 can hold")
+        except UnicodeEncodeError:  # a lone surrogate, which cannot be printed
+            self.refuse("valid UTF-8 text")
         return self.value
 
     def texts(self) -> tuple[str, ...]:
@@ -169,14 +172,14 @@ class Field:
             self.refuse("true or false")
         return self.value
 
-    def integer(self, least: int = 0, most: int = MOST) -> int:
+    def integer(self, least: int = 0, most: int = MAX_COUNT) -> int:
         whole = isinstance(self.value, int) and not isinstance(self.value, bool)
         if not whole or not least <= self.value <= most:
             self.refuse(f"a whole number from {least} to {most}")
         return int(self.value)
 
     def number(self, least: float = -math.inf, most: float = math.inf) -> float:
-        """A finite one."""
+        """A finite number."""
         value = as_float(self.value)
         if value is None or not math.isfinite(value) or not least <= value <= most:
             between = "" if math.isinf(least) else f" from {least:g}"
@@ -185,18 +188,18 @@ class Field:
         return value
 
     def record(self, cls: Callable[..., T]) -> T:
-        """A flat frozen dataclass, by the types of its fields. What has a default may be absent."""
+        """A flat dataclass, by the types of its fields. Fields with a default may be absent."""
         known = fields(cls)  # type: ignore[arg-type]
         self.only([one.name for one in known])
-        given = {
-            one.name: _READ[str(one.type)](self[one.name])
+        values = {
+            one.name: _READERS[str(one.type)](self[one.name])
             for one in known
             if self.has(one.name) or one.default is MISSING
         }
-        return cls(**given)
+        return cls(**values)
 
 
-_READ: dict[str, Callable[[Field], Any]] = {
+_READERS: dict[str, Callable[[Field], Any]] = {
     "str": Field.text,
     "int": Field.integer,
     "float": Field.number,
@@ -206,7 +209,7 @@ _READ: dict[str, Callable[[Field], Any]] = {
 
 
 def as_float(value: object) -> float | None:
-    """What is a number as a float; None for anything else, and for what is too large for one."""
+    """A number as a float; None for anything else, and if it does not fit."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return None
     try:

@@ -1,7 +1,7 @@
-"""Some values of parameters on a GPU, compared there, without waiting for the answer.
+"""Probes: compare sampled values of parameters on a GPU, without synchronizing.
 
-A look costs the launch of one small kernel on the current stream. It raises a flag in host memory
-if a value has changed, and later looks read the flag. Without Triton nothing is compared.
+A comparison costs the launch of one small kernel on the current stream. The kernel sets a flag in
+host memory if a value has changed; later calls read the flag. Without Triton nothing is compared.
 """
 
 from __future__ import annotations
@@ -16,41 +16,46 @@ import torch
 from torch import Tensor
 
 from graphquant.ops.runtime.launch import native, prepare, stream_of
-from graphquant.weights.snapshot import SAMPLES, Seen, has_values, offsets, values
+from graphquant.weights.snapshot import SAMPLES, TensorState, has_values, offsets, values
 
-_FLAGS = 256  # that are allocated at once
+_FLAGS = 256  # flags per allocation
 
 
 def values_of(tensors: Sequence[Tensor]) -> list[bytes | None]:
-    """Some values of each tensor, for Seen. Waits for the GPUs; None for what cannot be looked at,
-    such as everything on a GPU that is recording a CUDA graph."""
+    """Sampled values of each tensor, for TensorState. Waits for the GPUs.
+
+    None for what cannot be read, such as everything on a GPU that is capturing a CUDA graph.
+    """
     found = [values(t) for t in tensors]
     for device in _devices(tensors):
-        mine = [i for i, t in enumerate(tensors) if _readable(t, device)]
+        indices = [i for i, t in enumerate(tensors) if _readable(t, device)]
         with torch.cuda.device(device), torch.inference_mode():
             if torch.cuda.is_current_stream_capturing():
                 continue
-            rows = read(_table([tensors[i] for i in mine]).to(device)).cpu().numpy()
-        for i, row in zip(mine, rows, strict=True):
+            rows = read(_table([tensors[i] for i in indices]).to(device)).cpu().numpy()
+        for i, row in zip(indices, rows, strict=True):
             found[i] = row.tobytes()
     return found
 
 
-def probes(tensors: Sequence[Tensor], seen: Sequence[Seen]) -> list[Probe]:
-    """One for each GPU. `seen` is what these tensors are now."""
-    made = []
+def probes(tensors: Sequence[Tensor], states: Sequence[TensorState]) -> list[Probe]:
+    """One probe per GPU, for these tensors in their current states."""
+    result = []
     for device in _devices(tensors):
         known = [
             s.values is not None and _readable(t, device)
-            for t, s in zip(tensors, seen, strict=True)
+            for t, s in zip(tensors, states, strict=True)
         ]
-        mine = [i for i, k in enumerate(known) if k]
-        if mine and not _captures(device):
-            made.append(Probe([tensors[i] for i in mine], [seen[i] for i in mine], device))
-    return made
+        indices = [i for i, k in enumerate(known) if k]
+        if indices and not _is_capturing(device):
+            result.append(
+                Probe([tensors[i] for i in indices], [states[i] for i in indices], device)
+            )
+    return result
 
 
 def read(table: Tensor) -> Tensor:
+    """The values that a table of addresses (`_table`) points to, [tensors, SAMPLES] int32."""
     from graphquant.ops.triton_samples import gather
 
     out = torch.empty(table.shape[0], table.shape[2], dtype=torch.int32, device=table.device)
@@ -59,31 +64,33 @@ def read(table: Tensor) -> Tensor:
 
 
 class Probe:
-    """Values of tensors on one device. The tensors are not kept alive: it must not be used any more
-    once one of them has gone or moved."""
+    """Compares sampled values of tensors on one device with those of a known state.
+
+    Does not keep the tensors alive, and must not be used once one of them is freed or moved.
+    """
 
     def __init__(
-        self, tensors: Sequence[Tensor], seen: Sequence[Seen], device: torch.device
+        self, tensors: Sequence[Tensor], states: Sequence[TensorState], device: torch.device
     ) -> None:
-        table = _table(tensors, seen)
+        table = _table(tensors, states)
         with torch.inference_mode(False):
             self._table = table.to(device)
         self._device = device
         self._flag, self._raised = _take_flag(device)
         finalize(self, _free_flags.append, (self._flag, self._raised))
-        self._look = _looker(device)
+        self._compare = _comparison(device)
         self._stream = stream_of(device) if device.type == "cuda" else 0
 
     def raised(self) -> bool:
-        """What looks have found, as far as that is known."""
+        """Has a comparison that is done found a change?"""
         return bool(self._raised[0])
 
     def changed(self) -> bool:
-        """What earlier looks have found. Looks again."""
+        """The result of earlier comparisons. Launches another one."""
         if self._raised[0]:
             return True
         if self._device.type != "cuda":
-            self._look(0, self._table, self._flag)
+            self._compare(0, self._table, self._flag)
         elif self._device.index != torch.cuda.current_device():
             with torch.cuda.device(self._device):
                 self._launch()
@@ -95,12 +102,12 @@ class Probe:
         if torch.cuda.is_current_stream_capturing():
             return
         stream = stream_of(self._device)
-        if stream != self._stream:  # the table's memory must not be used anew before the kernel ran
+        if stream != self._stream:  # the table must not be freed before the kernel ran
             self._table.record_stream(torch.cuda.current_stream(self._device))
-        self._look(stream, self._table, self._flag)
+        self._compare(stream, self._table, self._flag)
 
 
-def _looker(device: torch.device) -> Callable[[int, Tensor, Tensor], Any]:
+def _comparison(device: torch.device) -> Callable[[int, Tensor, Tensor], Any]:
     from graphquant.ops.triton_samples import compare
 
     if device.type != "cuda":  # Triton's interpreter
@@ -111,13 +118,13 @@ def _looker(device: torch.device) -> Callable[[int, Tensor, Tensor], Any]:
     return site
 
 
-# A kernel may raise a flag when its Probe is gone. So flags are used again for other probes, where
-# one raised in vain costs a look at the values, and their memory is never given back.
+# A kernel may set a flag after its Probe was freed. So the memory of flags is never freed, only
+# reused by other probes, where a flag that is set wrongly costs one comparison on the host.
 _free_flags: list[tuple[Tensor, Any]] = []
 
 
 def _take_flag(device: torch.device) -> tuple[Tensor, Any]:
-    """A flag that is down, as a tensor for kernels and as an array for the host."""
+    """A cleared flag, as a tensor for kernels and as an array for the host."""
     if not _free_flags:
         with torch.inference_mode(False):
             flags = torch.zeros(_FLAGS, 4, dtype=torch.int32, device="cpu")  # 16 bytes for each
@@ -129,14 +136,14 @@ def _take_flag(device: torch.device) -> tuple[Tensor, Any]:
     return flag, raised
 
 
-def _table(tensors: Sequence[Tensor], seen: Sequence[Seen] | None = None) -> Tensor:
-    """What ops/triton_samples.py reads."""
+def _table(tensors: Sequence[Tensor], states: Sequence[TensorState] | None = None) -> Tensor:
+    """Addresses, expected values and sizes, [tensors, 3, SAMPLES] int64 (ops/triton_samples.py)."""
     table = np.zeros((len(tensors), 3, SAMPLES), dtype=np.int64)
     for i, t in enumerate(tensors):
         at = np.frombuffer(offsets(t), dtype=np.int64)
         table[i, 0] = t.data_ptr() + np.resize(at, SAMPLES)
-        if seen is not None:
-            table[i, 1] = np.frombuffer(seen[i].values or b"", dtype=np.int32)
+        if states is not None:
+            table[i, 1] = np.frombuffer(states[i].values or b"", dtype=np.int32)
         table[i, 2] = t.element_size()
     return torch.from_numpy(table)
 
@@ -150,6 +157,6 @@ def _readable(t: Tensor, device: torch.device) -> bool:
     return t.device == device and t.element_size() <= 8 and has_values(t)
 
 
-def _captures(device: torch.device) -> bool:
+def _is_capturing(device: torch.device) -> bool:
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()

@@ -1,14 +1,14 @@
-"""Weights whose float values are not on the device any more: `free_weights=True` and "host".
+"""Released weights: float values that are no longer in device memory (`free_weights`).
 
-A released weight keeps its sizes, strides, dtype, device and version, so that Dynamo's guards hold
-and other sizes can be compiled, but it has no memory. It must never look like a weight that has:
+With True, a released weight keeps its sizes, strides, dtype, device and version, so that Dynamo's
+guards hold and other sizes can be compiled, but has no memory. It must never pass for a valid one:
 
     writes, data_ptr(), numpy, views, torch.save and pickles raise in every build of torch
-    reads raise as well, with a message of ours, in builds for CUDA
-    in builds for the CPU alone, some operators read past torch's check: there they find NaN
+    reads raise as well, with graphquant's message, in builds for CUDA
+    in builds for the CPU alone, some operators bypass torch's check and read NaN
 
-With "host" a weight is a CUDA tensor as before, but in pinned host memory, which the device reads
-and writes over the bus: everything that works on a weight works on this one, slower.
+With "host" a weight stays a CUDA tensor, in pinned host memory that the device accesses over the
+bus: everything that works on a weight works on this one, slower.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from graphquant._torch import forbid_reads, forbid_writes, point_at
 log = logging.getLogger(__name__)
 
 _in_host_memory: set[StorageWeakRef] = set()
-_nans: list[Tensor] = []  # bytes; older ones may still be read
+_nans: list[Tensor] = []  # uint8, larger each time; the older ones may still be read
 
 
 def is_released(t: Tensor) -> bool:
-    """Was the memory of this tensor given back by free_weights=True?"""
+    """Was the memory of this tensor freed by free_weights=True?"""
     return t.numel() > 0 and t.untyped_storage().nbytes() == 0
 
 
@@ -39,34 +39,36 @@ def is_in_host_memory(t: Tensor) -> bool:
     return StorageWeakRef(t.untyped_storage()) in _in_host_memory
 
 
-def let_go(t: Tensor, name: str, how: bool | str, needed: Container[StorageWeakRef]) -> int | None:
-    """Take a weight off its device, unless its memory is needed or belongs to other tensors too.
+def release_memory(
+    t: Tensor, name: str, how: bool | str, needed: Container[StorageWeakRef]
+) -> int | None:
+    """Free the device memory of a weight, unless it is needed or `t` is only a part of it.
 
-    how  True: its values are given up. "host": they move to host memory.
+    how  True: its values are dropped. "host": they move to host memory.
 
-    Whoever holds the same memory under another name keeps it, with its values. Returns the bytes of
-    device memory that became free; None if nothing was done.
+    Memory that another tensor shares is kept, with its values. Returns the bytes of device memory
+    freed; None if nothing was done.
     """
     storage = t.untyped_storage()
     size, memory = storage.nbytes(), StorageWeakRef(storage)
     if not size or memory in needed or size != t.numel() * t.element_size():
         return None
-    instead = in_host_memory(t) if how == "host" else without_memory(t, name)
-    if instead is None:
+    replacement = in_host_memory(t) if how == "host" else without_memory(t, name)
+    if replacement is None:
         return None
-    t.data = instead
+    t.data = replacement
     del storage
     return size if memory.expired() else 0
 
 
 def without_memory(t: Tensor, name: str) -> Tensor:
-    """A tensor like this one that holds no memory: to read or to write it raises."""
+    """A tensor like this one without memory: reads and writes raise."""
     with torch.inference_mode(t.is_inference()), torch.no_grad():
         empty = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
     storage = empty.untyped_storage()
     size = storage.nbytes()
     storage.resize_(0)
-    # torch makes its own dead tensors raise by these two
+    # torch invalidates tensors of its own by these two
     raises = forbid_reads(
         storage,
         f"{name}: free_weights=True released the float values of this weight. "
@@ -79,8 +81,10 @@ def without_memory(t: Tensor, name: str) -> Tensor:
 
 
 def _address_of_nans(size: int) -> int:
-    """Memory of at least `size` bytes that every floating-point dtype reads as NaN. It is never
-    freed: storages that point to it do not keep it."""
+    """Address of at least `size` bytes that are NaN in every floating-point dtype.
+
+    The memory is never freed: storages that point to it do not keep it alive.
+    """
     if not _nans or _nans[-1].numel() < size:
         larger = max(size, 2 * _nans[-1].numel() if _nans else 0)
         with torch.inference_mode(False):
@@ -89,7 +93,7 @@ def _address_of_nans(size: int) -> int:
 
 
 class _Pinned:
-    """Host memory as CUDA libraries hand memory to each other. What reads it keeps it alive."""
+    """Pinned host memory as a CUDA array. Tensors made from it keep it alive."""
 
     def __init__(self, size: int) -> None:
         self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
@@ -99,15 +103,17 @@ class _Pinned:
         address = self.memory.data_ptr()  # the same on the device: addresses are unified
         return {
             "shape": (self.memory.numel(),),
-            "typestr": "|u1",  # no typestr stands for bfloat16
+            "typestr": "|u1",  # there is no typestr for bfloat16
             "data": (address, False),
             "version": 3,
         }
 
 
 def in_host_memory(t: Tensor) -> Tensor | None:
-    """A tensor on the same device with the same values, in host memory. None where this one is
-    there already, and on the CPU, where all weights are."""
+    """A copy in host memory that the same device can access.
+
+    None if this tensor is in host memory already, as all CPU tensors are.
+    """
     if t.device.type != "cuda" or is_in_host_memory(t):
         return None
     with torch.inference_mode(t.is_inference()), torch.no_grad(), torch.cuda.device(t.device):
@@ -115,7 +121,7 @@ def in_host_memory(t: Tensor) -> Tensor | None:
         flat = torch.as_tensor(pinned, device=t.device)
         if flat.data_ptr() != pinned.memory.data_ptr():
             log.warning(
-                'free_weights="host" left a weight on %s: it cannot address this host memory',
+                'free_weights="host" left a weight on %s: it cannot address pinned host memory',
                 t.device,
             )
             return None
@@ -126,8 +132,8 @@ def in_host_memory(t: Tensor) -> Tensor | None:
     return host
 
 
-def bring_back(tensors: Iterable[Tensor]) -> None:
-    """Undo `in_host_memory` for those that were moved: they are on their device again."""
+def move_back(tensors: Iterable[Tensor]) -> None:
+    """Undo `in_host_memory`: move these tensors back to device memory."""
     for t in tensors:
         if is_in_host_memory(t):
             with torch.inference_mode(t.is_inference()), torch.no_grad():

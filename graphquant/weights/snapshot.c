@@ -1,13 +1,13 @@
-/* What some tensors were when something was computed from them, and whether they still are.
+/* Snapshot of tensors: detects that they were changed or replaced.
  *
  * Snapshot(positions, tensors, addresses, storages, samples, version, address, expired)
- * still(args) -> bool
+ * unchanged(args) -> bool
  *
  * positions  of the tensors among the args of a call
- * addresses  of the first values; 0 of a weight that was released: to ask for it raises
+ * addresses  of the first values; 0 for a released weight, whose data_ptr() raises
  * storages   weak references to their storages, with a `cdata` that `expired` takes
- * samples    for each tensor None, or (bytes of one value, their offsets from the first element as
- *            the bytes of an int64 array, the values): these must be in the memory of this process
+ * samples    for each tensor None, or (bytes per value, byte offsets from the first element as the
+ *            bytes of an int64 array, the values): only for tensors on the CPU
  * version, address, expired   TensorBase._version, TensorBase.data_ptr, StorageBase._expired: the
  *            functions behind them are called without the interpreter
  *
@@ -21,11 +21,11 @@
 
 typedef struct {
   Py_ssize_t position;
-  PyObject *object; /* not ours: only its address counts */
-  PyObject *weak, *storage; /* the weak reference, and the number that it is for torch */
-  int has_version; /* tensors made under inference_mode have none */
+  PyObject *object; /* borrowed: only its address is compared */
+  PyObject *weak, *storage; /* the weak reference, and its `cdata` */
+  int has_version; /* inference tensors have none */
   long long version;
-  void *address; /* NULL of a released weight, which has none */
+  void *address; /* NULL for a released weight */
   Py_ssize_t width, count; /* of the samples */
   int64_t *offsets;
   char *values;
@@ -46,7 +46,7 @@ static int find_functions(PyObject *version, PyObject *address, PyObject *expire
       !PyCFunction_Check(expired) || PyCFunction_GET_FLAGS(expired) != (METH_O | METH_STATIC) ||
       ((PyMethodDescrObject *)address)->d_method->ml_flags != METH_NOARGS ||
       ((PyGetSetDescrObject *)version)->d_getset->closure) {
-    PyErr_SetString(PyExc_TypeError, "this torch defines _version, data_ptr or _expired otherwise");
+    PyErr_SetString(PyExc_TypeError, "this torch defines _version, data_ptr or _expired differently");
     return -1;
   }
   version_of = ((PyGetSetDescrObject *)version)->d_getset->get;
@@ -119,7 +119,7 @@ static PyObject *snapshot_new(PyTypeObject *type, PyObject *args, PyObject *kwar
   if (PyTuple_GET_SIZE(positions) != count || PyTuple_GET_SIZE(addresses) != count ||
       PyTuple_GET_SIZE(storages) != count ||
       PyTuple_GET_SIZE(samples) != count) {
-    PyErr_SetString(PyExc_ValueError, "tuples of one length are needed");
+    PyErr_SetString(PyExc_ValueError, "tuples of equal length are needed");
     return NULL;
   }
   Snapshot *self = (Snapshot *)type->tp_alloc(type, 0);
@@ -173,7 +173,7 @@ static int same(const Root *root, PyObject *tensor) {
   return 1;
 }
 
-static PyObject *snapshot_still(Snapshot *self, PyObject *args) {
+static PyObject *snapshot_unchanged(Snapshot *self, PyObject *args) {
   PyObject *sequence = PySequence_Fast(args, "a sequence is needed");
   if (!sequence) return NULL;
   int result = 1;
@@ -184,7 +184,7 @@ static PyObject *snapshot_still(Snapshot *self, PyObject *args) {
                  : 0;
   }
   Py_DECREF(sequence);
-  if (result < 0) { /* another tensor in this place has no version: not what it was */
+  if (result < 0) { /* another tensor at this position has no version */
     PyErr_Clear();
     result = 0;
   }
@@ -192,7 +192,7 @@ static PyObject *snapshot_still(Snapshot *self, PyObject *args) {
 }
 
 static PyMethodDef snapshot_methods[] = {
-    {"still", (PyCFunction)snapshot_still, METH_O, "Are these tensors what they were?"},
+    {"unchanged", (PyCFunction)snapshot_unchanged, METH_O, "Are these tensors unchanged?"},
     {NULL, NULL, 0, NULL},
 };
 

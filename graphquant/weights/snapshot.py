@@ -1,8 +1,8 @@
-"""What tensors were when something was computed from them, and whether they still are.
+"""Snapshots of tensors: detect that they were changed or replaced.
 
 A write through an alias (`p.data += delta`, a write through numpy, or to the flat buffer that
-parameters are views of) leaves object, version, address and storage alone. So some values are
-remembered as well, and compared as bytes.
+parameters are views of) changes neither object nor version, address or storage. So sampled values
+are compared as well, as bytes.
 """
 
 from __future__ import annotations
@@ -25,86 +25,88 @@ from graphquant.weights.released import is_released
 
 log = logging.getLogger(__name__)
 
-# Values that are compared of a large tensor. A write that moves a bfloat16 weight by a thousandth
-# changes one in five of them: that all of these miss it has a probability of 4e-13.
+# Values compared of a large tensor. A write that moves bfloat16 weights by a thousandth changes one
+# in five of them, and is missed with a probability of 0.8^128 = 4e-13.
 SAMPLES = 128
-WHOLE = 8192  # bytes up to which a tensor is compared as a whole: biases, norms
+WHOLE = 8192  # bytes up to which all values of a tensor are compared: biases, norms
 
 
 class Snapshot(Protocol):
-    """The tensors at some positions of a call's arguments. It does not keep them alive."""
+    """State of the tensors at some positions of a call's arguments. Does not keep them alive."""
 
-    def still(self, args: Sequence[Any], /) -> bool: ...
+    def unchanged(self, args: Sequence[Any], /) -> bool: ...
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One tensor: what tells that it was changed or replaced, and some of its values."""
+class TensorState:
+    """Version, memory and sampled values of one tensor at one time."""
 
     version: int | None
-    address: int  # 0 of a released weight, which has none: asking for it raises
-    storage: StorageWeakRef  # `p.data = new` may land on the address of what it replaces
-    values: bytes | None = None  # None: they were not looked at
+    address: int  # 0 for a released weight, whose data_ptr() raises
+    storage: StorageWeakRef  # `p.data = new` may reuse the address of the old storage
+    values: bytes | None = None  # None: not read
 
     @classmethod
-    def of(cls, t: Tensor, values: bytes | None = None) -> Seen:
+    def of(cls, t: Tensor, values: bytes | None = None) -> TensorState:
         storage = StorageWeakRef(t.untyped_storage())
         return cls(version_of(t), 0 if is_released(t) else t.data_ptr(), storage, values)
 
-    def visible(self) -> tuple[Any, ...]:
+    def metadata(self) -> tuple[Any, ...]:
         return self.version, self.address, self.storage.cdata
 
-    def equals(self, other: Seen) -> bool:
+    def matches(self, other: TensorState) -> bool:
         known = self.values is not None and other.values is not None
-        return self.visible() == other.visible() and not (known and self.values != other.values)
+        return self.metadata() == other.metadata() and not (known and self.values != other.values)
 
 
-def snapshot(positions: Sequence[int], tensors: Sequence[Tensor], seen: Sequence[Seen]) -> Snapshot:
-    """`seen` is what these tensors are now."""
+def snapshot(
+    positions: Sequence[int], tensors: Sequence[Tensor], states: Sequence[TensorState]
+) -> Snapshot:
+    """A Snapshot of `tensors`, the arguments at `positions`, in their current `states`."""
     native = _native()
     if native is None:
-        return _InPython(tuple(positions), tuple(map(id, tensors)), tuple(seen))
-    storages = tuple(s.storage for s in seen)
-    samples = tuple(map(_samples, tensors, seen))
-    addresses = tuple(s.address for s in seen)
-    made: Snapshot = native.Snapshot(
+        return _PythonSnapshot(tuple(positions), tuple(map(id, tensors)), tuple(states))
+    storages = tuple(s.storage for s in states)
+    samples = tuple(map(_samples, tensors, states))
+    addresses = tuple(s.address for s in states)
+    result: Snapshot = native.Snapshot(
         tuple(positions), tuple(tensors), addresses, storages, samples, *getters()
     )
-    return made
+    return result
 
 
 @dataclass(frozen=True)
-class _InPython:
-    """The same without a C compiler: milliseconds for a model of many layers."""
+class _PythonSnapshot:
+    """Fallback without a C compiler: takes milliseconds for a model of many layers."""
 
     positions: tuple[int, ...]
     ids: tuple[int, ...]
-    seen: tuple[Seen, ...]
+    states: tuple[TensorState, ...]
 
-    def still(self, args: Sequence[Any], /) -> bool:
+    def unchanged(self, args: Sequence[Any], /) -> bool:
         return all(
-            position < len(args) and id(args[position]) == i and is_still(args[position], seen)
-            for position, i, seen in zip(self.positions, self.ids, self.seen, strict=True)
+            position < len(args) and id(args[position]) == i and _unchanged(args[position], state)
+            for position, i, state in zip(self.positions, self.ids, self.states, strict=True)
         )
 
 
-def is_still(t: Tensor, seen: Seen) -> bool:
-    """Is this tensor what was seen, as far as can be told without waiting for a GPU?"""
+def _unchanged(t: Tensor, state: TensorState) -> bool:
+    """Is this the state of the tensor, as far as is known without waiting for a GPU?"""
     return (
-        Seen.of(t).visible() == seen.visible()
-        and not seen.storage.expired()
-        and (seen.values is None or t.device.type != "cpu" or values(t) == seen.values)
+        TensorState.of(t).metadata() == state.metadata()
+        and not state.storage.expired()
+        and (state.values is None or t.device.type != "cpu" or values(t) == state.values)
     )
 
 
 def values(t: Tensor) -> bytes | None:
-    """Some values of a tensor in this process's memory, or all if it is small."""
+    """The bytes of sampled values of a CPU tensor, of all values if it is small; else None."""
     if t.device.type != "cpu" or not has_values(t):
         return None
     with torch.inference_mode():
         x = t.detach()
-        # a copy in either case: storage that numpy has seen can never be resized again
-        x = x.clone().view(-1) if _is_whole(t) else torch.take(x, _places(t.numel()))
+        # a copy in either case: storage that numpy has shared can never be resized again
+        x = x.clone().view(-1) if _is_whole(t) else torch.take(x, _sample_indices(t.numel()))
         return _bytes(x.view(torch.uint8))
 
 
@@ -113,8 +115,8 @@ def has_values(t: Tensor) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _places(numel: int) -> Tensor:
-    """One element of each SAMPLES-th of a tensor, at random, the same ones every time."""
+def _sample_indices(numel: int) -> Tensor:
+    """A random element of each of SAMPLES equal parts of a tensor; always the same ones."""
     count = min(SAMPLES, numel)
     random = torch.Generator().manual_seed(numel)
     with torch.inference_mode(False):
@@ -127,25 +129,24 @@ def _is_whole(t: Tensor) -> bool:
     return t.numel() * t.element_size() <= WHOLE and t.is_contiguous()
 
 
-def _samples(t: Tensor, seen: Seen) -> tuple[int, bytes, bytes] | None:
-    """For snapshot.c: the bytes of one value, the offsets of the values, the values."""
-    if seen.values is None or t.device.type != "cpu":
+def _samples(t: Tensor, state: TensorState) -> tuple[int, bytes, bytes] | None:
+    """For snapshot.c: bytes per value, offsets of the values, the values."""
+    if state.values is None or t.device.type != "cpu":
         return None
     if _is_whole(t):
-        return len(seen.values), bytes(8), seen.values
-    return t.element_size(), offsets(t), seen.values
+        return len(state.values), bytes(8), state.values
+    return t.element_size(), offsets(t), state.values
 
 
 def offsets(t: Tensor) -> bytes:
-    """Where the values lie that are compared of a large tensor: int64, in bytes from the first."""
+    """Byte offsets from the first element of the sampled values, as the bytes of int64."""
     return _offsets(t.shape, t.stride(), t.element_size())
 
 
 @functools.lru_cache(maxsize=256)
 def _offsets(shape: torch.Size, strides: tuple[int, ...], size: int) -> bytes:
-    """Where the elements at _places lie, in bytes from the first."""
     with torch.inference_mode():
-        indices = torch.unravel_index(_places(shape.numel()), shape)
+        indices = torch.unravel_index(_sample_indices(shape.numel()), shape)
         at = torch.zeros(len(indices[0]), dtype=torch.int64, device="cpu")
         for index, stride in zip(indices, strides, strict=True):
             at += index * stride * size
@@ -162,5 +163,5 @@ def _native() -> Any:
     try:
         return extension(Path(__file__).with_suffix(".c"), "graphquant_snapshot")
     except KernelBuildError as why:
-        log.debug("weights are compared in Python, which takes longer: %s", why)
+        log.debug("weights are compared in Python, which is slower: %s", why)
         return None

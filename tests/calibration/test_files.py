@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from graphquant import Calibration, CalibrationError, FileError
 from graphquant.calibration import Record
-from graphquant.calibration.fingerprint import Parameter
+from graphquant.calibration.fingerprint import ParameterFingerprint
 from graphquant.calibration.histogram import BINS, Histogram
 from graphquant.calibration.saved import sha256
 from tests.small import Mlp, int8, seeded
@@ -149,11 +149,11 @@ def test_samples_are_the_same_however_a_parameter_lies_in_memory(
     view: Callable[[Tensor], Tensor],
 ) -> None:
     t = view(torch.randn(40, 30))
-    assert Parameter.of(t) == Parameter.of(t.contiguous())
+    assert ParameterFingerprint.of(t) == ParameterFingerprint.of(t.contiguous())
     for changed in ((0, 0), (-1, -1)):
         other = t.clone()
         other[changed] += 1
-        assert Parameter.of(other).values != Parameter.of(t).values
+        assert ParameterFingerprint.of(other).values != ParameterFingerprint.of(t).values
 
 
 def damage(file: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], object]) -> None:
@@ -193,12 +193,12 @@ def set_entry(name: str, value: Any) -> Callable[[Any, Any], None]:
         (lambda t, a: t.update({"0.sample": torch.ones(3, 5)}), r"0\.sample has .* \[3, 5\]"),
         (lambda t, a: t.update({"0.sample": torch.zeros(65, 6)}), r"0\.sample has .* \[65, 6\]"),
         (lambda t, a: t.update({"0.counts": torch.ones(8192)}), r"counts has torch\.float32"),
-        (set_value("0.counts", 4000, -1), r"0\.counts has negative ones"),
+        (set_value("0.counts", 4000, -1), r"0\.counts has negative values"),
         (set_value("0.counts", 4000, 2**50), r"counts has \d+ values, but 9 rows of 6 channels"),
         (set_value("0.counts", 4000, 2**62), "values, more than there can be"),
-        (set_value("0.low", 2, torch.nan), r"0\.low and high are no ranges"),
-        (set_value("0.high", 2, torch.inf), r"0\.low and high are no ranges"),
-        (set_value("0.low", 2, 99.0), r"0\.low and high are no ranges"),
+        (set_value("0.low", 2, torch.nan), r"0\.low and high are not ranges"),
+        (set_value("0.high", 2, torch.inf), r"0\.low and high are not ranges"),
+        (set_value("0.low", 2, 99.0), r"0\.low and high are not ranges"),
         (set_value("0.high", 2, 99.0), r"99 is beyond the histogram, 2\^"),
         (set_value("0.sample", (1, 1), torch.nan), r"0\.sample has values outside low"),
         (set_value("0.sample", (1, 1), -99.0), r"0\.sample has values outside low to high"),
@@ -225,7 +225,7 @@ def set_entry(name: str, value: Any) -> Callable[[Any, Any], None]:
         (lambda t, a: a.update(model=[1]), "model must be an object"),
         (lambda t, a: a["model"].update(table=3), r"model\.table must be a list"),
         (lambda t, a: a["model"].update(table=["float32", [-1], None]), r"model\.table\[1\]\[0\]"),
-        (lambda t, a: a.update(sha256="0" * 64), "does not have the SHA-256 that it names"),
+        (lambda t, a: a.update(sha256="0" * 64), "does not match its SHA-256"),
         (lambda t, a: a.update(sha256=None), "sha256 must be text"),
     ],
 )  # fmt: skip
@@ -362,10 +362,10 @@ def test_other_files_are_refused(file: Path, tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"header has no 'graphquant\.calibration'"):
         Calibration.load(tmp_path / "model.safetensors")
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(FileError, match="is no calibration: "):
+    with pytest.raises(FileError, match="is not a calibration: "):
         Calibration.load(file)
     torch.save({}, tmp_path / "pickle.pt")
-    with pytest.raises(FileError, match="is no calibration: "):
+    with pytest.raises(FileError, match="is not a calibration: "):
         Calibration.load(tmp_path / "pickle.pt")
     with pytest.raises(FileNotFoundError):
         Calibration.load(tmp_path / "nothing.safetensors")
@@ -376,7 +376,7 @@ def test_other_files_are_refused(file: Path, tmp_path: Path) -> None:
 def test_what_loads_can_be_added_quickly_whatever_its_exponent(model: nn.Module) -> None:
     """Past log2(BINS) - 1 steps nothing changes any more."""
     counts = torch.arange(BINS)
-    far, farther = (Histogram(counts, 0).over(e) for e in (64, 10**12))
+    far, farther = (Histogram(counts, 0).widen(e) for e in (64, 10**12))
     assert torch.equal(far.counts, farther.counts) and farther.exponent == 10**12
     assert far.counts.nonzero().flatten().tolist() == [BINS // 2 - 1, BINS // 2]
     assert int(far.counts.sum()) == int(counts.sum())

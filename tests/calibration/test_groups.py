@@ -424,7 +424,7 @@ def test_tied_quantisers_hold_one_tensor() -> None:
     model = tied()
     one_object(model)
     quantizer = model.layers[0].attn.q_proj.weight_quantizer
-    with pytest.raises(RuntimeError, match="_global_amax is shared with other quantisers"):
+    with pytest.raises(RuntimeError, match="_global_amax is shared with other quantizers"):
         quantizer._global_amax = torch.tensor(1.0)
     quantizer._global_amax.copy_(torch.tensor(5.0))
     assert float(shared(model)[0].global_amax) == 5  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from graphquant.calibration import sample
-from graphquant.calibration.sample import ROWS, smallest
+from graphquant.calibration.sample import ROWS, sample_rows
 
 
 def rows_of(seed: int, n: int, K: int) -> Tensor:
@@ -26,33 +26,33 @@ def test_joined_in_any_order_they_are_those_of_the_whole(
 ) -> None:
     x = rows_of(seed, 150, K)
     x = torch.cat([x, x[:40]])  # some twice
-    want = smallest(x)
+    want = sample_rows(x)
     assert len(want) == ROWS == len(as_set(want)) and as_set(want) <= as_set(x)
     joined = torch.empty(0, K)
     for part in reversed(x.tensor_split(sorted(cuts))):
-        joined = smallest(torch.cat([smallest(part), joined]))
+        joined = sample_rows(torch.cat([sample_rows(part), joined]))
     assert torch.equal(joined, want)
-    assert torch.equal(smallest(x[torch.randperm(len(x))]), want)
+    assert torch.equal(sample_rows(x[torch.randperm(len(x))]), want)
 
 
 def test_few_rows_are_all_kept_and_rows_that_are_not_finite_are_not() -> None:
     x = rows_of(0, 9, 4)
     bad = x.clone()
     bad[:, 2] = torch.tensor([torch.nan, torch.inf, -torch.inf]).repeat(3)
-    assert as_set(smallest(torch.cat([bad, x]))) == as_set(x)
-    assert smallest(bad).shape == smallest(x[:0]).shape == (0, 4)
+    assert as_set(sample_rows(torch.cat([bad, x]))) == as_set(x)
+    assert sample_rows(bad).shape == sample_rows(x[:0]).shape == (0, 4)
 
 
 def test_every_part_of_the_data_is_met_by_its_share() -> None:
     """Of 64 rows about half are from either half, even if one is a thousand times larger and one
     row of the other is there a thousand times: 32 +- 4 x 4."""
     small, large = rows_of(1, 2000, 8), 1000 * rows_of(2, 2000, 8)
-    kept = smallest(torch.cat([small, large, small[:1].expand(1000, 8)]))
+    kept = sample_rows(torch.cat([small, large, small[:1].expand(1000, 8)]))
     assert 16 <= int((kept.abs().amax(1) < 10).sum()) <= 48
 
 
 def test_large_inputs_are_hashed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     x = rows_of(3, 500, 16)
-    want = smallest(x)
+    want = sample_rows(x)
     monkeypatch.setattr(sample, "CHUNK", 100)
-    assert torch.equal(smallest(x), want)
+    assert torch.equal(sample_rows(x), want)

@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from graphquant import ReleasedWeightError, Report, optimize_, restore_
 from graphquant.passes.prepack import Recipe
-from graphquant.weights.packed import Supply
+from graphquant.weights.packed import PackedInputs
 from graphquant.weights.released import (
     _in_host_memory,
     in_host_memory,
@@ -668,7 +668,7 @@ def test_bytes_freed_are_logged(device: str, x: Tensor, caplog: pytest.LogCaptur
 
 
 def test_release_before_any_job_is_nothing() -> None:
-    assert Supply([], str).release([]) == 0
+    assert PackedInputs([], str).release([]) == 0
 
 
 @pytest.mark.slow

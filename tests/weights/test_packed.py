@@ -31,7 +31,7 @@ from graphquant.backend import can_run_twice
 from graphquant.passes.prepack import Recipe
 from graphquant.weights import gpu_probe as probe
 from graphquant.weights import snapshot
-from graphquant.weights.packed import Supply, packs_of
+from graphquant.weights.packed import PackedInputs, packed_tensors
 from tests import zoo
 from tests.small import FAR, NEAR, Mlp, Scaled, again, error, int8, seeded
 
@@ -415,12 +415,12 @@ def test_a_change_that_bfloat16_hardly_holds_is_noticed(device: str) -> None:
     run = int8(linear)
     run(x)
     before = linear.weight.clone()
-    stamp = mark_of(linear.weight).stamp
+    version = tracker_of(linear.weight).version
     linear.weight.data += other(before) / 1000
     assert 0.05 < (linear.weight != before).float().mean() < 0.5
     settled(run, x)
     run(x)
-    assert mark_of(linear.weight).stamp != stamp
+    assert tracker_of(linear.weight).version != version
 
 
 def test_a_weight_that_is_no_row_major_matrix_is_compared(device: str, x: Tensor) -> None:
@@ -453,7 +453,7 @@ def test_one_value_that_is_not_looked_at_needs_refresh(device: str, x: Tensor) -
     linear = seeded(lambda: nn.Linear(64, 96)).to(device)
     run = int8(linear)
     old = run(x)
-    places = set(snapshot._places(linear.weight.numel()).tolist())
+    places = set(snapshot._sample_indices(linear.weight.numel()).tolist())
     unseen = next(i for i in range(linear.weight.numel()) if i not in places)
     linear.weight.data.view(-1)[unseen] += 100
     settled(run, x)
@@ -697,7 +697,7 @@ def test_used_module_loads_where_graphquant_is_not(
 
     model, x = Users(), torch.randn(3, 64)
     int8(model)(x)
-    assert packs_of([model.fc.weight])  # there is something to leave behind
+    assert packed_tensors([model.fc.weight])  # there is something to leave behind
     torch.save(model, tmp_path / "model.pt")
     torch.save(dict([*model.named_parameters(), *model.named_buffers()]), tmp_path / "weights.pt")
     torch.save((x, model(x)), tmp_path / "call.pt")
@@ -720,7 +720,7 @@ def test_deleted_model_frees_its_weights_and_packs(make: type[nn.Module], x: Ten
     run = int8(model)
     run(x)
     tensors = [*model.parameters(), *model.buffers()]
-    packs = packs_of(tensors)
+    packs = packed_tensors(tensors)
     assert packs
     watched = [weakref.ref(t) for t in [*tensors, *packs]]
     del model, run, tensors, packs
@@ -728,8 +728,8 @@ def test_deleted_model_frees_its_weights_and_packs(make: type[nn.Module], x: Ten
     assert [r() for r in watched] == [None] * len(watched)
 
 
-def mark_of(root: Tensor) -> Any:
-    return root.__dict__["_graphquant_mark"]
+def tracker_of(root: Tensor) -> Any:
+    return root.__dict__["_graphquant_tracker"]
 
 
 # Nothing outlives what it was made from ---------------------------------------------------------
@@ -818,11 +818,11 @@ def test_packs_live_as_long_as_one_graph_that_reads_them() -> None:
     assert pack() is not None
     del two
     assert pack() is None
-    assert packs_of([w]) == []
+    assert packed_tensors([w]) == []
 
 
 def test_packs_die_with_any_parameter_they_were_made_from() -> None:
-    supply = Supply([(Doubled(), (0, 1))], str)
+    supply = PackedInputs([(Doubled(), (0, 1))], str)
     for dies in (0, 1):
         roots = [nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))]
         pack = weakref.ref(supply(roots)[0])
@@ -831,7 +831,7 @@ def test_packs_die_with_any_parameter_they_were_made_from() -> None:
         assert pack() is None
 
 
-# Supply, alone -----------------------------------------------------------------------------------
+# PackedInputs, alone ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -850,8 +850,8 @@ class Doubled:
         return 1
 
 
-def supply_of(recipe: Doubled) -> Supply:
-    return Supply([(recipe, (0,))], lambda i: f"w{i}")
+def supply_of(recipe: Doubled) -> PackedInputs:
+    return PackedInputs([(recipe, (0,))], lambda i: f"w{i}")
 
 
 def test_packing_again_keeps_the_address(device: str) -> None:
@@ -879,19 +879,19 @@ def test_a_guess_is_confirmed_or_not() -> None:
     """What a GPU begins with before it is known whether something has changed in silence."""
     w = nn.Parameter(torch.randn(4, 4))
     supply = supply_of(Doubled())
-    assert supply.guess([w]) is None  # nothing is packed yet
+    assert supply.speculate([w]) is None  # nothing is packed yet
     supply([w])
-    guess = supply.guess([w])
-    assert guess is not None and supply.confirms(guess, [w])
+    guess = supply.speculate([w])
+    assert guess is not None and supply.confirm(guess, [w])
     w.data.mul_(3)
-    guess = supply.guess([w])
-    assert guess is not None and not supply.confirms(guess, [w])
+    guess = supply.speculate([w])
+    assert guess is not None and not supply.confirm(guess, [w])
     assert torch.equal(supply([w])[0], 2 * w)
-    assert supply.guess([w]) is None  # it looks first where things change from call to call
+    assert supply.speculate([w]) is None  # it looks first where things change from call to call
     supply([w])
-    assert supply.guess([w]) is not None
+    assert supply.speculate([w]) is not None
     graphquant.refresh()  # said aloud
-    assert supply.guess([w]) is None
+    assert supply.speculate([w]) is None
 
 
 @pytest.mark.parametrize(
@@ -961,7 +961,7 @@ def test_threads_share_a_compiled_model(device: str, x: Tensor) -> None:
 FORK = """
 import os, threading, torch
 from torch import nn
-from graphquant.weights.packed import Supply
+from graphquant.weights.packed import PackedInputs
 
 class Slow:
     def compute(self, roots):
@@ -971,7 +971,7 @@ class Slow:
         return [2 * roots[0].detach()]
 
 packing, forked = threading.Event(), threading.Event()
-w, supply = nn.Parameter(torch.ones(4)), Supply([(Slow(), (0,))], str)
+w, supply = nn.Parameter(torch.ones(4)), PackedInputs([(Slow(), (0,))], str)
 thread = threading.Thread(target=supply, args=([w],))
 thread.start()
 packing.wait()
@@ -1007,7 +1007,7 @@ def test_a_probe_raises_its_flag_when_a_value_has_changed(dtype: torch.dtype, de
     ]
     where = tensors[0].device
     rows = probe.read(probe._table(tensors).to(where)).cpu().numpy()
-    seen = [snapshot.Seen.of(t, row.tobytes()) for t, row in zip(tensors, rows, strict=True)]
+    seen = [snapshot.TensorState.of(t, row.tobytes()) for t, row in zip(tensors, rows, strict=True)]
     looks = probe.Probe(tensors, seen, where)
 
     def raised() -> bool:

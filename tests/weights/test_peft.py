@@ -43,7 +43,7 @@ def _fresh_dynamo() -> Iterator[None]:
 def _announced_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values are not compared, as on a GPU at the next call: PEFT's writes are known of."""
     monkeypatch.setattr(
-        "graphquant.weights.packed.values_of", lambda tensors: [None] * len(tensors)
+        "graphquant.weights.versions.values_of", lambda tensors: [None] * len(tensors)
     )
 
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from graphquant import Report
 from graphquant.backend import graphquant as graphquant_backend
-from graphquant.weights import packed
+from graphquant.weights.packed import packed_tensors
 from graphquant.weights.released import is_in_host_memory, is_released
 from tools.bench.packages import FLOAT_PACKAGES, INT8_PACKAGES, PACKAGES, Package
 
@@ -106,9 +106,9 @@ def weight_bytes(prepared: Prepared) -> int:
     if isinstance(prepared.run, Package):
         return prepared.run.weight_bytes
     tensors = [*prepared.module.parameters(), *prepared.module.buffers()]
-    packs = packed.packs_of(tensors) if prepared.reports else []
+    int8 = packed_tensors(tensors) if prepared.reports else []
     sizes: dict[tuple[torch.device, int], int] = {}
-    for t in (inner for outer in (*tensors, *packs) for inner in _plain(outer)):
+    for t in (inner for outer in (*tensors, *int8) for inner in _plain(outer)):
         if not is_released(t) and not is_in_host_memory(t):
             storage = t.untyped_storage()
             sizes[t.device, storage.data_ptr()] = storage.nbytes()

@@ -1,21 +1,20 @@
-"""Quantisers that must have one scale: found, given one, kept together.
+"""Shared scales: groups of quantizers that must use the same scale.
 
-Linears that read one value have one int8 input, so a static scale of it must be one (q/k/v). Their
-weights need none: graphquant's have a scale for each output channel, and stacking them changes no
-number. A scale for a whole weight tensor, as other engines use, must be shared by weights that are
-stacked.
+Linears that read the same value (q/k/v) have one int8 input, so they must share its static scale.
+Their weights need no shared scale in graphquant: scales are per output channel, so stacking weights
+changes nothing. Engines with per-tensor weight scales must share them among stacked weights.
 
-    groups     found by names (`find_shared_input_groups`) or by what a calibration has seen to
-               read one value (`Calibration.groups`, `groups_at`)
-    attach     each gets a SharedQuantState, on the module that holds all its members
-    populate   finalise, the maximum over the members; then sync, the maximum over all processes
-    tie        the members' quantisers hold the state's tensor: one object, float32, which stays so
-               through `.to()`, `.half()`, deepcopy and load_state_dict
-    state_dict holds each member's copy and nothing of the states, so `restore` on a model with the
-               same groups builds them again from what was loaded
+    groups     are found by module paths (`find_shared_input_groups`), or are those that read one
+               value in a calibration (`Calibration.groups`, `groups_at`)
+    attach     gives each group a SharedQuantState, on the module that holds all its members
+    populate   finalizes (the maximum over the members), then syncs (the maximum over all processes)
+    tie        makes the members' quantizers hold the state's tensor: one float32 object, also after
+               `.to()`, `.half()`, deepcopy and load_state_dict
+    state_dict holds each member's copy and nothing of the states: `restore` rebuilds them from what
+               a model with the same groups has loaded
 
-After NVIDIA Model-Optimizer's classes of these names. Different on purpose: a process without a
-value takes part in the sync instead of leaving the others waiting, and tied buffers keep float32.
+After NVIDIA Model-Optimizer's classes of these names. Deliberate differences: a process without a
+value takes part in the sync instead of blocking the others, and tied buffers stay float32.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from graphquant.errors import OptionError
 
 Group = tuple[nn.Module, list[nn.Module]]  # the module that holds all members, and these
 
-KINDS = ("weight", "input", "output")  # of a module's quantisers
+KINDS = ("weight", "input", "output")  # of a module's quantizers
 
 SHARED_PATTERNS = tuple(
     rf"(?:(.*)\.)?(?:{roles})"
@@ -48,8 +47,8 @@ SHARED_PATTERNS = tuple(
         "w1|w3",
     )
 )
-"""Roles that are stacked, by the module they are in. In a cross-attention q reads another value
-than k and v: there a calibration's groups are right, and these are only wider than they must be."""
+"""Linears that are stacked, by the module they are in. For cross-attention, where q reads another
+value than k and v, these groups are wider than necessary; those of a calibration are exact."""
 
 
 def find_shared_input_groups(
@@ -57,19 +56,19 @@ def find_shared_input_groups(
     patterns: Sequence[str] | None = None,
     target_quantizer_kind: str = "weight",
 ) -> list[Group]:
-    """Groups by module paths: (the parent, the members) of each.
+    """Groups by module paths: (parent, members) of each.
 
-    A path that a pattern matches as a whole belongs to the group of this pattern and of what its
-    capture groups caught; of several patterns the first counts. `(.*)\\.(?:w1|w3)` has a group for
-    each module that holds a w1 and a w3; `(.*)\\.experts\\.\\d+\\.(?:w1|w3)` one for all experts.
+    Paths that a pattern matches as a whole, with equal capture groups, form a group; the first
+    pattern that matches counts. `(.*)\\.(?:w1|w3)` gives a group for
+    each module with a w1 and a w3; `(.*)\\.experts\\.\\d+\\.(?:w1|w3)` one for all experts.
 
-    Only modules count whose `<kind>_quantizer` is enabled. Groups of one are none. Groups come in
+    Only modules with an enabled `<kind>_quantizer` count, and groups of two or more. Groups are in
     the order of their first member, members in that of `named_modules`. The parent is the nearest
-    module that holds all members and is no nn.ModuleList.
+    common ancestor that is not an nn.ModuleList.
 
-    Without patterns there are no groups: SHARED_PATTERNS are the usual ones.
+    Without patterns there are no groups; SHARED_PATTERNS are the usual ones.
 
-    Raises re.error for what is no pattern, AttributeError for a kind that is not one of KINDS.
+    Raises re.error for an invalid pattern, AttributeError for a kind that is not one of KINDS.
     """
     if not patterns:
         return []
@@ -86,9 +85,9 @@ def find_shared_input_groups(
 def groups_at(
     model: nn.Module, paths: Sequence[Sequence[str]], target_quantizer_kind: str = "weight"
 ) -> list[Group]:
-    """Groups by the paths of their members, such as `Calibration.groups`: what the graph has shown.
+    """Groups by the paths of their members, such as `Calibration.groups`.
 
-    As `find_shared_input_groups` does, it leaves out what has no enabled quantiser of this kind.
+    Like `find_shared_input_groups`, it ignores modules without an enabled quantizer of this kind.
     """
     order = {path: i for i, (path, _) in enumerate(_quantized(model, target_quantizer_kind))}
     found = (sorted((p for p in group if p in order), key=order.__getitem__) for group in paths)
@@ -118,23 +117,25 @@ def _group(model: nn.Module, paths: Sequence[str]) -> Group:
 
 
 class SharedQuantState(nn.Module, ABC):
-    """What the quantisers of one group share. A submodule of the group's parent, with no part in
-    the state_dict: `_shared_quant_states`, an nn.ModuleList.
+    """State shared by the quantizers of one group.
+
+    It is a submodule of the group's parent, in the nn.ModuleList `_shared_quant_states`, and not
+    part of the state_dict.
 
     name                   of the kind of state, as in `metadata`
-    managed_attrs          the buffers that it shares, under the names that the quantisers use
-    target_quantizer_kind  "weight", "input" or "output": whose quantisers
-    default_patterns       what `resolve_patterns` gives where nothing else is said: no groups
+    managed_attrs          names of the shared buffers, as on the quantizers
+    target_quantizer_kind  of the quantizers: "weight", "input" or "output"
+    default_patterns       the default of `resolve_patterns`: no groups
 
-    A subclass says how `sync` works and, unless hooks make the value, what `finalize` does. Handles
-    of hooks that it puts into `_hook_handles` are removed by `remove_hooks`.
+    A subclass defines `sync` and, unless hooks compute the value, `finalize`. It puts the handles
+    of its hooks into `_hook_handles`.
     """
 
     name: ClassVar[str]
     managed_attrs: ClassVar[tuple[str, ...]] = ()
     target_quantizer_kind: ClassVar[str] = "weight"
     default_patterns: ClassVar[tuple[str, ...]] = ()
-    _syncs_without_value: ClassVar[bool] = False  # so that no other process waits for this one
+    _syncs_without_value: ClassVar[bool] = False  # so that other processes do not hang
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +147,7 @@ class SharedQuantState(nn.Module, ABC):
     # Members ------------------------------------------------------------------------------------
 
     def set_members(self, parent: nn.Module | None, members: Sequence[nn.Module]) -> None:
-        """Link them. They are no submodules of the state: each has its one place in the model."""
+        """Set the group. The members are not registered as submodules of the state."""
         object.__setattr__(self, "_parent", parent)
         object.__setattr__(self, "_members", tuple(members))
 
@@ -157,7 +158,7 @@ class SharedQuantState(nn.Module, ABC):
 
     @property
     def quantizers(self) -> list[nn.Module]:
-        """The members' quantisers of this state's kind."""
+        """The members' quantizers of this state's kind."""
         every = (getattr(m, f"{self.target_quantizer_kind}_quantizer", None) for m in self.members)
         return [q for q in every if isinstance(q, nn.Module)]
 
@@ -167,7 +168,7 @@ class SharedQuantState(nn.Module, ABC):
     def resolve_patterns(
         cls, shared_states: Mapping[str, Mapping[str, Sequence[str]]] | None = None
     ) -> list[str]:
-        """The patterns for this state: `shared_states[name]["patterns"]`, else the default ones.
+        """The patterns for this state: `shared_states[name]["patterns"]`, or the defaults.
 
         `{"patterns": []}` means no groups. Raises OptionError (a ValueError) for an unsupported
         state or field and for an invalid regex.
@@ -195,9 +196,9 @@ class SharedQuantState(nn.Module, ABC):
         *,
         groups: Sequence[Sequence[str]] = (),
     ) -> int:
-        """Give every group without a state of this class one; how many are new.
+        """Attach a state of this class to every group that has none; returns how many are new.
 
-        patterns  for `find_shared_input_groups`; None means none, not the default ones
+        patterns  for `find_shared_input_groups`; None means none, not the defaults
         groups    members by their paths, such as `Calibration.groups`
         """
         kind, new = cls.target_quantizer_kind, 0
@@ -221,24 +222,24 @@ class SharedQuantState(nn.Module, ABC):
         """{name: True} if the model has states of this class, else {}."""
         return {cls.name: True} if any(True for _ in shared_quant_states(model, cls)) else {}
 
-    # Observe, finalise, sync --------------------------------------------------------------------
+    # Observe, finalize, sync --------------------------------------------------------------------
 
     def install_hooks(self) -> None:
-        """For states whose value is made while the model runs. Nothing here."""
+        """For states whose value is computed while the model runs. Does nothing here."""
 
     def remove_hooks(self) -> None:
-        """Those whose handles `install_hooks` has put into `_hook_handles`."""
+        """Remove the hooks in `_hook_handles`."""
         for handle in self.__dict__["_hook_handles"]:
             handle.remove()
         object.__setattr__(self, "_hook_handles", [])
 
     def finalize(self) -> bool:
-        """Make the value; is there one? Here: has a hook made one?"""
+        """Compute the value; returns whether there is one. Here: whether a hook has set one."""
         return any(_is_set(self._buffers[attr]) for attr in self.managed_attrs)
 
     @abstractmethod
     def sync(self, parallel_state: Any = None) -> None:
-        """Agree on the value with all processes of a group.
+        """Reduce the value over all processes of a group.
 
         parallel_state  a ProcessGroup; or, as in Model-Optimizer, an object whose
                         `expert_model_parallel_group` and `tensor_parallel_group` have
@@ -247,14 +248,14 @@ class SharedQuantState(nn.Module, ABC):
 
     @classmethod
     def populate(cls, model: nn.Module, group: torch.distributed.ProcessGroup | None = None) -> int:
-        """Finalise and sync every state of this class; how many have a value now.
+        """Finalize and sync every state of this class; returns how many have a value now.
 
-        A state whose `finalize` returns False is left as it is: neither synced nor counted. States
-        of this module sync none the less, and take the other processes' value.
+        A state whose `finalize` returns False is neither synced nor counted. Exception: the states
+        of this module sync anyway, and take the value of the other processes.
 
         group  for states whose members have no `parallel_state`
 
-        Where torch.distributed is initialised, every process of the group must call it.
+        Where torch.distributed is initialized, every process of the group must call it.
         """
         return sum(state._populate(group) for state in shared_quant_states(model, cls))
 
@@ -272,16 +273,16 @@ class SharedQuantState(nn.Module, ABC):
     # Tie, save, restore -------------------------------------------------------------------------
 
     def tie_member_quantizers(self) -> None:
-        """All of them that can be."""
+        """Tie all quantizers that can be tied."""
         for quantizer in self.quantizers:
             self.tie_member_quantizer(quantizer)
 
     def tie_member_quantizer(self, quantizer: nn.Module) -> bool:
-        """Let the quantiser's buffers be this state's; was there one to share?
+        """Make the quantizer's buffers those of this state; returns whether there is one to share.
 
-        From now on it cannot be set to another tensor (in graphquant's Quantizer that raises
-        RuntimeError); its values can, by `copy_`, for all at once. In a state_dict each quantiser
-        has a copy, so that formats without shared storage can hold it.
+        A tied buffer cannot be replaced (graphquant's Quantizer raises RuntimeError), but written
+        by `copy_`, for all members at once. In a state_dict each quantizer has a copy, for formats
+        without shared storage.
         """
         tied = [attr for attr in self.managed_attrs if self._buffers[attr] is not None]
         for attr in tied:
@@ -302,13 +303,13 @@ class SharedQuantState(nn.Module, ABC):
         *,
         groups: Sequence[Sequence[str]] = (),
     ) -> None:
-        """Attach the states again, and tie what the quantisers have loaded."""
+        """Attach the states, and tie the values that the quantizers have loaded."""
         cls.attach(model, patterns, groups=groups)
         for state in shared_quant_states(model, cls):
             state.restore_from_members()
 
     def restore_from_members(self) -> bool:
-        """Take the first value that a member's quantiser has, and tie; was there one?"""
+        """Take the first value of a member's quantizer, and tie; returns whether there is one."""
         restored = False
         for attr in self.managed_attrs:
             values = (getattr(q, attr, None) for q in self.quantizers)
@@ -321,16 +322,16 @@ class SharedQuantState(nn.Module, ABC):
         return restored
 
     def _set(self, attr: str, value: Tensor) -> None:
-        """Where the buffer is tied, in it."""
+        """Set a buffer, in place if it is tied."""
         value = value.detach().to(torch.float32)
         held = self._buffers[attr]
         if held is not None and (held.shape, held.device) == (value.shape, value.device):
             held.copy_(value)
         else:
             self._buffers[attr] = value.clone()
-            self._tie_again()
+            self._retie()
 
-    def _tie_again(self) -> None:
+    def _retie(self) -> None:
         for quantizer in self.quantizers:
             if TIED in quantizer.__dict__:
                 self.tie_member_quantizer(quantizer)
@@ -340,19 +341,21 @@ class SharedQuantState(nn.Module, ABC):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for attr, old in before.items():
             self._buffers[attr] = moved(old, self._buffers[attr])
-        self._tie_again()  # the parent comes to its states after its other submodules
+        self._retie()  # the parent moves its states after its other submodules
         return self
 
 
 class _SharedAmaxState(SharedQuantState):
-    """One maximum, 0-d float32, in the one buffer that is managed."""
+    """A shared maximum, () float32, in the only managed buffer."""
 
     default_patterns = SHARED_PATTERNS
     _syncs_without_value = True
 
     def finalize(self) -> bool:
-        """The maximum over all values of the members' `_amax`; nan if one is. Members without one,
-        or with one on the meta device, don't count. False if none has one."""
+        """Take the maximum of the members' `_amax`; nan if one is nan.
+
+        Members without one, or with one on the meta device, are ignored. False if none has one.
+        """
         found = [a for q in self.quantizers if _is_set(a := getattr(q, "_amax", None))]
         if found:
             device = found[0].device
@@ -361,9 +364,10 @@ class _SharedAmaxState(SharedQuantState):
         return bool(found)
 
     def sync(self, parallel_state: Any = None) -> None:
-        """All-reduce (MAX); nan on one process is nan on all, one without a value takes theirs.
+        """All-reduce with MAX; nan on one process is nan on all.
 
-        Without an initialised process group nothing happens. RuntimeError if it fails.
+        A process without a value takes that of the others. Does nothing without an initialized
+        process group. Raises RuntimeError if it fails.
         """
         dist = torch.distributed
         if dist.is_available() and dist.is_initialized():
@@ -390,9 +394,9 @@ class _SharedAmaxState(SharedQuantState):
 
 
 class SharedWeightGlobalAmaxState(_SharedAmaxState):
-    """One `_global_amax` for the weights of a group: a scale for the whole of each.
+    """A shared `_global_amax` for the weights of a group: a per-tensor scale.
 
-    A quantiser takes part only if it has the attribute `global_amax`, as graphquant's Quantizer.
+    Only quantizers with an attribute `global_amax`, such as graphquant's, take part.
     """
 
     name = "weight_global_amax"
@@ -400,7 +404,7 @@ class SharedWeightGlobalAmaxState(_SharedAmaxState):
 
     @property
     def global_amax(self) -> Tensor | None:
-        """() float32, or None until there is one."""
+        """() float32, None if not set."""
         return self._buffers["_global_amax"]
 
     @global_amax.setter
@@ -412,7 +416,7 @@ class SharedWeightGlobalAmaxState(_SharedAmaxState):
 
 
 class SharedInputAmaxState(_SharedAmaxState):
-    """One `_amax` for the inputs of a group, which are one value."""
+    """A shared `_amax` for the inputs of a group, which are the same value."""
 
     name = "input_amax"
     managed_attrs = ("_amax",)
@@ -429,7 +433,7 @@ def shared_quant_states(
 
 
 def _process_groups(parallel_state: Any) -> list[Any]:
-    """Those that SharedQuantState.sync is given."""
+    """The process groups in the argument of SharedQuantState.sync."""
     kinds = ("expert_model_parallel_group", "tensor_parallel_group")
     if not any(hasattr(parallel_state, kind) for kind in kinds):
         return [parallel_state]
@@ -438,7 +442,7 @@ def _process_groups(parallel_state: Any) -> list[Any]:
 
 
 def _names(cls: Any) -> Iterator[str]:
-    """Of all kinds of state that are defined, in this library or elsewhere."""
+    """Names of all defined kinds of state, in this library or elsewhere."""
     for sub in cls.__subclasses__():
         if hasattr(sub, "name"):
             yield sub.name

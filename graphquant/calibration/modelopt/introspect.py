@@ -1,8 +1,8 @@
-"""Which modules are quantised, and by what.
+"""Predicates on quantized modules and their quantizers.
 
-They speak of graphquant's Quantizer and QuantizedLinear and of any module with their attributes
-(quantizer.py names them): a quantiser is a module that has `_disabled`, enabled or not; several in
-a row are an nn.Sequential of such. After NVIDIA Model-Optimizer's functions of these names.
+They accept graphquant's Quantizer and QuantizedLinear and any module with the same attributes (see
+quantizer.py). A quantizer is a module with the attribute `_disabled`, enabled or not; a sequence of
+them is an nn.Sequential. After NVIDIA Model-Optimizer's functions of these names.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from graphquant.ops import int8_linear
 
 
 def is_quantizer(module: object) -> bool:
-    """Is this one quantiser (not several in a row)?"""
+    """Is this a single quantizer (not a sequence)?"""
     one = isinstance(module, nn.Module) and not isinstance(module, (nn.Sequential, nn.ModuleList))
     return one and hasattr(module, "_disabled")
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Does the module hold a quantiser, enabled or not, or is it a graph with int8 products?
+    """Does the module contain a quantizer, enabled or not, or an FX graph with int8 products?
 
-    What torch.compile returns holds its graphs out of sight: `graphquant.explain` tells of them.
+    The graphs of a compiled module are not visible to it: use `graphquant.explain` for those.
     """
     if any(map(is_quantizer, module.modules())):
         return True
@@ -34,9 +34,9 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def is_quantized_linear(module: nn.Module) -> bool:
-    """Has it one input_quantizer, a weight_quantizer and a weight (or weight0) of two dims?
+    """Has it a single input_quantizer, a weight_quantizer and a 2-D weight (or weight0)?
 
-    An embedding is none, whatever it has.
+    Embeddings never count.
     """
     if isinstance(module, nn.Embedding) or getattr(module, "weight_quantizer", None) is None:
         return False
@@ -48,39 +48,39 @@ def is_quantized_linear(module: nn.Module) -> bool:
 
 
 def is_quantized_column_parallel_linear(module: nn.Module) -> bool:
-    """A quantised linear whose attribute `_is_column_parallel` is true: each rank has some of the
-    output channels, so scales per output channel are its own."""
+    """A quantized linear with `_is_column_parallel`: ranks have different output channels, so
+    scales per output channel are local to a rank."""
     return is_quantized_linear(module) and bool(getattr(module, "_is_column_parallel", False))
 
 
 def is_quantized_row_parallel_linear(module: nn.Module) -> bool:
-    """A quantised linear whose attribute `_is_row_parallel` is true: each rank has some of the
-    input channels, so ranks must agree on scales."""
+    """A quantized linear with `_is_row_parallel`: ranks have different input channels, so they
+    must agree on scales."""
     return is_quantized_linear(module) and bool(getattr(module, "_is_row_parallel", False))
 
 
 def representative_weight_quantizer(
     module: nn.Module, weight_name: str = "weight"
 ) -> nn.Module | None:
-    """The quantiser of the parameter `weight_name`, or None. It never raises.
+    """The quantizer of the parameter `weight_name`, or None. Never raises.
 
-    `weight_quantizer`, or `<name>_weight_quantizer` for a parameter that is not called "weight";
-    the first of several experts' where that is an nn.ModuleList, or `..._quantizers` is one.
+    It is `weight_quantizer`, or `<name>_weight_quantizer` for a parameter not named "weight"; of an
+    nn.ModuleList under that name, or with an `s` added, the first (that of the first expert).
     """
     name = "weight_quantizer" if weight_name == "weight" else f"{weight_name}_weight_quantizer"
     for found in (getattr(module, name, None), getattr(module, f"{name}s", None)):
         if isinstance(found, nn.ModuleList):
             found = next(iter(found), None)
-        if isinstance(found, nn.Module) and (is_quantizer(found) or _in_a_row(found)):
+        if isinstance(found, nn.Module) and (is_quantizer(found) or _is_sequence(found)):
             return found
     return None
 
 
 def weight_attr_names(module: nn.Module) -> Iterator[str]:
-    """The names of the module's own weights that have a quantiser, "weight" first.
+    """The names of the module's own weights that have a quantizer, "weight" first.
 
-    "weight" itself may be any value but None, the others are parameters. One parameter that has two
-    names is named once.
+    "weight" may be any value but None; the others are parameters. A parameter with two names is
+    yielded once.
     """
     if getattr(module, "weight", None) is not None and representative_weight_quantizer(module):
         yield "weight"
@@ -90,5 +90,5 @@ def weight_attr_names(module: nn.Module) -> Iterator[str]:
             yield name
 
 
-def _in_a_row(module: nn.Module) -> bool:
+def _is_sequence(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) and len(module) > 0 and all(map(is_quantizer, module))

@@ -1,14 +1,14 @@
-"""Modules that put values on int8 levels and compute on in float: fake quantisation.
+"""Fake quantization: modules that round values to int8 levels and compute in float.
 
-They are for looking at scales, sharing them between layers and handing them to exporters; what runs
-in int8 is the compiled graph. Their levels are those of its ops (ops/numerics.py).
+They are for inspecting scales, sharing them between layers and exporting them; the compiled graph
+is what runs in int8. Their levels are those of its ops (ops/numerics.py).
 
-The attributes by which utils.py knows a quantized module, of this library or of another, are
-those of NVIDIA Model-Optimizer:
+utils.py recognizes a quantized module, of this library or another, by the attributes of NVIDIA
+Model-Optimizer:
 
     weight_quantizer, input_quantizer, output_quantizer    modules with the attribute `_disabled`
     <name>_weight_quantizer, <name>_weight_quantizers      of the parameter <name>; a ModuleList
-    _amax                                                  of a quantiser: a tensor, or None
+    _amax                                                  of a quantizer: a tensor, or None
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from torch import Tensor, nn
 from graphquant.calibration.calibration import Calibration
 from graphquant.ops.numerics import MIN_ABSMAX, QMAX, quantize_rows, quantize_symmetric
 
-TIED = "_shared_quant_tied_attrs"  # of a quantiser: the buffers that it shares with others
+TIED = "_shared_quant_tied_attrs"  # of a quantizer: the buffers that it shares with others
 _exporting: ContextVar[bool] = ContextVar("graphquant_exporting", default=False)
 
 
 @contextmanager
 def export_torch_mode() -> Iterator[None]:
-    """Within, a Quantizer with an amax is one `torch.fake_quantize_...` call, which exporters write
-    as a pair of QuantizeLinear and DequantizeLinear.
+    """Context in which a Quantizer with an amax is one `torch.fake_quantize_...` call, which
+    exporters write as a pair of QuantizeLinear and DequantizeLinear.
 
-    It can be nested, ends with an exception as well, and holds in this thread or task alone (the
-    original's is a global). After NVIDIA Model-Optimizer's function of this name.
+    It can be nested and applies to this thread or task only (the original is global). After NVIDIA
+    Model-Optimizer's function of this name.
     """
     token = _exporting.set(True)
     try:
@@ -50,17 +50,17 @@ def is_torch_export_mode() -> bool:
 
 
 class Quantizer(nn.Module):
-    """x on int8 levels, in x's type.
+    """Rounds x to int8 levels, in the dtype of x.
 
         x -> quantize_symmetric(x, amax) * amax / 127      clamped to [-amax, amax]
-        x -> quantize_rows(x) * x_scale + x_shift          without an amax: row by row, dynamic
+        x -> quantize_rows(x) * x_scale + x_shift          without an amax: dynamic, per row
 
     _amax         float32 of a shape that broadcasts to x's: (), or (N, 1) for a weight [N, K]
-    _global_amax  float32 (): one that a group shares, which counts instead of `_amax`
-    _disabled     True: x stays as it is
+    _global_amax  float32 (), shared by a group; overrides `_amax`
+    _disabled     True: return x unchanged
 
-    Both are buffers, float32 whatever the model is cast to, and part of the state_dict once they
-    are set. Gradients do not flow.
+    Both are buffers that stay float32 when the model is cast, and part of the state_dict once set.
+    The result has no gradient.
     """
 
     _amax: Tensor | None
@@ -74,7 +74,7 @@ class Quantizer(nn.Module):
 
     @property
     def amax(self) -> Tensor | None:
-        """The one that counts."""
+        """The amax in use, None if dynamic."""
         return self._amax if self._global_amax is None else self._global_amax
 
     @property
@@ -96,7 +96,7 @@ class Quantizer(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get(TIED, ()):
-            raise RuntimeError(f"{name} is shared with other quantisers: write to it by copy_()")
+            raise RuntimeError(f"{name} is shared with other quantizers: write to it by copy_()")
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
@@ -109,8 +109,7 @@ class Quantizer(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *args: Any
     ) -> None:
-        """A buffer that is not set yet is taken from the state_dict; one that is shared stays the
-        one tensor, also with assign=True."""
+        """Create buffers that are not set yet. Shared ones stay shared, also with assign=True."""
         for name, held in self._buffers.items():
             given = state_dict.get(prefix + name)
             if given is not None and (held is None or held.is_meta):
@@ -120,8 +119,7 @@ class Quantizer(nn.Module):
 
 
 def moved(old: Tensor | None, new: Tensor | None) -> Tensor | None:
-    """A scale after `.to()`, `.half()`, ...: on the device of `new`, with the values and the type
-    of `old`, and the same object if nothing had to move."""
+    """A scale after `.to()`, `.half()`, ...: `old`, moved to the device of `new` but not cast."""
     if old is None or new is None or old.is_meta:
         return new
     return old.to(new.device)
@@ -135,29 +133,32 @@ def _fake_quantize(x: Tensor, scale: Tensor) -> Tensor:
             x, scale.reshape(()), zero.reshape(()), -QMAX, QMAX
         )
     if len(wide) > 1:
-        raise ValueError(f"an amax of shape {[*scale.shape]} has no export: one dim may be wide")
+        raise ValueError(
+            f"an amax of shape {[*scale.shape]} cannot be exported: only one dim may be wide"
+        )
     dim = wide[0] % x.dim()
     return torch.fake_quantize_per_channel_affine(x, scale.flatten(), zero, dim, -QMAX, QMAX)
 
 
 class QuantizedLinear(nn.Linear):
-    """A linear on int8 levels: y = linear(input_quantizer(x), weight_quantizer(weight), bias)."""
+    """A fake-quantized linear: y = linear(input_quantizer(x), weight_quantizer(weight), bias)."""
 
     weight_quantizer: Quantizer
     input_quantizer: Quantizer
 
     @classmethod
     def of(cls, linear: nn.Linear, amax: Tensor | None = None) -> QuantizedLinear:
-        """With the parameters of `linear` (the same, not copies), as graphquant quantises them.
+        """A QuantizedLinear that shares the parameters of `linear`.
 
-        The weight has an amax for each output channel, (N, 1). `amax` is that of the input, ();
-        without one the input is quantised row by row.
+        amax  of the input, (); None for dynamic quantization per row
+
+        The weight is quantized per output channel, with an amax of shape (N, 1).
         """
-        made = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        made.weight, made.bias = linear.weight, linear.bias
-        made.weight_quantizer = Quantizer(linear.weight.abs().amax(1, keepdim=True))
-        made.input_quantizer = Quantizer(amax)
-        return made.train(linear.training)
+        new = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        new.weight, new.bias = linear.weight, linear.bias
+        new.weight_quantizer = Quantizer(linear.weight.abs().amax(1, keepdim=True))
+        new.input_quantizer = Quantizer(amax)
+        return new.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
         x, w = self.input_quantizer(input), self.weight_quantizer(self.weight)
@@ -165,20 +166,20 @@ class QuantizedLinear(nn.Linear):
 
 
 def quantize_linears_(model: nn.Module, calibration: Calibration | None = None) -> int:
-    """Put a QuantizedLinear in the place of every nn.Linear below `model`; how many there were.
+    """Replace every nn.Linear in `model` by a QuantizedLinear; returns how many.
 
-    With a calibration of the model, inputs have its range's larger end as their amax; those that it
-    has not seen stay dynamic. Subclasses of nn.Linear stay as they are, and so does `model` itself.
+    With a calibration, the amax of an input is the larger end of its range; inputs that it has not
+    seen stay dynamic. Subclasses of nn.Linear, and `model` itself, are not replaced.
     """
-    made: dict[nn.Linear, QuantizedLinear] = {}
+    new: dict[nn.Linear, QuantizedLinear] = {}
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if type(module) is not nn.Linear or not path:
             continue
-        if module not in made:
+        if module not in new:
             ends = None if calibration is None else calibration.range(path)
             device = module.weight.device
             amax = None if ends is None else torch.tensor(max(-ends[0], ends[1]), device=device)
-            made[module] = QuantizedLinear.of(module, amax)
+            new[module] = QuantizedLinear.of(module, amax)
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, made[module])
-    return len(made)
+        setattr(model.get_submodule(parent), name, new[module])
+    return len(new)

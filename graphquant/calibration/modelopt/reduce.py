@@ -1,9 +1,9 @@
-"""Absolute maxima and sums of tensors along dims, never with a gradient.
+"""Reductions for scales: absolute maxima and sums of tensors along dims, without gradients.
 
-After NVIDIA Model-Optimizer's `modelopt.torch.quantization.utils`, whose functions of these names
-give the same for valid arguments, with these differences. No dims at all, `()`, reduces nothing,
-where torch takes it for all dims: so a quantiser with a scale for every element has one. |-128| of
-int8 is 128. Axes that do not exist are errors everywhere. float8 can be summed.
+After the functions of these names in NVIDIA Model-Optimizer's `modelopt.torch.quantization.utils`,
+with the same results for valid arguments, but for these: `()` reduces no dims (torch: all), so that
+there can be a scale for every element; |-128| of int8 is 128; axes that do not exist always raise;
+float8 can be summed.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def convert_quantization_axis_to_reduce_axis(input: Tensor, axis: Axis) -> list[
     """The dims to reduce for a scale along `axis`: all others, ascending; None for per-tensor.
 
     For `input` of shape (2, 3, 4): 0 -> [1, 2]; -1 -> [0, 1]; (0, -1) -> [1]; (0, 1, 2) -> [], a
-    scale for every element; () -> [0, 1, 2]; None -> None. An axis may be named twice.
+    scale for every element; () -> [0, 1, 2]; None -> None. An axis may occur twice.
 
-    Raises IndexError for an axis that `input` does not have, TypeError for one that is no integer,
-    UnsupportedInputError (a TypeError) if `input` is no tensor.
+    Raises IndexError for an axis that `input` does not have, TypeError for one that is not an
+    integer, UnsupportedInputError (a TypeError) if `input` is not a tensor.
     """
     dims = _dims(input, axis)
     if dims is None:
@@ -40,17 +40,17 @@ def convert_quantization_axis_to_reduce_axis(input: Tensor, axis: Axis) -> list[
 def reduce_amax(
     input: Tensor, axis: Axis = None, keepdims: bool = True, squeeze_scalar: bool = True
 ) -> Tensor:
-    """max |input| over the dims `axis`; over all of them, 0-d, for None. () reduces none.
+    """max |input| over the dims `axis`: None for all, with a 0-d result; () for none.
 
     keepdims        keep reduced dims with size 1; not for axis=None
-    squeeze_scalar  a result of one element becomes 0-d, whatever keepdims says
+    squeeze_scalar  make a result of one element 0-d, whatever keepdims is
 
-    The type stays, but that of float8, which becomes torch's default, and of signed integers, whose
-    result is int64 (and -2^63 counts as 2^63 - 1). nan makes the result nan.
+    The dtype is that of `input`, but torch's default for float8, and int64 for signed integers
+    (where |-2^63| is 2^63 - 1). nan propagates.
 
-    Raises IndexError for a dim that `input` does not have or that is empty, RuntimeError for a dim
-    named twice and for an empty `input` without axis, TypeError for an axis that is no integer,
-    UnsupportedInputError (a TypeError) for what is no tensor, and for bool and complex.
+    Raises IndexError for a dim that `input` does not have or that is empty, RuntimeError for a
+    repeated dim and for an empty `input` without axis, TypeError for an axis that is not an
+    integer, UnsupportedInputError (a TypeError) for what is not a tensor, bool and complex.
     """
     dims = _dims(input, axis)
     if input.dtype == torch.bool or input.is_complex():
@@ -69,12 +69,12 @@ def reduce_amax(
 
 @torch.no_grad()
 def reduce_sum(input: Tensor, axis: Axis = None, keepdims: bool = True) -> Tensor:
-    """The sum over the dims `axis`; over all of them, 0-d, for None. () reduces none.
+    """The sum over the dims `axis`: None for all, with a 0-d result; () for none.
 
     keepdims  keep reduced dims with size 1; not for axis=None
 
-    Integers and bool give int64, float8 torch's default type; other types stay, and float16 can
-    overflow to inf. The sum of nothing is 0. Errors as for `reduce_amax`, but for empty dims.
+    The dtype is int64 for integers and bool, torch's default for float8, else that of `input`, so
+    float16 can overflow to inf. An empty sum is 0. Raises as `reduce_amax`, but not for empty dims.
     """
     dims = _dims(input, axis)
     x = _computable(input)
@@ -86,7 +86,7 @@ def reduce_sum(input: Tensor, axis: Axis = None, keepdims: bool = True) -> Tenso
 
 
 def _dims(input: Tensor, axis: Axis) -> tuple[int, ...] | None:
-    """As a tuple, each within the dims of `input`."""
+    """`axis` as a tuple, checked against the dims of `input`."""
     if not isinstance(input, Tensor):
         raise UnsupportedInputError(f"input is a {type(input).__name__}, needs a tensor")
     if axis is None:
@@ -95,7 +95,7 @@ def _dims(input: Tensor, axis: Axis) -> tuple[int, ...] | None:
     for a in given:
         tensor = isinstance(a, Tensor) and (a.is_floating_point() or a.dtype == torch.bool)
         if tensor or isinstance(a, bool) or not hasattr(a, "__index__"):
-            raise TypeError(f"axis {a!r} is no integer")
+            raise TypeError(f"axis {a!r} is not an integer")
     dims = tuple(operator.index(a) for a in given)
     for d in dims:
         if not -input.dim() <= d < input.dim():
@@ -104,7 +104,7 @@ def _dims(input: Tensor, axis: Axis) -> tuple[int, ...] | None:
 
 
 def _computable(x: Tensor) -> Tensor:
-    """float8 has no arithmetic of its own."""
+    """Convert float8, which has no arithmetic."""
     narrow = x.is_floating_point() and x.dtype.itemsize == 1
     return x.to(torch.get_default_dtype()) if narrow else x
 

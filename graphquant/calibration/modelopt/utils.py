@@ -1,7 +1,7 @@
-"""The helpers of NVIDIA Model-Optimizer's `modelopt.torch.quantization.utils`, under their names.
+"""Replacements for helpers of NVIDIA Model-Optimizer's `modelopt.torch.quantization.utils`.
 
-What each means here its docstring says. They speak of graphquant's own quantised modules and graphs
-and of any module with the attributes that quantizer.py names.
+They work on graphquant's quantized modules and graphs, and on any module with the attributes listed
+in quantizer.py.
 """
 
 from __future__ import annotations
@@ -57,21 +57,20 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-_originals: dict[tuple[int, str, str], Any] = {}  # of what is replaced now
+_originals: dict[tuple[int, str, str], Any] = {}  # functions that are replaced at present
 
 
 @contextmanager
 def replace_function(
     package: Any, name: str, new_func: Callable[..., Any], og_func_cache_name: str | None = None
 ) -> Iterator[None]:
-    """Within, `package.name` is `new_func`, and `package._name` (or another name) the original, so
-    that the new one can call it.
+    """Context in which `package.name` is `new_func` and `package._name` the original.
 
-    package  a module, class or object; all of the process sees the change
+    package             a module, class or object; the change is visible to the whole process
+    og_func_cache_name  another name for the original
 
-    Afterwards both attributes are as before, also after an exception: what was not there is gone,
-    what was inherited is inherited. Nested, `package._name` stays the original of the outermost: of
-    two replacements that call it, neither would end if it were the other.
+    Both attributes are restored on exit, also after an exception. When nested, `package._name`
+    stays the outermost original: otherwise two replacements that call it would recurse forever.
 
     Raises AttributeError if `package` has no `name`.
     """
@@ -88,7 +87,7 @@ def replace_function(
             del _originals[id(package), name, kept]
         for key in (kept, name):
             if key in own:
-                setattr(package, key, own[key])  # as it lies there: a staticmethod stays one
+                setattr(package, key, own[key])  # from vars(): a staticmethod stays one
             elif key in vars(package):
                 delattr(package, key)
 
@@ -96,12 +95,11 @@ def replace_function(
 def update_quant_cfg_with_kv_cache_quant(
     quant_cfg: Mapping[str, Any], kv_cache_quant_cfg: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """A deep copy of `quant_cfg` whose list "quant_cfg" ends in the entries for a KV cache.
+    """A deep copy of `quant_cfg` with the entries for a KV cache appended to its "quant_cfg" list.
 
-    Where that list is missing, None or empty it begins with an entry that turns every quantiser
-    off; where "algorithm" is missing or empty it is "max". Neither argument is changed, and the
-    result holds nothing of them. graphquant's encoders have no KV cache: this is for configurations
-    that are handed on.
+    If that list is missing or empty, it gets a first entry that disables all quantizers; if
+    "algorithm" is missing or empty, it becomes "max". graphquant's encoders have no KV cache: this
+    is for configurations meant for other tools.
     """
     merged = copy.deepcopy(dict(quant_cfg))
     entries = merged.get("quant_cfg") or [{"quantizer_name": "*", "enable": False}]

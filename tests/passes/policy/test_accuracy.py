@@ -236,5 +236,5 @@ def test_without_rows_to_judge_by_it_is_refused(x: Tensor) -> None:
         absmax = range = lambda self, path: None
 
     for calibration in (None, NoRows()):
-        with pytest.raises(OptionError, match="min_sqnr=30 is judged on rows of calibration data"):
+        with pytest.raises(OptionError, match="min_sqnr=30 needs sampled rows of calibration data"):
             rewritten(Mlp(K).eval(), x, min_sqnr=30, calibration=calibration)

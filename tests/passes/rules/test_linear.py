@@ -121,8 +121,8 @@ def test_a_linear_is_refused_when(name: str) -> None:
     [
         ({"exclude": "a.*"}, "b", "excluded by 'a.*'"),
         ({"exclude": ["nothing", "re:a.[0-9]"]}, "b", "excluded by 're:a.[0-9]'"),
-        ({"include": ["b"]}, "b", "not named by include"),
-        ({"include": "a*"}, "a.0", "not named by include"),
+        ({"include": ["b"]}, "b", "not matched by include"),
+        ({"include": "a*"}, "a.0", "not matched by include"),
     ],
 )
 def test_include_and_exclude_choose_by_path(options: Any, taken: str, why: str) -> None:
