@@ -160,6 +160,11 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 
 // ------------------------------------------------------------------------------------ numbers
 
+__device__ __forceinline__ float half_to_float(u32 bits) {
+  float number;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(number) : "h"((u16)bits));
+  return number;
+}
 // Two floats as neighbors in 32 bits, rounded to nearest even.
 template <Dtype Type>
 __device__ __forceinline__ u32 pack(float low, float high) {
@@ -172,9 +177,63 @@ __device__ __forceinline__ u32 pack(float low, float high) {
   }
   return packed;
 }
+// The other way round.
+template <Dtype Type>
+__device__ __forceinline__ float2 unpack(u32 packed) {
+  static_assert(Type == BF16 || Type == FP16, "16 bits each");
+  if constexpr (Type == BF16) {
+    return make_float2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u));
+  } else {
+    return make_float2(half_to_float(packed & 0xffffu), half_to_float(packed >> 16));
+  }
+}
+
+// ------------------------------------------------------------------------------------ shared memory
+
 // Four 8 x 8 matrices of 16 bits; each lane gives the address of one row.
 __device__ __forceinline__ void stmatrix_x4(u32 to, const u32 (&from)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(from[0]), "r"(from[1]),
                "r"(from[2]), "r"(from[3])
+               : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4(u32 (&to)[4], u32 from) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(from)
+               : "memory");
+}
+// The loads without a "memory" clobber may be moved past others' stores: for what no one writes meanwhile.
+__device__ __forceinline__ float2 ld_shared_float2(u32 from) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(from));
+  return v;
+}
+__device__ __forceinline__ float4 ld_shared_float4(u32 from) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(from));
+  return v;
+}
+__device__ __forceinline__ float2 ld_shared_float2_ordered(u32 from) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(from) : "memory");
+  return v;
+}
+__device__ __forceinline__ int4 ld_shared_int4_ordered(u32 from) {
+  int4 v;
+  asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(from)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ void st_shared(u32 to, float v) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(v) : "memory");
+}
+__device__ __forceinline__ void st_shared(u32 to, float low, float high) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(low), "f"(high) : "memory");
+}
+// from[i] to shared memory without a register, or 0 where i is not below `end`.
+__device__ __forceinline__ void cp_async(u32 to, const float* from, int i, int end) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from + (i < end ? i : 0)), "r"(i < end ? 4 : 0)
                : "memory");
 }
