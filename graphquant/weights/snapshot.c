@@ -1,15 +1,15 @@
-/* What some tensors were when something was computed from them, and whether they still are.
+/* Snapshot of the tensors that a value was computed from; tells whether they are unchanged.
  *
  * Snapshot(positions, tensors, addresses, storages, samples, version, address, expired)
  * still(args) -> bool
  *
  * positions  of the tensors among the args of a call
- * addresses  of the first values; 0 of a weight that was released: to ask for it raises
+ * addresses  data pointers; 0 for a released weight, whose data_ptr raises
  * storages   weak references to their storages, with a `cdata` that `expired` takes
  * samples    for each tensor None, or (bytes of one value, their offsets from the first element as
  *            the bytes of an int64 array, the values): these must be in the memory of this process
- * version, address, expired   TensorBase._version, TensorBase.data_ptr, StorageBase._expired: the
- *            functions behind them are called without the interpreter
+ * version, address, expired   TensorBase._version, TensorBase.data_ptr, StorageBase._expired; their
+ *            C functions are called directly, not through the interpreter
  *
  * The tensors are not kept alive. They are compared by the address of the object, so a Snapshot
  * must be dropped when one of them dies.
@@ -21,11 +21,11 @@
 
 typedef struct {
   Py_ssize_t position;
-  PyObject *object; /* not ours: only its address counts */
-  PyObject *weak, *storage; /* the weak reference, and the number that it is for torch */
-  int has_version; /* tensors made under inference_mode have none */
+  PyObject *object; /* borrowed: only its address is compared later */
+  PyObject *weak, *storage; /* weak reference to the storage, and its cdata */
+  int has_version; /* 0 for tensors made under inference_mode */
   long long version;
-  void *address; /* NULL of a released weight, which has none */
+  void *address; /* NULL for a released weight */
   Py_ssize_t width, count; /* of the samples */
   int64_t *offsets;
   char *values;
@@ -184,7 +184,7 @@ static PyObject *snapshot_still(Snapshot *self, PyObject *args) {
                  : 0;
   }
   Py_DECREF(sequence);
-  if (result < 0) { /* another tensor in this place has no version: not what it was */
+  if (result < 0) { /* another tensor without a version is in this place: changed */
     PyErr_Clear();
     result = 0;
   }
@@ -192,7 +192,7 @@ static PyObject *snapshot_still(Snapshot *self, PyObject *args) {
 }
 
 static PyMethodDef snapshot_methods[] = {
-    {"still", (PyCFunction)snapshot_still, METH_O, "Are these tensors what they were?"},
+    {"still", (PyCFunction)snapshot_still, METH_O, "Whether these tensors are unchanged."},
     {NULL, NULL, 0, NULL},
 };
 
