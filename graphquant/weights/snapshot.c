@@ -192,7 +192,7 @@ static PyObject *snapshot_unchanged(Snapshot *self, PyObject *args) {
 }
 
 static PyMethodDef snapshot_methods[] = {
-    {"unchanged", (PyCFunction)snapshot_unchanged, METH_O, "Are these tensors unchanged?"},
+    {"unchanged", (PyCFunction)snapshot_unchanged, METH_O, "Whether these tensors are unchanged."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,4 +1,4 @@
-"""The Hopper product as far as it can be held without a card: it compiles, fits, and covers."""
+"""The Hopper kernel of int8_linear as far as it can be tested without a GPU."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphquant.ops.int8_linear import hopper_tiles
+from graphquant.errors import KernelBuildError
+from graphquant.ops.int8_linear import hopper, hopper_tiles
 from graphquant.ops.int8_linear.hopper_tiles import SHARED, TILES, HopperTile, choose, descriptors
 from graphquant.ops.numerics import padded
-from graphquant.ops.runtime import nvrtc
 from tests.ops.bounds import needs_nvrtc
 from tests.ops.offline import CUOBJDUMP
 
-SOURCE = Path(hopper_tiles.__file__).with_name("hopper.cu")
 PROCESSORS = 132
 SPILLED = 48  # bytes: a constant or a few that are saved outside of the main loop
 sizes = st.integers(1, 70_000)
@@ -30,8 +29,7 @@ def test_every_tile_compiles_to_int8_tensor_core_instructions(
     tile: HopperTile, y: str, bias: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "tile.cubin"
-    defines = tile.defines(y, bias, residual=y == "bfloat16")
-    file.write_bytes(nvrtc.compile_cubin(SOURCE.read_text(), defines, "sm_90a"))
+    file.write_bytes(hopper.cubin(tile, y, bias, residual=y == "bfloat16"))
 
     def said(what: str) -> str:
         command = [str(CUOBJDUMP), what, str(file)]
@@ -44,8 +42,17 @@ def test_every_tile_compiles_to_int8_tensor_core_instructions(
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
-def test_a_tile_fits_the_shared_memory_of_a_block(tile: HopperTile) -> None:
+def test_a_tile_fits_the_shared_memory_of_a_cta(tile: HopperTile) -> None:
     assert tile.shared <= SHARED
+
+
+@needs_nvrtc
+def test_another_size_of_shared_memory_than_the_kernels_does_not_compile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(HopperTile, "shared", TILES[0].shared + 8)
+    with pytest.raises(KernelBuildError, match=r"static assertion failed.*hopper_tiles\.py"):
+        hopper.cubin(TILES[0], "bfloat16", "none", residual=False)
 
 
 @given(M=sizes, N=sizes, K=st.integers(1, 20_000), tile=st.sampled_from(TILES))

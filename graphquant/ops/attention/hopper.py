@@ -12,21 +12,21 @@ import torch
 from torch import Tensor
 
 from graphquant.ops.attention.hopper_tiles import (
-    HALVES,
     ONLY,
     PART,
+    PTX_NAMES,
     ROWS,
     STORED,
     TILES,
     HopperTile,
 )
 from graphquant.ops.attention.op import attention
+from graphquant.ops.hopper import compile_kernel
 from graphquant.ops.runtime import nvrtc
 from graphquant.ops.runtime.device import gpu_properties
 from graphquant.ops.runtime.launch import ALIGNED, MAP_SWIZZLES, MAP_TYPES, Param, launch, native
 
 LOG2_E = 1.4426950408889634
-_TYPES = "typedef unsigned long long u64;\n"  # behind which the products may stand
 
 
 def _refuses(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> str | None:
@@ -35,7 +35,7 @@ def _refuses(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> str | 
         return f"the device is sm_{sm}, this one is for sm_{ONLY} alone"
     if (why := nvrtc.missing()) is not None:
         return why
-    if _name(q) not in HALVES:
+    if _name(q) not in PTX_NAMES:
         return f"q is {q.dtype}, needs float16 or bfloat16"
     if (why := TILES[tile].refuses(D)) is not None:
         return f"tile {tile}: {why}"
@@ -59,9 +59,8 @@ def _strides(t: Tensor) -> tuple[int, ...]:
 
 def cubin(tile: HopperTile, T: int, D: int, dtype: str) -> bytes:
     """The kernel for T keys (or as many more as fill whole blocks) and heads of D columns."""
-    head, _, rest = Path(__file__).with_suffix(".cu").read_text().partition(_TYPES)
-    source = head + _TYPES + tile.products(T, D, dtype) + rest
-    return nvrtc.compile_cubin(source, tile.defines(T, D, dtype), "sm_90a")
+    source = Path(__file__).with_suffix(".cu")
+    return compile_kernel(source, tile.defines(T, D, dtype), tile.wgmma_shapes(T, D, dtype))
 
 
 @functools.cache

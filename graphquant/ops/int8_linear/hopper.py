@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from graphquant.ops.hopper import compile_kernel
 from graphquant.ops.int8_linear import hopper_tiles
 from graphquant.ops.int8_linear.hopper_tiles import Descriptor, HopperTile
 from graphquant.ops.int8_linear.tiled import Operands, Problem, Tiled, tiled
@@ -62,13 +63,18 @@ def _name(of: Tensor | torch.dtype | None) -> str:
     return str(of.dtype if isinstance(of, Tensor) else of).removeprefix("torch.")
 
 
+def cubin(tile: HopperTile, y: str, bias: str, residual: bool) -> bytes:
+    """The kernel for these types of y and bias, with or without a residual."""
+    source = Path(__file__).with_suffix(".cu")
+    return compile_kernel(source, tile.defines(y, bias, residual), tile.wgmma_shapes())
+
+
 @functools.cache
 def _function(tile: HopperTile, y: str, bias: str, residual: bool, device: torch.device) -> int:
     """The handle of a loaded specialization. `device`: each has functions of its own."""
-    source = Path(__file__).with_suffix(".cu").read_text()
-    cubin = nvrtc.compile_cubin(source, tile.defines(y, bias, residual), "sm_90a")
+    code = cubin(tile, y, bias, residual)
     with torch.cuda.device(device):
-        function: int = native().load(device.index, cubin, "int8_linear_hopper", tile.shared)
+        function: int = native().load(device.index, code, "int8_linear_hopper", tile.shared)
     return function
 
 

@@ -14,13 +14,14 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+from graphquant.ops.hopper import DTYPES
+from graphquant.ops.hopper.wgmma import shapes, wgmma_ss
 from graphquant.ops.numerics import padded
 
 BK = 128  # columns of K in a stage
 THREADS = 384
 SHARED = 232_448  # bytes of shared memory that one block may have
 CACHED_WEIGHT = 12_000_000  # bytes of wq that stay in L2 beside all that passes through it
-DTYPES = {"none": 0, "bfloat16": 1, "float16": 2, "float32": 3}  # numbers of the macros Y and BIAS
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class HopperTile:
         barriers = 8 * (2 * self.stages + 10 + 8 * self.buffers)
         return 1024 + ring + chunks + sums + vectors + barriers  # 1024: to align the ring
 
-    def defines(self, y: str, bias: str, residual: bool) -> dict[str, int]:
+    def defines(self, y: str, bias: str, residual: bool) -> dict[str, int | str]:
         """Macros that specialize hopper.cu; y and bias are keys of DTYPES."""
         return {
             "BM": self.m,
@@ -82,7 +83,12 @@ class HopperTile:
             "Y": DTYPES[y],
             "BIAS": DTYPES[bias],
             "RESIDUAL": int(residual),
+            "SHARED_BYTES": self.shared,
         }
+
+    def wgmma_shapes(self) -> str:
+        """The wgmma instruction that the kernel needs."""
+        return shapes(wgmma_ss(self.n, "s8"))
 
     def cover(self, M: int, N: int, K: int) -> tuple[int, int, int, int]:
         """The kernel's `down`, `right`, `height` and `steps`.

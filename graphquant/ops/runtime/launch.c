@@ -1,13 +1,13 @@
-/* Kernel launches that are prepared once: later calls read the tensors' addresses and launch.
+/* Prepared kernel launches: later calls only read the tensors' addresses and launch.
  *
- * load(device, cubin, name, shared) -> int                                a function's handle
- * Launch(function, grid, block, shared, cluster, pdl, params, keep)       what a launch does
- * launch(stream, *tensors) -> bool       False, and nothing done: an address is not aligned to 16
- * Site(prepare)                                                           where one is called
+ * load(device, cubin, name, shared) -> int                             handle of a loaded function
+ * Launch(function, grid, block, shared, cluster, pdl, params, keep)    a prepared launch
+ * launch(stream, *tensors) -> bool    False, without launching: an address is not a multiple of 16
+ * Site(prepare)                                                        call site that caches a Launch
  * site(stream, *tensors) -> None
  *
- * A Site knows no Launch at first, or one that wants other alignments: then prepare(*tensors) runs
- * the kernel in its own way and returns the Launch for the next call, or None if there is none.
+ * A Site has no Launch at first, or one that refuses these addresses. Then prepare(*tensors) runs
+ * the kernel through Python and returns the Launch for the next call, or None if it has none.
  *
  * params, in the kernel's order (cuda.h has the meaning of a map's numbers):
  *   ("pointer", tensor)   its address          ("null",)     0
@@ -81,8 +81,8 @@ static int failed(CUresult result, const char *what) {
   return 1;
 }
 
-/* A thread that has made no CUDA call of its own yet has no context: torch takes memory from its
- * cache and knows the stream without one. It gets the device's primary one, which torch uses. */
+/* Makes the device's primary context, which torch uses, the thread's current one. A thread that has
+ * made no CUDA call yet has none: torch can allocate from its cache and knows the stream without. */
 static int enter(int ordinal) {
   CUdevice device;
   CUcontext context;
@@ -96,10 +96,10 @@ static int enter(int ordinal) {
 /* ------------------------------------------------------------------------------------- Launch */
 
 typedef struct {
-  Py_ssize_t tensor; /* which one's address goes here */
-  int at;            /* byte in `bytes` */
+  Py_ssize_t tensor; /* position of the tensor whose address goes here */
+  int at;            /* offset into `bytes` */
   int is_map;
-  CUdeviceptr last; /* what the map was encoded for */
+  CUdeviceptr last; /* address that the map was encoded for */
   CUtensorMapDataType type;
   CUtensorMapSwizzle swizzle;
   cuuint32_t dims;
@@ -116,11 +116,11 @@ typedef struct {
   int starts[MAX_PARAMS];
   Slot slots[MAX_SLOTS];
   Py_ssize_t n_tensors;
-  PyObject *keep; /* what owns the function */
+  PyObject *keep; /* owner of the function, kept alive */
   unsigned char bytes[MAX_BYTES];
 } Launch;
 
-/* The integers of a tuple that has `n` of them. */
+/* Reads a tuple of `n` integers. */
 static int read_all(PyObject *tuple, Py_ssize_t n, cuuint64_t *to) {
   if (PyTuple_GET_SIZE(tuple) != n) {
     PyErr_Format(PyExc_ValueError, "a map has %zd numbers where %zd are needed",
@@ -265,10 +265,10 @@ static int launch_run(Launch *self, CUstream stream, PyObject *const *tensors, P
     PyErr_Format(PyExc_TypeError, "the kernel reads %zd tensors, got %zd", self->n_tensors, n);
     return -1;
   }
-  _Alignas(64) unsigned char bytes[MAX_BYTES]; /* the object's own are as aligned as malloc's */
+  _Alignas(64) unsigned char bytes[MAX_BYTES]; /* a copy: the object's own are aligned as malloc's */
   void *params[MAX_PARAMS];
   CUdeviceptr addresses[MAX_SLOTS];
-  for (int i = 0; i < self->n_slots; ++i) { /* may run Python, and so another thread */
+  for (int i = 0; i < self->n_slots; ++i) { /* may run Python code, so other threads */
     PyObject *number = PyObject_CallMethodNoArgs(tensors[self->slots[i].tensor], data_ptr_name);
     if (!number) return -1;
     addresses[i] = PyLong_AsUnsignedLongLong(number);
@@ -276,7 +276,7 @@ static int launch_run(Launch *self, CUstream stream, PyObject *const *tensors, P
     if (addresses[i] == (CUdeviceptr)-1 && PyErr_Occurred()) return -1;
     if (addresses[i] % ALIGN) return 0;
   }
-  for (int i = 0; i < self->n_slots; ++i) { /* from here to the copy below, only this thread runs */
+  for (int i = 0; i < self->n_slots; ++i) { /* holds the GIL from here to the copy below */
     Slot *s = &self->slots[i];
     CUdeviceptr address = addresses[i];
     if (!s->is_map) {
@@ -299,7 +299,7 @@ static int launch_run(Launch *self, CUstream stream, PyObject *const *tensors, P
   CUlaunchConfig config = self->config;
   config.hStream = stream;
   CUresult result;
-  Py_BEGIN_ALLOW_THREADS /* a full queue blocks */
+  Py_BEGIN_ALLOW_THREADS /* blocks while the launch queue is full */
   result = launch_kernel(&config, self->function, params, NULL);
   Py_END_ALLOW_THREADS
   if (result == CUDA_ERROR_INVALID_CONTEXT && self->n_slots) {

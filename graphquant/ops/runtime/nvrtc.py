@@ -1,5 +1,6 @@
-"""CUDA C++ compiled at run time by NVRTC, which torch's CUDA wheels bring: no nvcc, no headers.
+"""CUDA C++ compiled at run time by NVRTC, which torch's CUDA wheels bring.
 
+Neither nvcc nor CUDA's headers are needed: a source includes only headers that it comes with.
 The result is a cubin, kept in the cache (cache.py).
 """
 
@@ -10,8 +11,9 @@ import functools
 import hashlib
 import site
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -21,18 +23,25 @@ from graphquant.ops.runtime import cache
 Call = Callable[..., int]
 
 
-def compile_cubin(source: str, defines: Mapping[str, object], arch: str) -> bytes:
+def compile_cubin(
+    source: str,
+    defines: Mapping[str, object],
+    arch: str,
+    headers: Mapping[str, str] = MappingProxyType({}),
+) -> bytes:
     """Device code of `source` for `arch` ("sm_90a") with `-Dname=value` for each of defines.
 
-    Raises KernelBuildError with NVRTC's log.
+    `headers` are the texts behind the names that the source includes. Raises KernelBuildError with
+    NVRTC's log.
     """
     options = [f"--gpu-architecture={arch}", "--std=c++17"]
     options += [f"-D{name}={value}" for name, value in sorted(defines.items())]
-    made_from = "\n".join((source, *options, *map(str, version()), str(torch.version.cuda)))
+    texts = (source, *(part for header in sorted(headers.items()) for part in header))
+    made_from = "\0".join((*texts, *options, *map(str, version()), str(torch.version.cuda)))
     key = hashlib.sha256(made_from.encode()).hexdigest()
     cubin = cache.get(key, "kernel.cubin", checked=True)
     if cubin is None:
-        cubin = _compile(source, options)
+        cubin = _compile(source, options, headers)
         cache.put(key, "kernel.cubin", cubin, checked=True)
     return cubin
 
@@ -54,19 +63,25 @@ def version() -> tuple[int, int]:
     return major.value, minor.value
 
 
-def _compile(source: str, options: list[str]) -> bytes:
+def _compile(source: str, options: list[str], headers: Mapping[str, str]) -> bytes:
     library, program = _library(), ctypes.c_void_p()
     text = ctypes.c_char_p(source.encode())
     create = library.nvrtcCreateProgram
-    _check(create(ctypes.byref(program), text, b"kernel.cu", 0, None, None))
+    included = (len(headers), _strings(headers.values()), _strings(headers))
+    _check(create(ctypes.byref(program), text, b"kernel.cu", *included))
     try:
-        given = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
-        if library.nvrtcCompileProgram(program, len(options), given):
+        if library.nvrtcCompileProgram(program, len(options), _strings(options)):
             log = _read(program, library.nvrtcGetProgramLogSize, library.nvrtcGetProgramLog)
             raise KernelBuildError(f"NVRTC {version()}: {_text(log)}")
         return _read(program, library.nvrtcGetCUBINSize, library.nvrtcGetCUBIN)
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _strings(of: Iterable[str]) -> ctypes.Array[ctypes.c_char_p]:
+    """C's array of strings."""
+    encoded = [s.encode() for s in of]
+    return (ctypes.c_char_p * len(encoded))(*encoded)
 
 
 def _text(log: bytes) -> str:

@@ -91,7 +91,7 @@ def _key(question: str, device: torch.device) -> str:
 def machine(device: torch.device) -> str:
     """What an answer depends on beside the question."""
     versions = [f"{p} {_version(p)}" for p in ("torch", "triton")]
-    kernels = cache.source_digest(KERNELS, ".py", ".cu", ".c")
+    kernels = cache.source_digest(KERNELS, ".py", ".cu", ".cuh", ".c")
     return ", ".join((torch.cuda.get_device_name(device), *versions, f"kernels {kernels}"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,9 @@ def test_what_was_compiled_once_is_read_from_disk(
     compiled: list[Any] = []
     real = nvrtc._compile
 
-    def spy(source: str, options: list[str]) -> bytes:
+    def spy(source: str, options: list[str], headers: Mapping[str, str]) -> bytes:
         compiled.append(options)
-        return real(source, options)
+        return real(source, options, headers)
 
     monkeypatch.setattr(nvrtc, "_compile", spy)
     first = compile_cubin(SOURCE, {"N": 3, "M": 4}, "sm_90a")
@@ -100,12 +101,26 @@ def test_what_was_compiled_once_is_read_from_disk(
     assert len(list(cache.rglob("kernel.cubin"))) == 5
 
 
+@needs_nvrtc
+def test_headers_are_included_by_name_and_belong_to_what_is_cached(cache: Path) -> None:
+    source = '#include "sub/n.cuh"\n' + SOURCE
+    with pytest.raises(KernelBuildError, match=r"n\.cuh"):
+        compile_cubin(source, {}, "sm_90a")
+    three = compile_cubin(source, {}, "sm_90a", {"sub/n.cuh": "#define N 3\n"})
+    assert three[:4] == b"\x7fELF"
+    assert compile_cubin(source, {}, "sm_90a", {"sub/n.cuh": "#define N 3\n"}) == three
+    assert compile_cubin(source, {}, "sm_90a", {"sub/n.cuh": "#define N 7\n"}) != three
+    with pytest.raises(KernelBuildError, match=r"sub/n\.cuh\(2\): error"):
+        compile_cubin(source, {}, "sm_90a", {"sub/n.cuh": "#define N 3\nwrong\n"})
+    assert len(list(cache.rglob("kernel.cubin"))) == 2
+
+
 @pytest.fixture
 def compiled(cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Sources that were compiled, by a stand-in for NVRTC."""
     sources: list[str] = []
 
-    def compile_(source: str, options: list[str]) -> bytes:
+    def compile_(source: str, options: list[str], headers: Mapping[str, str]) -> bytes:
         sources.append(source)
         return b"\x7fELF" + bytes(range(200))
 
