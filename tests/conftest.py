@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -60,8 +61,20 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if hasattr(torch._dynamo.guards, "profile_guard_manager"):
         # 20 ms of each compile: it empties the processor's cache to time the guards, for a log
         torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
+    _freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _freeze_what_a_file_leaves() -> Iterator[None]:
+    yield
+    _freeze()
+
+
+def _freeze() -> None:
+    """Modules and torch's caches stay: collections, which tests of what is freed make many of, need
+    not look through them again."""
     gc.collect()
-    gc.freeze()  # modules stay: they need not be looked through again by every collection
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -13,7 +13,7 @@ from tests import zoo
 from tests.small import FAR, NEAR, Mlp, again, error, seeded
 
 
-@pytest.mark.parametrize("name", ["siglip", "bert", "dinov2"])
+@pytest.mark.parametrize("name", [pytest.param("siglip", marks=pytest.mark.slow), "bert", "dinov2"])
 def test_every_weight_is_a_static_input(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is not would be copied into the graph's own memory on every call."""
     seen: list[tuple[int, int]] = []

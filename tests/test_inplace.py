@@ -119,7 +119,13 @@ FLAGS: list[dict[str, bool]] = [
 
 
 @pytest.mark.parametrize(
-    ("name", "part"), [*((name, "encoder") for name in VISION), ("siglip", "model")]
+    ("name", "part"),
+    [
+        pytest.param("siglip", "encoder", marks=pytest.mark.slow),
+        ("clip_vision", "encoder"),
+        pytest.param("internvl", "encoder", marks=pytest.mark.slow),
+        ("siglip", "model"),
+    ],
 )
 def test_all_flags_give_what_they_give_in_eager(name: str, part: str, device: str) -> None:
     """One module through all of them: what one call has compiled must not serve another."""
@@ -483,8 +489,15 @@ def living(device: str) -> int:
     return sum(storages.values()) - sum(t.nbytes for t in released._nans)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("quantize", [True, False])
+@pytest.mark.parametrize(
+    ("quantize", "dtype"),
+    [
+        (True, torch.bfloat16),
+        (False, torch.float32),
+        pytest.param(True, torch.float32, marks=pytest.mark.slow),
+        pytest.param(False, torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_memory_afterwards_is_no_more_than_before(
     quantize: bool, dtype: torch.dtype, device: str
 ) -> None:

@@ -76,7 +76,16 @@ MODELS: dict[str, dict[str, dict[int, Any]]] = {
     "internvl_rms": {"pixel_values": {0: BATCH}},
     "bert": {"input_ids": TEXT, "attention_mask": TEXT},
 }
-CASES = [*((name, "cpu") for name in MODELS), ("siglip", "portable"), ("bert", "portable")]
+CASES = [
+    *(("clip_vision", "cpu"), ("bert", "cpu"), ("siglip", "portable")),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+            *((name, "cpu") for name in MODELS if name not in ("clip_vision", "bert")),
+            ("bert", "portable"),
+        )
+    ),
+]
 _programs: dict[str, tuple[nn.Module, ExportedProgram]] = {}
 
 
