@@ -15,7 +15,7 @@ import torch
 
 from graphquant import cli
 from graphquant.cli import doctor
-from graphquant.ops import OPS
+from graphquant.ops import OPS, load_kernels
 from tests.processes import ROOT
 
 
@@ -81,6 +81,26 @@ def test_a_kernel_is_held_to_the_reference(calls: dict[str, tuple[Any, ...]]) ->
         assert tried(op.reference, "the device is sm_70") == "the device is sm_70"
         assert doctor._tried(op, SimpleNamespace(), None).startswith("not tried")  # type: ignore[arg-type]
     monkey.undo()
+
+
+def test_the_kernels_are_tried_in_the_interpreter_as_on_a_gpu(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device == "cuda":
+        pytest.skip("the next test is for GPUs")
+    small = doctor._layer("cpu")
+    monkeypatch.setattr(doctor, "_layer", lambda _: tuple(part.bfloat16() for part in small))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    load_kernels()
+    calls = doctor._calls("cpu")
+    found = {
+        f"{op.name}: {kernel.name}": doctor._tried(op, kernel, calls.get(op.name))
+        for op in OPS.values()
+        for kernel in op.kernels
+    }
+    assert not [f"{k}: {v}" for k, v in found.items() if v.startswith(("FAILS", "WRONG"))]
+    ran = {name.partition(":")[0] for name, text in found.items() if text == "runs"}
+    assert {"quantize", "norm_quantize", "int8_linear"} <= ran
 
 
 @pytest.mark.cuda
