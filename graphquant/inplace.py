@@ -70,8 +70,8 @@ def optimize_(
 
     module       any torch.nn.Module that is called, such as `model.vision_model.encoder`
     bsz, seqlen  optional, and not limits. With both, a module that reads embeddings [bsz, seqlen,
-                 hidden_size] is compiled now, by a call on zeros, not at its first call; its only
-                 required argument must be `inputs_embeds` or `hidden_states`, and it must have a
+                 hidden_size] is compiled now, by a call on zeros, not at its first call: if its
+                 only required argument is `inputs_embeds` or `hidden_states`, and it has a
                  `config.hidden_size`. Do it under the torch.inference_mode() or torch.no_grad()
                  under which it will run, or the first call compiles again.
     options      as for `torch.compile(module, backend="graphquant", options=options)`;

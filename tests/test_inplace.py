@@ -216,7 +216,7 @@ def test_hooks_that_always_change_keep_no_more_than_eight_compilations(device: s
         with model[0].register_forward_hook(lambda m, args, y, f=factor: y * f):
             scaled = model(x)
         assert error(scaled + 1, factor * model(x) + 1) < 1e-5
-    assert len(vars(model)["_compiled_call_impl"]._runs) == 8
+    assert len(vars(model)["_compiled_call_impl"]._variants) == 8
 
 
 # Sizes -------------------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ def test_a_calibration_is_referred_to(tmp_path: Path) -> None:
         ({"left": [3]}, r"left\[0\] must be an object, got 3"),
         ({"left": [{"path": "a"}]}, r"it has no left\[0\]\.share"),
         ({"left": [{"path": 1, "alone": 1, "share": 1}]}, r"left\[0\]\.path must be text"),
-        ({"left": [{"path": "\ud800", "alone": 1, "share": 1}]}, ".* text that UTF-8 can"),
+        ({"left": [{"path": "\ud800", "alone": 1, "share": 1}]}, ".* valid UTF-8 text"),
         ({"calibration": 1}, "calibration must be true or false"),
         ({"options": 3}, "options must be an object"),
         ({"options": {"quantise": True}}, "options: unknown option 'quantise'"),
