@@ -41,8 +41,8 @@ def ran(code: str, *args: object) -> str:
 
 def test_import_takes_less_than_a_third_of_what_torch_takes() -> None:
     """torch takes 1 s on an idle machine, so this is 0.3 s there. Three tries: others compute."""
-    shares = []
-    for _ in range(3):
+    shares: list[float] = []
+    while len(shares) < 3 and min(shares, default=1.0) >= 0.3:
         torch_s, ours_s, loaded = json.loads(ran(MEASURED))
         heavy = [m for m in loaded if any(m == h or m.startswith(f"{h}.") for h in HEAVY)]
         assert not heavy, f"import graphquant imports {heavy[0]}"
@@ -81,16 +81,9 @@ print(all(target in lowerings and target not in fallbacks for target in ours))
 """
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import graphquant\nimport torch._inductor.compile_fx\n",
-        "import torch._inductor.compile_fx\nimport graphquant\n",
-    ],
-    ids=["graphquant first", "Inductor first"],
-)
-def test_inductor_has_our_lowerings_whichever_is_imported_first(imports: str) -> None:
-    assert ran(imports + REGISTERED) == "True\n"
+def test_inductor_has_our_lowerings_if_it_was_imported_first() -> None:
+    """The other order: test_a_process_that_loads_a_program_compiles_it_with_our_lowerings."""
+    assert ran(f"import torch._inductor.compile_fx\nimport graphquant\n{REGISTERED}") == "True\n"
 
 
 LOADED = """
