@@ -47,7 +47,7 @@ def loadable(key: str, name: str) -> Iterator[Loadable | None]:
         if folder is None or _get(folder, f"{key}/{name}", True) is None:
             yield None
             return
-        path = place() / key / name
+        path = directory() / key / name
         opened = Path(f"/proc/self/fd/{folder}/{key}/{name}")
         yield Loadable(opened if opened.exists() else path, path)
 
@@ -67,7 +67,7 @@ def put(key: str, name: str, data: bytes, *, checked: bool = False) -> None:
             log.debug("%s is not cached: %s", name, why)
 
 
-def place() -> Path:
+def directory() -> Path:
     """The directory of the files. Raises FileNotFoundError for a user without a home."""
     return _root() / _own()
 
