@@ -27,7 +27,7 @@ from graphquant.cli.arguments import (
     page,
     write_json,
 )
-from graphquant.cli.models import imported, known, load, told
+from graphquant.cli.models import as_usage_error, imported, known, load
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -81,6 +81,6 @@ def _given(spec: str) -> Iterable[Any]:
     if ":" not in spec:
         raise UsageError(f"--data takes module:callable, got {spec!r}")
     make = imported(spec)
-    with told(f"{spec} failed"):
+    with as_usage_error(f"{spec} failed"):
         batches: Iterable[Any] = make()
     return batches

@@ -297,7 +297,7 @@ def caches() -> list[tuple[Path, str]]:
     inductor = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or inductor_cache_dir())
     found = [(inductor, f"Inductor: {_size(inductor)}")]
     with contextlib.suppress(FileNotFoundError):  # no home, no cache
-        ours = cache.place()
+        ours = cache.directory()
         found += [
             (ours, f"graphquant: {_size(ours)}"),
             (ours.parent, f"Triton: {_size(ours.parent)}"),

@@ -83,7 +83,7 @@ def load(args: argparse.Namespace) -> Loaded:
         return given, keywords
 
     given, keywords = inputs(0)
-    with told(f"{source.name} cannot be called"), torch.inference_mode():
+    with as_usage_error(f"{source.name} cannot be called"), torch.inference_mode():
         model(*given, **keywords)
     return Loaded(source.name, model, inputs)
 
@@ -121,12 +121,12 @@ def imported(spec: str) -> Any:
     if (folder := here()) not in sys.path:
         sys.path.insert(0, folder)
     module, _, path = spec.partition(":")
-    with told(f"cannot load {spec!r}", kind=False):
+    with as_usage_error(f"cannot load {spec!r}", kind=False):
         return attrgetter(path)(importlib.import_module(module))
 
 
 @contextlib.contextmanager
-def told(what: str, *, kind: bool = True) -> Iterator[None]:
+def as_usage_error(what: str, *, kind: bool = True) -> Iterator[None]:
     """Whatever the user's code raises, in one line. kind: with the class of the exception."""
     try:
         yield
@@ -155,7 +155,7 @@ def _of_callable(spec: str, tokens: int) -> Source:
     make = imported(spec)
     taken: Any = {}
     if not isinstance(make, nn.Module):
-        with told(f"{spec!r} is no callable that makes a model"):
+        with as_usage_error(f"{spec!r} is no callable that makes a model"):
             taken = inspect.signature(make).parameters
     last: dict[object, Inputs] = {}  # of the last build, so that inputs() need not build again
 
@@ -164,7 +164,7 @@ def _of_callable(spec: str, tokens: int) -> Source:
 
     def call(batch: int, attn: str | None, draw: int = 0) -> nn.Module:
         given = {"attn": attn, "batch": batch}
-        with _seeded(spec + f"/{draw}" * (draw > 0)), told(f"{spec} failed"):
+        with _seeded(spec + f"/{draw}" * (draw > 0)), as_usage_error(f"{spec} failed"):
             made = make
             if not isinstance(make, nn.Module):
                 made = make(**{k: v for k, v in given.items() if k in taken and v})
@@ -203,12 +203,12 @@ def _of_folder(folder: Path, tokens: int) -> Source:
         from transformers import AutoConfig, AutoModel
     except ModuleNotFoundError as missing:
         raise UsageError("a folder needs transformers: pip install transformers") from missing
-    with told(f"{folder}"):
+    with as_usage_error(f"{folder}"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     last: list[nn.Module] = []  # for the inputs
 
     def build(attn: str) -> nn.Module:
-        with _seeded(folder.name), told(f"{folder}"):
+        with _seeded(folder.name), as_usage_error(f"{folder}"):
             if any(next(folder.glob(name), None) for name in WEIGHTS):
                 model = AutoModel.from_pretrained(
                     folder,

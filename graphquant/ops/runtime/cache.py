@@ -48,7 +48,7 @@ def loadable(key: str, name: str) -> Iterator[Loadable | None]:
         if folder is None or _get(folder, f"{key}/{name}", True) is None:
             yield None
             return
-        path = place() / key / name
+        path = directory() / key / name
         opened = Path(f"/proc/self/fd/{folder}/{key}/{name}")
         yield Loadable(opened if opened.exists() else path, path)
 
@@ -79,7 +79,7 @@ def source_digest(folder: Path, *suffixes: str) -> str:
     return digest.hexdigest()
 
 
-def place() -> Path:
+def directory() -> Path:
     """The directory of the files. Raises FileNotFoundError for a user without a home."""
     return _root() / _own()
 
