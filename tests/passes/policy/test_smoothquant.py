@@ -17,7 +17,7 @@ from graphquant import ops
 from graphquant.ir.graph import LITERAL
 from graphquant.ops.numerics import ACTIVATIONS
 from graphquant.passes import apply
-from graphquant.passes.policy.smoothing import SIGMAS, smoothing
+from graphquant.passes.policy.smoothing import SIGMAS, searched_smoothing, smoothing
 from graphquant.passes.policy.smoothquant import ALPHA, NO_NORM
 from graphquant.passes.prepack import Packing, prepack
 from graphquant.passes.record import Times
@@ -346,7 +346,7 @@ def test_auto_packs_what_the_search_found(x: Tensor) -> None:
     rows, absmax = calibration.sample("fc"), calibration.absmax("fc")
     assert rows is not None and absmax is not None
     result = rewritten(model, x, smooth="auto", calibration=calibration)
-    s = ops.smoothing.searched_smoothing(model.fc.weight, absmax, rows)
+    s = searched_smoothing(model.fc.weight, absmax, rows)
     (packing,) = packed_graph(result)
     want = ops.quantize_weight(model.fc.weight * s)[0]
     assert torch.equal(computed(result, packing)[0], want)
