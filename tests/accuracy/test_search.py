@@ -161,7 +161,7 @@ def test_a_goal_that_float_misses_is_refused() -> None:
 # Trials -----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=settings().max_examples // 6, deadline=None)
 @given(
     st.sets(st.sampled_from([f"{i}.{n}" for i in (0, 1) for n in ("q", "k", "v", "up", "down")]))
 )

@@ -8,12 +8,16 @@ tests set `sizes` first.
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import importlib.machinery
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -262,16 +266,33 @@ class Stub:
         self.module = built.stdout.strip()
 
     def python(self, *args: str, driver: str = "new") -> subprocess.CompletedProcess[str]:
-        env = {
+        command, env = [sys.executable, *args], self._environment(driver)
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+    def _environment(self, driver: str) -> dict[str, str]:
+        return {
             **os.environ,
             "LD_LIBRARY_PATH": str(self.folder / driver),
             "TRITON_CACHE_DIR": str(self.folder / "cache"),
             "NATIVE": getattr(self, "module", ""),
             "OMP_NUM_THREADS": "1",
         }
-        return subprocess.run(
-            [sys.executable, *args], env=env, capture_output=True, text=True, timeout=300
+
+    @functools.cached_property
+    def _server(self) -> subprocess.Popen[str]:
+        """A process that has imported graphquant; it ends with this one."""
+        command, env = [sys.executable, "-m", "tests.ops.driver"], self._environment("new")
+        return subprocess.Popen(
+            command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+
+    def forked(self, file: str, name: str) -> tuple[int, str]:
+        """The exit code of a test in a process forked from that one, and what it printed."""
+        assert self._server.stdin is not None and self._server.stdout is not None
+        self._server.stdin.write(f"{file} {name}\n")
+        self._server.stdin.flush()
+        code, printed = json.loads(self._server.stdout.readline())
+        return code, printed
 
 
 def on_stub(body: Callable[[Driver], None]) -> Callable[[Stub], None]:
@@ -287,6 +308,58 @@ def on_stub(body: Callable[[Driver], None]) -> Callable[[Stub], None]:
     return test
 
 
-if __name__ == "__main__":
-    _, file, name = sys.argv
+def on_stub_with_graphquant(body: Callable[[Driver], None]) -> Callable[[Stub], None]:
+    """The same for a test that needs torch, Triton and graphquant, which take seconds to import:
+    its process is forked from one that has imported them."""
+
+    def test(stub: Stub) -> None:
+        code, printed = stub.forked(body.__module__, body.__name__)
+        if code:
+            pytest.fail(printed, pytrace=False)
+
+    test.__name__, test.__doc__ = body.__name__, body.__doc__
+    test.body = body  # type: ignore[attr-defined]
+    return test
+
+
+def run(file: str, name: str) -> None:
     getattr(importlib.import_module(file), name).body(Driver())
+
+
+def serve() -> None:
+    """For each line with a file and a test's name: run it in a forked process, answer with its exit
+    code and what it printed."""
+    import torch
+
+    from graphquant.ops.runtime import launch  # noqa: F401
+
+    torch.set_num_threads(1)  # a pool of threads would not be there in a forked process
+    answers = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        with tempfile.TemporaryFile("w+") as printed:
+            if not (child := os.fork()):
+                os.dup2(printed.fileno(), 1)
+                os.dup2(printed.fileno(), 2)
+                code = 1
+                try:
+                    run(*line.split())
+                    code = 0
+                except BaseException:
+                    traceback.print_exc()
+                    raise
+                finally:
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                    os._exit(code)
+            _, status = os.waitpid(child, 0)
+            printed.seek(0)
+            answer = os.waitstatus_to_exitcode(status), printed.read()
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        run(*sys.argv[1:])
+    else:
+        serve()

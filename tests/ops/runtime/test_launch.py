@@ -16,7 +16,14 @@ from typing import Any
 
 import pytest
 
-from tests.ops.driver import MAX_RECORDS, At, Driver, Stub, on_stub
+from tests.ops.driver import (
+    MAX_RECORDS,
+    At,
+    Driver,
+    Stub,
+    on_stub,
+    on_stub_with_graphquant,
+)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="launch.c is for Linux")
 
@@ -496,7 +503,7 @@ def watching() -> Any:
     return launch, made
 
 
-@on_stub
+@on_stub_with_graphquant
 def test_a_kernel_that_launched_once_is_repeated_on_other_tensors(driver: Driver) -> None:
     launch, (x, y, other, out, _) = watching()
     driver.sizes(8, 4, 8, 128)
@@ -526,7 +533,7 @@ def test_a_kernel_that_launched_once_is_repeated_on_other_tensors(driver: Driver
     assert sys.getrefcount(owner) == count - 1
 
 
-@on_stub
+@on_stub_with_graphquant
 def test_only_one_launch_on_the_callers_own_tensors_can_be_repeated(driver: Driver) -> None:
     launch, (x, y, z, *_) = watching()
     driver.sizes(8, 8)
@@ -547,7 +554,7 @@ def test_only_one_launch_on_the_callers_own_tensors_can_be_repeated(driver: Driv
     assert len(driver.launched) == 6  # whether or not: the kernel ran
 
 
-@on_stub
+@on_stub_with_graphquant
 def test_a_tensor_given_twice_may_be_two_next_time(driver: Driver) -> None:
     launch, (x, y, *_) = watching()
     driver.sizes(8, 8)
@@ -561,7 +568,7 @@ def test_a_tensor_given_twice_may_be_two_next_time(driver: Driver) -> None:
     assert launch.prepare(run(x, x), (None, x, None)) is not None
 
 
-@on_stub
+@on_stub_with_graphquant
 def test_what_is_unwatched_is_no_launch_of_the_kernel(driver: Driver) -> None:
     launch, (x, *_) = watching()
     driver.sizes(8)
@@ -582,7 +589,7 @@ def test_what_is_unwatched_is_no_launch_of_the_kernel(driver: Driver) -> None:
     assert len(driver.launched) == 5
 
 
-@on_stub
+@on_stub_with_graphquant
 def test_a_watch_ends_with_its_kernel(driver: Driver) -> None:
     launch, (x, y, *_) = watching()
     driver.sizes(8)
@@ -618,7 +625,7 @@ def test_a_watch_ends_with_its_kernel(driver: Driver) -> None:
     assert launch.prepare(calls_another_op, (x,)) is None
 
 
-@on_stub
+@on_stub_with_graphquant
 def test_launch_refuses_an_unaligned_address(driver: Driver) -> None:
     launch, (x, *_) = watching()
     driver.sizes(8)
@@ -647,7 +654,7 @@ SIGNATURE = {
 }  # fmt: skip
 
 
-@on_stub
+@on_stub_with_graphquant
 def test_a_triton_kernel_is_repeated_with_its_own_signature(driver: Driver) -> None:
     launch, (x, y, other, out, _) = watching()
     driver.sizes(8, 8, 4, 8, 4, 8, 8)
@@ -673,7 +680,7 @@ def test_a_triton_kernel_is_repeated_with_its_own_signature(driver: Driver) -> N
     assert sys.getrefcount(kernel) == count - 1  # the Launch had kept it
 
 
-@on_stub
+@on_stub_with_graphquant
 def test_a_triton_kernel_that_needs_more_is_not_repeated(driver: Driver) -> None:
     launch, (x, y, *_) = watching()
     types = {"x_ptr": "*fp16", "y_ptr": "*i8", "M": "i32"}
@@ -741,7 +748,7 @@ def demo(launch: Any) -> Any:
     return demo_of_sites, runs
 
 
-@on_stub
+@on_stub_with_graphquant
 def test_a_site_of_an_op_runs_its_kernel_once_and_then_launches(driver: Driver) -> None:
     import torch
 
@@ -772,7 +779,7 @@ def test_a_site_of_an_op_runs_its_kernel_once_and_then_launches(driver: Driver) 
         raises(UnsupportedInputError, why, op.site(1.0), STREAM, bad, None, gamma, y, z)
 
 
-@on_stub
+@on_stub_with_graphquant
 def test_eager_calls_of_equal_shapes_share_a_site(driver: Driver) -> None:
     import torch
 
@@ -798,7 +805,7 @@ def test_eager_calls_of_equal_shapes_share_a_site(driver: Driver) -> None:
     assert len(op._sites) == 1  # as many shapes as there may be: start anew
 
 
-@on_stub
+@on_stub_with_graphquant
 def test_last_arguments_that_torch_leaves_out_have_their_places(driver: Driver) -> None:
     """It hands over (x,) for (x, None, None), and (x, None, 2.0) as it is."""
     import torch
@@ -837,7 +844,7 @@ def test_last_arguments_that_torch_leaves_out_have_their_places(driver: Driver) 
     assert len(runs) == 4  # the first three are one site
 
 
-@on_stub
+@on_stub_with_graphquant
 def test_an_eager_call_on_one_tensor_twice_does_not_bind_the_next_to_it(driver: Driver) -> None:
     import torch
 
