@@ -394,7 +394,7 @@ def test_restoring_leaves_no_trace(device: str) -> None:
     assert torch.equal(model(pixels).last_hidden_state, want.last_hidden_state)
 
 
-def test_restoring_reaches_the_modules_inside_and_only_optimised_ones(
+def test_restoring_reaches_the_modules_inside_and_only_optimized_ones(
     device: str, x: Tensor
 ) -> None:
     model = nn.Sequential(small(device), small(device), small(device))
@@ -814,7 +814,7 @@ def test_a_compilation_around_it_takes_it_in(device: str, x: Tensor) -> None:
     assert error(exported(x), again(model)(x)) < 1e-6
 
 
-def test_what_cannot_be_optimised_is_refused(device: str) -> None:
+def test_what_cannot_be_optimized_is_refused(device: str) -> None:
     model = small(device)
     for bad, why in [
         (nn.ModuleList([model]), "ModuleList has no forward"),

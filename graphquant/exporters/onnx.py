@@ -121,7 +121,7 @@ def _name_weights(graph: Any) -> None:
 
 
 def _round_weights(model: Any) -> None:
-    """Compute 7-bit weights: optimisers leave what is large to the runtime."""
+    """Compute 7-bit weights: optimizers leave what is large to the runtime."""
     from onnxscript.optimizer import fold_constants
 
     fold_constants(model, input_size_limit=sys.maxsize, output_size_limit=sys.maxsize)

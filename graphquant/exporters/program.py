@@ -104,7 +104,7 @@ def packed(captured: Captured, rewritten: Rewritten) -> GraphModule:
         values = packing.recipe.compute([captured.parameters[r].detach() for r in packing.roots])
         path = _path(packing.inputs, rewritten)
         for node, value in zip(packing.inputs, values, strict=True):
-            if node.users:  # a quantiser of nothing but weights was packed with its result
+            if node.users:  # a quantizer of nothing but weights was packed with its result
                 node.target = _keep(gm, f"{path}.{operand(node, next(iter(node.users)))}", value)
     graph.eliminate_dead_code()
     graph.lint()

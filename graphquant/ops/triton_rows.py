@@ -144,7 +144,7 @@ def store_of_rows(ptr, row, v, LANES: tl.constexpr):
 
 @triton.jit
 def _of_lanes(v, LANES: tl.constexpr):
-    """The greatest of each lane's neighbours: int32 [ROWS, BLOCK] -> [ROWS, LANES]."""
+    """The greatest of each lane's neighbors: int32 [ROWS, BLOCK] -> [ROWS, LANES]."""
     if v.shape[1] <= LANES:
         return v
     else:

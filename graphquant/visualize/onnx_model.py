@@ -4,7 +4,7 @@
 
 torch.onnx.export writes with each node which module called it: as metadata (`dynamo=True`) or in
 the node's name, "/layers.0/mlp/fc1/MatMul" (`dynamo=False`). A node without either stands with its
-neighbours. Shapes are those in the file and what onnx's shape inference adds. The weights stay
+neighbors. Shapes are those in the file and what onnx's shape inference adds. The weights stay
 unread, so a model of any size opens at once. Only the main graph is shown: functions and the
 bodies of If and Loop stay one line.
 """

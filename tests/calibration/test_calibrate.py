@@ -352,7 +352,7 @@ def test_other_floats_count_in_float32(dtype: torch.dtype, x: Tensor) -> None:
 
 
 def test_under_autocast_the_values_are_those_that_the_graph_hands_to_the_linear(x: Tensor) -> None:
-    """Autocast rounds inside of the linear: a quantiser in front of it reads the float32."""
+    """Autocast rounds inside of the linear: a quantizer in front of it reads the float32."""
     model = Model(lambda m, x: m.b(torch.tanh(m.a(x))), a=nn.Linear(64, 64), b=nn.Linear(64, 8))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         calibration = calibrate(model, [x])

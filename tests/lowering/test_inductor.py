@@ -457,7 +457,7 @@ def test_symbolic_sizes_take_the_usual_way(sites: Sites) -> None:
     assert not sites.calls
 
 
-def test_a_symbolic_batch_is_not_specialised(sites: Sites) -> None:
+def test_a_symbolic_batch_is_not_specialized(sites: Sites) -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
     run = torch.compile(quantize_and_more, backend=counter, fullgraph=True)
     for batch in (3, 4, 9, 2):

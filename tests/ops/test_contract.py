@@ -170,7 +170,7 @@ def test_kernels_take_the_parameters_of_the_reference(op: Op) -> None:
     assert "bad" not in [k.name for k in op.kernels]
 
 
-def test_what_quantisers_return_is_what_int8_linear_takes() -> None:
+def test_what_quantizers_return_is_what_int8_linear_takes() -> None:
     """In name and order: int8_linear(*quantize(x), *quantize_weight(w), ...)."""
     takes = [a.name for a in ops.int8_linear.target._schema.arguments]
     assert takes[6:] == ["bias", "residual", "dtype"]

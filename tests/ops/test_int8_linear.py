@@ -210,7 +210,7 @@ def test_what_the_pads_hold_does_not_matter(
 
 @kernels(quantize)
 @pytest.mark.parametrize("K", [1, 100, 140, 300])
-def test_what_a_quantiser_leaves_in_the_pads_does_not_matter(
+def test_what_a_quantizer_leaves_in_the_pads_does_not_matter(
     op: Op, kernel: Kernel, device: str, K: int
 ) -> None:
     """Of one-sided rows a zero is the last step, so pads that were computed are full of it."""
@@ -273,7 +273,7 @@ def test_every_element_of_the_result_is_written(
     bias=optional,
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )  # fmt: skip
-def test_quantised_operands_cost_at_most_half_a_step_each(
+def test_quantized_operands_cost_at_most_half_a_step_each(
     op: Op,
     kernel: Kernel,
     device: str,

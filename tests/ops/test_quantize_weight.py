@@ -123,7 +123,7 @@ def test_kernel_gives_the_reference_bit_for_bit(
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("K", [96, 100])
-def test_stacked_weights_quantise_to_stacked_quantised_weights(
+def test_stacked_weights_quantize_to_stacked_quantized_weights(
     op: Op, kernel: Kernel, device: str, dtype: torch.dtype, K: int, method: str
 ) -> None:
     q, k, v = (torch.randn(n, K, device=device).mul(n).to(dtype) for n in (24, 8, 9))

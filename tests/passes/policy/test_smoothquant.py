@@ -58,7 +58,7 @@ def norm(*size: int) -> nn.Module:
 
 
 class _Exact(Interpreter):
-    """A rewritten graph with quantisers and products that do not round, in float64."""
+    """A rewritten graph with quantizers and products that do not round, in float64."""
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         exact = _EXACT.get(target)
@@ -223,7 +223,7 @@ def post_norm(m: Any, x: Tensor) -> Tensor:
     return h + m.fc(h)
 
 
-QUANTISERS: dict[str, tuple[str, Any]] = {
+QUANTIZERS: dict[str, tuple[str, Any]] = {
     "attention's values": ("quantize", attention),
     "activation": ("quantize", lambda m, x: m.fc(F.gelu(m.q(x)))),
     "gated activation": ("quantize", lambda m, x: m.fc(F.silu(m.q(x)) * m.k(x))),
@@ -231,22 +231,22 @@ QUANTISERS: dict[str, tuple[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", QUANTISERS)
-def test_other_quantisers_take_a_factor(name: str, x: Tensor) -> None:
-    op, forward = QUANTISERS[name]
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_other_quantizers_take_a_factor(name: str, x: Tensor) -> None:
+    op, forward = QUANTIZERS[name]
     linears = {n: nn.Linear(K, K) for n in ("q", "k", "v", "fc")}
     model, told = Model(forward, norm=norm(), **linears), Told(only=("fc",))
     result = rewritten(model, x, smooth=0.5, calibration=told)
     fc = next(o for o in result.report.linears if o.path == "fc")
     assert fc.smoothed == "alpha 0.5"
-    (quantiser,) = (
+    (quantizer,) = (
         n
         for n in result.graph.nodes
         if n.target is ops.OPS[op].target and argument(n, "factor") is not None
     )
     assert relative(exact(result.captured.gm, x), result.want) < EXACT
     packed_graph(result)
-    factor = argument(quantiser, "factor")
+    factor = argument(quantizer, "factor")
     assert factor.op == "placeholder", "computed when the model runs"
     s = smoothing(model.fc.weight, told.absmax("fc"), 0.5)
     assert s.max() > 10 * s.min()
@@ -437,8 +437,8 @@ def test_a_static_range_is_that_of_the_smoothed_input(keep: bool, x: Tensor) -> 
     model.fc.weight[:, 3] /= 50
     told: Any = seen(model, x)
     result = rewritten(model, x, smooth=0.5, calibration=told, activation="static")
-    (quantiser,) = (n for n in result.graph.nodes if "norm_quantize" in str(n.target))
-    assert (argument(quantiser, "low"), argument(quantiser, "high")) == (-1.0, 1.0)
+    (quantizer,) = (n for n in result.graph.nodes if "norm_quantize" in str(n.target))
+    assert (argument(quantizer, "low"), argument(quantizer, "high")) == (-1.0, 1.0)
     assert not result.report.notes
     plain = rewritten(model, x, calibration=told, activation="static")
     want = result.want[0]
@@ -451,8 +451,8 @@ def test_without_statistics_a_static_range_is_that_of_the_input(x: Tensor) -> No
     told.largest.clear()
     result = rewritten(norm_linear(), x, smooth=0.5, calibration=told, activation="static")
     assert [o.smoothed for o in result.report.linears] == [""]
-    quantiser = result.one("norm_quantize")
-    assert (argument(quantiser, "low"), argument(quantiser, "high")) == told.ranges["fc"]
+    quantizer = result.one("norm_quantize")
+    assert (argument(quantizer, "low"), argument(quantizer, "high")) == told.ranges["fc"]
 
 
 def test_an_activation_keeps_its_static_range(x: Tensor) -> None:
@@ -464,6 +464,6 @@ def test_an_activation_keeps_its_static_range(x: Tensor) -> None:
     static = rewritten(model, x, activation="static", **options)
     assert [o.smoothed for o in static.report.linears] == [""]
     assert "an activation would use half of the range (-1.0, 1.0)" in static.report.notes[0]
-    quantiser = static.one("quantize")
-    assert (argument(quantiser, "low"), argument(quantiser, "high")) == (-0.17, 7.0)
+    quantizer = static.one("quantize")
+    assert (argument(quantizer, "low"), argument(quantizer, "high")) == (-0.17, 7.0)
     assert [o.smoothed for o in rewritten(model, x, **options).report.linears] == ["alpha 0.5"]
