@@ -131,7 +131,7 @@ def test_without_matplotlib_no_chart_is_promised(
     [
         ([], "name one model"),
         (["vitt"], "unknown model 'vitt', did you mean 'vit'?"),
-        (["vit", "--batches", "0"], "argument --batches: 0 is no number of at least 1"),
+        (["vit", "--batches", "0"], "argument --batches: 0 is not a whole number of at least 1"),
         (["vit", "--data", "nothing"], "--data takes module:callable, got 'nothing'"),
         (["vit", "--data", "no_such_module:make"], "cannot load 'no_such_module:make'"),
         (["vit", "--data", "accuracy_test_model:none"], "'none'"),

@@ -17,7 +17,7 @@ import torch
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from graphquant.lowering.aoti import attention_of_torch
+from graphquant.lowering.aoti import decompose_attention
 from tests.processes import ROOT
 
 pytest.importorskip("triton")
@@ -121,7 +121,7 @@ def test_attention_is_torchs_in_packages_for_cuda_alone() -> None:
         for device, aot in (("cuda", True), ("cuda", False), ("cpu", True)):
             q, k, v = (torch.empty(2, 4, 16, 72, device=device) for _ in "qkv")
             with V.set_aot_compilation(aot):
-                y = attention_of_torch(q, k, v, 0.125, "128x128")
+                y = decompose_attention(q, k, v, 0.125, "128x128")
             if (device, aot) != ("cuda", True):
                 assert y is NotImplemented
                 continue

@@ -814,9 +814,9 @@ def test_a_bar_names_its_baseline_and_a_cut_model() -> None:
     [
         (["vit-b-61"], "no model vit-b-61: there are siglip-so400m, "),
         (["vit-b-16", "--variants", "bf17"], "invalid choice: 'bf17'"),
-        (["vit-b-16", "--batch", "0"], "0 is no number of at least 1"),
-        (["--seconds", "0"], "0 is no number above 0"),
-        (["--layers", "-1"], "-1 is no number of at least 1"),
+        (["vit-b-16", "--batch", "0"], "0 is not a whole number of at least 1"),
+        (["--seconds", "0"], "0 is not a number above 0"),
+        (["--layers", "-1"], "-1 is not a whole number of at least 1"),
         (["--preset", "headlines"], "invalid choice: 'headlines'"),
         (["vit-b-16", "--preset", "headline"], "--preset names models"),
         (["--preset", "headline", "--batch", "1"], "--preset names models"),

@@ -29,8 +29,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import graphquant
 from graphquant.backend import can_run_twice
 from graphquant.passes.prepack import Recipe
-from graphquant.weights import gpu_probe as probe
-from graphquant.weights import snapshot
+from graphquant.weights import gpu_probe, snapshot
 from graphquant.weights.packed import PackedInputs, packed_tensors
 from tests import zoo
 from tests.small import FAR, NEAR, Mlp, Scaled, again, error, int8, seeded
@@ -1006,9 +1005,9 @@ def test_a_probe_raises_its_flag_when_a_value_has_changed(dtype: torch.dtype, de
         torch.randint(-9, 9, (64, 64), device=device).to(dtype),
     ]
     where = tensors[0].device
-    rows = probe.read(probe._table(tensors).to(where)).cpu().numpy()
+    rows = gpu_probe.read(gpu_probe._table(tensors).to(where)).cpu().numpy()
     seen = [snapshot.TensorState.of(t, row.tobytes()) for t, row in zip(tensors, rows, strict=True)]
-    looks = probe.Probe(tensors, seen, where)
+    looks = gpu_probe.Probe(tensors, seen, where)
 
     def raised() -> bool:
         looks.changed()
@@ -1021,12 +1020,12 @@ def test_a_probe_raises_its_flag_when_a_value_has_changed(dtype: torch.dtype, de
     tensors[1].fill_(9)
     assert raised() and raised()
     tensors[1].copy_(before)
-    assert probe.Probe(tensors, seen, where).changed() is False
+    assert gpu_probe.Probe(tensors, seen, where).changed() is False
 
 
 def test_a_probe_reads_the_first_bytes_of_its_tensors_values(device: str) -> None:
     x = torch.randn(3, 5, device=device).bfloat16()
-    (row,) = probe.read(probe._table([x]).to(device))
+    (row,) = gpu_probe.read(gpu_probe._table([x]).to(device))
     assert torch.equal(row[:15].short().view(torch.bfloat16).view(3, 5), x)
 
 

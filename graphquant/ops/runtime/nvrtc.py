@@ -22,7 +22,7 @@ Call = Callable[..., int]
 
 
 def compile_cubin(source: str, defines: Mapping[str, object], arch: str) -> bytes:
-    """Device code of `source` for `arch` ("sm_90a") with `-Dname=value` for each of defines.
+    """The cubin of CUDA C++ `source` for `arch` ("sm_90a"), with `-Dname=value` for each define.
 
     Raises KernelBuildError with NVRTC's log.
     """
@@ -48,7 +48,7 @@ def missing() -> str | None:
 
 @functools.cache
 def version() -> tuple[int, int]:
-    """NVRTC's, e.g. (13, 0)."""
+    """NVRTC's version, e.g. (13, 0)."""
     major, minor = ctypes.c_int(), ctypes.c_int()
     _check(_library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
     return major.value, minor.value
