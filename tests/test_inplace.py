@@ -273,13 +273,13 @@ def test_bsz_and_seqlen_must_be_sizes(bad: Any, device: str) -> None:
 
 
 def test_the_report_fills_in_when_the_module_is_called(device: str, x: Tensor) -> None:
-    model, told = small(device), []
-    report = quick(model, on_report=told.append)
+    model, reports = small(device), []
+    report = quick(model, on_report=reports.append)
     assert isinstance(report, Report) and report.graphs == 0 and not report.outcomes
     assert report.notes == ("nothing is compiled yet: the module was not called",)
     model(x)
     assert report.graphs == 1 and not notes(report)
-    assert report == type(report)(*vars(told[0]).values())
+    assert report == type(report)(*vars(reports[0]).values())
     assert "fc1" in str(report) and Report.from_json(report.to_json()) == Report.merge([report])
 
 
@@ -340,14 +340,14 @@ def test_a_call_with_gradients_says_that_nothing_is_int8(
 
 
 def test_again_with_equal_options_does_nothing(device: str, x: Tensor) -> None:
-    model, told = small(device), []
-    report = quick(model, on_report=told.append, exclude=["fc1"])
+    model, reports = small(device), []
+    report = quick(model, on_report=reports.append, exclude=["fc1"])
     model(x)
     now = vars(model)["_compiled_call_impl"]
-    assert quick(model, on_report=told.append, exclude="fc1") is report
+    assert quick(model, on_report=reports.append, exclude="fc1") is report
     assert vars(model)["_compiled_call_impl"] is now
     model(x)
-    assert len(told) == 1
+    assert len(reports) == 1
 
 
 def test_other_options_replace_the_former_and_what_they_had_packed(device: str, x: Tensor) -> None:

@@ -27,7 +27,7 @@ from graphquant.visualize.tree import Module, tree
 
 FEW = 6  # a module without submodules and with at most this many rows is always expanded
 WORST = 5  # linears named at the top
-MARKS = {"-": "gone", "+": "new", "~": "reads something else"}
+MARKS = {"-": "removed", "+": "new", "~": "other inputs"}
 
 Sites = Mapping[str, tuple[Outcome, SiteAccuracy | None]]  # by the `node` of a line before
 

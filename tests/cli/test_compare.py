@@ -97,8 +97,8 @@ def test_a_budget_is_fitted_shown_and_saved(
 ) -> None:
     file = tmp_path / "budget.json"
     given = ("--model", f"{users}:make", "--batch", "3", "--batches", "2")
-    told = ("--budget", "0.99999999", "--save", str(file), "--config", "weight_scale=mse")
-    out = shown(capsys, *given, *told)
+    options = ("--budget", "0.99999999", "--save", str(file), "--config", "weight_scale=mse")
+    out = shown(capsys, *given, *options)
     assert "1 linear left in float; 100.0% of all linears' FLOPs are" in out
     assert "in float: 1: excluded by '1'" in out and f"wrote {file}" in out
     saved = graphquant.Budget.load(file)

@@ -48,7 +48,7 @@ def test_a_budget_brings_the_real_model_as_near_as_is_asked(example: Any) -> Non
     model, tokenize = example.load_model(torch.device("cpu"))
     embedder = Embedder(model).eval()
     every = sentences(example)
-    some = every[::4]  # to calibrate and to fit on; all are judged by
+    some = every[::4]  # to calibrate and to fit on; all are evaluated on
     assert len(set(every)) >= 200
     fit = batches(tokenize, some)
     calibration = graphquant.calibrate(embedder, fit, progress=False)

@@ -484,7 +484,7 @@ def test_a_cpu_takes_the_usual_way() -> None:
         assert all(map(torch.allclose, by_inductor(quantize_and_more)(x), quantize_and_more(x)))
 
 
-# On a card ---------------------------------------------------------------------------------------
+# On a GPU ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.cuda

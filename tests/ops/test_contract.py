@@ -516,7 +516,7 @@ def test_a_cpu_tensor_among_cuda_ones_is_refused(name: str, at: int) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("op", ALL, ids=lambda op: op.name)
-def test_a_card_that_is_not_the_current_one_is_used(op: Op) -> None:
+def test_a_gpu_that_is_not_the_current_one_is_used(op: Op) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("NOT RUN: needs two GPUs")
     args = _arguments(op, torch.randn(7, 40, device="cuda:1"))

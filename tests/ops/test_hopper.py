@@ -1,4 +1,4 @@
-"""The Hopper product as far as it can be held without a card: it compiles, fits, and covers."""
+"""The Hopper kernel of int8_linear, as far as it can be tested without a GPU."""
 
 from __future__ import annotations
 

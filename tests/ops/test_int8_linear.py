@@ -104,7 +104,7 @@ def _assert_right(y: Tensor, args: tuple[Any, ...]) -> None:
 
     float(acc), its two products and the three sums after them in float32, each within U of what it
     saw, make 6 U for acc, and less for what joins later: 8 U of the magnitudes that went in. Then
-    one rounding to dtype, of at most eps |y| (half of it on the card; Triton's interpreter cuts to
+    one rounding to dtype, of at most eps |y| (half of it on the GPU; Triton's interpreter cuts to
     bfloat16), or its smallest number where that is denormal.
     """
     want, seen = _float64(args)

@@ -719,10 +719,10 @@ def test_deleted_model_frees_its_weights_and_packs(make: type[nn.Module], x: Ten
     run = int8(model)
     run(x)
     tensors = [*model.parameters(), *model.buffers()]
-    packs = packed_tensors(tensors)
-    assert packs
-    watched = [weakref.ref(t) for t in [*tensors, *packs]]
-    del model, run, tensors, packs
+    packed = packed_tensors(tensors)
+    assert packed
+    watched = [weakref.ref(t) for t in [*tensors, *packed]]
+    del model, run, tensors, packed
     gc.collect()
     assert [r() for r in watched] == [None] * len(watched)
 
@@ -735,7 +735,7 @@ def tracker_of(root: Tensor) -> Any:
 
 
 class Attention(nn.Module):
-    """Three stacked linears: one pack of six parameters."""
+    """Three stacked linears, packed together from six parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -749,8 +749,8 @@ class Attention(nn.Module):
 
 def int8_bytes() -> int:
     gc.collect()
-    packs = [t for t in gc.get_objects() if type(t) is Tensor and t.dtype == torch.int8]
-    return sum(t.untyped_storage().nbytes() for t in packs)
+    packed = [t for t in gc.get_objects() if type(t) is Tensor and t.dtype == torch.int8]
+    return sum(t.untyped_storage().nbytes() for t in packed)
 
 
 def test_replaced_parameters_take_their_packs_with_them(device: str, x: Tensor) -> None:
@@ -768,7 +768,7 @@ def test_replaced_parameters_take_their_packs_with_them(device: str, x: Tensor) 
 
 
 def test_parameters_in_turn_are_packed_once(device: str, x: Tensor, packings: list[Recipe]) -> None:
-    """Both live, so both packs do."""
+    """Both are alive, so both packed weights are."""
     run = int8(model := seeded(Attention).to(device))
     weights = [model.k.weight, nn.Parameter(other(model.k.weight))]
     results = []
@@ -811,12 +811,12 @@ def test_other_recipes_replace_the_former_once_dynamo_forgets_them(device: str, 
 def test_packs_live_as_long_as_one_graph_that_reads_them() -> None:
     w = nn.Parameter(torch.randn(4, 4))
     one, two = supply_of(Doubled()), supply_of(Doubled())
-    pack = weakref.ref(one([w])[0])
-    assert two([w])[0] is pack()
+    packed = weakref.ref(one([w])[0])
+    assert two([w])[0] is packed()
     del one
-    assert pack() is not None
+    assert packed() is not None
     del two
-    assert pack() is None
+    assert packed() is None
     assert packed_tensors([w]) == []
 
 
@@ -824,10 +824,10 @@ def test_packs_die_with_any_parameter_they_were_made_from() -> None:
     supply = PackedInputs([(Doubled(), (0, 1))], str)
     for dies in (0, 1):
         roots = [nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))]
-        pack = weakref.ref(supply(roots)[0])
-        assert pack() is not None
+        packed = weakref.ref(supply(roots)[0])
+        assert packed() is not None
         del roots[dies]
-        assert pack() is None
+        assert packed() is None
 
 
 # PackedInputs, alone ----------------------------------------------------------------------------
@@ -916,9 +916,9 @@ def test_only_a_graph_without_side_effects_runs_before_its_packs_are_known_to_be
 def test_one_supply_serves_many_parameters() -> None:
     supply = supply_of(Doubled())
     weights = [nn.Parameter(torch.randn(4, 4)) for _ in range(3)]
-    packs = [supply([w])[0] for w in weights]
-    assert len({t.data_ptr() for t in packs}) == 3
-    assert all(supply([w])[0] is t for w, t in zip(weights, packs, strict=True))
+    packed = [supply([w])[0] for w in weights]
+    assert len({t.data_ptr() for t in packed}) == 3
+    assert all(supply([w])[0] is t for w, t in zip(weights, packed, strict=True))
 
 
 def test_first_packing_from_many_threads_happens_once() -> None:
@@ -1064,7 +1064,7 @@ def test_a_call_that_is_recorded_as_a_cuda_graph_looks_at_nothing(device: str, x
 def test_a_change_that_is_seen_after_the_launch_is_right_in_the_same_call(
     device: str, x: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The GPU begins with the old packs, and again with the new ones."""
+    """The GPU begins with the old packed weights, and again with the new ones."""
     model = seeded(Mlp).to(device).eval()
     run = int8(model)
     for seed in range(4):

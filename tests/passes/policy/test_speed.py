@@ -25,7 +25,7 @@ K, N = 40, 24
 
 
 class Clock:
-    """Runs what it is asked to time, and says what it was told to."""
+    """Runs what it is asked to time, and returns times chosen by the test."""
 
     def __init__(self, slower: Callable[[str], bool] = lambda question: False) -> None:
         self.slower = slower
@@ -468,8 +468,8 @@ def test_a_linear_on_an_expanded_value_is_measured(clock: Clock) -> None:
 
 
 @pytest.mark.cuda
-def test_never_slower_on_a_card(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What 15 rows come to is up to the card; 16384 of 4096 are faster in int8 on all of them."""
+def test_never_slower_on_a_gpu(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What 15 rows come to depends on the GPU; 16384 of 4096 are faster in int8 on all of them."""
     monkeypatch.setattr(speed, "MEASURED", ("cuda",))
     model = MODELS["plain"][0]().to("cuda")
     large = Model(lambda m, x: m.fc(m.norm(x)), norm=nn.LayerNorm(4096), fc=nn.Linear(4096, 16384))
