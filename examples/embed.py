@@ -88,7 +88,7 @@ class Agreement:
     """How close two sets of embeddings of the same sentences are."""
 
     cosines: Tensor  # [sentences], between a sentence's two embeddings
-    same_neighbour: Tensor  # [sentences], bool: both name the same nearest other sentence
+    same_neighbor: Tensor  # [sentences], bool: both name the same nearest other sentence
 
     @property
     def mean(self) -> float:
@@ -210,10 +210,10 @@ def main(argv: list[str] | None = None) -> int:
     console.rule("How close", style="dim")
     result = compare(float_rows, int8_rows)
     worst = texts[int(result.cosines.argmin())]
-    agree = int(result.same_neighbour.sum())
+    agree = int(result.same_neighbor.sum())
     console.print(f"cosine, float to int8  mean {result.mean:.4f}, worst {result.worst:.4f}")
     console.print(f"                       the worst: {worst}", markup=False)
-    console.print(f"nearest neighbour      the same for {agree} of {len(texts)} sentences")
+    console.print(f"nearest neighbor       the same for {agree} of {len(texts)} sentences")
 
     console.rule("How long", style="dim")
     console.print(f"float, eager           {float_ms:7.1f} ms, median of {RUNS}")

@@ -18,7 +18,7 @@ DIM, TOKENS = 64, (2, 9)
 
 
 class Layer(nn.Module):
-    """Pre-norm attention and a gated MLP: every kind of quantiser but the one of post-norm."""
+    """Pre-norm attention and a gated MLP: every kind of quantizer but the one of post-norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ def test_a_clip_that_nothing_reaches_changes_nothing(encoder: nn.Module, x: Tens
 
 
 def test_a_clip_bounds_what_a_massive_token_does(x: Tensor) -> None:
-    """Its own quantisation: one channel of 3000 makes steps of 24, and the rest of it is lost."""
+    """Its own quantization: one channel of 3000 makes steps of 24, and the rest of it is lost."""
     model = seeded(lambda: nn.Linear(DIM, DIM)).eval()
     x[0, 4, 7] = 3000.0
     want = clipped(model, x, 4.0)[0, 4]

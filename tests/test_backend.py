@@ -206,7 +206,7 @@ def test_mode_is_passed_on_to_inductor(x: Tensor, monkeypatch: pytest.MonkeyPatc
     assert seen[2].items() >= {"triton.cudagraphs": True, "max_fusion_size": 7}.items()
 
 
-def test_misspelt_mode_is_an_error(x: Tensor) -> None:
+def test_misspelled_mode_is_an_error(x: Tensor) -> None:
     with pytest.raises(BackendCompilerFailed, match="mode='max-autotun' is not one of"):
         torch.compile(Mlp().to(x), backend="graphquant", mode="max-autotun")(x)
 

@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 import graphquant
 from graphquant import GraphquantError, OptionError, Report
 from graphquant import backend as backend_module
-from graphquant.capture import aten as capture
+from graphquant.capture import aten
 from graphquant.errors import KernelBuildError, MissingPackageError, UnsupportedInputError
-from graphquant.exporters import program as exported
+from graphquant.exporters import program
 from graphquant.ops import define
 from graphquant.ops.runtime import launch
 from graphquant.passes import editor, eligibility, pipeline
@@ -291,12 +291,12 @@ def test_graph_that_failed_half_way_through_the_capture_is_as_dynamo_gave_it(
         retrace(gm, *inputs)
         fails()
 
-    retrace = capture._retrace
-    monkeypatch.setattr(capture, "_retrace", fails_at_the_end)
+    retrace = aten._retrace
+    monkeypatch.setattr(aten, "_retrace", fails_at_the_end)
     monkeypatch.setattr(backend_module, "compile_graph", looked_at)
     run = int8(lambda x: checkpoint(model, x, use_reentrant=False))
     assert torch.equal(run(x), model(x))
-    assert len(seen) == 2 and not any(capture._POLICY in meta for meta in seen)
+    assert len(seen) == 2 and not any(aten._POLICY in meta for meta in seen)
 
 
 # What the user asked for --------------------------------------------------------------------------
@@ -367,7 +367,7 @@ def test_entries_that_promise_more_raise_and_name_the_pass(
 def test_export_raises_if_packing_fails(
     model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exported, "prepack", fails)
+    monkeypatch.setattr(program, "prepack", fails)
     with pytest.raises(GraphquantError, match=r"^export: packing failed: Injected"):
         graphquant.export(model, (x,))
 

@@ -279,13 +279,13 @@ def test_bsz_and_seqlen_must_be_sizes(bad: Any, device: str) -> None:
 
 
 def test_the_report_fills_in_when_the_module_is_called(device: str, x: Tensor) -> None:
-    model, told = small(device), []
-    report = quick(model, on_report=told.append)
+    model, reports = small(device), []
+    report = quick(model, on_report=reports.append)
     assert isinstance(report, Report) and report.graphs == 0 and not report.outcomes
     assert report.notes == ("nothing is compiled yet: the module was not called",)
     model(x)
     assert report.graphs == 1 and not notes(report)
-    assert report == type(report)(*vars(told[0]).values())
+    assert report == type(report)(*vars(reports[0]).values())
     assert "fc1" in str(report) and Report.from_json(report.to_json()) == Report.merge([report])
 
 
@@ -346,14 +346,14 @@ def test_a_call_with_gradients_says_that_nothing_is_int8(
 
 
 def test_again_with_equal_options_does_nothing(device: str, x: Tensor) -> None:
-    model, told = small(device), []
-    report = quick(model, on_report=told.append, exclude=["fc1"])
+    model, reports = small(device), []
+    report = quick(model, on_report=reports.append, exclude=["fc1"])
     model(x)
     now = vars(model)["_compiled_call_impl"]
-    assert quick(model, on_report=told.append, exclude="fc1") is report
+    assert quick(model, on_report=reports.append, exclude="fc1") is report
     assert vars(model)["_compiled_call_impl"] is now
     model(x)
-    assert len(told) == 1
+    assert len(reports) == 1
 
 
 def test_other_options_replace_the_former_and_what_they_had_packed(device: str, x: Tensor) -> None:
@@ -400,7 +400,7 @@ def test_restoring_leaves_no_trace(device: str) -> None:
     assert torch.equal(model(pixels).last_hidden_state, want.last_hidden_state)
 
 
-def test_restoring_reaches_the_modules_inside_and_only_optimised_ones(
+def test_restoring_reaches_the_modules_inside_and_only_optimized_ones(
     device: str, x: Tensor
 ) -> None:
     model = nn.Sequential(small(device), small(device), small(device))
@@ -827,7 +827,7 @@ def test_a_compilation_around_it_takes_it_in(device: str, x: Tensor) -> None:
     assert error(exported(x), again(model)(x)) < 1e-6
 
 
-def test_what_cannot_be_optimised_is_refused(device: str) -> None:
+def test_what_cannot_be_optimized_is_refused(device: str) -> None:
     model = small(device)
     for bad, why in [
         (nn.ModuleList([model]), "ModuleList has no forward"),

@@ -131,7 +131,7 @@ def test_outliers_of_norms_are_undone_without_data(device: str) -> None:
         assert smoothed[path] > untouched[path] - (1.5 if path.endswith(".v") else 1)
 
 
-def told(model: nn.Module, x: Tensor) -> dict[str, Any]:
+def smoothing_options(model: nn.Module, x: Tensor) -> dict[str, Any]:
     """Options that move a lot: statistics of other values than the model reads."""
     f = seeded(lambda: torch.randn(x.shape[-1]).exp(), 3).to(x.device)
     return {"smooth": 0.5, "calibration": seen(model, x * f)}
@@ -141,7 +141,7 @@ def told(model: nn.Module, x: Tensor) -> dict[str, Any]:
 def test_a_compiled_model_is_near(inner: str, device: str, x: Tensor) -> None:
     model = seeded(Mlp).to(device)
     reports: list[Report] = []
-    run = int8(model, reports, inner=inner, **told(model, x))
+    run = int8(model, reports, inner=inner, **smoothing_options(model, x))
     assert error(run(x), model(x)) < NEAR
     assert [o.smoothed for r in reports for o in r.linears] == ["alpha 0.5"] * 2
     assert error(run(x), int8(seeded(Mlp).to(device))(x)) > 0, "nothing was smoothed"
@@ -161,7 +161,7 @@ CHANGES: dict[str, Callable[[Mlp], object]] = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_is_packed_follows_the_weights(name: str, smooth: str, device: str, x: Tensor) -> None:
     model = seeded(Mlp).to(device)
-    options = told(model, x) if smooth == "alpha" else {"smooth": "norm"}
+    options = smoothing_options(model, x) if smooth == "alpha" else {"smooth": "norm"}
     run = int8(model, **options)
     before = run(x)
     CHANGES[name](model)
@@ -173,7 +173,7 @@ def test_what_is_packed_follows_the_weights(name: str, smooth: str, device: str,
 
 def test_instances_that_share_a_graph_have_their_own_scale(device: str, x: Tensor) -> None:
     first, second = (seeded(Mlp, seed).to(device) for seed in (0, 1))
-    options, reports = told(first, x), list[Report]()
+    options, reports = smoothing_options(first, x), list[Report]()
     alone = []
     for model in (first, second):
         torch._dynamo.reset()
@@ -192,7 +192,7 @@ def test_released_weights_are_found_again_by_the_next_graph(device: str, x: Tens
     with torch.inference_mode():
         with torch.inference_mode(False):
             model, twin = seeded(Mlp).to(device), seeded(Mlp).to(device)
-        options = told(twin, x)
+        options = smoothing_options(twin, x)
         want = [int8(twin, **options)(v) for v in (x, x[:3])]
         torch._dynamo.reset()
         reports: list[Report] = []
@@ -207,7 +207,7 @@ def test_released_weights_are_found_again_by_the_next_graph(device: str, x: Tens
 def test_the_model_keeps_its_state(device: str, x: Tensor) -> None:
     model = seeded(Mlp).to(device)
     before = copy.deepcopy(model.state_dict())
-    int8(model, **told(model, x))(x)
+    int8(model, **smoothing_options(model, x))(x)
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], value) for name, value in before.items())
@@ -215,7 +215,7 @@ def test_the_model_keeps_its_state(device: str, x: Tensor) -> None:
 
 def test_one_compilation_serves_every_batch(device: str, x: Tensor) -> None:
     model = seeded(Mlp).to(device)
-    options, reports = told(model, x), list[Report]()
+    options, reports = smoothing_options(model, x), list[Report]()
     run = torch.compile(
         model,
         backend="graphquant",
@@ -233,7 +233,7 @@ def test_trainable_parts_keep_their_gradients(device: str, x: Tensor) -> None:
     model = seeded(Mlp).to(device)
     for p in (*model.norm.parameters(), *model.fc1.parameters()):
         p.requires_grad_(False)
-    options, reports = told(model, x), list[Report]()
+    options, reports = smoothing_options(model, x), list[Report]()
     with torch.enable_grad():
         int8(model, reports, **options)(x).square().sum().backward()
     fc1, fc2 = (o for r in reports for o in r.linears)

@@ -23,7 +23,7 @@ class Mutant(NamedTuple):
 SURVIVORS = "tests/passes/test_survivors.py"
 APPLY, NORMALIZE, MASKS = (f"tests/passes/test_{n}.py" for n in ("apply", "normalize", "masks"))
 POLICY = "tests/passes/policy/test_"
-RANGES, JUDGE, SMOOTH = (f"{POLICY}{name}.py" for name in ("ranges", "accuracy", "smoothquant"))
+RANGES, ACCURACY, SMOOTH = (f"{POLICY}{name}.py" for name in ("ranges", "accuracy", "smoothquant"))
 CONSTANTS = "tests/ir/test_constants.py tests/ir/test_written_state.py"
 RULES = "tests/passes/rules/test_"
 STACK, ACT, NORM = f"{RULES}stack_siblings.py", f"{RULES}act_linear.py", f"{RULES}norm_linear.py"
@@ -32,7 +32,7 @@ QUANTIZE = "tests/ops/test_quantize.py -k reference"
 PACKED, PRODUCTS = "tests/weights/test_packed.py", "tests/passes/test_products.py -k addmm"
 FILES, HISTOGRAM = "tests/calibration/test_files.py", "tests/calibration/test_histogram.py"
 CALIBRATE, BUDGET = "tests/calibration/test_calibrate.py", "tests/accuracy/test_budget.py"
-CACHE, MEASURE = "tests/ops/runtime/test_cache.py", "tests/ops/runtime/test_timing.py"
+CACHE, TIMING = "tests/ops/runtime/test_cache.py", "tests/ops/runtime/test_timing.py"
 GRADIENTS = "tests/test_gradients.py"
 
 
@@ -150,7 +150,7 @@ MUTANTS: Sequence[Mutant] = (
     ),
     *_in(
         "passes/policy/accuracy.py",
-        ("if lowest >= min_sqnr", "if lowest >= 0", "min_sqnr", JUDGE),
+        ("if lowest >= min_sqnr", "if lowest >= 0", "min_sqnr", ACCURACY),
     ),
     # --- the arithmetic ------------------------------------------------------------------------
     *_in(
@@ -199,7 +199,7 @@ MUTANTS: Sequence[Mutant] = (
     *_in(
         "passes/prepack.py",
         ("(t) in root_storages else", "(t) in () else",
-         "a pack in a parameter's memory", SURVIVORS),
+         "packed weights in a parameter's memory", SURVIVORS),
     ),
     # --- capture -------------------------------------------------------------------------------
     *_in(
@@ -261,8 +261,8 @@ MUTANTS: Sequence[Mutant] = (
     ),
     *_in(
         "ops/runtime/timing.py",
-        ("or len(answer) != len(found)", "", "times that are none", MEASURE),
-        ("asked != (question, machine(device)) or", "", "another question's times", MEASURE),
-        ('".py", ".cu", ".c")', '".py", ".c")', "another kernel's times", MEASURE),
+        ("or len(answer) != len(found)", "", "times that are none", TIMING),
+        ("asked != (question, machine(device)) or", "", "another question's times", TIMING),
+        ('".py", ".cu", ".c")', '".py", ".c")', "another kernel's times", TIMING),
     ),
 )  # fmt: skip

@@ -6,7 +6,7 @@
 Models are those of tools.bench, with random weights, from float32. All files run in turn, round
 after round, and a speed-up is the median over the rounds of float32's time by the file's: what
 else the machine does falls on both. "CPU" counts the processor's time of all threads, which
-neighbours hardly change, "wall" the clock's.
+neighbors hardly change, "wall" the clock's.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ from torch.utils._pytree import tree_unflatten as tree_unflatten
 
 # The names imported above: 2.11 to 2.13
 
-# Calls by which Dynamo's graphs set a state of torch ----------------------------------------------
+# Calls in Dynamo's graphs that change torch's global state ----------------------------------------
 
 # 2.11 to 2.13: targets of call_function nodes
 SET_GRAD: Any = torch._C._set_grad_enabled
@@ -58,7 +58,7 @@ SET_SDPA: Any = torch.nn.attention._sdpa_kernel
 SDPA_BACKEND: Any = torch.nn.attention._backend_from_string  # makes an argument of SET_SDPA
 FORBID_HOOKS: Any = torch._C._autograd._saved_tensors_hooks_disable
 ALLOW_HOOKS: Any = torch._C._autograd._saved_tensors_hooks_enable
-# 2.11 to 2.13: calls that count uses of an API, without an effect on what is computed
+# 2.11 to 2.13: API usage logging, without an effect on results
 LOG_USAGE: frozenset[Any] = frozenset(
     {torch._C._log_api_usage_once, torch._C._log_api_usage_metadata}
 )
@@ -99,7 +99,7 @@ def has_function_mode() -> bool:
 
 
 def forward_ad_is_on() -> bool:
-    """Are we inside of a torch.autograd.forward_ad.dual_level? 2.11 to 2.13."""
+    """Are we inside a torch.autograd.forward_ad.dual_level? 2.11 to 2.13."""
     return forward_ad._current_level >= 0
 
 
@@ -108,7 +108,7 @@ set_forward_grad: Callable[[bool], Any] = forward_ad._set_fwd_grad_enabled
 
 # Compiled modules ---------------------------------------------------------------------------------
 
-# 2.11 to 2.13: the code of Module.__call__, by which a frame of the stack is recognized
+# 2.11 to 2.13: the code object of Module.__call__, to recognize its stack frames
 MODULE_CALL: Any = nn.Module._wrapped_call_impl.__code__
 
 
@@ -138,7 +138,7 @@ def hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:
 
 
 def mode_options(mode: str) -> dict[str, Any]:
-    """The options of Inductor that a mode of torch.compile stands for. 2.11 to 2.13."""
+    """The Inductor options that a torch.compile mode stands for. 2.11 to 2.13."""
     options: dict[str, Any] = torch._inductor.list_mode_options(mode)
     return options
 
@@ -146,7 +146,7 @@ def mode_options(mode: str) -> dict[str, Any]:
 def compile_by_inductor(
     gm: GraphModule, example_inputs: Sequence[Any], options: dict[str, Any]
 ) -> Callable[..., Any]:
-    """A graph compiled by Inductor: takes the graph's inputs. 2.11 to 2.13."""
+    """The graph compiled by Inductor: a callable that takes its inputs. 2.11 to 2.13."""
     compiled: Callable[..., Any] = torch._inductor.compile(
         gm, list(example_inputs), options=options
     )
@@ -178,7 +178,7 @@ def version_of(t: Tensor) -> int | None:
 
 
 def forbid_reads(storage: torch.UntypedStorage, message: str) -> bool:
-    """Have reads of this storage raise with this message. False in builds without it.
+    """Make reads of this storage raise this message. False in builds without that feature.
 
     2.11 to 2.13, in builds for CUDA."""
     if not hasattr(torch._C, "_set_storage_data_ptr_access_error_msg"):
@@ -188,14 +188,14 @@ def forbid_reads(storage: torch.UntypedStorage, message: str) -> bool:
 
 
 def point_at(storage: Any, address: int, device: torch.device) -> None:
-    """Have this empty storage read from memory that it does not own. 2.11 to 2.13."""
+    """Point this empty storage at memory that it does not own. 2.11 to 2.13."""
     if hasattr(storage, "_swap_data_ptr_"):
         borrowed = torch._C._construct_storage_from_data_pointer(address, device, 0)
         storage._swap_data_ptr_(borrowed)
 
 
 def forbid_writes(t: Tensor) -> None:
-    """Have writes to this tensor, and its data_ptr(), raise. 2.11 to 2.13."""
+    """Make writes to this tensor, and its data_ptr(), raise. 2.11 to 2.13."""
     torch._C._set_throw_on_mutable_data_ptr(t)
 
 
@@ -222,9 +222,9 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def statically_known_true(condition: bool | torch.SymBool) -> bool:
-    """Does this hold for all sizes that a symbol can have? Adds no guard.
+    """Does this hold for all values of the symbolic sizes? Adds no guard.
 
-    torch's own, imported at the first symbolic size: it brings sympy, which takes half a second.
+    torch's function, imported at the first symbolic size: sympy takes half a second to import.
     """
     if isinstance(condition, bool):
         return condition

@@ -54,18 +54,18 @@ def compiled_for(code: CodeType) -> set[Any]:
 
 
 def example(placeholder: Node) -> Any:
-    """The tensor that Dynamo was called with, or None if it does not exist any more."""
+    """The tensor that Dynamo was called with, or None if it no longer exists."""
     found = getattr(placeholder.meta.get("grapharg"), "_example", None)
     return found() if isinstance(found, TensorWeakRef) else found
 
 
 def is_static(value: Tensor) -> bool:
-    """Has Dynamo marked this tensor as a parameter or buffer of a module?"""
+    """Did Dynamo mark this tensor as a parameter or buffer of a module?"""
     return bool(getattr(value, _STATIC, None))
 
 
 def copy_source(old: Node, new: Node) -> None:
-    """Note on `new` where Dynamo took the input `old` from."""
+    """Copy to `new` where Dynamo took the input `old` from."""
     if hasattr(old, "_dynamo_source"):
         new._dynamo_source = old._dynamo_source
     if "tensor_dict" in old.meta:
@@ -79,5 +79,5 @@ def mark_static(placeholder: Node) -> None:
 
 
 def name_parameters(gm: GraphModule, names: Iterable[str]) -> None:
-    """Give attributes of the graph's module the sources that Dynamo would have given them."""
+    """Give attributes of the graph's module the sources that Dynamo would give them."""
     gm._param_name_to_source = {name: ConstantSource(name) for name in names}  # type: ignore[assignment]

@@ -29,7 +29,7 @@ from graphquant.ir.captured import Captured
 from graphquant.ir.constants import Constants
 from graphquant.ir.evaluate import evaluate
 from graphquant.ir.graph import LITERAL, arguments, calls, with_arguments
-from graphquant.ir.interpret import Caller, Paths, Watched
+from graphquant.ir.interpret import Caller, ObservingInterpreter, Paths
 from graphquant.ops import int8_linear
 from graphquant.passes.normalize import normalize
 from graphquant.passes.pipeline import rewrite
@@ -217,7 +217,7 @@ class Pair:
                 known[node] = value if instead is None else instead
             return instead
 
-        return Watched(self._float, after).run(*args)
+        return ObservingInterpreter(self._float, after).run(*args)
 
     def run_int8(self, args: Sequence[Any], found: Callable[[int, Tensor], None]) -> Any:
         """Run the int8 graph. Calls found(i, y8) for the i-th of `linears`."""
@@ -231,7 +231,7 @@ class Pair:
                 for part in product.parts:
                     found(self._parts.index(part), y8[..., part.columns])
 
-        return Watched(self._int8, after).run(*args)
+        return ObservingInterpreter(self._int8, after).run(*args)
 
 
 def _multiply(product: Node, value: Callable[[Node], Any]) -> Tensor:

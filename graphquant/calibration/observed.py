@@ -12,7 +12,7 @@ from graphquant.ir.aliases import written_in_place
 from graphquant.ir.captured import Captured
 from graphquant.ir.constants import Constants
 from graphquant.ir.graph import LINEAR, arguments, calls, dtype, full_args
-from graphquant.ir.interpret import Caller, Paths, Watched
+from graphquant.ir.interpret import Caller, ObservingInterpreter, Paths
 from graphquant.passes.eligibility import path_of
 from graphquant.passes.normalize import normalize
 
@@ -56,4 +56,4 @@ class Observed:
                 paths = [p for reader in readers for p in self._paths.of(reader, args)]
                 self._on_input(paths, env[arguments(node).input])
 
-        return Watched(self._gm, after).run(*args)
+        return ObservingInterpreter(self._gm, after).run(*args)

@@ -1,10 +1,10 @@
-"""`python -m graphquant`: what this machine can do, and what becomes of a model.
+"""`python -m graphquant`: inspect this machine, and what graphquant does to a model.
 
-doctor   this machine, its kernels and caches: the report to paste into a bug
+doctor   this machine, its kernels and caches, for a bug report
 explain  what torch.compile(model, backend="graphquant") would do, linear by linear
-compare  how far int8 takes the model from float
-show     its graph before and after, as text, a picture or a page
-bench    its time in float, compiled, in bfloat16 and in int8
+compare  the error of int8 against float, linear by linear
+show     the graph before and after, as text, a picture or a page
+bench    the latency in float, compiled, in bfloat16 and in int8
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ COMMANDS = {
 def main(
     argv: Sequence[str] | None = None, *, named: Mapping[str, Mapping[str, Source]] | None = None
 ) -> int:
-    """The exit code: 2 for what has no meaning on the command line, said in one line.
+    """Run a command and return its exit code: 2 for a usage error, which is reported in one line.
 
-    named  models that the command line may name, by table and name; for tools of this repository
+    named  models that the command line may name, by table and name; for this repository's tools
     """
     parser = Parser(prog="python -m graphquant", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

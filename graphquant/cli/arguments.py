@@ -1,4 +1,4 @@
-"""What the commands share: options, where output goes, and errors in one line."""
+"""Shared by the commands: options, output, and errors in one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STDOUT = "-"
 
 
 class UsageError(Exception):
-    """Something on the command line has no meaning. The message is for the user."""
+    """A mistake on the command line. The message is for the user."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(parser: Parser, argv: Sequence[str] | None) -> int:
-    """Parse, and call the command's own `run`; the exit code."""
+    """Parse the arguments and run the command. Returns the exit code."""
     try:
         args = parser.parse_args(argv)
         code: int = args.run(args)
@@ -77,7 +77,7 @@ def add_output(p: argparse.ArgumentParser, width: int) -> None:
 
 @contextmanager
 def page(args: argparse.Namespace) -> Iterator[Console]:
-    """Where a command prints: the terminal, or the file of --out."""
+    """The console that a command prints to: the terminal, or the file of --out."""
     if args.out:
         try:
             with open(args.out, "w", encoding="utf-8") as file:
@@ -92,7 +92,7 @@ def page(args: argparse.Namespace) -> Iterator[Console]:
 
 
 def write_json(args: argparse.Namespace, text: str) -> None:
-    """To the file of --json, if it is given."""
+    """Write to the file of --json, if it is given."""
     if args.json == STDOUT:
         print(text)
     elif args.json:
@@ -100,7 +100,7 @@ def write_json(args: argparse.Namespace, text: str) -> None:
 
 
 def write(path: str, option: str, text: str | bytes) -> None:
-    """Raises UsageError if it cannot be written."""
+    """Write a file. Raises UsageError, in the name of the option, if that fails."""
     try:
         Path(path).write_bytes(text.encode() if isinstance(text, str) else text)
     except OSError as wrong:
@@ -113,12 +113,12 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def here() -> str:
-    """Where modules of the user may lie."""
+    """The working directory, where the user's modules may be."""
     return os.getcwd()
 
 
 def _option(text: str) -> tuple[str, Any]:
-    """ "quantize=False" -> ("quantize", False); what is no Python literal is text."""
+    """ "quantize=False" -> ("quantize", False); a value that is no Python literal stays text."""
     name, equals, value = text.partition("=")
     if not equals:
         raise UsageError(f"--config takes name=value, got {text!r}")
@@ -131,7 +131,7 @@ def _option(text: str) -> tuple[str, Any]:
 def count(text: str) -> int:
     """A number of at least 1, for argparse."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
 
 
@@ -142,7 +142,7 @@ def positive(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
     return value
 
 
@@ -150,7 +150,7 @@ def _device(text: str) -> torch.device:
     try:
         device = torch.device(text)
     except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no device of torch") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a torch device") from None
     if device.type not in ("cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"{text!r}: graphquant runs on cpu and cuda")
     return device

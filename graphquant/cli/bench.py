@@ -1,12 +1,12 @@
-"""How long one call of a model takes: in float, compiled, in bfloat16 and in int8.
+"""Latency of one call of a model: in float, compiled, in bfloat16 and in int8.
 
     python -m graphquant bench my_module:make_model --batch 8
     python -m graphquant bench path/to/model --device cuda --dtype bfloat16
 
-All variants live in one process, have the same weights and inputs, and take turns (A B C A B C
-...), so that what else the machine does falls on all of them. Times are medians over the turns of
-torch.utils.benchmark. Two ratios: to the model as it is, and to the fastest variant without
-graphquant. The cosine is that of the outputs to the model's as it is.
+All variants run in one process with the same weights and inputs, and take turns (A B C A B C ...),
+so that other load on the machine affects all of them alike. Times are medians over the turns of
+torch.utils.benchmark. Two ratios: to the eager model, and to the fastest variant without
+graphquant. The cosine compares the outputs with those of the eager model.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ VARIANTS = {  # name -> (in bfloat16, how it is compiled)
     "bf16-graphquant": (True, "graphquant"),
 }
 USUAL = ("eager", "compile", "bf16-compile", "graphquant", "bf16-graphquant")
-TURN_S = 0.1  # of one variant before the next has its turn, about
+TURN_S = 0.1  # length of one variant's turn, about
 MIN_TURNS = 3
-SAME = 0.99  # from this cosine on
+MIN_COSINE = 0.99  # outputs below this are reported as wrong
 
 
 @dataclass
 class Time:
-    """ms: median of one call. spread: (largest - smallest) / median of the turns."""
+    """Times of one variant. ms: median of a call. spread: (max - min) / median of the turns."""
 
     variant: str
     ms: float | None = None
@@ -109,12 +109,12 @@ def measure(
     chosen: Mapping[str, Any],
     seconds: float,
 ) -> list[Time]:
-    """A Time for each variant, the model as it is ("eager") first."""
+    """A Time for each variant, the eager model first."""
     times = {v: Time(v) for v in variants}
     calls: dict[str, Callable[[], Any]] = {}
-    narrow: list[tuple[nn.Module, Inputs]] = []  # made when it is needed
+    narrow: list[tuple[nn.Module, Inputs]] = []  # made on first use
     want: Tensor | None = None
-    # variants are told apart by guards, so one forward is compiled several times
+    # guards distinguish the variants, so one forward is compiled several times
     with patch_config(recompile_limit=64), torch.inference_mode():
         for variant, time_ in times.items():
             in_bf16, how = VARIANTS[variant]
@@ -127,7 +127,7 @@ def measure(
                 start = time.perf_counter()
                 got = _flat(call())
                 time_.first_s = time.perf_counter() - start
-            except Exception as error:  # noqa: BLE001 - said in its line of the table
+            except Exception as error:  # noqa: BLE001 - reported in its row
                 lines = [*str(error).strip().splitlines(), ""]
                 time_.failed = f"{type(error).__name__}: {lines[0]}"
                 continue
@@ -186,7 +186,7 @@ def _in_bfloat16(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
 
 
 def _flat(results: Any) -> Tensor:
-    """All floats that the model returned."""
+    """All floating-point outputs, flattened: [n] float64."""
     leaves = [t for t in tree_leaves(results) if isinstance(t, Tensor) and t.is_floating_point()]
     return torch.cat([t.flatten().double() for t in leaves]) if leaves else torch.zeros(0)
 
@@ -199,7 +199,7 @@ def _cosine(got: Tensor, want: Tensor) -> float | None:
 
 
 def ratios(one: Time, times: Sequence[Time]) -> dict[str, float | None]:
-    """over_eager: to the first. over_fastest: to the fastest variant without graphquant."""
+    """Speedups over the first variant and over the fastest one without graphquant."""
     floats = [t.ms for t in times if t.ms and not t.is_int8]
     first = times[0].ms
     if not one.ms or not first:
@@ -232,7 +232,7 @@ def table(title: str, times: Sequence[Time]) -> Table:
         if t.coverage is not None:
             notes.append(f"{t.variant}: {t.coverage:.1%} of the linears' FLOPs in int8")
         notes += (f"note: {note}" for note in t.notes)
-        if t.cosine is not None and not t.cosine >= SAME:
+        if t.cosine is not None and not t.cosine >= MIN_COSINE:
             notes.append(f"{t.variant}: ITS OUTPUTS ARE NOT THE MODEL'S")
     made.caption = escape("\n".join(dict.fromkeys(notes))) or None
     return made

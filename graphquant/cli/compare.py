@@ -1,10 +1,10 @@
-"""How far int8 takes a model from float: every int8 linear, the worst first, and the outputs.
+"""Error of int8 against float: every int8 linear, the worst first, and the outputs.
 
     python -m graphquant compare path/to/model --batches 4
     python -m graphquant compare my_module:make --data my_module:batches --plot accuracy.png
     python -m graphquant compare my_module:make --budget 0.9999 --save budget.json
 
-Batches are random, each other numbers, unless --data names a callable that returns them: an
+Batches are random and differ from each other, unless --data names a callable that returns them: an
 iterable of what graphquant.compare takes. With --budget the options are those that
 graphquant.fit_budget finds, and --save writes them for graphquant.Budget.load.
 """
@@ -27,7 +27,7 @@ from graphquant.cli.arguments import (
     page,
     write_json,
 )
-from graphquant.cli.models import as_usage_error, imported, known, load
+from graphquant.cli.models import imported, known, load, user_errors
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -50,13 +50,13 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--save writes what --budget finds: give both")
     chosen = options(args)
     graphquant.Config.of(chosen)
-    batches = _given(args.data) if args.data else None
+    batches = _batches(args.data) if args.data else None
     _, model, inputs = load(args)
     if batches is None:
         batches = [inputs(draw) for draw in range(args.batches)]
     budget = None
     if args.budget is not None:
-        batches = list(batches)  # for two
+        batches = list(batches)  # read twice
         budget = graphquant.fit_budget(
             model, batches, cosine=args.budget, options=chosen, progress=sys.stderr.isatty()
         )
@@ -76,11 +76,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _given(spec: str) -> Iterable[Any]:
-    """What the callable "module:callable" returns. The module may lie in the working directory."""
+def _batches(spec: str) -> Iterable[Any]:
+    """What "module:callable" returns. The module may be in the working directory."""
     if ":" not in spec:
         raise UsageError(f"--data takes module:callable, got {spec!r}")
     make = imported(spec)
-    with as_usage_error(f"{spec} failed"):
+    with user_errors(f"{spec} failed"):
         batches: Iterable[Any] = make()
     return batches

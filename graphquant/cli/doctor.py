@@ -1,11 +1,11 @@
-"""What this machine is, which kernels run here and why others do not: to paste into a bug report.
+"""This machine, which kernels run on it and why others do not: paste it into a bug report.
 
     python -m graphquant doctor
     python -m graphquant doctor --json doctor.json
 
 Versions, processor and GPU; each op's kernels, run on this GPU and compared with the op's
-reference; a small encoder layer compiled in int8; the caches with their sizes; the variables that
-change what graphquant, Inductor and Triton do. No path is told but those of the caches.
+reference; a small encoder layer compiled in int8; the caches with their sizes; the environment
+variables of graphquant, Inductor and Triton. No paths are printed but those of the caches.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ PACKAGES = (
 VARIABLES = ("GRAPHQUANT_", "TORCHINDUCTOR_", "TRITON_", "TORCH_LOGS", "CUDA_VISIBLE_DEVICES")
 NO_GPU = "no NVIDIA GPU"
 RUNS = "runs"
-WIDTH, TOKENS, HEADS = 128, 64, 2  # of the layer that is tried
-CLOSE = 2e-2  # of the largest value: kernels sum in other orders than the reference
+WIDTH, TOKENS, HEADS = 128, 64, 2  # of the layer that is compiled
+CLOSE = 2e-2  # of the largest value: kernels sum in another order than the reference
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -57,7 +57,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 if what was tried works, else 1."""
+    """Print the report. Returns 1 if a kernel or the layer failed, else 0."""
     found = examine(trial=not args.no_trial)
     with page(args) as console:
         for title, facts in found.items():
@@ -136,7 +136,7 @@ def _driver() -> str:
 
 
 def _builds() -> dict[str, str]:
-    """What compiles for the processor and for the GPU."""
+    """Instruction sets and compilers for the processor and the GPU."""
     int8 = [n for n in ("avx512_vnni", "avx_vnni", "amx_int8") if n in _flags()]
     compilers = [n for n in ("g++", "clang++", "gcc", "clang") if shutil.which(n)]
     return {
@@ -176,16 +176,16 @@ def kernels(*, trial: bool = True) -> dict[str, str]:
 
 def _tried(op: Op, kernel: Kernel, args: Sequence[Any] | None) -> str:
     if args is None:
-        return "not tried: the layer has no call of it"
+        return "not tried: the layer does not call it"
     if (why := kernel.refuses(*args)) is not None:
         return why
     try:
         got, want = kernel.fn(*args), op.reference(*args)
         torch.cuda.synchronize()
-    except Exception as error:  # noqa: BLE001 - said in its line of the table
+    except Exception as error:  # noqa: BLE001 - reported in its row
         return _fails(error)
     pairs = zip(_tensors(got), _tensors(want), strict=True)
-    return RUNS if all(_close(g, w) for g, w in pairs) else "WRONG: not what the reference says"
+    return RUNS if all(_close(g, w) for g, w in pairs) else "WRONG: differs from the reference"
 
 
 def _tensors(results: Any) -> tuple[Tensor, ...]:
@@ -204,7 +204,7 @@ def _fails(error: Exception) -> str:
 
 
 class _Layer(nn.Module):
-    """A layer with every op of graphquant in it: norms of both kinds, a plain and a gated MLP."""
+    """A layer that uses every op of graphquant: both norms, attention, a plain and a gated MLP."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -237,7 +237,7 @@ def _layer(device: str) -> tuple[nn.Module, Tensor]:
 
 
 class _Calls(TorchDispatchMode):
-    """The first call of each op of graphquant."""
+    """Records the arguments of the first call of each op of graphquant."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -267,7 +267,7 @@ def _calls(device: str) -> dict[str, tuple[Any, ...]]:
 
 
 def _compiled(device: str) -> str:
-    """Of the layer: how much is int8, and how near it is; or what went wrong."""
+    """Coverage and error of the layer compiled in int8, or how that failed."""
     model, x = _layer(device)
     reports: list[graphquant.Report] = []
     options: dict[str, Any] = {"select": "always", "on_report": reports.append}
@@ -276,14 +276,14 @@ def _compiled(device: str) -> str:
         with torch.inference_mode():
             want = model.float()(x.float()) if device == "cpu" else model(x)
             got = torch.compile(model, backend=backend, options=options)(x)
-    except Exception as error:  # noqa: BLE001 - said in its line of the table
+    except Exception as error:  # noqa: BLE001 - reported in its row
         return _fails(error)
     took = time.perf_counter() - start
     report = graphquant.Report.merge(reports)
-    apart = Error.of(got, want).relative
-    good = "" if apart < 0.1 else "WRONG: "  # nan is wrong
+    relative = Error.of(got, want).relative
+    verdict = "" if relative < 0.1 else "WRONG: "  # also for nan
     return (
-        f"{good}{report.coverage:.0%} of the linears' FLOPs, relative error {apart:.2g}, "
+        f"{verdict}{report.coverage:.0%} of the linears' FLOPs, relative error {relative:.2g}, "
         f"{took:.1f} s to compile and run"
     )
 
@@ -292,7 +292,7 @@ def _compiled(device: str) -> str:
 
 
 def caches() -> list[tuple[Path, str]]:
-    """Where kernels, compiled graphs and measured times lie, and how much there is."""
+    """Directories of cached kernels, compiled graphs and measured times, with their sizes."""
 
     inductor = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or inductor_cache_dir())
     found = [(inductor, f"Inductor: {_size(inductor)}")]
@@ -307,14 +307,14 @@ def caches() -> list[tuple[Path, str]]:
 
 def _size(folder: Path) -> str:
     if not folder.is_dir():
-        return "not there yet"
+        return "does not exist yet"
     count, total = 0, 0
     for place, _, files in os.walk(folder):
         for file in files:
             try:
                 total += os.lstat(os.path.join(place, file)).st_size
                 count += 1
-            except OSError:  # gone meanwhile
+            except OSError:  # deleted in the meantime
                 continue
     return f"{total / 2**20:.1f} MiB in {count} files"
 

@@ -1,4 +1,4 @@
-"""What graphquant would do with a model, linear by linear. Nothing is compiled.
+"""What graphquant would do to a model, linear by linear. Nothing is compiled.
 
     python -m graphquant explain my_module:make_model
     python -m graphquant explain path/to/model --batch 8 --json report.json
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
         print(known(args.named))
         return 0
     chosen = options(args)
-    graphquant.Config.of(chosen)  # what is wrong there is said before a model is built
+    graphquant.Config.of(chosen)  # reports invalid options before a model is built
     _, model, inputs = load(args)
     given, keywords = inputs(0)
     with torch.inference_mode():

@@ -28,7 +28,7 @@ from graphquant._torch import tree_map
 from graphquant.cli.arguments import UsageError, here
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-TOKENS = 128  # of a text, unless told
+TOKENS = 128  # default length of a text
 NEEDS_INPUTS = "return (model, args, kwargs)"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
@@ -44,7 +44,7 @@ class Source(Protocol):
 
     @property
     def inputs(self) -> Callable[..., Inputs]:
-        """batch, draw=0 -> (args, kwargs); other numbers in each draw."""
+        """batch, draw=0 -> (args, kwargs); each draw has other random numbers."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Loaded(NamedTuple):
 
 
 def load(args: argparse.Namespace) -> Loaded:
-    """What the command line names, after one call in float. Raises UsageError."""
+    """The model that the command line names, after one call in float. Raises UsageError."""
     if args.device is not None and args.device.type == "cuda":
         count = torch.cuda.device_count()
         if (args.device.index or 0) >= count:
@@ -83,13 +83,13 @@ def load(args: argparse.Namespace) -> Loaded:
         return given, keywords
 
     given, keywords = inputs(0)
-    with as_usage_error(f"{source.name} cannot be called"), torch.inference_mode():
+    with user_errors(f"{source.name} cannot be called"), torch.inference_mode():
         model(*given, **keywords)
     return Loaded(source.name, model, inputs)
 
 
 def find(args: argparse.Namespace) -> Source:
-    """Raises UsageError."""
+    """The model that the command line names, not built yet. Raises UsageError."""
     if (args.name is None) == (args.model is None):
         raise UsageError("name one model: a module:callable or a folder, as MODEL or --model")
     spec: str = args.name or args.model
@@ -117,17 +117,17 @@ def known(named: Mapping[str, Mapping[str, Source]]) -> str:
 
 
 def imported(spec: str) -> Any:
-    """What "module:callable" names; the module may lie in the working directory."""
+    """What "module:callable" names; the module may be in the working directory."""
     if (folder := here()) not in sys.path:
         sys.path.insert(0, folder)
     module, _, path = spec.partition(":")
-    with as_usage_error(f"cannot load {spec!r}", kind=False):
+    with user_errors(f"cannot load {spec!r}", kind=False):
         return attrgetter(path)(importlib.import_module(module))
 
 
 @contextlib.contextmanager
-def as_usage_error(what: str, *, kind: bool = True) -> Iterator[None]:
-    """Whatever the user's code raises, in one line. kind: with the class of the exception."""
+def user_errors(what: str, *, kind: bool = True) -> Iterator[None]:
+    """Turn any exception of the user's code into a one-line UsageError. kind: name its class."""
     try:
         yield
     except UsageError:
@@ -140,9 +140,9 @@ def as_usage_error(what: str, *, kind: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _seeded(name: str) -> Iterator[None]:
-    """The CPU's generator begins with the same state for a name, and is put back."""
+    """Seed the CPU's generator by name, and restore its state at the end."""
     with torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would also seed the accelerators, which are not put back here
+        # torch.manual_seed would also seed the accelerators, whose state is not restored here
         torch.default_generator.manual_seed(zlib.crc32(name.encode()))
         yield
 
@@ -151,11 +151,11 @@ def _seeded(name: str) -> Iterator[None]:
 
 
 def _of_callable(spec: str, tokens: int) -> Source:
-    """Without the keyword `batch` its inputs are used as they are. Its weights are left alone."""
+    """A callable without the keyword `batch` keeps its own inputs. Weights are not changed."""
     make = imported(spec)
     taken: Any = {}
     if not isinstance(make, nn.Module):
-        with as_usage_error(f"{spec!r} is no callable that makes a model"):
+        with user_errors(f"{spec!r} is not a callable that returns a model"):
             taken = inspect.signature(make).parameters
     last: dict[object, Inputs] = {}  # of the last build, so that inputs() need not build again
 
@@ -164,7 +164,7 @@ def _of_callable(spec: str, tokens: int) -> Source:
 
     def call(batch: int, attn: str | None, draw: int = 0) -> nn.Module:
         given = {"attn": attn, "batch": batch}
-        with _seeded(spec + f"/{draw}" * (draw > 0)), as_usage_error(f"{spec} failed"):
+        with _seeded(spec + f"/{draw}" * (draw > 0)), user_errors(f"{spec} failed"):
             made = make
             if not isinstance(make, nn.Module):
                 made = make(**{k: v for k, v in given.items() if k in taken and v})
@@ -203,12 +203,12 @@ def _of_folder(folder: Path, tokens: int) -> Source:
         from transformers import AutoConfig, AutoModel
     except ModuleNotFoundError as missing:
         raise UsageError("a folder needs transformers: pip install transformers") from missing
-    with as_usage_error(f"{folder}"):
+    with user_errors(f"{folder}"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     last: list[nn.Module] = []  # for the inputs
 
     def build(attn: str) -> nn.Module:
-        with _seeded(folder.name), as_usage_error(f"{folder}"):
+        with _seeded(folder.name), user_errors(f"{folder}"):
             if any(next(folder.glob(name), None) for name in WEIGHTS):
                 model = AutoModel.from_pretrained(
                     folder,
@@ -232,7 +232,7 @@ def _of_folder(folder: Path, tokens: int) -> Source:
 
 
 def made_inputs(module: nn.Module, batch: int, draw: int, tokens: int, name: str) -> Inputs:
-    """Random pictures or words in the sizes of a transformers model's config. Raises UsageError."""
+    """Random images or token ids in the sizes of a transformers config. Raises UsageError."""
     config = getattr(module, "config", None)
     takes = inspect.signature(module.forward).parameters
     found: dict[str, Any] = {}
@@ -244,12 +244,12 @@ def made_inputs(module: nn.Module, batch: int, draw: int, tokens: int, name: str
             frames = [n] if (n := getattr(vision, "num_frames", None)) else []
             shape = (batch, *frames, getattr(vision, "num_channels", 3), height, width)
             found["pixel_values"] = torch.randn(shape)
-        if "input_ids" in takes and (words := getattr(text, "vocab_size", None)):
+        if "input_ids" in takes and (vocab := getattr(text, "vocab_size", None)):
             length = tokens
-            if most := getattr(text, "max_position_embeddings", None):
-                # RoBERTa's positions begin behind that of its padding
-                length = max(1, min(length, most - 1 - (getattr(text, "pad_token_id", None) or 0)))
-            found["input_ids"] = torch.randint(min(10, words // 2), words, (batch, length))
+            if limit := getattr(text, "max_position_embeddings", None):
+                # RoBERTa's position ids start after its padding id
+                length = max(1, min(length, limit - 1 - (getattr(text, "pad_token_id", None) or 0)))
+            found["input_ids"] = torch.randint(min(10, vocab // 2), vocab, (batch, length))
             if "attention_mask" in takes:
                 found["attention_mask"] = torch.ones(batch, length, dtype=torch.int64)
     if not found:

@@ -5,14 +5,13 @@
     python -m graphquant show path/to/model --compare --html graph.html --svg graph.svg
     python -m graphquant show --onnx model.onnx --html graph.html
 
-Lines: `-` is gone, `+` is new, `~` reads something else by now.
+Lines: `-` is removed, `+` is new, `~` has other inputs.
 
---html writes one page for a browser that needs no network: the modules as a tree to open, before
-and after side by side in the colors of the rules; for each linear, norm and activation the rules
-that took it or why none did, its times where they were measured (on CUDA) and, with --compare, its
-error; and a search ("/" goes to it, Enter to the next match). --svg needs Graphviz. --onnx shows
-the nodes of an exported model by the modules that they come from, as text and in the same page; it
-needs onnx.
+--html writes one self-contained page: a collapsible tree of modules, before and after side by side
+in the colors of the rules; for each linear, norm and activation the rules that rewrote it or why
+none did, its times where they were measured (on CUDA) and, with --compare, its error; and a search
+("/" goes to it, Enter to the next match). --svg needs Graphviz. --onnx shows the nodes of an
+exported model by module, as text and in the same page; it needs onnx.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         accuracy = graphquant.compare(model, [(given, keywords)], options=chosen)
     found = inspect(model, given, keywords, config, export=args.export)
     if not found:
-        print(f"no tensor code was captured in {name}", file=sys.stderr)
+        print(f"no graph was captured in {name}", file=sys.stderr)
         return 1
     with page(args) as console:
         text.show(console, found)
@@ -84,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _onnx(args: argparse.Namespace) -> int:
-    """An ONNX model as text, and as a page if one is asked for."""
+    """Show an ONNX model as text, and with --html as a page. Returns the exit code."""
     if args.name or args.model or args.svg or args.json or args.compare:
         raise UsageError("--onnx shows a file: it goes with --html and without a model")
     try:

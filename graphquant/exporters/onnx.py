@@ -1,4 +1,4 @@
-"""An exported program as an ONNX file, in the form that a runtime is fast with."""
+"""ONNX export of an exported program, in the operator patterns that runtimes have kernels for."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ log = logging.getLogger(__name__)
 PROFILES = ("cpu", "portable", "qdq")
 WEIGHT_BITS = (7, 8)
 OPSET = 20  # the first with Gelu
-ROUNDING = ("Cast", "Mul", "Round")  # what makes 7 bits of 8, in a translated graph
-KEPT = {"namespace", "pkg.torch.onnx.name_scopes"}  # of an operator's notes: the modules it is in
-_HALVES = (torch.float16, torch.bfloat16)
+ROUNDING = ("Cast", "Mul", "Round")  # operators that round 8-bit weights to 7 in a translated graph
+KEPT = {"namespace", "pkg.torch.onnx.name_scopes"}  # metadata of a node: the modules it is in
+_HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def save(
@@ -39,33 +39,31 @@ def save(
 ) -> None:
     """Write an exported program as an ONNX file of standard operators (opset 20).
 
-    program      what `graphquant.export` returned; it stays as it is
+    program      what `graphquant.export` returned; not modified
     path         of the file, usually *.onnx
-    profile      "cpu": uint8 activations, int8 weights, in the form that onnxruntime's CPU kernels
-                 are fast with; float32 models only
-                 "portable": int8 activations, int8 weights: right wherever MatMulInteger is, and
-                 seldom fast
+    profile      "cpu": uint8 activations, int8 weights, in the patterns that onnxruntime's CPU
+                 execution provider fuses; float32 models only
+                 "portable": int8 activations, int8 weights: correct wherever MatMulInteger is
+                 supported, and rarely fast
                  "qdq": float products between QuantizeLinear and DequantizeLinear, one symmetric
-                 scale for each activation and one for each output channel, as TensorRT wants it;
-                 float32 models, exported with `activation="static"` and a calibration
+                 scale per activation and one per output channel, as TensorRT expects; float32
+                 models, exported with `activation="static"` and a calibration
     weight_bits  8, or 7 for profile "cpu" on x86 without VNNI: see below
-    external_data  write the weights to a file of their own beside it, path + ".data"; which is done
-                 anyhow when there are more than 2 GB of them
+    external_data  write the weights to a separate file, path + ".data"; always done above 2 GB
 
     Inputs have the names of the model's arguments, outputs those of the fields of what it returns
-    ("last_hidden_state"), "output" for a single tensor and "output_0", ... for a tuple. What was
-    dynamic in the export is dynamic in the file.
+    ("last_hidden_state"), "output" for a single tensor and "output_0", ... for a tuple. Sizes that
+    are dynamic in the export are dynamic in the file.
 
     On x86 without VNNI (before Cascade Lake and Zen 4) onnxruntime adds pairs of uint8 x int8
-    products in 16 bits, which can overflow: then results are wrong, and nothing says so. For such
-    machines either save with `weight_bits=7`, which cannot overflow and rounds weights twice as
-    coarsely, or have sessions there set the option session.x64quantprecision to "1", which takes
-    other instructions: right with 8 bits, and a third slower. A warning is logged if this machine
-    is such a one.
+    products in 16 bits, which can overflow: results are then silently wrong. For such machines
+    either save with `weight_bits=7`, which cannot overflow and rounds weights twice as coarsely, or
+    set the session option session.x64quantprecision to "1" there, which selects other instructions:
+    correct with 8 bits, and a third slower. A warning is logged on such a machine.
 
-    Raises OptionError for an option's value that does not exist or says nothing for this profile;
-    UnsupportedInputError for what is no ExportedProgram, for float16 or bfloat16 where float32 is
-    needed, and for linears under "qdq" whose scale is dynamic; MissingPackageError without
+    Raises OptionError for an invalid option, also for one that this profile does not take;
+    UnsupportedInputError for anything but an ExportedProgram, for float16 or bfloat16 where float32
+    is needed, and under "qdq" for linears with dynamic scales; MissingPackageError without
     onnxscript; and what torch.onnx.export raises for operators that it cannot translate.
     """
     if profile not in PROFILES:
@@ -76,9 +74,9 @@ def save(
         raise OptionError(f"weight_bits=7 is for profile 'cpu', not {profile!r}: nothing overflows")
     require_program("onnx.save", program)
     if profile != "portable":
-        _only_float32(program, profile)
+        _require_float32(program, profile)
     if profile == "qdq":
-        _only_static(program)
+        _require_static(program)
     if profile == "cpu" and weight_bits == 8 and _overflows_here():
         log.warning(
             "this processor has no VNNI: onnxruntime's products of 8-bit weights overflow on it. "
@@ -90,53 +88,53 @@ def save(
         raise MissingPackageError("ONNX files need pip install graphquant[onnx]") from missing
 
     form = Form(unsigned=profile == "cpu", weight_bits=weight_bits, static=profile == "qdq")
-    made = torch.onnx.export(
+    onnx_program = torch.onnx.export(
         program,
         dynamo=True,
         opset_version=OPSET,
         custom_translation_table=dict(translations(form, opset20)),
         output_names=_output_names(program),
-        optimize=False,  # names first
+        optimize=False,  # done below, after weights are named
         verbose=False,
     )
-    assert made is not None
-    _name_weights(made.model.graph)
-    made.optimize()
+    assert onnx_program is not None
+    _name_weights(onnx_program.model.graph)
+    onnx_program.optimize()
     if weight_bits == 7:
-        _round_weights(made.model)
-    _forget_sources(made.model.graph)
-    made.save(path, external_data=external_data)
+        _round_weights(onnx_program.model)
+    _drop_source_metadata(onnx_program.model.graph)
+    onnx_program.save(path, external_data=external_data)
 
 
 def _name_weights(graph: Any) -> None:
-    """ "layers.0.fc1.wq.T" for what a weight will be when it is turned."""
+    """Name transposed weights after the weight: "layers.0.fc1.wq.T"."""
     for node in graph:
         if node.op_type != "Transpose":
             continue
-        value, made_by = node.inputs[0], node.inputs[0].producer()
-        while made_by is not None and made_by.op_type in ROUNDING:
-            value, made_by = made_by.inputs[0], made_by.inputs[0].producer()
+        value, producer = node.inputs[0], node.inputs[0].producer()
+        while producer is not None and producer.op_type in ROUNDING:
+            value, producer = producer.inputs[0], producer.inputs[0].producer()
         if value.is_initializer() and value.dtype.name == "INT8":
             node.outputs[0].name = f"{value.name}.T"
 
 
 def _round_weights(model: Any) -> None:
-    """Compute 7-bit weights: optimisers leave what is large to the runtime."""
+    """Fold the rounding to 7 bits into the weights: by default large constants are not folded."""
     from onnxscript.optimizer import fold_constants
 
     fold_constants(model, input_size_limit=sys.maxsize, output_size_limit=sys.maxsize)
 
 
-def _forget_sources(graph: Any) -> None:
-    """torch.onnx notes with every operator the lines of Python it comes from, in the words and by
-    the paths of this machine: most of a small file, and nobody else's business."""
+def _drop_source_metadata(graph: Any) -> None:
+    """Remove the Python source lines and local paths that torch.onnx attaches to every node: most
+    of a small file, and private."""
     for node in graph:
         for key in node.metadata_props.keys() - KEPT:
             del node.metadata_props[key]
 
 
 def _output_names(program: ExportedProgram) -> list[str]:
-    """One for each tensor among the outputs: "last_hidden_state", "hidden_states.0"."""
+    """The name of each output tensor: "last_hidden_state", "hidden_states.0"."""
     signature, spec = program.graph_signature, program.call_spec.out_spec
     assert spec is not None
     outputs = [s.arg for s in signature.output_specs if s.kind is OutputKind.USER_OUTPUT]
@@ -149,11 +147,12 @@ def _output_names(program: ExportedProgram) -> list[str]:
     return [f"{name}_out" if name in signature.user_inputs else name for name in names]
 
 
-def _only_float32(program: ExportedProgram, profile: str) -> None:
-    """Refuse halves: onnxruntime's CPU kernels are float32, and TensorRT chooses by itself."""
+def _require_float32(program: ExportedProgram, profile: str) -> None:
+    """Refuse fp16 and bf16: onnxruntime's CPU kernels are float32, and TensorRT picks its own
+    precision."""
     for node in program.graph.nodes:
         value = node.meta.get("val")
-        if isinstance(value, Tensor) and value.dtype in _HALVES:
+        if isinstance(value, Tensor) and value.dtype in _HALF_DTYPES:
             short = str(value.dtype).removeprefix("torch.")
             raise UnsupportedInputError(
                 f"profile {profile!r} needs a float32 model, but {node.name} is {short}: export "
@@ -161,8 +160,8 @@ def _only_float32(program: ExportedProgram, profile: str) -> None:
             )
 
 
-def _only_static(program: ExportedProgram) -> None:
-    """Refuse scales that depend on the data, and say where they are."""
+def _require_static(program: ExportedProgram) -> None:
+    """Refuse dynamic scales, naming their linears."""
     if dynamic := list(dynamic_linears(program)):
         raise UnsupportedInputError(
             f"profile 'qdq' needs static scales, but those of {', '.join(dynamic)} are dynamic: "

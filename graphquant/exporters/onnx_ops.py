@@ -1,4 +1,4 @@
-"""graphquant's ops in ONNX operators: one method an op, called with the values of the graph.
+"""ONNX translations of graphquant's ops: one method per op.
 
 Profiles "cpu" and "portable", a quantizer and the linear behind it:
 
@@ -7,23 +7,23 @@ Profiles "cpu" and "portable", a quantizer and the linear behind it:
     acc = MatMulInteger(xq, wq^T, zero)                 exact int32
     y   = float(acc) * (x_scale * w_scale) + (x_shift * w_sum + bias) + residual
 
-with xq uint8 and zero = 128 ("cpu") or xq int8 and zero = 0 ("portable"). onnxruntime makes one
-kernel (MatMulIntegerToFloat) of MatMulInteger, the cast and the product with a product of two
-scales. A constant vector that is added next goes into it as well, and there is added *before* the
-scales of rows are multiplied in, which is wrong (1.32). So the bias joins the shifts, which are no
-constants, and what is left to add is none.
+with xq uint8 and zero = 128 ("cpu") or xq int8 and zero = 0 ("portable"). onnxruntime fuses
+MatMulInteger, the cast and the product with a product of two scales into one kernel
+(MatMulIntegerToFloat). It also fuses a constant vector that is added next, but adds it *before* the
+row scales are multiplied in, which is wrong (1.32). So the bias is added to the shift term first,
+which is not constant.
 
-Profile "qdq", for engines that look for QuantizeLinear and DequantizeLinear around float products,
-has one scale for all rows and no shift:
+Profile "qdq", for engines that fuse QuantizeLinear and DequantizeLinear around float products, has
+one scale for all rows and no shift:
 
     scale = max(-low, high, MIN_ABSMAX) / 127
     y     = Dequantize(Quantize(x, scale)) @ Dequantize(wq^T, w_scale) + bias + residual
 
-A row that holds inf or nan is not promised to come out as it does from the ops.
+Rows with inf or nan may give other results than the ops do.
 
-Activations are translated by their entries in numerics.ACTIVATIONS. What is here is not traced from
-the ops' float forms: the quantization around the products is what has to be written by hand, and
-of the float parts torch.onnx would spell an RMSNorm otherwise than onnxruntime's fusion wants it.
+Activations are translated by their entries in numerics.ACTIVATIONS. The rest is not traced from the
+ops' float forms: the quantization must be written by hand, and torch.onnx would decompose an
+RMSNorm in a way that onnxruntime does not fuse.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from graphquant.ops.define import OPS, Op
 from graphquant.ops.numerics import ACTIVATIONS, MIN_ABSMAX, QMAX
 from graphquant.ops.qparams import QParams
 
-QMAX7 = 64  # of 7-bit weights: two products with uint8 add up to 255 * 64 * 2 < 2^15 at most
+QMAX7 = 64  # for 7-bit weights: two products with uint8 sum to at most 255 * 64 * 2 < 2^15
 
 Value = Any  # onnxscript.ir.Value
 
 
 @dataclass(frozen=True)
 class Form:
-    """What a profile makes of the ops."""
+    """How a profile represents the ops."""
 
-    unsigned: bool = False  # xq is uint8, 128 more than it was
+    unsigned: bool = False  # xq is uint8, offset by 128
     weight_bits: int = 8
     static: bool = False  # float products between QuantizeLinear and DequantizeLinear
 
@@ -60,8 +60,8 @@ def translations(form: Form, op: Any) -> Mapping[Callable[..., Any], Callable[..
 
 
 def _positional(op: Op, method: Callable[..., Any]) -> Callable[..., Any]:
-    """A function, on which torch.onnx may set attributes, of the op's arguments as a node has them:
-    the last ones by name, or left out."""
+    """The method as a plain function (torch.onnx sets attributes on it) that takes a node's
+    arguments: the last ones by name, or left out."""
 
     def translate(*args: Any, **named: Any) -> Any:
         rest = op.target._schema.arguments[len(args) :]
@@ -77,7 +77,7 @@ class _Translation:
         from onnxscript import ir
 
         self.form, self.op, self.ir = form, op, ir
-        self.weights: dict[int, tuple[Value, Value, Value]] = {}  # by what they are made of
+        self.weights: dict[int, tuple[Value, Value, Value]] = {}  # by id(wq)
 
     # --- the ops ---------------------------------------------------------------------------------
 
@@ -136,7 +136,7 @@ class _Translation:
         scores = op.MatMul(op.Mul(self._float(q), self._f32(scale)), kT)
         return self._cast(op.MatMul(op.Softmax(scores, axis=-1), self._float(v)), q.dtype)
 
-    # --- their parts -----------------------------------------------------------------------------
+    # --- parts of the ops ------------------------------------------------------------------------
 
     def _quantized(self, x: Value, qparams: QParams) -> tuple[Value, Value, Value]:
         """numerics.quantize_rows: (xq, x_scale, x_shift)."""
@@ -176,18 +176,18 @@ class _Translation:
         return self._steps(xq), op.Expand(scale, column), op.Expand(self._f32(shift), column)
 
     def _product(self, xq: Value, wT: Value) -> Value:
-        """Exact int32 sums over xq [..., K] and wT [K, N]."""
+        """xq [..., K] @ wT [K, N] in exact int32."""
         op = self.op
         if not self.form.unsigned:
             return op.MatMulInteger(xq, wT)
-        if self._quantizer(xq) is None:  # a constant, which was quantized to int8 before
+        if self._quantizer(xq) is None:  # a constant, already quantized to int8
             wide = op.Cast(xq, to=self.ir.DataType.INT32)
             wide = op.Add(wide, self._const(np.array(128, np.int32)))
             xq = op.Cast(wide, to=self.ir.DataType.UINT8)
         return op.MatMulInteger(xq, wT, self._zero([]))
 
     def _dequantized(self, xq: Value, x_scale: Value, x_shift: Value) -> Value:
-        """x in float again; of a constant, as its rows have it."""
+        """x dequantized to float; a constant by the scale and shift of its rows."""
         op, quantizer = self.op, self._quantizer(xq)
         if quantizer is not None:
             return op.DequantizeLinear(xq, *quantizer.inputs[1:])
@@ -195,8 +195,8 @@ class _Translation:
         return op.Add(x, x_shift)
 
     def _quantizer(self, xq: Value) -> Any | None:
-        """The QuantizeLinear that xq comes from through views of its rows. Those were declared
-        int8, which is what the op returns, and have the type of xq from here on."""
+        """The QuantizeLinear that xq comes from through row views, or None. The views are declared
+        int8, the op's dtype; their dtype is corrected here."""
         views, node = [xq], xq.producer()
         while node is not None and node.op_type != "QuantizeLinear":
             views.append(node.inputs[0])
@@ -207,7 +207,7 @@ class _Translation:
         return node
 
     def _weight(self, wq: Value, w_scale: Value, w_sum: Value) -> tuple[Value, Value, Value]:
-        """wT [K, N], w_scale, w_sum in the file's bits; the same for all linears that read wq."""
+        """wT [K, N], w_scale, w_sum in the file's bit width; shared by all linears with this wq."""
         if (weight := self.weights.get(id(wq))) is None:
             seven = self.form.weight_bits == 7
             q, w_scale, w_sum = self._seven_bits(wq, w_scale) if seven else (wq, w_scale, w_sum)
@@ -215,7 +215,7 @@ class _Translation:
         return weight
 
     def _seven_bits(self, wq: Value, w_scale: Value) -> tuple[Value, Value, Value]:
-        """64 steps instead of 127."""
+        """The weight requantized to 64 steps instead of 127."""
         op, types = self.op, self.ir.DataType
         steps = op.Round(op.Mul(op.Cast(wq, to=types.FLOAT), self._f32(QMAX7 / QMAX)))
         w_scale = op.Mul(w_scale, self._f32(QMAX / QMAX7))
@@ -228,28 +228,28 @@ class _Translation:
         beta = None if beta is None else self._float(beta)
         if not rms:
             return op.LayerNormalization(x, gamma, beta, axis=-1, epsilon=eps)[0]
-        # spelled as onnxruntime's SimplifiedLayerNormFusion wants it; opset 23 has an operator
+        # the pattern of onnxruntime's SimplifiedLayerNormFusion; opset 23 has an operator
         squares = op.ReduceMean(op.Pow(x, self._f32(2.0)), self._const(np.array([-1])))
         y = op.Mul(op.Div(x, op.Sqrt(op.Add(squares, self._f32(eps)))), gamma)
         return y if beta is None else op.Add(y, beta)
 
-    # --- words -----------------------------------------------------------------------------------
+    # --- helpers ---------------------------------------------------------------------------------
 
     def _float(self, x: Value) -> Value:
         return self._cast(x, self.ir.DataType.FLOAT)
 
     def _cast(self, x: Value, dtype: int) -> Value:
-        made_here = self.ir.DataType.FLOAT  # and not declared yet
-        return x if (x.dtype or made_here) == dtype else self.op.Cast(x, to=int(dtype))
+        undeclared = self.ir.DataType.FLOAT  # values made here have no dtype yet
+        return x if (x.dtype or undeclared) == dtype else self.op.Cast(x, to=int(dtype))
 
     def _steps(self, xq: Value) -> Value:
-        """Say what xq is: torch.onnx would take the op's word for it, int8."""
+        """Declare xq as uint8 if it is: torch.onnx would use the op's dtype, int8."""
         if self.form.unsigned:
             xq.dtype = self.ir.DataType.UINT8
         return xq
 
     def _zero(self, shape: list[int]) -> Value:
-        """The step that stands for zero."""
+        """The zero point, as a constant of this shape."""
         zero = (128, np.uint8) if self.form.unsigned else (0, np.int8)
         return self._const(np.full(shape, *zero))
 

@@ -1,7 +1,7 @@
-"""A rewritten model as an ExportedProgram: int8 weights are its buffers, float ones are gone.
+"""A rewritten model as an ExportedProgram with int8 weights in its buffers and no float ones.
 
-The rewritten graph becomes a module that owns its packed weights, and torch.export takes that: so
-what comes out is a program like any other, with torch's own checks of its inputs.
+The rewritten graph becomes a module that owns its packed weights, and torch.export exports that
+module: the result is an ordinary program, with torch's own checks of its inputs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def to_program(
     dynamic_shapes: Any,
     config: Config,
 ) -> tuple[ExportedProgram, Report]:
-    """Export, rewrite, pack, and export what came of it."""
+    """Export, rewrite, pack, and export the rewritten module: (program, report)."""
 
     def exported(module: nn.Module, sizes: Any) -> ExportedProgram:
         return torch.export.export(
@@ -46,9 +46,9 @@ def to_program(
         program = exported(model, dynamic_shapes)
         with stage("capture"):
             captured = from_export(program)
-        if captured is None:  # a program of numbers only
+        if captured is None:  # no tensors in the program
             return program, Report(())
-        sizes = _sizes(program, tree_leaves((tuple(args), dict(kwargs))))
+        sizes = _dynamic_shapes(program, tree_leaves((tuple(args), dict(kwargs))))
         rewritten = rewrite(captured, config)
         with stage("packing"):
             module = packed(captured, rewritten)
@@ -57,9 +57,9 @@ def to_program(
     return int8, rewritten.report
 
 
-def _sizes(program: ExportedProgram, inputs: Sequence[Any]) -> ShapesCollection:
-    """Which sizes of the inputs may be others, as the program found: it may have narrowed what it
-    was told, and its graph is right for those sizes alone."""
+def _dynamic_shapes(program: ExportedProgram, inputs: Sequence[Any]) -> ShapesCollection:
+    """The inputs' dynamic sizes as the first export found them: it may have narrowed what it was
+    given, and its graph is correct for those sizes only."""
     placeholders = program.graph.find_nodes(op="placeholder")[-len(inputs) or None :]
     dims: dict[Any, Any] = {}
 
@@ -82,7 +82,7 @@ def _sizes(program: ExportedProgram, inputs: Sequence[Any]) -> ShapesCollection:
 
 
 def require_program(entry: str, program: object) -> None:
-    """Raises UnsupportedInputError, in the name of an entry, for what is no exported program."""
+    """Raises UnsupportedInputError, in the name of an entry point, for another type."""
     if not isinstance(program, ExportedProgram):
         raise UnsupportedInputError(
             f"{entry} needs what graphquant.export returned, got {type(program).__name__}"
@@ -92,11 +92,11 @@ def require_program(entry: str, program: object) -> None:
 def packed(captured: Captured, rewritten: Rewritten) -> GraphModule:
     """The rewritten graph as a module with packed weights in buffers: "layers.0.fc1.wq"."""
     gm, graph = captured.gm, captured.gm.graph
-    theirs = {id(t) for t in chain(gm.parameters(), gm.buffers())}
+    of_model = {id(t) for t in chain(gm.parameters(), gm.buffers())}
     first = next(iter(graph.nodes))
 
     def new_input(name: str) -> Node:
-        gm.register_buffer(name, torch.empty(0))  # until its values are known
+        gm.register_buffer(name, torch.empty(0))  # a placeholder
         with graph.inserting_before(first):
             return graph.create_node("get_attr", name, name=name)
 
@@ -104,17 +104,20 @@ def packed(captured: Captured, rewritten: Rewritten) -> GraphModule:
         values = packing.recipe.compute([captured.parameters[r].detach() for r in packing.roots])
         path = _path(packing.inputs, rewritten)
         for node, value in zip(packing.inputs, values, strict=True):
-            if node.users:  # a quantiser of nothing but weights was packed with its result
-                node.target = _keep(gm, f"{path}.{operand(node, next(iter(node.users)))}", value)
+            if node.users:  # an op on weights alone was packed as a whole, its input is unused
+                node.target = _register(
+                    gm, f"{path}.{operand(node, next(iter(node.users)))}", value
+                )
     graph.eliminate_dead_code()
     graph.lint()
-    module = GraphModule(gm, graph)  # holds what the graph reads, and nothing else
-    _copy(module, theirs)
+    module = GraphModule(gm, graph)  # copies only the attributes that the graph reads
+    _copy_tensors(module, of_model)
     return module
 
 
 def _path(inputs: Sequence[Node], rewritten: Rewritten) -> str:
-    """Of the linears that are one product, whose weights these are: "layers.0.q_proj_k_proj"."""
+    """The parent path for these weights, by the linears of their product:
+    "layers.0.q_proj_k_proj"."""
     readers = dict.fromkeys(user for node in inputs for user in node.users)
     paths: list[str] = [
         outcome.path for r in readers for outcome, _ in rewritten.linears.get(r, ())
@@ -125,8 +128,8 @@ def _path(inputs: Sequence[Node], rewritten: Rewritten) -> str:
     return ".".join(filter(None, (*parents, "_".join(path.rpartition(".")[2] for path in paths))))
 
 
-def _keep(root: nn.Module, name: str, value: Tensor) -> str:
-    """Make it a buffer, under this name if that is free."""
+def _register(root: nn.Module, name: str, value: Tensor) -> str:
+    """Register a buffer under this name, numbered if it is taken. Returns the final name."""
     *path, last = name.split(".")
     taken: list[str] = []
     owner = root
@@ -145,16 +148,16 @@ def _numbered(name: str) -> chain[str]:
     return chain([name], (f"{name}_{i}" for i in count(1)))
 
 
-def _copy(module: nn.Module, theirs: set[int]) -> None:
-    """Copies of these tensors, for which no gradient is kept, in place of them: the module does not
-    follow a model that changes."""
+def _copy_tensors(module: nn.Module, ids: set[int]) -> None:
+    """Replace the tensors with these ids by copies that need no gradient: the module must not
+    follow later changes of the model."""
     copies: dict[int, Tensor] = {}
-    held: list[dict[str, Any]] = []
+    tables: list[dict[str, Any]] = []
     for owner in module.modules():
-        held += (owner._parameters, owner._buffers)
-    for table in held:
+        tables += (owner._parameters, owner._buffers)
+    for table in tables:
         for name, tensor in table.items():
-            if id(tensor) not in theirs:
+            if id(tensor) not in ids:
                 continue
             if id(tensor) not in copies:
                 with torch.inference_mode(False):

@@ -1,5 +1,5 @@
-"""Which int8 linears of an exported program have a scale for each token: for runtimes that need one
-scale for the tensor."""
+"""The int8 linears of an exported program that have per-token scales, which runtimes with
+per-tensor scales cannot run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _QUANTIZERS = tuple(op.target for op in OPS.values() if op.quantizes)
 
 
 def dynamic_linears(program: ExportedProgram) -> Iterator[str]:
-    """The paths of the int8 linears whose input has a scale for each token, "layers.0.fc1"."""
+    """The paths of the int8 linears whose input has per-token scales: "layers.0.fc1"."""
     buffers = program.graph_signature.inputs_to_buffers
     for linear in program.graph.find_nodes(op="call_function", target=int8_linear.target):
         quantizer = _quantizer(linear)
@@ -24,8 +24,8 @@ def dynamic_linears(program: ExportedProgram) -> Iterator[str]:
 
 
 def _quantizer(linear: Node) -> Node | None:
-    """The op that quantizes what a linear reads. None if that is a constant."""
+    """The op that quantizes a linear's input; None if the input is a constant."""
     node: Node = arguments(linear).xq
     while node.op == "call_function" and not is_call(node, *_QUANTIZERS):
-        node = node.all_input_nodes[0]  # items, and views of rows
+        node = node.all_input_nodes[0]  # getitems and row views
     return node if node.op == "call_function" else None

@@ -1,8 +1,8 @@
-"""An exported program without graphquant's ops: their meaning, written in torch's own.
+"""An exported program with graphquant's ops decomposed into torch's own.
 
-A process that knows no graphquant can load what comes out, and AOTInductor compiles it to C++ and
-to kernels that need no Python. On a CPU every op becomes its reference, so nothing changes in the
-numbers. On CUDA an int8 product becomes `torch._int_mm`, as exact as ours.
+A process without graphquant can load the result, and AOTInductor compiles it to C++ and to kernels
+that need no Python. On a CPU every op becomes its reference, with identical results. On CUDA an
+int8 product becomes `torch._int_mm`, which is exact as well.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from graphquant._torch import int_mm as int8_mm
 from graphquant.ops import OPS, attention, int8_linear
 from graphquant.ops.int8_linear.op import epilogue
 
-# What torch._int_mm asks of [M, K] @ [K, N] on CUDA.
-LEAST_M = 17
+# Requirements of torch._int_mm on CUDA for [M, K] @ [K, N].
+MIN_M = 17
 MULTIPLE = 8  # of K and N
 
 
 def without_ops(program: ExportedProgram) -> ExportedProgram:
-    """The program with every op of graphquant decomposed, and only torch's types in its result."""
+    """The program with graphquant's ops decomposed, and only torch's pytree types in its result."""
     table = {op.target: op.reference for op in OPS.values()}
     table |= {int8_linear.target: _int8_linear, attention.target: _attention}
     done: ExportedProgram = program.run_decompositions(table)
@@ -37,8 +37,8 @@ def without_ops(program: ExportedProgram) -> ExportedProgram:
 
 
 def _plain(spec: TreeSpec) -> TreeSpec:
-    """Dicts and tuples in place of a library's own, as transformers' outputs are: torch has to know
-    every type in a program that it loads."""
+    """The spec with dicts and tuples in place of a library's types, such as transformers' outputs:
+    a process that loads the program must know every pytree type in it."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -57,7 +57,7 @@ def _int8_linear(xq: Tensor, *args: Any) -> Tensor:
 
 
 def by_int_mm(xq: Tensor, x_scale: Tensor, x_shift: Tensor, wq: Tensor, *args: Any) -> Tensor:
-    """int8_linear.reference by one int8 product."""
+    """int8_linear.reference with one int8 GEMM."""
     acc = int_mm(xq.reshape(-1, xq.shape[-1]), wq).float()
     return epilogue(acc, xq, x_scale, x_shift, wq, *args)
 
@@ -67,7 +67,7 @@ def int_mm(xq: Tensor, wq: Tensor) -> Tensor:
     M, K = xq.shape
     N = wq.shape[0]
     k, n = -K % MULTIPLE, -N % MULTIPLE
-    m = 0 if statically_known_true(M >= LEAST_M) else torch.sym_max(LEAST_M - M, 0)
+    m = 0 if statically_known_true(M >= MIN_M) else torch.sym_max(MIN_M - M, 0)
     if k or isinstance(m, torch.SymInt) or m:
         xq = F.pad(xq, (0, k, 0, m))
     if k or n:
@@ -76,7 +76,7 @@ def int_mm(xq: Tensor, wq: Tensor) -> Tensor:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> Tensor:
-    # on CUDA the op is one for fp16 and bf16, and so are torch's fast kernels
+    # on CUDA the op is for fp16 and bf16, as are torch's fused kernels
     fn = attention.float_form if q.device.type == "cuda" else attention.reference
     y: Tensor = fn(q, k, v, scale, tile)
     return y

@@ -1,18 +1,18 @@
 """A static program with quantize and dequantize nodes around its linears, for TensorRT to fuse.
 
-graphquant's ops become float ops, and what made int8 of a value becomes a pair of nodes:
+graphquant's ops become float ops, and each quantization a pair of nodes:
 
-    x   Q(x) = clamp(round(x / s), -128, 127),  DQ(q) = q s     one s for the tensor, no zero point
-    W   DQ(wq) = wq w_scale                                     one for each output channel
-    y   linear(DQ(Q(x)), DQ(wq), bias) + residual               in floats
+    x   Q(x) = clamp(round(x / s), -128, 127),  DQ(q) = q s     s per tensor, no zero point
+    W   DQ(wq) = wq w_scale                                     w_scale per output channel
+    y   linear(DQ(Q(x)), DQ(wq), bias) + residual               in float
 
 A static range [low, high] is quantized around its middle by graphquant, in steps of (high - low) /
-254; TensorRT knows no zero point:
+254; TensorRT has no zero point:
 
     s = max(|low|, |high|) / 127
 
-which is the same step for a range that is symmetric, and twice as large for one on one side of zero
-(what a GELU or a ReLU returns): up to one bit. Within the range the two differ by at most half a
+which is the same step for a symmetric range, and twice as large for a one-sided one (the result of
+a GELU or a ReLU): up to one bit. Within the range the two differ by at most half a
 step of each. Beyond it graphquant clips at `low` and `high`, TensorRT at -128 s and 127 s.
 
 Norms and activations are computed in the dtype of what they read, as in the float model, and no
@@ -39,24 +39,24 @@ from graphquant.ops.int8_linear.op import linear
 from graphquant.ops.numerics import MIN_ABSMAX, QMAX
 from graphquant.ops.qparams import QParams
 
-QMIN = -128  # TensorRT's, of activations; weights have none below -127
+QMIN = -128  # of activations in TensorRT; weights are never below -127
 
 
 def qdq(program: ExportedProgram, *, ops: str = "modelopt") -> ExportedProgram:
     """The program with quantize and dequantize nodes in place of graphquant's ops.
 
-    program  graphquant.export(model, ..., activation="static", calibration=...); it stays as it is
-    ops      how the nodes are spelled. "modelopt": `torch.ops.tensorrt.quantize_op` of NVIDIA's
+    program  graphquant.export(model, ..., activation="static", calibration=...); not modified
+    ops      which ops the nodes call. "modelopt": `torch.ops.tensorrt.quantize_op` of NVIDIA's
              ModelOpt, the only ones that Torch-TensorRT converts; they run on CUDA. "torch":
-             `torch.ops.quantized_decomposed`, which run everywhere and compute the same: how exact
-             the engine will be
+             `torch.ops.quantized_decomposed`, which run everywhere with the same results, to
+             measure the engine's accuracy
 
     Inputs, outputs, dynamic shapes and the int8 weights are those of the program. Activations
     become symmetric, which costs up to one bit where a range is one-sided:
     graphquant/exporters/tensorrt.py has the equations.
 
-    Raises UnsupportedInputError for what is no ExportedProgram, and for one with a scale for each
-    token, which TensorRT's nodes cannot have; OptionError for other `ops`; MissingPackageError
+    Raises UnsupportedInputError for anything but an ExportedProgram, and for one with per-token
+    scales, which TensorRT's nodes do not have; OptionError for other `ops`; MissingPackageError
     where ModelOpt is not installed.
     """
     require_program("tensorrt.qdq", program)
@@ -75,7 +75,7 @@ def qdq(program: ExportedProgram, *, ops: str = "modelopt") -> ExportedProgram:
 
 
 class _Nodes(Protocol):
-    """How Q and DQ are spelled."""
+    """The ops that compute Q and DQ."""
 
     def activation(self, x: Tensor, absmax: float) -> Tensor:
         """DQ(Q(x)) with absmax = 127 s, in x's dtype."""
@@ -102,7 +102,7 @@ class _Torch:
 
 
 class _ModelOpt:
-    """One node is Q and DQ at once, of weights as well: TensorRT makes the int8 again, the same."""
+    """One op for Q and DQ together, for weights as well: TensorRT recovers the same int8 values."""
 
     def __init__(self) -> None:
         try:
@@ -133,7 +133,7 @@ _NODES: dict[str, Callable[[], _Nodes]] = {"modelopt": _ModelOpt, "torch": _Torc
 
 
 class _Floats:
-    """graphquant's ops in float ops and nodes. What stands for xq is x itself, after its nodes."""
+    """Decompositions of graphquant's ops into float ops and Q/DQ: x after Q/DQ stands for xq."""
 
     def __init__(self, nodes: _Nodes) -> None:
         self.nodes = nodes
@@ -154,11 +154,11 @@ class _Floats:
 
     def rows(self, x: Tensor, qparams: QParams) -> tuple[Tensor, Tensor, Tensor]:
         factor, low, high, _ = qparams
-        assert low is not None and high is not None  # `qdq` lets no other through
+        assert low is not None and high is not None  # checked by `qdq`
         if factor is not None:
             x = (x * factor).to(x.dtype)
         x = self.nodes.activation(x, max(-low, high, MIN_ABSMAX))
-        return x, x[..., :1], x[..., :1]  # in place of a scale and a shift: not read any more
+        return x, x[..., :1], x[..., :1]  # placeholders for scale and shift, which are unused
 
     def linear(
         self,
@@ -172,6 +172,6 @@ class _Floats:
         residual: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        if x.dtype == torch.int8:  # of parameters alone, quantized when the program was packed
+        if x.dtype == torch.int8:  # a constant, quantized when the program was packed
             x = x * x_scale + x_shift
         return linear(x, self.nodes.weight(wq, w_scale, dtype), bias, residual, dtype)

@@ -1,8 +1,8 @@
-"""An exported program as TorchScript, for hosts that still load that.
+"""TorchScript of an exported program, for hosts that still load TorchScript.
 
-torch.jit.trace follows sizes through methods of tensors, `x.size(0)` and `x.reshape(n, -1)`, but
-not through calls of overloads such as aten.sym_size.int: what these return are numbers to it, those
-of the example, for good. So calls that give or take a dynamic size become methods first.
+torch.jit.trace follows sizes through tensor methods, `x.size(0)` and `x.reshape(n, -1)`, but not
+through overloads such as aten.sym_size.int, whose results it bakes in as constants of the example.
+So calls that return or take a dynamic size are replaced by methods first.
 """
 
 from __future__ import annotations
@@ -32,43 +32,42 @@ CHECKS = (
 def torchscript(program: ExportedProgram) -> torch.jit.ScriptModule:
     """The program as a traced TorchScript module: `.save(path)` it, `torch.jit.load(path)` it.
 
-    program  what `graphquant.export` returned; it stays as it is, and its example inputs are those
-             of the trace
+    program  what `graphquant.export` returned; not modified, traced with its example inputs
 
-    It takes the model's arguments by position or by name, and returns plain dicts, tuples and
-    tensors. What was dynamic in the export is dynamic in the trace. Its weights are the program's
-    own tensors until it is saved.
+    The module takes the model's arguments by position or by name, and returns plain dicts, tuples
+    and tensors. Sizes that are dynamic in the export are dynamic in the trace. Its weights are the
+    program's own tensors until it is saved.
 
-    A process that loads the file has to import graphquant first, for its ops; so it needs Python.
-    torch itself deprecates TorchScript: where you can choose, save the program.
+    A process that loads the file must import graphquant first, for its ops, so it needs Python.
+    torch deprecates TorchScript: where you can choose, save the program.
 
-    Raises UnsupportedInputError for what is no ExportedProgram, and for one without example inputs
-    or with ones that are not tensors; and what torch.jit.trace raises.
+    Raises UnsupportedInputError for anything but an ExportedProgram, and for one without example
+    inputs or with inputs that are not tensors; and what torch.jit.trace raises.
     """
     require_program("torchscript", program)
     if program.example_inputs is None:
         raise UnsupportedInputError("torchscript needs a program with example inputs")
     gm = without_checks(program)
-    _with_traced_sizes(gm)
+    _use_traceable_calls(gm)
     args, kwargs = program.example_inputs
     inputs = {**dict(zip(inspect.signature(gm.forward).parameters, args, strict=False)), **kwargs}
-    if strange := [name for name, x in inputs.items() if not isinstance(x, Tensor)]:
+    if others := [name for name, x in inputs.items() if not isinstance(x, Tensor)]:
         raise UnsupportedInputError(
-            f"torchscript takes tensors alone, but {strange[0]} is "
-            f"{type(inputs[strange[0]]).__name__}: wrap the model in a module that sets it"
+            f"torchscript takes only tensors, but {others[0]} is "
+            f"{type(inputs[others[0]]).__name__}: wrap the model in a module that sets it"
         )
     with torch.no_grad():
         traced: torch.jit.ScriptModule = torch.jit.trace(
             gm.eval(),
             example_kwarg_inputs=inputs,
             strict=False,  # a dict may be returned
-            check_trace=False,  # it would run the model twice more
+            check_trace=False,  # would run the model twice more
         )
     return traced
 
 
-def _with_traced_sizes(gm: GraphModule) -> None:
-    """Calls that give or take a dynamic size as functions that torch.jit.trace follows."""
+def _use_traceable_calls(gm: GraphModule) -> None:
+    """Replace calls that return or take a dynamic size by ones that torch.jit.trace follows."""
     graph = gm.graph
     for check in CHECKS:
         for node in graph.find_nodes(op="call_function", target=check):
@@ -76,7 +75,7 @@ def _with_traced_sizes(gm: GraphModule) -> None:
     graph.eliminate_dead_code()
     for node in graph.nodes:
         if node.op == "call_function" and any(map(_is_size, (node, *node.all_input_nodes))):
-            node.target = _traced(node)
+            node.target = _traceable(node)
     gm.recompile()
 
 
@@ -84,8 +83,8 @@ def _is_size(node: Node) -> bool:
     return isinstance(node.meta.get("val"), torch.SymInt)
 
 
-def _traced(node: Node) -> Any:
-    """The same function by another name: torch.Tensor's, or torch's."""
+def _traceable(node: Node) -> Any:
+    """The torch.Tensor method or torch function that computes the same as the node's target."""
     if is_call(node, aten.sym_size.int):
         return torch.Tensor.size
     if is_call(node, aten.sym_numel.default):

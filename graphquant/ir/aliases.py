@@ -21,9 +21,9 @@ from graphquant.ir.graph import aten, full_args, is_tensor, nodes_in
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Do two fake values lie in memory alike: sizes, strides, offset, and how much there is of it?
+    """Do two fake values have equal sizes, strides, storage offset and storage size?
 
-    Of sizes that are symbols: only what is known without a guard.
+    Symbolic sizes are equal only if that is known without a guard.
     """
     return a.dim() == b.dim() and all(
         statically_known_true(m == n) for m, n in zip(_layout(a), _layout(b), strict=True)
@@ -53,7 +53,7 @@ def writes(node: Node) -> list[Node]:
 
 @cache
 def _may_write(op: OpOverload) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The arguments that an op writes to, and those of which one must be True for it to."""
+    """(arguments that an op writes to, flags of which one must be True for that)."""
     if op in _WRITES_NO_VALUE:
         return (), ()
     arguments = {a.name: a for a in op._schema.arguments}
@@ -63,10 +63,10 @@ def _may_write(op: OpOverload) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(name for name in _STATISTICS if name in arguments and flags), flags
 
 
-_WRITES_NO_VALUE = frozenset({aten.detach_.default})  # it changes what autograd knows
+_WRITES_NO_VALUE = frozenset({aten.detach_.default})  # it changes only autograd metadata
 
 
-# batch_norm, instance_norm and their kin update these without a word of it in their schemas
+# batch_norm, instance_norm and similar ops update these, which their schemas do not declare
 _STATISTICS = ("running_mean", "running_var")
 
 
@@ -74,7 +74,7 @@ _UPDATES_STATISTICS = ("training", "train", "use_input_stats")
 
 
 def _written_inside(node: Node) -> list[Node]:
-    """What a higher-order op writes to: all that it reads, if any of its graphs writes at all."""
+    """The arguments that a higher-order op writes to: all of them, if any of its graphs writes."""
     root = node.graph.owning_module
     read = [n for n in node.all_input_nodes if is_tensor(n)]
     names = [n.target for n in node.all_input_nodes if n.op == "get_attr"]
@@ -85,7 +85,7 @@ def _written_inside(node: Node) -> list[Node]:
 
 
 def memory(node: Node) -> frozenset[int]:
-    """The storages in which the value of a node lies. Empty where none is known."""
+    """The storages of a node's value. Empty if unknown."""
     return memory_of(node.meta.get("val"))
 
 
@@ -107,9 +107,9 @@ def _storage(value: object) -> int | None:
 def may_alias(node: Node) -> list[Node]:
     """The inputs whose memory this node's value may share.
 
-    What its fake value lies in says so, and the schema: einsum, meshgrid or broadcast_tensors
+    Both by the storage of its fake value and by the schema: einsum, meshgrid or broadcast_tensors
     return views that their schemas do not declare; and a reshape that copied when the model was
-    traced may return a view once a rule has changed how its input lies in memory.
+    traced may return a view once a rule has changed its input's layout.
     """
     if node.op != "call_function":
         return []
@@ -125,7 +125,7 @@ def may_alias(node: Node) -> list[Node]:
 
 
 def families(graph: Graph) -> Callable[[Node], Node]:
-    """Values that may share memory have one head."""
+    """Union-find of alias sets: a function from a value to the representative of its set."""
     family: dict[Node, Node] = {}
     first: dict[int, Node] = {}
 
@@ -153,7 +153,7 @@ def written_in_place(graph: Graph) -> set[Node]:
 
 
 def leaving(graph: Graph) -> set[Node]:
-    """Every value whose memory the caller gets to see, through any alias of it."""
+    """Every value whose memory is returned to the caller, through any alias of it."""
     head = families(graph)
     returned = {head(n) for n in graph.output_node().all_input_nodes}
     return {n for n in graph.nodes if head(n) in returned}

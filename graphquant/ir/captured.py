@@ -1,4 +1,4 @@
-"""The one form in which passes see a model, be it from torch.compile or torch.export."""
+"""The captured graph that passes work on, from torch.compile and torch.export alike."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from graphquant._torch import FakeTensorMode
 
 @dataclass
 class Captured:
-    """A model's graph and what is known of its inputs.
+    """A model's graph and what is known about its inputs.
 
     gm              pre-dispatch ATen, a fake tensor in `meta["val"]` of every node
     fake_mode       the mode those fake tensors belong to
@@ -21,10 +21,10 @@ class Captured:
                     real tensors
     names           their names in the module, "encoder.layers.0.fc1.weight"
     differentiable  graph inputs that require a gradient
-    grad_enabled    was autograd on when the graph begins
+    grad_enabled    whether autograd is on where the graph begins
     training        the paths of the model's modules in training mode, "" is the model itself
-    elsewhere       the paths that linears of the model may have which are in other graphs
-    inferred        of each node, what passes/verify.py last computed it from and found
+    elsewhere       paths of the model's linears that may be in other graphs
+    inferred        cache of passes/verify.py: what it last inferred for a node, and from what
     """
 
     gm: GraphModule

@@ -1,4 +1,4 @@
-"""Which values of a graph are the same at every call."""
+"""Which values of a graph are constant: the same at every call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.fx import Node
 from graphquant.ir.aliases import written_in_place
 from graphquant.ir.graph import LITERAL, aten, is_impure, is_random
 
-# Ops without tensors among their inputs that make the same tensor at every call.
+# Ops without tensor inputs that return the same tensor at every call.
 FACTORIES = frozenset(
     {
         aten.arange.default,
@@ -35,11 +35,11 @@ UNSET = frozenset({aten.empty_like.default, aten.new_empty.default, aten.new_emp
 class Constants:
     """Which nodes depend on parameters and buffers only. `roots` are those themselves.
 
-    What the graph writes to while it runs is no constant, under whatever name: it has one value
-    before the write and another after it, and the next run starts from that one.
+    A value that the graph writes to is not constant, under any alias: it differs before and after
+    the write, and the next run starts from the written one.
 
-    What numbers make (LITERAL, FACTORIES) may take part, but alone it is no weight: a packed weight
-    belongs to its parameters.
+    Tensors made of numbers alone (LITERAL, FACTORIES) may take part, but are no weights by
+    themselves: a packed weight belongs to parameters.
     """
 
     def __init__(self, roots: Iterable[Node]) -> None:
@@ -85,7 +85,7 @@ class Constants:
         return found
 
     def made_from(self, node: Node) -> list[Node]:
-        """A constant and all that it is computed from."""
+        """A constant and every value that it is computed from."""
         found, edge = {node: None}, [node]
         for value in edge:
             if value not in self.roots:
@@ -95,8 +95,8 @@ class Constants:
         return list(found)
 
     def written_in(self, node: Node) -> Node | None:
-        """What the graph writes to, if that is why this value is no constant: a parameter, or a
-        value that is made of such."""
+        """The value whose in-place write keeps this one from being constant: a parameter, or a
+        value computed from parameters. None if there is another reason."""
         edge, seen = [node], {node}
         for value in edge:
             if value not in self.roots and (value.op != "call_function" or is_random(value)):

@@ -1,8 +1,8 @@
-"""Which contexts of the model are in force where: autograd, inference mode, autocast, attention.
+"""The contexts that are active at each node: autograd, inference mode, autocast, SDPA backends.
 
-Dynamo writes contexts into its graphs as calls that set a state of torch and compute nothing. The
-calls in STATEFUL are kept where they stand (capture/aten.py), so a graph is a row of segments,
-between which the state changes. A graph with any other such call is not rewritten at all.
+Dynamo records contexts as calls that change torch's global state and compute nothing. The calls in
+STATEFUL stay in place (capture/aten.py), so a graph is a sequence of segments with changes of state
+between them. A graph with any other such call is not rewritten.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ STATEFUL: frozenset[Any] = frozenset(
 
 @dataclass(frozen=True)
 class Region:
-    """The state of torch at one node.
+    """Torch's global state at one node.
 
-    grad        is autograd on (inference mode apart, under which nothing is recorded)
-    inference   is inference mode on
+    grad        whether autograd is on (without regard to inference mode)
+    inference   whether inference mode is on
     autocast    the arguments of the open autocast regions, outer ones first
-    sdpa        arguments of the last SET_SDPA: (names of backends, is their order a priority).
-                None: as outside of the graph
+    sdpa        arguments of the last SET_SDPA: (names of backends, whether their order is a
+                priority); None: as outside the graph
     """
 
     grad: bool = False
@@ -65,14 +65,14 @@ class Region:
 
 
 def sets_state(node: Node) -> bool:
-    """Does this call change the state of torch, and compute no value?"""
+    """Does this call change torch's global state and compute no value?"""
     return node.op == "call_function" and node.target in STATEFUL
 
 
 def regions(graph: Graph, grad_enabled: bool = False) -> Iterator[tuple[Node, Region]]:
-    """Every node with the region that it stands in."""
+    """Every node with its Region."""
     now = Region(grad=grad_enabled)
-    entered: dict[Node, Any] = {}  # what was in force before
+    entered: dict[Node, Any] = {}  # the state to restore at the exit
     for node in graph.nodes:
         yield node, now
         if not sets_state(node):
@@ -104,7 +104,7 @@ def region_of(node: Node) -> Region:
 def are_apart(nodes: Collection[Node], *, autocast: bool) -> bool:
     """Is a context entered or left between the first and the last of these nodes?
 
-    autocast  does autocast count? Not for our ops, which are told what they compute in.
+    autocast  whether autocast counts: not for our ops, which take their dtype as an argument
     """
     if len(nodes) < 2:
         return False

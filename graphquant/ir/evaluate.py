@@ -17,8 +17,8 @@ def evaluate(
     """Call the targets of these nodes in order, and add their results to `values`, which is
     returned.
 
-    values    of all that the nodes read, except what they compute themselves
-    argument  replaces arguments that are no nodes
+    values    of everything that the nodes read and do not compute themselves
+    argument  replaces arguments that are not nodes
     """
 
     def value(a: Any) -> Any:

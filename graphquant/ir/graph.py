@@ -1,4 +1,4 @@
-"""Questions about a graph. Nothing here changes one.
+"""Queries on FX graphs and nodes, and dead-code elimination.
 
 The graph is pre-dispatch ATen: `aten.linear`, `aten.layer_norm`, `aten.gelu` and
 `aten.scaled_dot_product_attention` are single nodes, parameters are inputs (or attributes), and
@@ -30,7 +30,7 @@ aten = torch.ops.aten
 LINEAR = aten.linear.default
 SDPA = aten.scaled_dot_product_attention.default
 MODULE = "graphquant_module"  # meta of a node: the path of the module that calls it (paths.py)
-LITERAL = "graphquant_literal"  # meta of an attribute that is no parameter: its tensor
+LITERAL = "graphquant_literal"  # meta of a get_attr that is not a parameter: its tensor
 
 
 def is_call(value: object, *targets: Any) -> TypeGuard[Node]:
@@ -55,14 +55,14 @@ def arguments(node: Node) -> SimpleNamespace:
 
 
 def with_arguments(node: Node, **changed: Any) -> tuple[Any, ...]:
-    """All arguments in schema order, those that are named here changed."""
+    """All arguments in schema order, with these replaced."""
     named = vars(arguments(node))
     assert changed.keys() <= named.keys(), f"{node.target} has no {changed.keys() - named.keys()}"
     return tuple((named | changed).values())
 
 
 def operand(value: Node, reader: Node) -> str:
-    """What this reader of the value calls it: "wq"."""
+    """The name of the argument as which this reader takes the value: "wq"."""
     for name, given in vars(arguments(reader)).items():
         if value in nodes_in(given):
             return name
@@ -77,7 +77,7 @@ def nodes_in(argument: Any) -> list[Node]:
 
 
 def fake_result(mode: FakeTensorMode, target: Any, args: Any, kwargs: Any) -> Any:
-    """What a call computes, as a fake value, from the fake values of its arguments.
+    """The fake result of a call, from the fake values of its arguments.
 
     With the Python dispatcher, as in tracing: some of torch's C++ composites (matmul in torch 2.11)
     ask for sizes that are symbols here.
@@ -109,7 +109,7 @@ def hint(size: int | torch.SymInt) -> int:
 
 
 def between(out: Node, x: Node) -> list[Node]:
-    """What is computed on the way from x to out, without these two."""
+    """The nodes on all paths from x to out, without these two."""
     found: dict[Node, bool] = {x: True, out: False}
 
     def from_x(node: Node) -> bool:
@@ -135,7 +135,7 @@ _DROPOUTS = frozenset(
 
 
 def drops_nothing(node: Node) -> bool:
-    """A dropout that returns what it is given, itself: fake values say that it is a copy."""
+    """A dropout that returns its input itself, although its fake value is a copy."""
     if not is_call(node, *_DROPOUTS):
         return False
     _, p, train = full_args(node)
@@ -147,7 +147,7 @@ def is_random(node: Node) -> bool:
 
 
 def autocast_at(node: Node) -> ExitStack:
-    """The autocast regions that a node stands in: new fake values get the types of a real run."""
+    """The autocast regions of a node, entered: new fake values get the dtypes of a real run."""
     with ExitStack() as opened:
         for args in region_of(node).autocast:
             opened.enter_context(torch.autocast(*args))
@@ -155,9 +155,9 @@ def autocast_at(node: Node) -> ExitStack:
 
 
 def is_impure(node: Node) -> bool:
-    """Does this node do more than compute its value? Then it stays, read or not.
+    """Does this node do more than compute its value? Then it stays, even without users.
 
-    torch's own answer knows neither the contexts that are kept nor every op that returns nothing.
+    Node.is_impure misses the contexts that are kept, and some ops that return nothing.
     """
     if node.is_impure() or sets_state(node):
         return True
@@ -167,7 +167,7 @@ def is_impure(node: Node) -> bool:
 
 
 def drop_dead_code(graph: Graph) -> None:
-    """Erase what nobody reads and what does nothing but to draw random numbers."""
+    """Erase nodes without users; of impure ones, those that only draw random numbers."""
 
     def stays(node: Node) -> bool:
         return is_impure(node) and not (is_random(node) and not node.target._schema.is_mutable)  # type: ignore[union-attr]
@@ -176,7 +176,7 @@ def drop_dead_code(graph: Graph) -> None:
 
 
 def readers(node: Node) -> str:
-    """Who reads this value, for a sentence: "add, scaled_dot_product_attention"."""
+    """The users of this value, for a message: "add, scaled_dot_product_attention"."""
     names = dict.fromkeys(
         "the output"
         if u.op == "output"
@@ -187,7 +187,7 @@ def readers(node: Node) -> str:
 
 
 def described(node: Node, names: Mapping[Node, str]) -> str:
-    """What a value is, for a sentence: "bias" or "the result of gelu in encoder.layers.0"."""
+    """What a value is, for a message: "bias" or "the result of gelu in encoder.layers.0"."""
     if node in names:
         return names[node]
     if node.op != "call_function":

@@ -1,4 +1,4 @@
-"""A captured graph, run with a view of every value, and the layers of a model that it runs for."""
+"""Interpreter that observes every intermediate, and the module paths of a graph's linears."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.fx import GraphModule, Interpreter, Node
 from graphquant.ir.paths import Places, moved_path, weight_path
 
 
-class Watched(Interpreter):
-    """Runs a graph and calls after(node, value, values of its inputs) behind every node. What that
-    returns, if it is not None, stands for the node's value from there on."""
+class ObservingInterpreter(Interpreter):
+    """Runs a graph and calls after(node, value, values of all nodes so far) after every node. A
+    result other than None replaces the node's value."""
 
     def __init__(
         self, gm: GraphModule, after: Callable[[Node, Any, Mapping[Node, Any]], Any]
@@ -23,17 +23,17 @@ class Watched(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
-        instead = self._after(n, value, self.env)
-        return value if instead is None else instead
+        replacement = self._after(n, value, self.env)
+        return value if replacement is None else replacement
 
 
 class Caller(NamedTuple):
     """A linear of a captured graph.
 
-    path    its module path, as it was captured
-    name    of a parameter that its weight is computed from
+    path    its module path, as captured
+    name    the name of a parameter that its weight is computed from
     weight  that parameter
-    place   which input of the graph that is
+    place   the index of that parameter among the graph's inputs
     """
 
     path: str
@@ -45,8 +45,8 @@ class Caller(NamedTuple):
 class Paths:
     """The module paths of a model's linears.
 
-    Layers may share one graph, which has the paths of the one that it was captured from; the
-    weights that it is called with tell which layer it is.
+    Layers may share one graph, whose paths are those of the layer that it was captured from; the
+    weights of a call tell which layer runs.
     """
 
     def __init__(self, model: nn.Module | None) -> None:
@@ -54,7 +54,7 @@ class Paths:
         self._ran: set[str] = set()
 
     def of(self, linear: Caller, args: Sequence[Any]) -> tuple[str, ...]:
-        """The path of this linear in a call of its graph, and behind it those of other linears with
+        """The path of this linear in a call of its graph, followed by those of other linears with
         the same weight."""
         weight = args[linear.place]
         names = self._places.names(weight)

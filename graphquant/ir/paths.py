@@ -1,7 +1,7 @@
-"""Where in a model its linears are: one module path for each of them, whoever asks.
+"""Module paths of a model's linears: one for each, the same from every entry point.
 
-The path of a linear is the place of its weight, if that is inside the module that calls it, and
-else that module:
+The path of a linear is that of its weight, if the weight is inside the module that calls it, else
+that of the module:
 
     nn.Linear fc                                            fc
     weight_norm, spectral_norm or pruning of fc             fc
@@ -9,7 +9,7 @@ else that module:
     F.linear(x, self.w) in block                            block.w
     decoder, an nn.Linear with the embedding's weight       decoder
 
-So two modules that share a weight have two paths, and several linears of one module are told apart.
+So two modules that share a weight have two paths, and several linears of one module differ.
 Paths begin at the module that was given to torch.compile, also behind a graph break.
 """
 
@@ -33,7 +33,7 @@ _STEP = re.compile(
     r"|\[(?P<key>'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|-?\d+)\]"
     r"|\.(?P<name>[^.\[]+)"
 )
-_WRAPPED = ("cell_contents", "__self__", "_orig_mod")  # what the model is behind
+_WRAPPED = ("cell_contents", "__self__", "_orig_mod")  # attributes that lead to the model
 
 
 def linear_path(module: str, weights: Sequence[str]) -> str:
@@ -49,8 +49,8 @@ def linear_path(module: str, weights: Sequence[str]) -> str:
 def weight_path(weight: str, others: Sequence[str] = ()) -> str:
     """ "layers.0.fc1" for the weight "layers.0.fc1.weight", "attn.in_proj" for a packed one.
 
-    others  the names of all parameters that are computed to one with it, as torch.nn.utils does
-            for normalized and pruned weights
+    others  the names of all parameters that form one weight with it, as in torch.nn.utils'
+            weight normalization and pruning
     """
     plain = re.sub(r"(^|\.)parametrizations\.([^.]+)\.original\d*$", r"\1\2", weight)
     for suffix in ("_orig", "_mask", "_v", "_g"):
@@ -73,20 +73,20 @@ def moved_path(path: str, old: str, new: str) -> str:
         theirs.pop()
     steps = path.split(".")
     if steps[: len(ours)] != ours:
-        return path  # of a module that the weight is not in
+        return path  # the weight is not inside this module
     return ".".join(theirs + steps[len(ours) :])
 
 
 class Places:
-    """Where the modules and the tensors of a model are, all names of those that it has twice.
+    """Names of a model's modules and tensors: several for shared ones.
 
-    root  what was given to torch.compile; None if that is no module
+    root  what was given to torch.compile; None if that is not a module
     """
 
     def __init__(self, root: nn.Module | None) -> None:
         self._modules: dict[int, list[str]] = {}
         self._tensors: dict[int, list[str]] = {}
-        self._matrices: dict[int, list[str]] = {}  # of those, what may be a weight
+        self._matrices: dict[int, list[str]] = {}  # those that may be weights
         self._training: list[str] = []
         for path, module in () if root is None else _walk(root):
             self._modules.setdefault(id(module), []).append(path)
@@ -119,7 +119,7 @@ class Places:
         return _nearest(self.names(tensor), _join(*_steps(text))) or text
 
     def mark(self, gm: GraphModule) -> None:
-        """Leave on every node of these graphs which module calls it (`module_path`)."""
+        """Record in every node's meta which module calls it (`module_path`)."""
         for inner in gm.modules():
             if isinstance(inner, GraphModule):
                 for node in inner.graph.nodes:
@@ -138,7 +138,7 @@ class Places:
 
 
 def _nearest(known: Sequence[str], spelled: str) -> str:
-    """Of the names of one thing the one that is spelled so, maybe from inside the model."""
+    """The known name that matches this spelling, maybe from inside the model; else the first."""
     if spelled in known or not known:
         return spelled
     return next((name for name in known if name.endswith(f".{spelled}")), known[0])
@@ -158,7 +158,7 @@ def _steps(text: str) -> list[str]:
 
 
 def _walk(module: nn.Module, path: str = "", above: tuple[int, ...] = ()) -> Iterator[Any]:
-    """(path, module) of a module and all in it, as often as they are in it."""
+    """(path, module) of a module and its descendants; shared ones once for each path."""
     if id(module) in above:
         return
     yield path, module

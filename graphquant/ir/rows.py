@@ -21,7 +21,7 @@ CASTS = frozenset(
 )
 
 
-# Casts between these are no more than rounding beside int8's steps. Float8's steps are coarser.
+# Casts between these round by less than int8's steps. Float8's steps are coarser.
 ROUND_FINELY = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
@@ -58,7 +58,7 @@ def width(node: Node) -> int:
 
 
 def is_widening(node: Node) -> bool:
-    """A cast to a type that holds every value of the one before: it changes none."""
+    """A lossless cast: its dtype represents every value of its input's."""
     if not is_float_cast(node):
         return False
     old, new = torch.finfo(dtype(node.all_input_nodes[0])), torch.finfo(dtype(node))
@@ -66,7 +66,7 @@ def is_widening(node: Node) -> bool:
 
 
 def is_float_cast(node: object) -> TypeGuard[Node]:
-    """A cast that rounds no further than int8 does: between ROUND_FINELY, on one device."""
+    """A cast between dtypes of ROUND_FINELY, on one device: it rounds less than int8 does."""
     if not is_call(node, *CASTS):
         return False
     old, new = node.all_input_nodes[0].meta["val"], node.meta["val"]
@@ -74,13 +74,13 @@ def is_float_cast(node: object) -> TypeGuard[Node]:
 
 
 def overflowing(value: Node, producer: Node, given: torch.dtype) -> Node | None:
-    """The cast between a producer and this value, made of it by views and casts, that turns finite
-    numbers to inf: numbers which `given` can hold."""
+    """The cast on the way from a producer to this value (views and casts) that may turn finite
+    numbers of dtype `given` into inf; None if there is none."""
     found = None
     while value is not producer:
         source = value.all_input_nodes[0]
         if is_float_cast(value) and torch.finfo(dtype(value)).max < torch.finfo(given).max / 2:
-            found = value  # bfloat16's maximum is float32's but for rounding
+            found = value  # half: bfloat16's maximum is float32's up to rounding
         value = source
     return found
 
@@ -106,10 +106,9 @@ def keeps_rows(node: Node) -> bool:
 
 
 def origin(node: Node, found: Callable[[Node], object]) -> tuple[Node, list[Node]]:
-    """Walk up through row-keeping views and casts that hardly round: (producer, views in data
-    order).
+    """Walk up through row-keeping views and float casts: (producer, views in data order).
 
-    `found(node)`: is this one it already? A norm that was spelled out may end in a cast.
+    found  stops the walk at a node: a decomposed norm may itself end in a cast
     """
     views: list[Node] = []
     while not found(node) and (keeps_rows(node) or is_float_cast(node)):

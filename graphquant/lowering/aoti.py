@@ -1,9 +1,9 @@
-"""How AOTInductor calls our ops on CUDA: as Triton kernels that become part of the package.
+"""Lowering for AOTInductor on CUDA: ops become Triton kernels inside the package.
 
-The package needs neither Python nor graphquant then. A kernel's own launch code is run on the fake
-tensors of the graph, and what it would launch, Inductor launches: with the sizes of each call, and
-the tile that suits the sizes of the export. Inductor has no place for CUDA sources, so a product
-has Triton's kernel where torch.compile has hopper.cu, and attention is torch's.
+The package then needs neither Python nor graphquant. A kernel's own launch code runs on the graph's
+fake tensors, and Inductor emits the launches that it records: with symbolic sizes, and with the
+tile chosen for the sizes of the export. Inductor cannot embed CUDA sources, so int8_linear uses its
+Triton kernel where torch.compile uses hopper.cu, and attention is torch's.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from graphquant.ops.numerics import padded
 from graphquant.ops.runtime.launch import Blocks, TritonCall, recorded
 
 aten = torch.ops.aten
-BOX = 128  # bytes of a row: the widest swizzle
+BOX = 128  # bytes per row of a TMA box: the widest swizzle
 
 
 def lower(
     op: Op, given: Sequence[Any], values: Sequence[Any], fakes: Sequence[Tensor]
 ) -> list[Any] | None:
-    """Have Inductor launch the op's Triton kernel: its results, or None if no kernel will do.
+    """Results of the op as a Triton kernel that Inductor launches; None if no kernel applies.
 
-    given, fakes  the arguments and results as they were traced, with fake tensors
-    values        the arguments for Inductor
+    given, fakes  arguments and results as they were traced, with fake tensors
+    values        the arguments as Inductor's IR
     """
     load_kernels()
     out = [_rows(fake) for fake in fakes]
@@ -58,8 +58,8 @@ def lower(
 
 
 def _launch(call: TritonCall, boxes: dict[int, Any]) -> bool:
-    """False if it is on a tensor that is not among these (a copy that was made), or one that is no
-    matrix in memory, of which a descriptor could be made."""
+    """Emit a recorded launch. False if it reads a tensor that is not in `boxes` (a copy), or needs
+    a TMA descriptor of a tensor that is not a matrix in memory."""
     from graphquant.ops.triton_util import compiled_with
 
     options = dict(call.meta)
@@ -92,9 +92,9 @@ def _launch(call: TritonCall, boxes: dict[int, Any]) -> bool:
 
 
 def _rows(fake: Tensor) -> Any:
-    """A buffer for a result [..., K]: the matrix [M, K], or [M, padded(K)] of int8.
+    """A buffer for a result [..., K]: a matrix [M, K], or [M, padded(K)] of int8.
 
-    Inductor can make a descriptor of a whole buffer, not of a view of one.
+    Inductor builds TMA descriptors of whole buffers only, not of views.
     """
     K = fake.shape[-1]
     size = [expr(fake.numel() // K), padded(K) if fake.dtype == torch.int8 else K]
@@ -103,19 +103,18 @@ def _rows(fake: Tensor) -> Any:
 
 
 def _shaped(box: Any, fake: Tensor) -> Any:
-    """The matrix as the result that it holds."""
+    """The result [..., K] as a view of its matrix."""
     K, row = fake.shape[-1], box.get_size()[-1]
     y = lowerings[aten.view.default](box, [*map(expr, fake.shape[:-1]), row])
     return y if row == K else lowerings[aten.slice.Tensor](y, -1, 0, K)
 
 
 def _matrix(box: Any, blocks: Blocks) -> Any:
-    """The whole buffer that a tensor lies in, if that is the matrix; else None. None as well for
-    blocks wider than a box of TMA can be: Triton's launcher makes several of one, Inductor's does
-    not (CUDA_ERROR_INVALID_VALUE).
+    """The buffer behind a tensor, if the buffer is exactly this matrix; else None.
 
-    Its rows may be wider, as int8 ones with pads are: in a product those of xq meet zeros, which
-    TMA reads beyond the columns of wq.
+    Also None for blocks wider than a TMA box: Triton's launcher splits them, Inductor's does not
+    (CUDA_ERROR_INVALID_VALUE). The buffer's rows may be longer, as padded int8 rows are: the pads
+    of xq meet the zeros that TMA reads beyond the columns of wq.
     """
     wide = blocks.block[1] * blocks.base.itemsize > BOX
     if box is None or wide or not ir.is_storage_and_layout(box):
@@ -135,14 +134,14 @@ def _matrix(box: Any, blocks: Blocks) -> Any:
 
 
 def expr(size: Any) -> Any:
-    """A size for Inductor: a number, or a symbolic expression."""
+    """A size as Inductor takes it: an int or a sympy expression."""
     return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
-def attention_of_torch(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> Any:
-    """A decomposition of attention, for AOTInductor on CUDA alone."""
+def decompose_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> Any:
+    """Decomposition of attention into torch's SDPA, for AOTInductor on CUDA only."""
     if not (V.aot_compilation and q.device.type == "cuda"):
         return NotImplemented
     y = attention.float_form(q, k, v, scale, tile)
-    heads_beside = torch.ops.aten.clone(y.transpose(1, 2), memory_format=torch.contiguous_format)
-    return heads_beside.transpose(1, 2)
+    y = torch.ops.aten.clone(y.transpose(1, 2), memory_format=torch.contiguous_format)
+    return y.transpose(1, 2)  # [B, S, H, D] in memory

@@ -1,14 +1,14 @@
-"""How Inductor's code calls our ops on CUDA: `site(stream, *tensors)`, with results it allocated.
+"""Inductor lowerings of the ops on CUDA: `site(stream, *tensors)` fills buffers of Inductor.
 
-Left to itself, Inductor calls a custom op through torch's dispatcher and lets it allocate: 20 us of
-host time where a kernel runs 5. Here every call gets a Site of its own (ops/runtime/launch.py):
-after the first, a few lines of C read the addresses and launch. Results are Inductor's buffers, so
-its memory planning covers them. Symbolic sizes and C++ wrappers take the usual way,
-AOTInductor's packages that of aoti.py.
+By default Inductor calls a custom op through torch's dispatcher and lets it allocate: 20 us of host
+time around a 5 us kernel. Here every call gets its own Site (ops/runtime/launch.py): after the
+first call, a few lines of C read the addresses and launch. Results are Inductor's buffers, so its
+memory planning covers them. Symbolic sizes and C++ wrappers use the default fallback, AOTInductor's
+packages use aoti.py.
 
-An activation's int8 rows are written over the floats that they come from, if those are large and
-nothing else reads them: between two linears of an MLP the widest value would be in memory twice, in
-float and in int8, more than the float model ever holds.
+An activation's int8 rows overwrite the floats that they come from, if those are large and nothing
+else reads them: otherwise the widest value of an MLP would be in memory twice, in float and in
+int8, which is more than the float model ever holds.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from graphquant._torch.inductor import (
     register_lowering,
 )
 from graphquant.ir.graph import arguments
-from graphquant.lowering import aoti as packaged
+from graphquant.lowering import aoti
 from graphquant.ops import attention, int8_linear, quantize
 from graphquant.ops.define import OPS, Op
 from graphquant.ops.numerics import OVERLAID, padded, row_stride
 
 aten = torch.ops.aten
-LARGE = 2**26  # bytes: memory counts from here, and 5 us of host time do not
+LARGE = 2**26  # bytes: above this, saving memory outweighs about 5 us of launch overhead
 
 
 @functools.cache
 def register() -> None:
-    """Tell Inductor, once in a process. Importing this module does it."""
+    """Register the lowerings with Inductor, once per process. Importing this module does it."""
     for op in OPS.values():
         if op.files:
             add_layout_constraint(op.target, functools.partial(_constrain, op))
             register_lowering(op.target, type_promotion_kind=None)(functools.partial(_lower, op))
-    register_decomposition([attention.target])(packaged.attention_of_torch)
+    register_decomposition([attention.target])(aoti.decompose_attention)
 
 
 def _constrain(op: Op, node: Node, *args: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs as they were traced, strides included, where a kernel reads them in place."""
+    """Layout constraint: the traced strides where a kernel reads in place, else contiguous."""
 
     def one(value: Any, traced: Any) -> Any:
         if not isinstance(value, ir.IRNode):
@@ -73,7 +73,7 @@ def _lower(op: Op, *args: Any) -> Any:
     if V.graph.aot_mode:
         if fakes[0].device.type == "cuda":
             given = [_as_read(op, a) for a in op.full(V.graph.current_node.args)]
-            made = packaged.lower(op, given, op.full(args), fakes)
+            made = aoti.lower(op, given, op.full(args), fakes)
             if made is not None:
                 return tuple(made) if isinstance(results, tuple) else made[0]
         overload, args = op.typed(args)
@@ -91,7 +91,7 @@ def _has_sites(device: torch.device) -> bool:
 
 
 def _as_read(op: Op, traced: Any) -> Any:
-    """The fake value of an argument as `_constrain` has Inductor hand it over."""
+    """The fake value of an argument with the layout that `_constrain` requires."""
     value = traced.meta["val"] if isinstance(traced, Node) else traced
     if not isinstance(value, Tensor) or _in_place(op, value):
         return value
@@ -99,8 +99,8 @@ def _as_read(op: Op, traced: Any) -> Any:
 
 
 def _in_place(op: Op, fake: Tensor) -> bool:
-    """Do kernels read it as it lies? Not rows whose distance is a symbol: in a package they are
-    compiled for what divides it."""
+    """Do kernels read it without a copy? Not if the row stride is symbolic: the kernels of a
+    package are compiled for the stride's divisibility."""
     return isinstance(row_stride(fake), int) if op.in_rows else fake.stride(-1) == 1
 
 
@@ -109,7 +109,7 @@ def _is_static(fake: Tensor) -> bool:
 
 
 def _empty(fake: Tensor) -> Any:
-    """A buffer of Inductor's with the layout of `fake`, the pads of int8 rows included."""
+    """An Inductor buffer with the layout of `fake`, including the pads of int8 rows."""
     K = fake.shape[-1]
     size, strides = fake.shape, fake.stride()
     if fake.dtype == torch.int8:
@@ -122,14 +122,14 @@ def _empty(fake: Tensor) -> Any:
 
 
 class _Overlay(ir.ReinterpretView):
-    """numerics.overlay of a buffer."""
+    """A view of a buffer's rows as int8 rows (numerics.overlay)."""
 
     def codegen_reference(self, writer: Any = None) -> str:
         return f"graphquant_overlay({self.get_name()})"
 
 
 def _overlay(op: Op, x: Any, fake: Tensor) -> Any | None:
-    """Room for xq over x, or None if xq needs memory of its own."""
+    """A view of x's memory for xq, or None if xq needs its own buffer."""
     if op is not quantize:
         return None
     call = arguments(V.graph.current_node)
@@ -139,10 +139,10 @@ def _overlay(op: Op, x: Any, fake: Tensor) -> Any | None:
     if not isinstance(source, Node) or len(source.users) > 1:
         return None
     if call.low is not None:
-        return None  # a static range: no program waits for its whole row
+        return None  # static range: a program may write before it has read its whole row
     floats, storage = source.meta["val"], x.data
     if source.target is not int8_linear.target or not isinstance(storage, ir.StorageBox):
-        return None  # may be the caller's own memory
+        return None  # may be the caller's memory
     if floats.itemsize != 2 or 2 * floats.numel() < LARGE or floats.shape[-1] not in OVERLAID:
         return None
     storage.realize()
@@ -152,7 +152,7 @@ def _overlay(op: Op, x: Any, fake: Tensor) -> Any | None:
 
 
 class _Call(ir.ExternKernel):
-    """One op call that fills buffers: for Inductor, a kernel that mutates them."""
+    """One op call as an Inductor kernel that mutates its result buffers."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What runs the rewritten graph under torch.compile: Inductor, TensorRT, aot_eager or eager."""
+"""Inner backends that compile the rewritten graph: Inductor, Torch-TensorRT, aot_eager, eager."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from graphquant._torch import compile_by_inductor, mode_options, unset_fake_temp
 from graphquant._torch.dynamo import lookup_backend
 from graphquant.config import Config
 from graphquant.ir.graph import calls, full_args
-from graphquant.lowering import torch_tensorrt as tensorrt
+from graphquant.lowering import torch_tensorrt
 from graphquant.ops import int8_linear
 from graphquant.ops.int8_linear.tiled import Operands, Problem, tune
 from graphquant.ops.runtime.cache import source_digest
@@ -23,28 +23,28 @@ from graphquant.passes.policy.speed import cut_out
 def compile_graph(
     gm: GraphModule, example_inputs: Sequence[Any], config: Config
 ) -> Callable[..., Any]:
-    """A callable with the graph's inputs as arguments."""
+    """The compiled graph: a callable that takes the graph's inputs."""
     if config.inner == "eager":
         return gm.forward
     if config.inner == "aot_eager":
         aot_eager = lookup_backend("aot_eager")
         return aot_eager(gm, list(example_inputs))
     if config.inner == "torch_tensorrt":
-        return tensorrt.compile_graph(gm, example_inputs, config)
+        return torch_tensorrt.compile_graph(gm, example_inputs, config)
     from graphquant.lowering import inductor  # noqa: F401 registers our lowerings
 
     mode = config.mode or "default"
     if mode.startswith("max-autotune"):
         _tune(gm)
     options = {**mode_options(mode), **config.inductor}
-    theirs = torch.compiler.config.cache_key_tag
-    with torch.compiler.config.patch(cache_key_tag=theirs + _version()):  # type: ignore[attr-defined]
+    tag = torch.compiler.config.cache_key_tag + _version()
+    with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
         return compile_by_inductor(gm, example_inputs, options)
 
 
 def build_kernels(gm: GraphModule) -> None:
-    """Call each of our ops once on CUDA as the graph will: what cannot be built raises now, while
-    the graph can still run in float."""
+    """Call every distinct CUDA op of the graph once: a kernel that cannot be built raises now,
+    while the graph can still run in float."""
     known = set()
     with unset_fake_temporarily(), torch.inference_mode():
         for node in calls(gm.graph, _is_our_kernel):
@@ -62,13 +62,13 @@ def _is_our_kernel(node: Node) -> bool:
 
 
 def _version() -> str:
-    """Of all our code. Inductor keeps what it compiled on disk, and that calls our functions: code
-    that an earlier graphquant has left there must not be found."""
+    """Hash of graphquant's source, for the key of Inductor's disk cache: compiled code calls our
+    functions, so code that another version left there must not be reused."""
     return f"graphquant {source_digest(Path(__file__).parents[1], '.py')}"
 
 
 def _tune(gm: GraphModule) -> None:
-    """Measure the tiles of every int8 product on CUDA, of equal ones once."""
+    """Autotune the tiles of every distinct int8 product on CUDA."""
     problems = {}
     for node in gm.graph.find_nodes(op="call_function", target=int8_linear.target):
         *operands, dtype = (a.meta["val"] if isinstance(a, Node) else a for a in full_args(node))

@@ -1,8 +1,8 @@
-"""Gives Inductor our lowerings as soon as it has its own, without importing it before.
+"""Registers graphquant's lowerings when Inductor is imported, without importing it earlier.
 
 A process that loads an exported program imports graphquant for its ops, and may then compile the
-program with Inductor, which does not ask anybody for lowerings: it must find them in its table.
-Importing Inductor's lowerings takes two seconds, which `import graphquant` must not.
+program with Inductor, which only looks into its own table of lowerings. Importing that table takes
+two seconds, too long for `import graphquant`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def when_inductor_is_imported() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds Inductor's lowerings as Python does, and registers ours once they are executed."""
+    """Import hook that registers our lowerings after Inductor's module has executed."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None

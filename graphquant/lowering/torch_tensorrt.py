@@ -1,8 +1,8 @@
-"""Torch-TensorRT's backend runs the rewritten graph: engines around graphquant's ops.
+"""Torch-TensorRT as inner backend: engines between graphquant's ops.
 
-TensorRT knows none of these ops. They stay with PyTorch, and each stretch between two of them that
-is long enough becomes an engine. Packed weights are inputs of the ops and of no engine, so they
-follow the model's weights as under Inductor. Whole engines in int8: exporters/tensorrt.py.
+TensorRT has no converters for these ops, so they stay in PyTorch, and each subgraph between them
+that is large enough becomes an engine. Packed weights are inputs of the ops, not of engines, so
+they follow the model's weights as under Inductor. For whole int8 engines: exporters/tensorrt.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from graphquant.errors import MissingPackageError
 def compile_graph(
     gm: GraphModule, example_inputs: Sequence[Any], config: Config
 ) -> Callable[..., Any]:
-    """A callable with the graph's inputs as arguments.
+    """The compiled graph: a callable that takes the graph's inputs.
 
     Raises MissingPackageError where Torch-TensorRT is not installed.
     """

@@ -1,4 +1,4 @@
-"""The ops. Importing this registers each one's schema, fake and CPU reference, and no triton."""
+"""The ops. Importing this registers their schemas, fakes and CPU references, without triton."""
 
 from graphquant.ops.attention import attention as attention
 from graphquant.ops.define import OPS as OPS

@@ -25,10 +25,10 @@ def rows(op: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS
         raise UnsupportedInputError(f"{op}: {name} is {_short(x.dtype)}, needs {need}")
     if x.dim() == 0:
         raise UnsupportedInputError(f"{op}: {name} is a scalar, needs at least one dim")
-    some(op, name, x, -1, "K >= 1")
+    nonempty(op, name, x, -1, "K >= 1")
 
 
-def some(op: str, name: str, x: Tensor, dim: int, need: str) -> None:
+def nonempty(op: str, name: str, x: Tensor, dim: int, need: str) -> None:
     """x is not empty along dim."""
     if _known(x.shape[dim] == 0):
         raise UnsupportedInputError(f"{op}: {name} has shape {_show(x.shape)}, needs {need}")
@@ -93,7 +93,7 @@ def activation(op: str, act: str | None) -> None:
 
 
 def one_device(op: str, **tensors: Tensor | None) -> None:
-    """All on one device. Without this a CPU tensor among CUDA ones is a segfault in a kernel."""
+    """All on one device: a kernel would segfault on a CPU tensor among CUDA ones."""
     first: tuple[str, torch.device] | None = None
     for name, x in tensors.items():
         if x is None:
@@ -107,7 +107,7 @@ def one_device(op: str, **tensors: Tensor | None) -> None:
 
 
 def _known(condition: bool | torch.SymBool) -> bool:
-    """True where the condition is certain; a symbol that could go either way gives False."""
+    """Is the condition true for all values of its symbols? Adds no guard."""
     if isinstance(condition, bool):
         return condition
     from torch.fx.experimental.symbolic_shapes import statically_known_true

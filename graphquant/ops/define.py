@@ -1,8 +1,8 @@
-"""Declaration of ops: schema, checks, fake, float form and reference in one place; kernels join.
+"""Definition of ops: schema, checks, fake, float form and reference; kernels are registered later.
 
-An op is one folder: `op.py` holds what it means (torch only), one file per kernel makes it fast.
-The reference is the meaning. A kernel has the same parameters and `out`, the tensors to fill, says
-why it refuses its inputs, and joins the op's tests by being registered.
+An op is one folder: `op.py` defines it (torch only), and each kernel has a file of its own. The
+reference is the specification. A kernel takes the op's arguments and `out`, the tensors to fill,
+says why it refuses inputs, and is covered by the op's tests once it is registered.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OPS: dict[str, Op] = {}
 
 
 DTYPE = "dtype"
-MAX_SITES = 4096  # of one op: one for each combination of shapes it was called with
+MAX_SITES = 4096  # of one op: one for each combination of shapes, dtypes and constants
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Op:
 
     @cached_property
     def keeps(self) -> bool:
-        """Does it also return, first of all, the floats that it quantizes, rounded to `dtype`?"""
+        """Is its first result the float value that it quantizes, rounded to `dtype`?"""
         return self.quantizes and self.target._schema.returns[0].name == "y"
 
     @cached_property
@@ -88,7 +88,7 @@ class Op:
         return self.target(*args, **named)
 
     def typed(self, args: Sequence[Any]) -> tuple[OpOverload, tuple[Any, ...]]:
-        """The same call by the overload that is named after its dtype, without that argument."""
+        """The same call by the overload of its dtype, without the dtype argument."""
         names = [a.name for a in self.target._schema.arguments]
         if DTYPE not in names:
             return self.target, tuple(args)
@@ -106,13 +106,13 @@ class Op:
         return (*args, *self._defaults[len(args) :])
 
     def parted(self, args: Sequence[Any]) -> tuple[tuple[Any, ...], QParams]:
-        """(float_form's arguments, QParams) of the arguments of an op that quantizes."""
+        """Split the arguments of an op that quantizes: (float_form's arguments, QParams)."""
         args, n = self.full(args), len(QParams._fields)
         return args[:-n], QParams(*args[-n:])
 
     def quantizing(self, args: Sequence[Any], qparams: QParams) -> tuple[Any, ...]:
-        """The arguments of a call with these QParams: `args` are those in front of them, of which
-        the last may be left out. As torch does, without the last ones that are defaults."""
+        """The arguments of a call with these QParams after `args`, of which trailing defaults may
+        be missing. Trailing defaults of the result are dropped, as torch does."""
         made = [*self.parted(args)[0], *qparams]
         arguments = self.target._schema.arguments
         while arguments[len(made) - 1].has_default_value() and made[-1] is None:
@@ -120,7 +120,7 @@ class Op:
         return tuple(made)
 
     def split(self, args: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        """(tensors and absent ones, constants) of the schema's arguments, each in order."""
+        """(tensors, None for missing ones; constants) of the schema's arguments, each in order."""
         args = self.full(args)
         constant = [not is_tensor for is_tensor in self.tensors]
         return list(compress(args, self.tensors)), list(compress(args, constant))
@@ -157,13 +157,13 @@ class Op:
 
     def choose(self, *args: Any) -> Kernel:
         """The first kernel that takes these arguments, or an error with every kernel's reason."""
-        said = []
+        reasons = []
         for kernel in self.kernels:
             if (why := kernel.refuses(*args)) is None:
                 return kernel
-            said.append(f"\n  {kernel.name}: {why}")
+            reasons.append(f"\n  {kernel.name}: {why}")
         raise UnsupportedInputError(
-            f"no CUDA kernel of {self.name} takes these inputs:{''.join(said)}"
+            f"no CUDA kernel of {self.name} takes these inputs:{''.join(reasons)}"
         )
 
     def site(self, *constants: Any) -> Any:
@@ -220,16 +220,16 @@ def define(
 ) -> Callable[[Callable[..., Any]], Op]:
     """Decorator on the reference. `schema` is written by hand: it is the op's public contract.
 
-    float_form: what the op computes in floats, of any one type, written in operators that exporters
-    and compilers know; of an op that quantizes, what it quantizes. It takes the op's arguments
-    without QParams. TensorRT's form of the op is made of it, and tests and the benchmark hold the
-    op against it in float64.
+    float_form: what the op computes in float, in the dtype of its inputs, written in operators that
+    exporters and compilers know; for an op that quantizes, the value that it quantizes. It takes
+    the op's arguments without QParams. The TensorRT export is derived from it, and tests and the
+    benchmark compare the op with it in float64.
 
     in_rows: kernels read tensors in place that are [M, K] in memory (numerics.row_stride); if
     False, any whose last stride is 1. Others are copied.
 
-    `check(*args)` raises UnsupportedInputError for arguments that have no meaning. It runs before
-    the fake, the reference and the kernels alike, so tracing says what running would say.
+    `check(*args)` raises UnsupportedInputError for invalid arguments. It runs before the fake, the
+    reference and the kernels alike, so tracing raises what running would raise.
     No layout tag is set: torch's default, needs_exact_strides, keeps padded int8 rows as they are.
     """
 
@@ -256,9 +256,9 @@ def define(
 
 
 def _define_typed(op: Op, schema: str, at: int) -> None:
-    """An overload for each dtype that the op's argument no. `at` can be: `int8_linear.float32`.
+    """An overload for each value of the dtype argument, number `at`: `int8_linear.float32`.
 
-    AOTInductor of torch 2.11 hands another dtype to a Python op than the graph says.
+    AOTInductor of torch 2.11 passes a wrong dtype argument to Python ops.
     """
     for dtype in FLOATS:
 
@@ -277,7 +277,7 @@ def _overload(dtype: torch.dtype) -> str:
 
 
 def site(name: str, *constants: Any) -> Any:
-    """OPS[name].site(*constants). Code that torch keeps in its caches calls this."""
+    """OPS[name].site(*constants), as called by code in Inductor's disk cache."""
     return OPS[name].site(*constants)
 
 

@@ -1,4 +1,4 @@
-"""The int8 arithmetic: reference implementation of quantization, against which kernels are tested.
+"""Int8 arithmetic: the reference implementation of quantization that kernels are tested against.
 
 Activations, one scale and one shift per row. low <= 0 <= high bound the row's values:
 
@@ -27,8 +27,8 @@ Quantization parameters (qparams.py) change what is quantized:
 
                which is half the width, and holds where x_shift was rounded far from zero
 
-A clip lets nan through. A static range cannot: its scale is the same for every row, whatever is in
-it, so nan becomes low, and inf the end that is on its side.
+A clip propagates nan. A static range cannot, since its scale does not depend on the row: nan
+becomes low, and inf is clamped.
 """
 
 from __future__ import annotations
@@ -48,23 +48,23 @@ aten = torch.ops.aten
 
 QMAX = 127  # symmetric: -128 is never produced, so |xq| * x_scale never exceeds absmax
 MIN_ABSMAX = 1e-20  # rows below this quantize to 0; a floor, not `== 0`: the scale is continuous
-ALIGN = 16  # bytes; TMA and 128-bit loads want rows that start at a multiple of it
+ALIGN = 16  # bytes; TMA and 128-bit loads need rows that start at a multiple of it
 LINE = 128  # bytes of a cache line: long rows that start at one multiply 10 % faster on Hopper
-LONG = 1024  # elements of a row from which that costs at most one byte in eight
+LONG = 1024  # elements of a row from which on that padding is at most one byte in eight
 
-# Widths of 16-bit rows over which `quantize` may write its int8 rows: its programs hold one whole
-# row each, and read it before they write; and the new rows start at cache lines.
+# Widths of 16-bit rows that `quantize` may overwrite with its int8 rows: each of its programs holds
+# one whole row, which it reads before it writes; and the new rows start at cache lines.
 OVERLAID = range(2048, 16_384 + 1, LINE)
 
 
 @dataclass(frozen=True)
 class Activation:
-    """An elementwise function that `quantize` knows by name; called, it is its exact form.
+    """An elementwise function that `quantize` knows by name. Calling it computes `exact`.
 
     exact     as the reference computes it in float32, without cancellation
     onnx      (opset, value) -> value: in operators of ONNX, opset 20
-    whole     the ATen operator that computes it, called with `keywords`; None: it is spelled out
-    grows     its result may be further from zero than its input, and so overflow a float type
+    whole     the ATen operator that computes it, called with `keywords`; None if there is none
+    grows     its result may be larger in magnitude than its input, and so overflow a float dtype
     """
 
     exact: Callable[[Tensor], Tensor]
@@ -77,7 +77,7 @@ class Activation:
         return self.exact(x)
 
     def fused(self, x: Tensor) -> Tensor:
-        """In the operator that exporters and compilers know, if there is one."""
+        """By the operator that exporters and compilers know, if there is one."""
         return self.exact(x) if self.whole is None else self.whole(x, **self.keywords)
 
 
@@ -87,7 +87,7 @@ def _squared_relu(x: Tensor) -> Tensor:
 
 
 # A new one is an entry here and a branch in `activate` (triton_rows.py), whose approximation is
-# fitted by hand: the reference, TensorRT's and ONNX's forms and recognition follow.
+# fitted by hand; the reference, the TensorRT and ONNX exports and recognition use the entry.
 ACTIVATIONS: dict[str, Activation] = {
     # x * Phi(x). erfc and not 1 + erf: no cancellation for negative x
     "gelu": Activation(
@@ -118,12 +118,12 @@ def vectors(K: int) -> int:
 
 
 def padded(K: int) -> int:
-    """The row stride of every int8 tensor we make: K rounded up to ALIGN, or to LINE if LONG."""
+    """The row stride of the ops' int8 results: K rounded up to ALIGN, or to LINE if LONG."""
     return (K + LINE - 1) // LINE * LINE if K >= LONG else vectors(K)
 
 
 def overlay(x: Tensor) -> Tensor:
-    """Room for int8 rows [..., K] in the first half of each row of x [..., K], float16 or bfloat16,
+    """An int8 view [..., K] of the first half of each row of x [..., K], float16 or bfloat16,
     contiguous."""
     return x.view(torch.int8)[..., : x.shape[-1]]
 
@@ -131,8 +131,8 @@ def overlay(x: Tensor) -> Tensor:
 def row_stride(x: Tensor) -> int | None:
     """Elements from row to row when x [..., K] is [M, K] in memory, last stride 1; else None.
 
-    Slices x[..., a:b] of a wider tensor have one. Where M is 1 any would do: an aligned one is
-    given. Of sizes that are symbols, only what holds for all their values counts.
+    Slices x[..., a:b] of a wider tensor have one. If M is 1, any stride would do, and an aligned
+    one is returned. Symbolic sizes: only if it holds for all their values.
     """
     K = x.shape[-1]
     if K > 1 and not statically_known_true(x.stride(-1) == 1):
@@ -154,7 +154,7 @@ def row_stride(x: Tensor) -> int | None:
 def empty_rows(like: Tensor, shape: Sequence[int]) -> Tensor:
     """Uninitialized int8 [..., K] on `like`'s device with rows padded(K) bytes apart.
 
-    The pads belong to the storage, that of the last row too. Sizes may be symbols.
+    The storage includes the pads, also those of the last row. Sizes may be symbolic.
     """
     *lead, K = shape
     buffer = like.new_empty((*lead, padded(K)), dtype=torch.int8)
@@ -164,7 +164,7 @@ def empty_rows(like: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def with_pads(xq: Tensor) -> Tensor:
-    """The memory of an `empty_rows` tensor [..., K] with its pads: [..., padded(K)]."""
+    """An `empty_rows` tensor [..., K] with its pads: a view [..., padded(K)]."""
     wide = (*xq.shape[:-1], padded(xq.shape[-1]))
     return xq.as_strided(wide, xq.stride(), xq.storage_offset())
 
@@ -180,7 +180,7 @@ def empty_triple(like: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor, Te
 
 
 def quantize_rows(x: Tensor, qparams: QParams = DYNAMIC) -> tuple[Tensor, Tensor, Tensor]:
-    """Int8 over the last dim with a scale and a shift, as this module's head defines it.
+    """Int8 over the last dim with a scale and a shift, as defined at the top of this module.
 
     x [..., K] float, K >= 1  ->  xq [..., K] int8,  x_scale, x_shift [..., 1] float32
     """
@@ -200,7 +200,7 @@ def quantize_rows(x: Tensor, qparams: QParams = DYNAMIC) -> tuple[Tensor, Tensor
 
 
 def _in_range(x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x [..., K] float32 in the steps of a range that is given."""
+    """x [..., K] float32 quantized with a static range."""
     least, most = x.new_full((1,), low), x.new_full((1,), high)
     shift = 0.5 * most + 0.5 * least
     absmax = torch.maximum(most - shift, shift - least).clamp(min=MIN_ABSMAX)
@@ -213,8 +213,8 @@ def _in_range(x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tenso
 def quantize_symmetric(x: Tensor, absmax: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Int8 over the last dim with a scale alone, and zeros in the pads.
 
-    x [..., K] float, K >= 1; absmax [..., 1] float32 if it shall be another than the row's own, at
-    least MIN_ABSMAX  ->  xq [..., K] int8,  x_scale [..., 1] float32
+    x [..., K] float, K >= 1; absmax [..., 1] float32 >= MIN_ABSMAX, None for that of each row
+    ->  xq [..., K] int8,  x_scale [..., 1] float32
     """
     x = x.float()
     if absmax is None:
@@ -224,7 +224,7 @@ def quantize_symmetric(x: Tensor, absmax: Tensor | None = None) -> tuple[Tensor,
 
 def _in_steps(x: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
     """x [..., K] as int8 steps of absmax / 127, clamped to 127 of them, and that scale."""
-    # a tensor: with a number torch would take a reciprocal, in two roundings (denormal near 3e38)
+    # a tensor: for a number torch uses a reciprocal, with two roundings (denormal near 3e38)
     qmax = torch.full_like(absmax, QMAX)
     steps = torch.round(x * (qmax / absmax)).clamp(-QMAX, QMAX)
     xq = steps.nan_to_num(nan=0.0)  # nan: absmax is inf or nan

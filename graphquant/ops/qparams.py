@@ -1,4 +1,4 @@
-"""Quantization parameters of an activation, beside the scale and shift that its rows get."""
+"""Quantization parameters of an activation, besides the scales and shifts of its rows."""
 
 from __future__ import annotations
 

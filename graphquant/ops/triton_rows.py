@@ -1,7 +1,7 @@
 """Triton kernel of `quantize`, and the parts that it shares with norm_quantize (see numerics.py).
 
-A row is held in registers as whole blocks and a smaller tail, so that widths that are no power of
-two leave no lanes idle: 1152 = 4 * 256 + 128. Rows longer than WHOLE_ROW are read more than once.
+A row is held in registers as whole blocks and a smaller tail, so that no lanes are idle if its
+width is not a power of two: 1152 = 4 * 256 + 128. Rows longer than WHOLE_ROW are read repeatedly.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from graphquant.ops.runtime.launch import launch_triton
 from graphquant.ops.triton_util import as_rows, overlap, unit_of, wait_for_inputs
 
 WHOLE_ROW = 16_384  # float32 elements of one row that one program's registers can hold
-CHUNK = 4096  # elements of a longer row looked at together
+CHUNK = 4096  # elements of a longer row that are processed together
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _WHOLE_ROW = tl.constexpr(WHOLE_ROW)
@@ -30,10 +30,10 @@ def row_config(K: int, inputs: int = 1) -> dict[str, int]:
     """How programs hold rows of K elements of one or two inputs: ROWS rows, LANES threads for each.
 
     A row is whole blocks of BLOCK columns, eight values a lane, and what is left: a block of TAIL
-    columns, or one more of BLOCK, masked (TAIL = 0). So a row of 1152 is 4 x 256 + 128 and none of
-    its lanes is idle, where one block of 2048 would leave 44 % of them so. 20 to 40 elements a lane
-    (30 to 60 values of two inputs), and two warps at least: the GPU starts a CTA in 0.64 ns, so
-    that 46,656 of them take 30 us, whatever they do.
+    columns, or one more of BLOCK, masked (TAIL = 0). So a row of 1152 is 4 x 256 + 128 with no idle
+    lanes, where one block of 2048 would leave 44 % of them idle. 20 to 40 elements per lane (30 to
+    60 values of two inputs), and at least two warps: the GPU starts a CTA in 0.64 ns, so 46,656
+    CTAs take 30 us, whatever they do.
     """
     if K > WHOLE_ROW:
         return {"ROWS": 1, "BLOCK": CHUNK, "TAIL": 0, "LANES": 256, "num_warps": 8}
@@ -52,7 +52,7 @@ def row_config(K: int, inputs: int = 1) -> dict[str, int]:
 
 
 def block_widths(K: int, inputs: int = 1) -> list[int]:
-    """Columns of each block that a row of K elements is held in: its lanes' work."""
+    """Columns of each block that a row of K elements is held in."""
     config = row_config(K, inputs)
     block, tail = config["BLOCK"], config["TAIL"]
     whole, rest = divmod(vectors(K), block)
@@ -78,7 +78,7 @@ def to_float32(x):
 
 @triton.jit
 def rows_of(M, ROWS: tl.constexpr):
-    """The program's rows, [ROWS]. Beyond the last comes the last again: no mask, same result."""
+    """The program's rows, [ROWS]. Beyond the last it repeats the last: no mask, same result."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     return tl.minimum(row, M - 1).to(tl.int64)
 
@@ -87,10 +87,10 @@ def rows_of(M, ROWS: tl.constexpr):
 def inside(k, K: tl.constexpr):
     """k < K, for a mask.
 
-    LLVM in Triton 3.6 packs the comparisons of different masks into vectors of two and lets bits of
-    one lane spill into the other: of rows of 81 fp16 values, columns 71 and 79 were taken to lie
-    outside. It was seen at odd widths alone, whose stores are single elements. There k passes
-    through an instruction that LLVM cannot look into.
+    LLVM in Triton 3.6 packs the comparisons of different masks into vectors of two and leaks bits
+    of one lane into the other: in rows of 81 fp16 values, columns 71 and 79 were masked out. Seen
+    only at odd widths, whose stores are single elements. There k passes through an instruction that
+    is opaque to LLVM.
     """
     if K % 2 == 1 and not _INTERPRETED:
         k = tl.inline_asm_elementwise(
@@ -134,17 +134,17 @@ def store_block(
 
 @triton.jit
 def store_of_rows(ptr, row, v, LANES: tl.constexpr):
-    """v [ROWS] to ptr + row, each by the first lane of its row: a store of v as it is would gather
-    it in one warp first, behind three barriers."""
+    """Store v [ROWS] to ptr + row, each by the first lane of its row: a plain store would first
+    gather v in one warp, with three barriers."""
     lane = tl.arange(0, LANES)[None, :]
-    at = ptr + row[:, None] + lane  # `+ lane` tells the compiler how lanes are to lie
+    at = ptr + row[:, None] + lane  # `+ lane` sets the layout
     v = tl.broadcast_to(v[:, None], at.shape)
     tl.store(at, v, mask=tl.broadcast_to(lane == 0, at.shape))
 
 
 @triton.jit
 def _of_lanes(v, LANES: tl.constexpr):
-    """The greatest of each lane's neighbours: int32 [ROWS, BLOCK] -> [ROWS, LANES]."""
+    """The maximum of each lane's columns: int32 [ROWS, BLOCK] -> [ROWS, LANES]."""
     if v.shape[1] <= LANES:
         return v
     else:
@@ -174,7 +174,7 @@ def with_block(v, block):
 
 @triton.jit
 def widened(v, BLOCK: tl.constexpr):
-    """A row's narrower last block [ROWS, TAIL] to [ROWS, BLOCK]: zeros beside what a lane has."""
+    """A row's narrower last block [ROWS, TAIL] padded with zeros to [ROWS, BLOCK], within lanes."""
     if v.shape[1] < BLOCK:
         return widened(tl.join(v, tl.zeros_like(v)).reshape(v.shape[0], 2 * v.shape[1]), BLOCK)
     else:
@@ -196,8 +196,8 @@ def shift_and_absmax(low, high):
     """The middle of each row's range and half its width, at least MIN_ABSMAX: [ROWS] each.
 
     low, high [ROWS, LANES] are from range_of_lanes; zero is added. A nan at either end makes both
-    results nan. One reduction for both ends, so that warps meet once. Integers, because tl.max
-    drops nan, and tl.reduce with a function of ours is a Python loop in Triton's interpreter.
+    results nan. One reduction for both ends, so that warps synchronize once. On integers, because
+    tl.max drops nan, and tl.reduce with a custom function is a Python loop in the interpreter.
     """
     ends = tl.maximum(tl.max(tl.join(low, high), 1), 0)
     low, high = tl.split(ends)
@@ -243,8 +243,8 @@ def store_int8(ptr, k, v, shift, absmax, K_PAD: tl.constexpr, MASKED: tl.constex
     """v [ROWS, BLOCK] - shift in steps of absmax / 127, half to even, to ptr [ROWS, 1] + k; 0 if
     absmax is not finite.
 
-    |v - shift| <= absmax, so nothing needs a clamp, and float addition does the rounding. What is
-    not finite gets a store of its own: a select would cost an instruction for each element.
+    |v - shift| <= absmax, so no clamp is needed, and float addition does the rounding. Rows that
+    are not finite have their own store: a select would cost an instruction per element.
     """
     steps = (v - shift[:, None]) * tl.div_rn(_QMAX, absmax)[:, None] + _TO_INT
     steps = steps.to(tl.int32, bitcast=True).to(tl.int8)
@@ -280,7 +280,7 @@ def _by_tail(x, c0, c1, c2, c3, c4, c5):
 
 @triton.jit
 def _by_sigmoid(x, slope):
-    """x / (1 + exp(-slope x)) as x r r, r = 1 / sqrt(...): the GPU has that in one instruction."""
+    """x / (1 + exp(-slope x)) as x r r, r = rsqrt(...), which is one instruction."""
     r = tl.rsqrt(1.0 + tl.exp2((-1.4426950408889634 * slope) * x))
     return x * r * r
 
@@ -289,8 +289,8 @@ def _by_sigmoid(x, slope):
 def activate(x, ACT: tl.constexpr):
     """numerics.ACTIVATIONS in float32, each 0 at 0.
 
-    One polynomial, one exponential and no division, where erf takes 30 instructions: these kernels
-    have time for about 20 an element before memory waits for them. The coefficients are a weighted
+    One polynomial, one exponential and no division, where erf takes 30 instructions: beyond about
+    20 per element these kernels are no longer memory-bound. The coefficients are a weighted
     minimax fit over 0 <= z <= 6 and 4.5. Over all bfloat16 x, on an H200, they are off by
 
         gelu       4.1e-6 at most;  relatively 2.1e-4 for x >= -2, 6.7e-4 for x >= -4
@@ -387,7 +387,7 @@ def quantized(v, factor_ptr, k, low, high, clip, K: tl.constexpr):
 
 
 def contiguous(qparams: QParams) -> QParams:
-    """As kernels take them: `factor` is read at consecutive addresses."""
+    """The QParams with a contiguous `factor`, as kernels read it."""
     factor = qparams.factor
     return qparams if factor is None else qparams._replace(factor=factor.contiguous())
 
@@ -401,8 +401,8 @@ def launch_quantize_rows(
 ) -> None:
     """Fill an empty_triple from x (and up), both [..., K].
 
-    xq may be `overlay(x)` for widths in OVERLAID, if the range is the row's own: taking it makes a
-    program read its whole row before it writes.
+    xq may be `overlay(x)` for widths in OVERLAID with dynamic ranges: a program then reads its
+    whole row before it writes.
     """
     xq, x_scale, x_shift = out
     K = x.shape[-1]

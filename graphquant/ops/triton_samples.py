@@ -1,7 +1,9 @@
-"""Kernels that read samples of many tensors, or compare them with earlier ones: one program each.
+"""Triton kernels that read samples of many tensors, or compare them with earlier ones.
 
-table  int64 [tensors, 3, SAMPLES]: addresses; values as int32; how many bytes one value has, in all
-       columns alike. Of 8 bytes both halves are taken together, by exclusive or.
+One program per tensor.
+
+table  int64 [tensors, 3, SAMPLES]: addresses; values as int32; bytes per value, the same in all
+       columns. The halves of 8-byte values are combined by exclusive or.
 """
 
 from __future__ import annotations
@@ -46,10 +48,10 @@ def _compare(table, flag, SAMPLES: tl.constexpr):
 
 
 def gather(table: Tensor, out: Tensor) -> None:
-    """out [tensors, SAMPLES], int32: the values now."""
+    """Write the current values to out [tensors, SAMPLES] int32."""
     launch_triton(_gather, (table.shape[0],), table, out, SAMPLES=table.shape[2], num_warps=1)
 
 
 def compare(table: Tensor, flag: Tensor) -> None:
-    """flag[0] = 1 if a value has changed; else nothing is written. It may lie in pinned memory."""
+    """Set flag[0] = 1 if a value has changed, else write nothing. flag may be in pinned memory."""
     launch_triton(_compare, (table.shape[0],), table, flag, SAMPLES=table.shape[2], num_warps=1)

@@ -1,4 +1,4 @@
-"""Helpers of the Triton kernels: row strides on the host, programmatic dependent launch."""
+"""Helpers of the Triton kernels: row strides, settings, programmatic dependent launch."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def misaligned(x: Tensor) -> int:
 def unit_of(row: int) -> int:
     """The largest power of two up to ALIGN that divides a row stride.
 
-    Kernels take strides as (row // unit, unit: constexpr): the compiler then knows the alignment
-    of rows whose stride is no multiple of 16, and one stride more does not mean one compile more.
+    Kernels take strides as (row // unit, unit: constexpr): the compiler then knows the alignment of
+    rows whose stride is not a multiple of 16, and a new stride rarely needs a recompile.
     """
     return min(row & -row, ALIGN) or ALIGN
 
@@ -40,8 +40,8 @@ def unit_of(row: int) -> int:
 def compiled_with(kernel: Any, warps: int, stages: int) -> Any:
     """The kernel, bound to these settings.
 
-    Itself where they are the defaults: Inductor then sees that two calls with descriptors are calls
-    of one kernel, and compiles it once.
+    With the defaults it is returned as it is: Inductor then recognizes two calls with descriptors
+    as calls of one kernel, and compiles it once.
     """
     if (warps, stages) == (4, 3):
         return kernel
@@ -49,8 +49,8 @@ def compiled_with(kernel: Any, warps: int, stages: int) -> Any:
 
 
 def overlap(device: torch.device) -> dict[str, bool]:
-    """Arguments for a kernel that begins with wait_for_inputs: from Hopper on, the next kernel is
-    launched while this one runs (programmatic dependent launch), which saves 1 us between two."""
+    """Launch arguments for a kernel that begins with wait_for_inputs: from Hopper on, it is
+    launched while the previous one runs (programmatic dependent launch), which saves 1 us."""
     if device.type == "cuda" and gpu_properties(device).sm >= 90:
         return {"OVERLAP": True, "launch_pdl": True}
     return {"OVERLAP": False}

@@ -123,7 +123,7 @@ def _whole_activation(node: Node) -> str | None:
 def _whole_norm(node: Node) -> Norm | str:
     x, dims, *rest = full_args(node)
     if len(dims) != 1:
-        return f"normalises over {len(dims)} dims; int8 scales are per row"
+        return f"normalizes over {len(dims)} dims; int8 scales are per row"
     if node.target is aten.rms_norm.default:
         gamma, eps = rest
         if eps is None:  # torch's default: that of the compute dtype, not of the input's

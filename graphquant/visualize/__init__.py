@@ -5,7 +5,7 @@ lines        what is shown: operations as lines, before and after aligned
 tree         the same by modules
 text         for a terminal
 svg          a picture, drawn by Graphviz
-html         a page that needs nothing but a browser
+html         a self-contained page for a browser
 onnx_model   the nodes of an ONNX file as lines
 """
 

@@ -1,4 +1,4 @@
-"""The color of each rule, in every picture, and which rules a line of a graph stands for."""
+"""Colors of the rules in pictures and pages, and the rules that each line belongs to."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Rules = dict[str, tuple[str, ...]]  # by the `node` of a line
 
 
 def rules_of(one: Inspected) -> tuple[Rules, Rules]:
-    """The rules that took a line before, and those that made a line after."""
+    """(rules that rewrote a line before, rules that made a line after), by the line's node."""
     taken = {o.node: o.rules for o in one.report.outcomes if o.rules}
     made: Rules = {line.node: (line.rule,) for line in one.after if line.rule}
     for line in one.after:
-        if line.op == "int8_linear":  # what quantizes its input tells how it came about
+        if line.op == "int8_linear":  # the op that quantizes its input carries the fused rule
             first = made.get(line.reads[0], ()) if line.reads else ()
             made[line.node] = tuple(dict.fromkeys((*first, line.rule)))
     return taken, made

@@ -1,11 +1,11 @@
-"""Before and after side by side as one page that needs nothing but a browser.
+"""Before and after side by side as one self-contained HTML page.
 
     text = page("vit", inspect(model, args, kwargs))
     text = one_sided("vit.onnx", onnx_model.read("vit.onnx"))
 
-The modules are a tree to open and close; page.html, a Jinja template, is all of its look and
-its search. Jinja, which torch brings, escapes what comes from the model. The page's own policy
-forbids it to fetch anything.
+The modules form a collapsible tree; layout and search are in page.html, a Jinja template. Jinja, a
+dependency of torch, escapes what comes from the model. The page's content security policy blocks
+all requests.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from graphquant.visualize.colors import COLORS, GONE, KIND_COLORS, Rules, rules_
 from graphquant.visualize.lines import Inspected, Line, Row
 from graphquant.visualize.tree import Module, tree
 
-FEW = 6  # rows: a module without modules inside shows so many without being opened
-WORST = 5  # linears to name at the top
-MARKS = {"-": "gone", "+": "new", "~": "reads something else"}
+FEW = 6  # a module without submodules and with at most this many rows is always expanded
+WORST = 5  # linears named at the top
+MARKS = {"-": "removed", "+": "new", "~": "other inputs"}
 
 Sites = Mapping[str, tuple[Outcome, SiteAccuracy | None]]  # by the `node` of a line before
 
@@ -36,9 +36,9 @@ Sites = Mapping[str, tuple[Outcome, SiteAccuracy | None]]  # by the `node` of a 
 class Cell:
     """One line on one side of a row.
 
-    mark   one of MARKS, "" for what is the same on both sides
-    rules  that took or made it
-    colors of these; GONE for what no rule took
+    mark   one of MARKS; "" if it is the same on both sides
+    rules  those that rewrote or made it
+    colors of the rules; GONE for a removed line without rules
     """
 
     line: Line
@@ -48,7 +48,7 @@ class Cell:
 
     @property
     def paint(self) -> str:
-        """CSS: the colors one under the other."""
+        """CSS: the colors as stacked stripes."""
         part = 100 / max(len(self.colors), 1)
         stops = (f"{c} {i * part:.0f}% {(i + 1) * part:.0f}%" for i, c in enumerate(self.colors))
         return f"linear-gradient({','.join(stops)})"
@@ -58,8 +58,8 @@ class Cell:
 class Entry:
     """One row of the page.
 
-    label  the module that called it, seen from the one that is open around it
-    find   what the search looks at, beside the text that is to be seen
+    label  the module that called it, relative to the enclosing one
+    find   what the search matches besides the visible text
     """
 
     label: str
@@ -71,11 +71,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Branch:
-    """A module that can be opened and closed.
+    """A module in the collapsible tree.
 
-    opened  from the start: what lies around the layers
+    opened  expanded initially: the modules around the layers
     sizes   operations on each side
-    alike   the layer in front of it that looks the same
+    alike   an earlier sibling with the same content
     """
 
     name: str
@@ -92,7 +92,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class _Graph:
-    """What the rows of one graph are looked up in."""
+    """Lookup tables for the rows of one graph."""
 
     sites: Sites
     taken: Rules
@@ -139,7 +139,7 @@ def page(
 
 
 def one_sided(name: str, lines: Sequence[Line], facts: Sequence[str] = ()) -> str:
-    """HTML of one graph that is what it is. `rule` of its lines: a kind, of KIND_COLORS."""
+    """HTML of a single graph, not before and after. `rule` of its lines: a key of KIND_COLORS."""
     uses = Counter(line.rule for line in lines if line.rule)
     graph = _Graph({}, {}, {line.node: (line.rule,) for line in lines if line.rule}, 1, KIND_COLORS)
     ops = Counter(line.op for line in lines if line.op not in ("input", "return"))
@@ -175,14 +175,14 @@ def _render(**what: object) -> str:
 
 
 def _sites(reports: Iterable[Report], accuracy: AccuracyReport | None) -> list[Sites]:
-    """Of each graph. Reports and compare both come in the order in which the model runs."""
+    """The Sites of each graph. Reports and compare are both in the order of execution."""
     left = list(accuracy.sites) if accuracy else []
     return [{o.node: (o, _take(o, left) if o.int8 else None) for o in r.outcomes} for r in reports]
 
 
 def _take(outcome: Outcome, left: list[SiteAccuracy]) -> SiteAccuracy | None:
-    """The first of `left` that is this linear. Behind a graph break a graph does not know the whole
-    path; compare does, by the weight."""
+    """Remove this linear from `left` and return it; None if it is not there. After a graph break a
+    graph knows only the end of the path; compare knows all of it, from the weight."""
     same = [s for s in left if (s.outcome.N, s.outcome.K) == (outcome.N, outcome.K)]
     found = [s for s in same if s.path == outcome.path]
     found += [s for s in same if not outcome.path or s.path.endswith(f".{outcome.path}")]
@@ -244,7 +244,7 @@ def _holds_layers(module: Module) -> bool:
 
 
 def _looks(module: Module, graph: _Graph) -> object:
-    """The same for two layers that differ in nothing but their names."""
+    """A key that is equal for layers that differ in their names only."""
     above = len(module.path)
     return tuple(
         (line.path[above:], line.op, line.values, _fate(line, graph))
@@ -272,7 +272,7 @@ def _entry(row: Row, graph: _Graph, path: str) -> Entry:
 
 
 def _word(rule: str) -> str:
-    """What a button of the legend searches for."""
+    """The search term of a button of the legend."""
     return f"rule:{rule.replace(' ', '_')}"
 
 

@@ -1,11 +1,11 @@
 """A model's graphs before and after the rewrite, as lines that a terminal or a page can show.
 
     found = inspect(model, args, kwargs, Config())  one Inspected per graph
-    align(found[0].before, found[0].after)          rows: kept operations stand side by side
+    align(found[0].before, found[0].after)          rows: kept operations side by side
 
-Parameters and what is computed from them for a linear have no line: they stand inside the line of
-the linear, `int8({q,k,v}_proj.weight)`, as they do in the compiled graph, where they are packed.
-SmoothQuant's scale is called s: `int8(fc1.weight * s)`, behind `norm.weight * 1/s`.
+Parameters and expressions of them have no line of their own: they are shown in the line of their
+linear, `int8({q,k,v}_proj.weight)`, since they are packed in the compiled graph. SmoothQuant's
+scale is called s: `int8(fc1.weight * s)`, after `norm.weight * 1/s`.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class Line:
     """One operation of a graph, together with the getitems that unpack its result.
 
     node    its name in the traced graph, the same before and after
-    names   what its results are called here
+    names   the displayed names of its results
     op      "linear", "int8_linear", ..., "input" or "return"
     call    "linear(layer_norm, q_proj.weight, q_proj.bias)"
     values  shape and dtype of each result, "[2, 50, 64] float32"
-    rule    the rule that made it; "" for what the model brought; an ONNX node's kind
+    rule    the rule that made it; "" for the model's own operations; an ONNX node's kind
     path    the module that called it, "encoder.layers.0.mlp"
     reads   the `node` of every line whose results it reads
-    weights parameters and packed weights among its arguments, as they stand in `call`
+    weights parameters and packed weights among its arguments, as written in `call`
     """
 
     node: str
@@ -75,7 +75,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Inspected:
-    """One graph as it was captured, as it was rewritten, and what the rules say about it."""
+    """One graph as captured and as rewritten, and the report on it."""
 
     before: tuple[Line, ...]
     after: tuple[Line, ...]
@@ -84,14 +84,14 @@ class Inspected:
 
 @dataclass(frozen=True)
 class Row:
-    """Lines to show side by side: the same operation, or what is gone beside what is new."""
+    """Lines to show side by side: the same operation, or a removed one beside a new one."""
 
     before: Line | None
     after: Line | None
 
     @property
     def kind(self) -> str:
-        """ "same", "changed" (it reads something else by now) or "replaced"."""
+        """ "same", "changed" (other inputs) or "replaced"."""
         if self.before is None or self.after is None or self.before.node != self.after.node:
             return "replaced"
         arguments = {line.call.partition("(")[2] for line in (self.before, self.after)}
@@ -134,7 +134,7 @@ def inspect(
 
     with torch.inference_mode():
         if export:
-            module: Any = model  # it has to be one
+            module: Any = model  # torch.export takes modules only
             program = torch.export.export(module, tuple(args), dict(kwargs or {}))
             if (captured := from_export(program)) is not None:
                 take(captured, {})
@@ -147,7 +147,7 @@ def inspect(
 
 
 def align(before: Sequence[Line], after: Sequence[Line]) -> list[Row]:
-    """Rows in graph order: operations that were kept meet, what was replaced stands beside it."""
+    """Rows in graph order: kept operations are aligned, replaced ones beside their replacements."""
     left, right = ([(line.node, line.values) for line in side] for side in (before, after))
     rows: list[Row] = []
     matcher = SequenceMatcher(None, left, right, autojunk=False)
@@ -166,19 +166,19 @@ def align(before: Sequence[Line], after: Sequence[Line]) -> list[Row]:
 
 
 def _first(lines: list[Line], section: str) -> list[Line]:
-    """Take the lines of one section off the front."""
+    """Remove the leading lines of one section and return them."""
     taken = list(takewhile(lambda line: line.section == section, lines))
     del lines[: len(taken)]
     return taken
 
 
 def _input_name(placeholder: str) -> str:
-    """What the argument was called: "l_pixel_values_" -> "pixel_values"."""
+    """The name of the model's argument: "l_pixel_values_" -> "pixel_values"."""
     return re.sub(r"^[lL]_(?:kwargs_)?(.*?)_?$", r"\1", placeholder) or placeholder
 
 
 class _Writer:
-    """Writes down one captured graph, before and after: what is kept keeps its name."""
+    """Formats one captured graph before and after the rewrite; kept nodes keep their names."""
 
     def __init__(self, captured: Captured, inputs: Mapping[Node, str]) -> None:
         self._captured = captured
@@ -222,7 +222,7 @@ class _Writer:
         return tuple(made)
 
     def _names(self, node: Node, parts: Mapping[Node, int]) -> tuple[str, ...]:
-        """The names of a line's results; every node behind it gets its label here."""
+        """The names of a line's results; also labels every node of the line."""
         if node.op == "output":
             return ()
         if not parts:
@@ -236,7 +236,7 @@ class _Writer:
         return tuple(names)
 
     def _label(self, node: Node, word: str) -> str:
-        """A traced name stays, so that it can be found again; the rules' new ones are shortened."""
+        """Traced nodes keep their names, to be found again; nodes made by rules get short ones."""
         if node not in self._labels:
             self._labels[node] = self._free(word) if node.meta.get("graphquant") else node.name
         return self._labels[node]
@@ -280,7 +280,7 @@ class _Writer:
         return value in self._owner and isinstance(argument.type, torch.OptionalType)
 
     def _expression(self, node: Node) -> str:
-        """A weight as it will be packed: `int8({q,k,v}_proj.weight)`."""
+        """The expression of a packed weight: `int8({q,k,v}_proj.weight)`."""
         inputs = node.all_input_nodes
         if node.target is operator.getitem and is_call(inputs[0], quantize_weight.target):
             part: Any = node.args[1]
@@ -328,13 +328,13 @@ def short(name: str) -> str:
 
 
 def _head(texts: Sequence[str]) -> str:
-    """What all texts begin with, up to a dot or underscore."""
+    """The common prefix of all texts, up to a dot or underscore."""
     same = takewhile(lambda letters: len(set(letters)) == 1, zip(*texts, strict=False))
     return re.sub(r"[^._]*$", "", "".join(letters[0] for letters in same))
 
 
 def _folded(captured: Captured) -> set[Node]:
-    """What is computed from parameters for linears and our ops: prepack will take it out."""
+    """Nodes that are computed from parameters for linears and our ops: prepack removes them."""
     constants = Constants(captured.parameters)
     readers_of_packed = {LINEAR, *(op.target for op in OPS.values())}
     folded: set[Node] = set()
@@ -347,7 +347,7 @@ def _folded(captured: Captured) -> set[Node]:
 
 
 def _unpacking(node: Node) -> dict[Node, int]:
-    """The getitems that take a tuple apart; empty if anything reads the tuple itself."""
+    """The getitems that unpack a tuple, with their indices; {} if anything else reads it."""
     if not isinstance(node.meta.get("val"), (list, tuple)):
         return {}
     parts: dict[Node, Any] = {u: u.args[1] for u in node.users if u.target is operator.getitem}
@@ -355,7 +355,7 @@ def _unpacking(node: Node) -> dict[Node, int]:
 
 
 def _result_names(node: Node) -> list[str]:
-    """What graphquant's schemas call their results; [] for other ops."""
+    """The names of the results in graphquant's schemas; [] for other ops."""
     if getattr(node.target, "namespace", "") != "graphquant":
         return []
     target: Any = node.target

@@ -2,11 +2,11 @@
 
     lines = read("model.onnx")
 
-torch.onnx.export writes with each node which module called it: as metadata (`dynamo=True`) or in
-the node's name, "/layers.0/mlp/fc1/MatMul" (`dynamo=False`). A node without either stands with its
-neighbours. Shapes are those in the file and what onnx's shape inference adds. The weights stay
-unread, so a model of any size opens at once. Only the main graph is shown: functions and the
-bodies of If and Loop stay one line.
+torch.onnx.export records for each node which module called it: as metadata (`dynamo=True`) or in
+the node's name, "/layers.0/mlp/fc1/MatMul" (`dynamo=False`). A node without either is placed with
+its neighbors. Shapes are those in the file and what onnx's shape inference adds. Weights are not
+loaded, so a model of any size opens at once. Only the main graph is shown: functions and the bodies
+of If and Loop are one line each.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ KINDS = {
 _KIND_OF = {op: kind for kind, ops in KINDS.items() for op in ops.split()}
 
 SCOPES = "pkg.torch.onnx.name_scopes"  # "['', 'layers.0', 'layers.0.mlp', 'linear']"
-FEW = 8  # numbers that a constant may have to be written out
-LONGEST = 40  # characters of a value that is written out
+FEW = 8  # constants with at most this many elements are written out
+LONGEST = 40  # characters of an attribute before it is cut
 
 
 def read(path: str | Path) -> tuple[Line, ...]:
@@ -59,7 +59,7 @@ def read(path: str | Path) -> tuple[Line, ...]:
 
 
 def _types(model: ModelProto) -> dict[str, str]:
-    """ "[2, 17, 64] float32" of every value that is known."""
+    """Shape and dtype of every value where known: "[2, 17, 64] float32"."""
     import onnx
 
     graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
@@ -167,7 +167,7 @@ def _text(value: Any) -> str:
 
 
 def _paths(nodes: Sequence[NodeProto]) -> list[str]:
-    """Of each node; of one that does not say, what is common to those around it."""
+    """The module path of each node; if it has none, the common prefix of its neighbors' paths."""
     own = [_path(node) for node in nodes]
     behind: list[str | None] = [None] * len(own)
     for i in reversed(range(len(own) - 1)):

@@ -2,8 +2,8 @@
 
     svg = render(dot(inspect(model, args, kwargs)))
 
-One box per operation, a frame per layer, no parameters. A box that a rule took or made is filled
-in the color of that rule, in stripes if there were several.
+One box per operation, a frame per layer, no parameters. A box is filled in the colors of the rules
+that rewrote or made it, as stripes.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _graph(name: str, one: Inspected) -> Iterator[str]:
         ends = f'"{name}_before_{node}"', f'"{name}_after_{node}"'
         yield f"{{rank=same; {' '.join(ends)}}}"
         if i == 0:
-            yield f"{' -> '.join(ends)} [style=invis]"  # before stands on the left
+            yield f"{' -> '.join(ends)} [style=invis]"  # before on the left
 
 
 def _side(

@@ -1,4 +1,4 @@
-"""For a terminal: graphs side by side, `-` gone, `+` new, `~` reads something else; and counts."""
+"""Terminal output: graphs side by side (`-` removed, `+` new, `~` other inputs), and counts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from graphquant.visualize.lines import Inspected, Line, align
 
 
 def show(console: Console, found: Sequence[Inspected]) -> None:
-    """Graphs and reports one after the other, then the counts over all of them."""
+    """Print graphs and reports one after the other, then the counts over all of them."""
     for i, one in enumerate(found):
         if len(found) > 1:
             console.rule(f"graph {i + 1} of {len(found)}")
@@ -71,7 +71,7 @@ def _cell(line: Line | None, mark: str, style: str) -> Text:
 
 
 def by_rule(report: Report) -> Table:
-    """How many linears, norms and activations each rule took."""
+    """How many linears, norms and activations each rule rewrote."""
     kinds = ("linear", "norm", "activation")
     uses = Counter((rule, o.kind) for o in report.outcomes for rule in o.rules)
     table = Table("rule", *(f"{kind}s" for kind in kinds), title="applied", title_justify="left")
@@ -81,7 +81,7 @@ def by_rule(report: Report) -> Table:
 
 
 def by_reason(report: Report) -> Table:
-    """How often each reason was given, most often first."""
+    """How often each reason was given, most frequent first."""
     reasons = Counter((o.kind, o.refused) for o in report.refused)
     table = Table("refused because", "what", "times", title="refused", title_justify="left")
     for (kind, reason), times in reasons.most_common():

@@ -2,9 +2,9 @@
 
     tree(one.before, one.after)  the modules and operations that the model's own forward calls
 
-Level by level: a module meets itself on the other side, an operation that was kept meets itself,
-and what is gone stands beside what is new. All stays in graph order, so a module that the model
-comes back to has several places.
+Level by level, modules and kept operations are aligned with themselves on the other side, and
+removed lines are beside new ones. Everything is in graph order, so a module that is called several
+times appears several times.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from graphquant.visualize.lines import Line, Row
 
 @dataclass(frozen=True)
 class Module:
-    """One call of a module, and all that it calls.
+    """One call of a module, and everything that it calls.
 
     name   its part of the path, "attention"; "encoder.layers" if encoder calls nothing else
     path   "encoder.layers.0.attention"
@@ -39,7 +39,7 @@ class Module:
 
 @dataclass(frozen=True)
 class _Run:
-    """What one call of a module put into the graph, or one operation of the caller's own.
+    """The lines of one call of a module, or one operation of the caller itself.
 
     child  the module's name; "" for an operation
     """

@@ -55,8 +55,8 @@ budgets = st.builds(
 
 @given(budgets)
 def test_json_brings_back_an_equal_budget(budget: Budget) -> None:
-    told = json.dumps(budget.to_dict(), allow_nan=False)
-    assert Budget.from_dict(json.loads(told)) == budget
+    text = json.dumps(budget.to_dict(), allow_nan=False)
+    assert Budget.from_dict(json.loads(text)) == budget
 
 
 @given(budgets)
@@ -281,12 +281,12 @@ anything: st.SearchStrategy[Any] = st.recursive(
 
 @given(budgets, st.data())
 def test_any_value_anywhere_is_taken_or_refused(budget: Budget, data: st.DataObject) -> None:
-    told = json.loads(json.dumps(budget.to_dict()))
-    places = list(holders(told))
+    data = json.loads(json.dumps(budget.to_dict()))
+    places = list(holders(data))
     holder, key = data.draw(st.sampled_from(places))
     holder[key] = data.draw(anything)
     try:
-        loaded = Budget.from_dict(told)
+        loaded = Budget.from_dict(data)
     except OptionError:  # FileError, or that a calibration is missing
         return
     assert str(loaded) and loaded == Budget.from_dict(loaded.to_dict())

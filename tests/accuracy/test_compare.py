@@ -134,7 +134,7 @@ def test_a_residual_is_left_out_and_a_layer_scale_is_not(scaled: int, x: Tensor)
 
 
 @torch.no_grad()
-def test_siblings_of_one_product_are_told_apart(x: Tensor) -> None:
+def test_siblings_of_one_product_are_distinguished(x: Tensor) -> None:
     parts = {name: nn.Linear(64, width) for name, width in (("q", 32), ("k", 48), ("v", 16))}
     parts["k"].weight.data[:, 0] *= 50  # one worse than the others
     model = Model(
@@ -162,8 +162,8 @@ def test_values_that_int8_can_hold_are_exact() -> None:
     for found in (site.local, site.accumulated, report.outputs[0].error):
         assert found.exact and found.sqnr == math.inf
         assert found.relative == 0 and found.cosine == 1
-    told = json.loads(report.to_json())["sites"][0]["local"]
-    assert told == {"sqnr_db": None, "exact": True, "relative_error": 0.0, "cosine": 1.0}
+    local = json.loads(report.to_json())["sites"][0]["local"]
+    assert local == {"sqnr_db": None, "exact": True, "relative_error": 0.0, "cosine": 1.0}
     assert str(report).count("exact") >= 3
 
 
@@ -333,7 +333,7 @@ class Layer(nn.Module):
 
 
 @torch.no_grad()
-def test_layers_that_share_one_graph_are_told_apart(x: Tensor) -> None:
+def test_layers_that_share_one_graph_are_distinguished(x: Tensor) -> None:
     layers = nn.ModuleList(Layer() for _ in range(3))
 
     def forward(m: Any, x: Tensor) -> Tensor:
@@ -506,8 +506,8 @@ def test_edges(y8: Tensor, y: Tensor, relative: float, cosine: float, row: float
     assert found.cosine == pytest.approx(cosine, nan_ok=True)
     assert RowCosines.of(y8, y).worst == pytest.approx(row, nan_ok=True)
     assert (RowCosines() + RowCosines.of(y8, y)).worst == pytest.approx(row, nan_ok=True)
-    told = json.dumps(found.to_dict(), allow_nan=False)
-    assert json.loads(told)["exact"] == (relative == 0)
+    text = json.dumps(found.to_dict(), allow_nan=False)
+    assert json.loads(text)["exact"] == (relative == 0)
 
 
 @pytest.fixture(scope="module")
@@ -521,10 +521,10 @@ def test_json_holds_every_number_in_model_order(mlp_report: AccuracyReport) -> N
     assert [s["path"] for s in data["sites"]] == ["fc1", "fc2"]
     assert data["batches"] == 1
     site = mlp_report.sites[1]
-    told = data["sites"][1]
-    assert told["rules"] == ["act_linear"] and (told["M"], told["N"], told["K"]) == (6, 64, 96)
-    assert told["accumulated"]["sqnr_db"] == site.accumulated.sqnr
-    assert told["local"]["relative_error"] == site.local.relative
+    entry = data["sites"][1]
+    assert entry["rules"] == ["act_linear"] and (entry["M"], entry["N"], entry["K"]) == (6, 64, 96)
+    assert entry["accumulated"]["sqnr_db"] == site.accumulated.sqnr
+    assert entry["local"]["relative_error"] == site.local.relative
     assert data["outputs"][0]["worst_row_cosine"] == mlp_report.outputs[0].cosines.worst
     assert data["report"]["coverage"] == 1.0
 

@@ -61,7 +61,7 @@ class MiniLM:
     def mean_cosine(self, got: Tensor) -> float:
         return float(torch.cosine_similarity(got, self.exact).mean())
 
-    def same_neighbour(self, got: Tensor) -> float:
+    def same_neighbor(self, got: Tensor) -> float:
         """Share of the sentences whose nearest other sentence is the same."""
         nearest = [(e @ e.T).fill_diagonal_(-2).argmax(-1) for e in (got, self.exact)]
         return float((nearest[0] == nearest[1]).float().mean())
@@ -93,7 +93,7 @@ def calibration(minilm: MiniLM) -> graphquant.Calibration:
 def test_int8_as_it_comes(minilm: MiniLM) -> None:
     got = minilm.int8()
     assert 0.9985 <= minilm.mean_cosine(got) < 0.9999
-    assert minilm.same_neighbour(got) >= 0.94  # many sentences of the manual are near ties
+    assert minilm.same_neighbor(got) >= 0.94  # many sentences of the manual are near ties
 
 
 @pytest.mark.parametrize("smooth", [pytest.param(0.5, marks=pytest.mark.slow), "auto"])
@@ -102,7 +102,7 @@ def test_smoothed_by_a_calibration(
 ) -> None:
     got = minilm.int8(calibration=calibration, smooth=smooth)
     assert minilm.mean_cosine(got) >= 0.9993
-    assert minilm.same_neighbour(got) >= 0.96
+    assert minilm.same_neighbor(got) >= 0.96
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ def test_a_linear_of_gaussian_data_has_the_error_of_the_theory(N: int, K: int) -
 
 def test_every_linear_of_siglip_so400m_has_the_error_of_the_theory() -> None:
     """One layer in its true dimensions. Its weights are uniform or gaussian, as the model's own
-    initialisation makes them; what linears read behind a norm is nearly gaussian."""
+    initialization makes them; what linears read behind a norm is nearly gaussian."""
     model = MODELS["siglip-so400m"].cut(1)
     net, batch = seeded(lambda: (build(model, "cpu").float(), inputs(model, 1, "cpu")))
     batch = {k: v.float() if v.is_floating_point() else v for k, v in batch.items()}

@@ -1,4 +1,4 @@
-"""Encoders that have learnt something: int8 keeps their answers on data they have not seen.
+"""Encoders that have learned something: int8 keeps their answers on data they have not seen.
 
 Trained here, in ten seconds each: a ViT and a DINOv2 with layer scale on scikit-learn's digits, a
 BERT on sentences of a made-up language. Trained weights have what random ones lack: channels and

@@ -196,7 +196,7 @@ class Layer(nn.Module):
         return torch.tanh(self.fc(x))
 
 
-def test_layers_that_share_one_graph_are_told_apart(x: Tensor) -> None:
+def test_layers_that_share_one_graph_are_distinguished(x: Tensor) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         for layer in m.layers:
             x = layer(x)
@@ -301,7 +301,7 @@ def test_calibrations_of_different_models_do_not_mix(x: Tensor) -> None:
 # Edges ------------------------------------------------------------------------------------------
 
 
-def test_what_is_not_finite_is_left_out_and_told(x: Tensor, caplog: Any) -> None:
+def test_what_is_not_finite_is_left_out_and_reported(x: Tensor, caplog: Any) -> None:
     model = Model(lambda m, x: m.fc(x), fc=nn.Linear(64, 8))
     bad = x.clone()
     bad[0, 0, 0], bad[1, 1, 1], bad[:, :, 2], bad[2, 2, 3] = math.nan, math.inf, math.nan, -math.inf
@@ -352,7 +352,7 @@ def test_other_floats_count_in_float32(dtype: torch.dtype, x: Tensor) -> None:
 
 
 def test_under_autocast_the_values_are_those_that_the_graph_hands_to_the_linear(x: Tensor) -> None:
-    """Autocast rounds inside of the linear: a quantiser in front of it reads the float32."""
+    """Autocast rounds inside of the linear: a quantizer in front of it reads the float32."""
     model = Model(lambda m, x: m.b(torch.tanh(m.a(x))), a=nn.Linear(64, 64), b=nn.Linear(64, 8))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         calibration = calibrate(model, [x])
@@ -386,12 +386,12 @@ def test_what_is_no_module_in_eval_mode_is_refused(x: Tensor) -> None:
         calibrate(Mlp(), [x])
 
 
-def test_a_model_without_linears_is_told(x: Tensor, caplog: Any) -> None:
+def test_a_model_without_linears_is_reported(x: Tensor, caplog: Any) -> None:
     calibration = calibrate(Model(lambda m, x: m.norm(x), norm=nn.LayerNorm(64)), [x])
     assert calibration.sites == () and "saw no linear" in caplog.text
 
 
-def test_linears_that_no_graph_holds_are_told(x: Tensor, caplog: Any) -> None:
+def test_linears_that_no_graph_holds_are_reported(x: Tensor, caplog: Any) -> None:
     model = Model(lambda m, x: m.a(x), a=nn.Linear(64, 8), b=nn.Linear(64, 8))
     assert calibrate(model, [x]).sites == ("a",)
     assert "1 of 2 nn.Linear modules are in no captured graph" in caplog.text

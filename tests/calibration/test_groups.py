@@ -118,7 +118,7 @@ def test_without_patterns_there_are_no_groups() -> None:
     assert find_shared_input_groups(model) == find_shared_input_groups(model, []) == []
 
 
-def test_only_enabled_quantisers_of_the_kind_count() -> None:
+def test_only_enabled_quantizers_of_the_kind_count() -> None:
     model = quantized()
     attention = model.layers[0].attn
     attention.q_proj.weight_quantizer._disabled = True
@@ -348,7 +348,7 @@ def test_wrong_patterns_are_refused(config: Any, said: str) -> None:
         SharedWeightGlobalAmaxState.resolve_patterns(config)
 
 
-# Finalise ---------------------------------------------------------------------------------------
+# Finalize ---------------------------------------------------------------------------------------
 
 
 def shared(model: nn.Module) -> list[SharedWeightGlobalAmaxState]:
@@ -420,7 +420,7 @@ def one_object(model: nn.Module, states: int = 4) -> None:
         )
 
 
-def test_tied_quantisers_hold_one_tensor() -> None:
+def test_tied_quantizers_hold_one_tensor() -> None:
     model = tied()
     one_object(model)
     quantizer = model.layers[0].attn.q_proj.weight_quantizer
@@ -444,7 +444,7 @@ def test_a_new_value_reaches_all_members() -> None:
     assert all(q._global_amax is state.global_amax for q in state.quantizers)
 
 
-def test_only_quantisers_with_the_attribute_take_part() -> None:
+def test_only_quantizers_with_the_attribute_take_part() -> None:
     class Foreign(nn.Module):
         def __init__(self) -> None:
             super().__init__()

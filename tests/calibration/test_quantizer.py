@@ -33,11 +33,11 @@ from graphquant.ops.numerics import quantize_symmetric
 from graphquant.passes.pipeline import rewrite
 from tests.small import Mlp, error, int8, seeded
 
-# Quantised modules ------------------------------------------------------------------------------
+# Quantized modules ------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_a_quantised_model_computes_what_the_backend_does() -> None:
+def test_a_quantized_model_computes_what_the_backend_does() -> None:
     """Both round the same values to the same levels: what differs is the order of float sums, by
     which now and then a value falls on the other side of a half."""
     model, x = seeded(Mlp).eval(), torch.randn(30, 64)
@@ -84,7 +84,7 @@ def test_levels_are_steps_of_amax(shape: tuple[int, ...]) -> None:
     assert ((y - want).abs() <= step * 1.001).all() and (y.abs() <= amax * 1.00001).all()
 
 
-def test_a_quantiser_without_amax_is_dynamic_and_a_disabled_one_does_nothing() -> None:
+def test_a_quantizer_without_amax_is_dynamic_and_a_disabled_one_does_nothing() -> None:
     x = torch.randn(6, 50) * torch.logspace(-3, 3, 6)[:, None]
     quantizer = Quantizer()
     assert ((quantizer(x) - x).abs().amax(1) <= (x.amax(1) - x.amin(1)) / 254 * 0.5001).all()
@@ -113,7 +113,7 @@ def test_amaxes_stay_float32_and_are_saved_and_loaded() -> None:
 
 
 @pytest.mark.parametrize("amax", [torch.tensor(2.0), torch.rand(6, 1) + 0.5])
-def test_for_export_a_quantiser_is_one_op_with_the_same_levels(amax: Tensor) -> None:
+def test_for_export_a_quantizer_is_one_op_with_the_same_levels(amax: Tensor) -> None:
     x, quantizer = torch.randn(6, 50), Quantizer(amax)
     with export_torch_mode():
         program = torch.export.export(quantizer, (x,))
@@ -166,21 +166,21 @@ def test_export_mode_is_of_one_thread_and_one_task() -> None:
 
 
 class Foreign(nn.Module):
-    """A quantiser of another library: known by its attribute."""
+    """A quantizer of another library: known by its attribute."""
 
     def __init__(self, disabled: bool = False) -> None:
         super().__init__()
         self._disabled = disabled
 
 
-def test_what_holds_a_quantiser_is_quantised() -> None:
+def test_what_holds_a_quantizer_is_quantized() -> None:
     linear = QuantizedLinear.of(nn.Linear(4, 3))
     assert is_quantized(linear) and is_quantized(nn.Sequential(nn.ReLU(), linear))
     assert is_quantized(Foreign(disabled=True)) and is_quantized(nn.ModuleList([Foreign()]))
     assert not is_quantized(nn.Linear(4, 3)) and not is_quantized(nn.Sequential())
 
 
-def test_a_graph_with_int8_products_is_quantised() -> None:
+def test_a_graph_with_int8_products_is_quantized() -> None:
     graphs: list[Any] = []
 
     def keep(gm: Any, inputs: list[Any]) -> Any:
@@ -198,7 +198,7 @@ def test_a_graph_with_int8_products_is_quantised() -> None:
     assert is_quantized(captured.gm)
 
 
-def test_quantised_linears() -> None:
+def test_quantized_linears() -> None:
     linear = QuantizedLinear.of(nn.Linear(4, 3))
     assert is_quantized_linear(linear) and not is_quantized_linear(nn.Linear(4, 3))
     assert not is_quantized_column_parallel_linear(linear)
@@ -226,7 +226,7 @@ def test_quantised_linears() -> None:
     assert not is_quantized_linear(grouped)
 
 
-def test_the_quantiser_that_stands_for_a_weight() -> None:
+def test_the_quantizer_that_stands_for_a_weight() -> None:
     one, two = Foreign(), Foreign()
     m = nn.Module()
     assert representative_weight_quantizer(m) is None
@@ -245,7 +245,7 @@ def test_the_quantiser_that_stands_for_a_weight() -> None:
     assert representative_weight_quantizer(m, "odd") is None
 
 
-def test_the_names_of_quantised_weights() -> None:
+def test_the_names_of_quantized_weights() -> None:
     m = nn.Module()
     m.up, m.plain, m.down = (nn.Parameter(torch.ones(2)) for _ in range(3))
     m.also_down = m.down
@@ -333,7 +333,7 @@ def test_another_algorithm_stays() -> None:
     assert merged["algorithm"] == {"method": "smoothquant"} and merged["extra"] == math.pi
 
 
-def test_quantisers_use_the_levels_of_the_ops() -> None:
+def test_quantizers_use_the_levels_of_the_ops() -> None:
     x, amax = torch.randn(4, 32), torch.rand(4, 1) + 1
     xq, scale = quantize_symmetric(x, amax)
     assert torch.equal(Quantizer(amax)(x), xq * scale)

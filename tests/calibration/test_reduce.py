@@ -93,7 +93,7 @@ def test_reductions_are_those_of_numpy(data: Any, shape: list[int], keepdims: bo
     assert reduce_sum(x, None, keepdims).shape == ()
 
 
-def test_results_of_one_element_are_squeezed_unless_told() -> None:
+def test_results_of_one_element_are_squeezed_by_default() -> None:
     x = torch.tensor([[1.0, -5.0, 2.0]])
     assert reduce_amax(x, 1).shape == ()
     assert reduce_amax(x, 1, squeeze_scalar=False).shape == (1, 1)

@@ -180,7 +180,7 @@ def test_normalized_and_pruned_weights_have_the_path_of_their_linear(x: Tensor) 
     agree(normalized().eval(), x, want={"0", "1", "2", "3", "4"})
 
 
-def test_weights_that_are_no_linears_are_told_apart_by_their_names(x: Tensor) -> None:
+def test_weights_that_are_no_linears_are_distinguished_by_their_names(x: Tensor) -> None:
     names = {"w", "ws.0", "ws.1", "named.it's", "named.a b", "attn.in_proj", "attn.out_proj"}
     agree(nn.Sequential(Own()).eval(), x, want={f"0.{name}" for name in names})
 

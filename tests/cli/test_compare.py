@@ -97,8 +97,8 @@ def test_a_budget_is_fitted_shown_and_saved(
 ) -> None:
     file = tmp_path / "budget.json"
     given = ("--model", f"{users}:make", "--batch", "3", "--batches", "2")
-    told = ("--budget", "0.99999999", "--save", str(file), "--config", "weight_scale=mse")
-    out = shown(capsys, *given, *told)
+    options = ("--budget", "0.99999999", "--save", str(file), "--config", "weight_scale=mse")
+    out = shown(capsys, *given, *options)
     assert "1 linear left in float; 100.0% of all linears' FLOPs are" in out
     assert "in float: 1: excluded by '1'" in out and f"wrote {file}" in out
     saved = graphquant.Budget.load(file)
@@ -131,7 +131,7 @@ def test_without_matplotlib_no_chart_is_promised(
     [
         ([], "name one model"),
         (["vitt"], "unknown model 'vitt', did you mean 'vit'?"),
-        (["vit", "--batches", "0"], "argument --batches: 0 is no number of at least 1"),
+        (["vit", "--batches", "0"], "argument --batches: 0 is not a whole number of at least 1"),
         (["vit", "--data", "nothing"], "--data takes module:callable, got 'nothing'"),
         (["vit", "--data", "no_such_module:make"], "cannot load 'no_such_module:make'"),
         (["vit", "--data", "accuracy_test_model:none"], "'none'"),

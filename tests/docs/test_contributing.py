@@ -132,7 +132,7 @@ def test_the_files_that_the_table_names_exist(what: str) -> None:
 
 
 def test_the_table_names_every_file_that_knows_each_activation() -> None:
-    """A file in which every activation stands by name has to be told of a new one."""
+    """A file that names every activation needs a line for a new one."""
     named = {
         str(path.relative_to(ROOT / "graphquant"))
         for path in (ROOT / "graphquant").rglob("*.py")

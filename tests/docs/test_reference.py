@@ -56,19 +56,19 @@ def test_the_readme_is_short_and_shows_no_option_that_does_not_exist() -> None:
 
 
 def test_every_option_has_a_paragraph() -> None:
-    told = {name for heading in headings(OPTIONS) for name in re.findall(r"\w+", heading)}
-    assert defaults().keys() <= told
+    documented = {name for heading in headings(OPTIONS) for name in re.findall(r"\w+", heading)}
+    assert defaults().keys() <= documented
 
 
 def test_every_public_name_is_in_the_reference() -> None:
     pages = "\n".join(page.read_text() for page in sorted((DOCS / "reference").glob("*.md")))
     identifiers = re.findall(r"^::: (\S+)$", pages, re.M)
     assert len(identifiers) == len(set(identifiers))
-    told = [pkgutil.resolve_name(identifier) for identifier in identifiers]
+    documented = [pkgutil.resolve_name(identifier) for identifier in identifiers]
     for module in (graphquant, graphquant.calibration):
         for name in module.__all__:
             public = getattr(module, name)
-            assert any(public is one for one in told), f"{module.__name__}.{name}"
+            assert any(public is one for one in documented), f"{module.__name__}.{name}"
 
 
 def test_every_module_of_calibration_that_users_call_is_in_the_reference() -> None:
@@ -79,17 +79,17 @@ def test_every_module_of_calibration_that_users_call_is_in_the_reference() -> No
 
 def test_every_rule_has_a_section() -> None:
     files = {module.name for module in pkgutil.iter_modules(rules.__path__)}
-    told = set(headings("docs/rules.md"))
+    documented = set(headings("docs/rules.md"))
     assert files == {rule.name for rule in INT8_RULES}
-    assert files <= told, f"docs/rules.md has no section for {sorted(files - told)}"
+    assert files <= documented, f"docs/rules.md has no section for {sorted(files - documented)}"
 
 
 def test_every_op_has_a_section_with_its_schema() -> None:
     folders = {op.reference.__module__.split(".")[-2] for op in OPS.values()}
     every = {path.parent.name for path in (ROOT / "graphquant" / "ops").glob("*/op.py")}
     assert folders == every
-    told = set(headings("docs/ops.md"))
-    assert every <= told, f"docs/ops.md has no section for {sorted(every - told)}"
+    documented = set(headings("docs/ops.md"))
+    assert every <= documented, f"docs/ops.md has no section for {sorted(every - documented)}"
     schemas = [b.text for b in blocks("docs/ops.md") if b.kind == "schema"]
     said = [" ".join(schema.split()) for text in schemas for schema in text.strip().split("\n\n")]
     assert sorted(said) == sorted(str(op.target._schema) for op in OPS.values())

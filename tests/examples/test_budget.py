@@ -48,7 +48,7 @@ def test_a_budget_brings_the_real_model_as_near_as_is_asked(example: Any) -> Non
     model, tokenize = example.load_model(torch.device("cpu"))
     embedder = Embedder(model).eval()
     every = sentences(example)
-    some = every[::4]  # to calibrate and to fit on; all are judged by
+    some = every[::4]  # to calibrate and to fit on; all are evaluated on
     assert len(set(every)) >= 200
     fit = batches(tokenize, some)
     calibration = graphquant.calibrate(embedder, fit, progress=False)
@@ -66,7 +66,7 @@ def test_a_budget_brings_the_real_model_as_near_as_is_asked(example: Any) -> Non
     assert F.cosine_similarity(got, want).mean() >= 0.9996
     alike, nearest = ((e @ e.T).fill_diagonal_(-2) for e in (want, got))
     lead = alike.max(-1).values - alike.gather(-1, nearest.argmax(-1, keepdim=True)).squeeze(-1)
-    # About 238 of 240 keep their neighbour: which linears stay in float, and with that which near
+    # About 238 of 240 keep their neighbor: which linears stay in float, and with that which near
     # ties fall, depends on how the processor adds. What none may lose is one that is clearly ahead.
     assert (lead == 0).float().mean() >= 0.98
     assert lead.max() <= 0.02

@@ -24,23 +24,23 @@ def test_embeddings_have_length_one_and_do_not_see_the_padding(example):
     torch.testing.assert_close(together[:1], alone, atol=1e-5, rtol=0)
 
 
-def test_compare_sees_a_changed_neighbour(example):
+def test_compare_sees_a_changed_neighbor(example):
     a = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]), dim=1)
     b = a[[0, 2, 1]]
     same, changed = example.compare(a, a), example.compare(a, b)
-    assert same.ok and same.same_neighbour.all()
-    assert not changed.ok and not changed.same_neighbour.all()
+    assert same.ok and same.same_neighbor.all()
+    assert not changed.ok and not changed.same_neighbor.all()
 
 
 def test_int8_embeddings_of_real_sentences_are_close_to_the_float_ones(example):
     model, tokenize = example.load_model(torch.device("cpu"))
-    # The first two of each topic say the same thing in two ways: each is the other's neighbour.
+    # The first two of each topic say the same thing in two ways: each is the other's neighbor.
     batch = tokenize([s for group in example.read_sentences().values() for s in group[:2]])
     int8_model = torch.compile(model, backend="graphquant", options={"inner": "eager"})
     result = example.compare(example.embed(model, batch), example.embed(int8_model, batch))
     assert result.mean >= example.MIN_MEAN_COSINE
     assert result.worst >= example.MIN_WORST_COSINE
-    assert result.same_neighbour.all()
+    assert result.same_neighbor.all()
     assert result.worst < 1 - 1e-5, "int8 rounds: equal embeddings mean that nothing was rewritten"
 
 

@@ -402,7 +402,7 @@ def test_seven_bits_cannot_overflow_16(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("machine", "vnni", "warns"), [
     ("x86_64", False, True), ("x86_64", True, False), ("aarch64", False, False),
 ])  # fmt: skip
-def test_a_machine_that_overflows_is_told(
+def test_a_machine_that_overflows_gets_a_warning(
     machine: str,
     vnni: bool,
     warns: bool,

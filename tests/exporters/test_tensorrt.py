@@ -174,7 +174,7 @@ def test_a_program_keeps_its_numbers_as_near_to_float_as_a_linear_does(
     assert error(run(converted, x), want) < 2 * NEAR
 
 
-def test_every_quantiser_is_one_pair_and_every_weight_one_node(
+def test_every_quantizer_is_one_pair_and_every_weight_one_node(
     program: ExportedProgram, converted: ExportedProgram
 ) -> None:
     before, after = targets(program), targets(converted)

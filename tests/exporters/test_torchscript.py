@@ -125,5 +125,5 @@ def test_a_dynamic_slice_is_followed() -> None:
 def test_an_argument_that_is_no_tensor_is_refused() -> None:
     model = Model(lambda m, x, scale: m.fc(x) * scale, fc=nn.Linear(32, 32))
     program = graphquant.export(model, (torch.randn(3, 32), 2.0))
-    with pytest.raises(UnsupportedInputError, match=r"takes tensors alone, but .* is float"):
+    with pytest.raises(UnsupportedInputError, match=r"takes only tensors, but .* is float"):
         graphquant.torchscript(program)

@@ -1,4 +1,4 @@
-"""What AOTInductor is told to launch for our ops on a Hopper card, without one.
+"""The launches that AOTInductor gets for our ops on a Hopper GPU, without one.
 
     python -m tests.lowering.packaging      {"mlp dynamic": [one object for each launch], ...}
 
@@ -30,8 +30,8 @@ from graphquant.ops import int8_linear, norm_quantize_keep, quantize
 
 CUDA = torch.device("cuda", 0)
 BATCH, TOKENS, WIDTH = 2, 23, 64
-CARD = {"major": 9, "minor": 0, "multi_processor_count": 132}
-CARD |= {"shared_memory_per_block_optin": 232_448}
+HOPPER = {"major": 9, "minor": 0, "multi_processor_count": 132}
+HOPPER |= {"shared_memory_per_block_optin": 232_448}
 
 
 class Driver:
@@ -115,14 +115,14 @@ def _launch(node: Any) -> dict[str, Any]:
 def main() -> None:
     triton.runtime.driver.set_active(Driver())
     torch.utils._triton.has_triton_tensor_descriptor_host_tma = lambda: True
-    card: Any = SimpleNamespace(name="a card", **CARD)
-    torch.cuda.get_device_properties = lambda *_: card
-    told = {
+    gpu: Any = SimpleNamespace(name="a GPU", **HOPPER)
+    torch.cuda.get_device_properties = lambda *_: gpu
+    found = {
         f"{function.__name__} {sizes.name.lower()}": launches(function, sizes)
         for function in (mlp, gated, transposed, part, first)
         for sizes in (DimDynamic.STATIC, DimDynamic.DYNAMIC)
     }
-    sys.stdout.write(json.dumps(told) + "\n")
+    sys.stdout.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

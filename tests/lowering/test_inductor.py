@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphquant import ops
-from graphquant.lowering import inductor as lowering
+from graphquant.lowering import inductor
 from graphquant.ops import define
 from graphquant.ops.define import Op
 from graphquant.ops.numerics import padded, row_stride
@@ -80,7 +80,7 @@ def whole_rows(buffer: Tensor) -> Tensor:
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
-    lowering.register()
+    inductor.register()
     # what is on disk was lowered without our sites, and what we lower needs them
     with torch.inference_mode(), torch._inductor.config.patch(force_disable_caches=True):
         yield
@@ -90,7 +90,7 @@ def _fresh() -> Iterator[None]:
 @pytest.fixture
 def sites(monkeypatch: pytest.MonkeyPatch) -> Sites:
     made = Sites()
-    monkeypatch.setattr(lowering, "_has_sites", lambda device: True)
+    monkeypatch.setattr(inductor, "_has_sites", lambda device: True)
     monkeypatch.setattr(Op, "site", lambda op, *constants: made.site(op, *constants))
     return made
 
@@ -122,9 +122,9 @@ PER_LAYER = [
 
 
 def compiled(model: Any, **options: Any) -> Any:
-    inductor = {"force_disable_caches": True, **options.pop("inductor", {})}
+    settings = {"force_disable_caches": True, **options.pop("inductor", {})}
     return torch.compile(
-        model, backend="graphquant", fullgraph=True, options={"inductor": inductor}, **options
+        model, backend="graphquant", fullgraph=True, options={"inductor": settings}, **options
     )
 
 
@@ -146,7 +146,7 @@ def test_an_encoder_computes_what_it_does_without_sites(
     other = torch.randn(3, 5, K)
     of_other = run(other)
     torch._dynamo.reset()
-    monkeypatch.setattr(lowering, "_has_sites", lambda device: False)
+    monkeypatch.setattr(inductor, "_has_sites", lambda device: False)
     usual = compiled(model)
     assert error(got, usual(x)) < 1e-5
     assert error(of_other, usual(other)) < 1e-5
@@ -371,7 +371,7 @@ def test_large_floats_are_written_over_by_their_int8(
     sites: Sites, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`Sites` fills whole rows before it writes int8: who read the floats later would see it."""
-    monkeypatch.setattr(lowering, "LARGE", 0)
+    monkeypatch.setattr(inductor, "LARGE", 0)
     model, x = mlps(), torch.randn(3, 5, K, dtype=torch.bfloat16)
     run = compiled(model)
     got, again = run(x), run(x)
@@ -380,7 +380,7 @@ def test_large_floats_are_written_over_by_their_int8(
     assert fc2.op == "int8_linear" and fc2.given[0] is not None
     assert fc2.given[0].stride() == (5 * 2 * WIDE, 2 * WIDE, 1)
     torch._dynamo.reset()
-    monkeypatch.setattr(lowering, "_has_sites", lambda device: False)
+    monkeypatch.setattr(inductor, "_has_sites", lambda device: False)
     want = compiled(model)(x)
     assert torch.equal(got, want) and torch.equal(again, want)
 
@@ -390,7 +390,7 @@ def test_int8_rows_have_memory_of_their_own_unless_all_is_right(
 ) -> None:
     x = torch.randn(3, 5, K, dtype=torch.bfloat16)
     compiled(mlps())(x)  # not large
-    monkeypatch.setattr(lowering, "LARGE", 0)
+    monkeypatch.setattr(inductor, "LARGE", 0)
     torch._dynamo.reset()
     compiled(mlps(WIDE + 8))(x)  # rows would not start at cache lines
     torch._dynamo.reset()
@@ -402,7 +402,7 @@ def test_a_static_range_leaves_the_floats_alone(
     sites: Sites, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No program waits until its whole row is read: it would write over what others still read."""
-    monkeypatch.setattr(lowering, "LARGE", 0)
+    monkeypatch.setattr(inductor, "LARGE", 0)
     quantized = ops.quantize(torch.randn(3, 5, K))
     w1, w2 = ops.quantize_weight(torch.randn(WIDE, K)), ops.quantize_weight(torch.randn(N, WIDE))
 
@@ -423,7 +423,7 @@ def test_a_static_range_leaves_the_floats_alone(
 def test_floats_that_are_read_again_are_not_written_over(
     sites: Sites, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lowering, "LARGE", 0)
+    monkeypatch.setattr(inductor, "LARGE", 0)
 
     class Both(Mlp):
         def forward(self, x: Tensor) -> Any:
@@ -457,7 +457,7 @@ def test_symbolic_sizes_take_the_usual_way(sites: Sites) -> None:
     assert not sites.calls
 
 
-def test_a_symbolic_batch_is_not_specialised(sites: Sites) -> None:
+def test_a_symbolic_batch_is_not_specialized(sites: Sites) -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
     run = torch.compile(quantize_and_more, backend=counter, fullgraph=True)
     for batch in (3, 4, 9, 2):
@@ -484,7 +484,7 @@ def test_a_cpu_takes_the_usual_way() -> None:
         assert all(map(torch.allclose, by_inductor(quantize_and_more)(x), quantize_and_more(x)))
 
 
-# On a card ---------------------------------------------------------------------------------------
+# On a GPU ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.cuda

@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_inductor_cache
 
-from graphquant.lowering import inner as inductor
+from graphquant.lowering import inner
 from tests.small import Mlp, seeded
 
 
@@ -28,7 +28,7 @@ def test_compiled_code_is_found_again_by_the_same_graphquant_only(
     with fresh_inductor_cache():
         assert _compiles()["fxgraph_cache_miss"] == 1
         assert _compiles()["fxgraph_cache_hit"] == 1
-        monkeypatch.setattr(inductor, "_version", lambda: "another graphquant")
+        monkeypatch.setattr(inner, "_version", lambda: "another graphquant")
         assert _compiles()["fxgraph_cache_miss"] == 1
         assert _compiles()["fxgraph_cache_hit"] == 1
 

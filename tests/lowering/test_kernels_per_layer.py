@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
-from graphquant.lowering import inductor as lowering
+from graphquant.lowering import inductor
 from graphquant.ops.define import Op
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
@@ -79,7 +79,7 @@ SOME = ("siglip", "bert")  # a norm in front and one behind: the others differ i
     "name", [pytest.param(n, marks=() if n in SOME else pytest.mark.slow) for n in MODELS]
 )
 def test_a_layer_is_nine_kernels_and_no_other(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lowering, "_has_sites", lambda device: True)
+    monkeypatch.setattr(inductor, "_has_sites", lambda device: True)
     monkeypatch.setattr(Op, "site", _by_reference)
     two, three = _kernels(name, 2), _kernels(name, 3)
     added = {k: three[k] - two[k] for k in three if three[k] != two[k]}

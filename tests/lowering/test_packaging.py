@@ -1,6 +1,6 @@
 """graphquant.lowering.aoti: our ops as launches of Triton kernels, which AOTInductor compiles.
 
-Here without a GPU, up to what Inductor is told; test_aoti.py makes packages on one and runs them.
+Here without a GPU, up to the launches that Inductor gets; test_aoti.py makes and runs packages.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from graphquant.lowering.aoti import attention_of_torch
+from graphquant.lowering.aoti import decompose_attention
 from tests.processes import ROOT
 
 pytest.importorskip("triton")
@@ -26,7 +26,7 @@ Launches = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def told() -> dict[str, Launches]:
+def launches() -> dict[str, Launches]:
     """What tests/lowering/packaging.py prints."""
     environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.lowering.packaging"]
@@ -46,18 +46,18 @@ def kernels(launches: Launches) -> list[str]:
 
 @pytest.mark.parametrize("sizes", ["static", "dynamic"])
 def test_every_op_is_one_launch_that_writes_its_results_and_nothing_else(
-    told: dict[str, Launches], sizes: str
+    launches: dict[str, Launches], sizes: str
 ) -> None:
     linear = "int8_linear_tma_kernel"
-    mlp, gated = told[f"mlp {sizes}"], told[f"gated {sizes}"]
+    mlp, gated = launches[f"mlp {sizes}"], launches[f"gated {sizes}"]
     assert kernels(mlp) == ["norm_quantize_kernel", linear, "quantize_rows_kernel", linear]
     assert [launch["written"] for launch in mlp] == [4, 1, 3, 1]
     assert kernels(gated) == ["quantize_rows_kernel", linear] * 2
     assert [launch["written"] for launch in gated] == [3, 1, 3, 1]
 
 
-def test_dynamic_sizes_are_followed(told: dict[str, Launches]) -> None:
-    static, dynamic = told["mlp static"], told["mlp dynamic"]
+def test_dynamic_sizes_are_followed(launches: dict[str, Launches]) -> None:
+    static, dynamic = launches["mlp static"], launches["mlp dynamic"]
     assert [launch["numbers"]["M"] for launch in static] == ["46"] * 4
     (rows,) = {launch["numbers"]["M"] for launch in dynamic}
     assert re.fullmatch(r"s\d+\*s\d+", rows)
@@ -68,23 +68,23 @@ def test_dynamic_sizes_are_followed(told: dict[str, Launches]) -> None:
         assert one["warps"] == other["warps"]
 
 
-def test_descriptors_are_of_whole_buffers(told: dict[str, Launches]) -> None:
+def test_descriptors_are_of_whole_buffers(launches: dict[str, Launches]) -> None:
     """Pads of xq are among its columns; those of wq are not, so that they meet zeros."""
-    _, first, _, second = told["mlp static"]
+    _, first, _, second = launches["mlp static"]
     assert first["blocks"] == {
         "x_desc": ["46", "64"],
         "w_desc": ["128", "64"],
         "y_desc": ["46", "128"],
     }
     assert second["blocks"]["x_desc"] == ["46", "128"]
-    _, first, _, second = told["gated static"]
+    _, first, _, second = launches["gated static"]
     assert first["blocks"] == {"x_desc": ["46", "64"], "w_desc": ["76", "60"]}
     assert second["blocks"] == {"x_desc": ["46", "48"], "w_desc": ["27", "38"]}
     assert first["numbers"]["K"] == "60" and first["numbers"]["y_desc"] == "None"
 
 
-def test_what_the_op_was_told_arrives(told: dict[str, Launches]) -> None:
-    norm, _, act, second = told["mlp static"]
+def test_the_arguments_of_the_op_arrive(launches: dict[str, Launches]) -> None:
+    norm, _, act, second = launches["mlp static"]
     assert norm["numbers"]["eps"] == "1e-05" and norm["numbers"]["RMS"] == "False"
     assert (act["numbers"]["ACT"], act["numbers"]["clip"]) == ("gelu", "2.0")
     assert act["numbers"]["OVERLAP"] == "False", "a package launches one kernel after the other"
@@ -92,16 +92,18 @@ def test_what_the_op_was_told_arrives(told: dict[str, Launches]) -> None:
     assert norm["warps"] == 2
 
 
-def test_rows_are_copied_if_their_distance_is_a_symbol(told: dict[str, Launches]) -> None:
+def test_rows_are_copied_if_their_distance_is_a_symbol(launches: dict[str, Launches]) -> None:
     """The kernel is compiled for what divides it."""
-    static, dynamic = (told[f"first {sizes}"][0]["numbers"] for sizes in ("static", "dynamic"))
+    static, dynamic = (launches[f"first {sizes}"][0]["numbers"] for sizes in ("static", "dynamic"))
     assert int(static["x_row"]) * int(static["X_UNIT"]) == 23 * 64
     assert int(dynamic["x_row"]) * int(dynamic["X_UNIT"]) == 64
 
 
 @pytest.mark.parametrize("sizes", ["static", "dynamic"])
-def test_rows_are_copied_if_they_are_none_in_memory(told: dict[str, Launches], sizes: str) -> None:
-    assert kernels(told[f"transposed {sizes}"]) == [
+def test_rows_are_copied_if_they_are_none_in_memory(
+    launches: dict[str, Launches], sizes: str
+) -> None:
+    assert kernels(launches[f"transposed {sizes}"]) == [
         "quantize_rows_kernel",
         "int8_linear_tma_kernel",
     ]
@@ -109,9 +111,9 @@ def test_rows_are_copied_if_they_are_none_in_memory(told: dict[str, Launches], s
 
 @pytest.mark.parametrize("sizes", ["static", "dynamic"])
 def test_a_part_of_a_buffer_has_the_kernel_that_takes_pointers(
-    told: dict[str, Launches], sizes: str
+    launches: dict[str, Launches], sizes: str
 ) -> None:
-    (launch,) = [k for k in told[f"part {sizes}"] if k["kernel"] != "aten.view.dtype"]
+    (launch,) = [k for k in launches[f"part {sizes}"] if k["kernel"] != "aten.view.dtype"]
     assert launch["kernel"] == "int8_linear_kernel"
     assert launch["numbers"]["x_row"] == "128" and launch["written"] == 1
 
@@ -121,7 +123,7 @@ def test_attention_is_torchs_in_packages_for_cuda_alone() -> None:
         for device, aot in (("cuda", True), ("cuda", False), ("cpu", True)):
             q, k, v = (torch.empty(2, 4, 16, 72, device=device) for _ in "qkv")
             with V.set_aot_compilation(aot):
-                y = attention_of_torch(q, k, v, 0.125, "128x128")
+                y = decompose_attention(q, k, v, 0.125, "128x128")
             if (device, aot) != ("cuda", True):
                 assert y is NotImplemented
                 continue

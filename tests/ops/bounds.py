@@ -31,7 +31,7 @@ def runnable(op: Op) -> list[Kernel]:
 
 
 def implementations(*ops: Op) -> pytest.MarkDecorator:
-    """Parametrise over (op, kernel): each op's reference, wrapped as a kernel, and its kernels."""
+    """Parametrize over (op, kernel): each op's reference, wrapped as a kernel, and its kernels."""
     cases = [
         pytest.param(op, kernel, id=f"{op.name}-{kernel.name}")
         for op in ops
@@ -41,7 +41,7 @@ def implementations(*ops: Op) -> pytest.MarkDecorator:
 
 
 def kernels(*ops: Op, named: str = "") -> pytest.MarkDecorator:
-    """Parametrise over (op, kernel) of the kernels alone, or of those whose names begin so."""
+    """Parametrize over (op, kernel) of the kernels alone, or of those whose names begin so."""
     cases = [
         pytest.param(op, k, id=f"{op.name}-{k.name}")
         for op in ops

@@ -31,7 +31,7 @@ from graphquant.ops.numerics import ACTIVATIONS, MIN_ABSMAX
 SHAPES = ((5, 72, 43), (577, 4304, 1152), (4617, 1152, 4304))
 DTYPE = torch.bfloat16
 NOISE = 1e-4  # float32 arithmetic and a fitted GELU, on values near 1
-STEP = 0.505  # of a quantisation step: half of one, and what float32 adds
+STEP = 0.505  # of a quantization step: half of one, and what float32 adds
 Args = tuple[Any, ...]
 Triple = tuple[Tensor, Tensor, Tensor]
 
@@ -133,7 +133,7 @@ def wrong_triple(triple: Triple, y: Tensor) -> str | None:
 
 
 def steps_off(triple: Triple, y: Tensor) -> float:
-    """How many quantisation steps the worst value is away from y [..., K] float64."""
+    """How many quantization steps the worst value is away from y [..., K] float64."""
     xq, scale, shift = (t.double() for t in triple)
     return _worst((xq * scale + shift - y) / scale)
 
@@ -243,7 +243,7 @@ def _quantize_weight(M: int, N: int, K: int, device: str, small: bool) -> Cases:
 def linear_args(
     M: int, N: int, K: int, device: str, *, bias: bool = True, residual: bool = False
 ) -> Args:
-    """Random arguments of int8_linear, all but dtype, in the layouts that our quantisers write."""
+    """Random arguments of int8_linear, all but dtype, in the layouts that our quantizers write."""
     xq, x_scale, x_shift = OPS["quantize"].reference(torch.randn(M, K, device=device))
     wq, w_scale, w_sum = OPS["quantize_weight"].reference(torch.randn(N, K, device=device) / K**0.5)
     b = torch.randn(N, device=device).to(DTYPE) if bias else None

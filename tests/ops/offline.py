@@ -1,6 +1,6 @@
 """Compile every kernel for one architecture, without a GPU: `python -m tests.ops.offline 90`.
 
-Prints one JSON object per kernel: name, stack (bytes spilt), shared (bytes), mma (instructions).
+Prints one JSON object per kernel: name, stack (bytes spilled), shared (bytes), mma (instructions).
 Runs in a process of its own because under TRITON_INTERPRET nothing compiles.
 """
 

@@ -64,10 +64,10 @@ def assert_right(y: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> No
     """y against float64.
 
     A score is a sum of D products, off by (D + 2) U of the sum of their sizes, e at most in a row;
-    exp turns that into a factor within exp(+-e), as does the 2^-22 of the card's own exponential.
+    exp turns that into a factor within exp(+-e), as does the 2^-22 of the GPU's own exponential.
     Weights and their sum have those factors, so y is off by 2 (e + 2^-21) of sum p |v|, and by U
     for each of its T additions. Weights are then rounded to v's type, and so is y (eps each: half
-    of it on the card).
+    of it on the GPU).
     """
     assert y.shape == q.shape and y.dtype == q.dtype
     assert y.transpose(1, 2).is_contiguous()

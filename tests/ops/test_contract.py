@@ -170,7 +170,7 @@ def test_kernels_take_the_parameters_of_the_reference(op: Op) -> None:
     assert "bad" not in [k.name for k in op.kernels]
 
 
-def test_what_quantisers_return_is_what_int8_linear_takes() -> None:
+def test_what_quantizers_return_is_what_int8_linear_takes() -> None:
     """In name and order: int8_linear(*quantize(x), *quantize_weight(w), ...)."""
     takes = [a.name for a in ops.int8_linear.target._schema.arguments]
     assert takes[6:] == ["bias", "residual", "dtype"]
@@ -516,7 +516,7 @@ def test_a_cpu_tensor_among_cuda_ones_is_refused(name: str, at: int) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("op", ALL, ids=lambda op: op.name)
-def test_a_card_that_is_not_the_current_one_is_used(op: Op) -> None:
+def test_a_gpu_that_is_not_the_current_one_is_used(op: Op) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("NOT RUN: needs two GPUs")
     args = _arguments(op, torch.randn(7, 40, device="cuda:1"))

@@ -1,4 +1,4 @@
-"""The Hopper kernel of int8_linear as far as it can be tested without a GPU."""
+"""The Hopper kernel of int8_linear, as far as it can be tested without a GPU."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def _assert_right(y: Tensor, args: tuple[Any, ...]) -> None:
 
     float(acc), its two products and the three sums after them in float32, each within U of what it
     saw, make 6 U for acc, and less for what joins later: 8 U of the magnitudes that went in. Then
-    one rounding to dtype, of at most eps |y| (half of it on the card; Triton's interpreter cuts to
+    one rounding to dtype, of at most eps |y| (half of it on the GPU; Triton's interpreter cuts to
     bfloat16), or its smallest number where that is denormal.
     """
     want, seen = _float64(args)
@@ -210,7 +210,7 @@ def test_what_the_pads_hold_does_not_matter(
 
 @kernels(quantize)
 @pytest.mark.parametrize("K", [1, 100, 140, 300])
-def test_what_a_quantiser_leaves_in_the_pads_does_not_matter(
+def test_what_a_quantizer_leaves_in_the_pads_does_not_matter(
     op: Op, kernel: Kernel, device: str, K: int
 ) -> None:
     """Of one-sided rows a zero is the last step, so pads that were computed are full of it."""
@@ -273,7 +273,7 @@ def test_every_element_of_the_result_is_written(
     bias=optional,
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )  # fmt: skip
-def test_quantised_operands_cost_at_most_half_a_step_each(
+def test_quantized_operands_cost_at_most_half_a_step_each(
     op: Op,
     kernel: Kernel,
     device: str,

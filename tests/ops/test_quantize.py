@@ -342,7 +342,7 @@ def test_rows_in_blocks_are_whole(op: Op, kernel: Kernel, device: str, K: int) -
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("D", [64, 72])
-def test_what_attention_returns_is_quantised_without_a_copy(D: int) -> None:
+def test_what_attention_returns_is_quantized_without_a_copy(D: int) -> None:
     """[B, H, S, D] views of one fused result go in, and [B, S, H, D] in memory comes out."""
     B, S, H = 2, 197, 3
     qkv = torch.randn(B, S, 3 * H * D, device="cuda", dtype=torch.bfloat16)
@@ -430,7 +430,7 @@ def test_every_bfloat16_becomes_itself_in_float32(device: str) -> None:
     )
 
 
-# (act, lowest, off): from `lowest` upwards act(x) is relatively off by at most `off`
+# (act, lowest, off): from `lowest` upward act(x) is relatively off by at most `off`
 EXACT_TO_BFLOAT16 = [
     ("gelu", -4.0, 7e-4),
     ("gelu_tanh", -3.0, 7.5e-4),

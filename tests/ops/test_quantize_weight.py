@@ -113,7 +113,7 @@ def test_how_many_rows_are_tried_together_changes_nothing(
 def test_kernel_gives_the_reference_bit_for_bit(
     op: Op, kernel: Kernel, device: str, sample: Rows
 ) -> None:
-    """Whether a weight is packed before or after it is moved to the card changes nothing."""
+    """Whether a weight is packed before or after it is moved to the GPU changes nothing."""
     w = sample.on(device)
     for got, want in zip(kernel.fn(w), op.reference(w.cpu()), strict=True):
         torch.testing.assert_close(got.cpu(), want, rtol=0, atol=0, equal_nan=True)
@@ -123,7 +123,7 @@ def test_kernel_gives_the_reference_bit_for_bit(
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("K", [96, 100])
-def test_stacked_weights_quantise_to_stacked_quantised_weights(
+def test_stacked_weights_quantize_to_stacked_quantized_weights(
     op: Op, kernel: Kernel, device: str, dtype: torch.dtype, K: int, method: str
 ) -> None:
     q, k, v = (torch.randn(n, K, device=device).mul(n).to(dtype) for n in (24, 8, 9))

@@ -15,7 +15,7 @@ from torch import Tensor
 from graphquant import ops
 from graphquant.ir.graph import SDPA
 from graphquant.ops.runtime.device import GpuProperties
-from graphquant.passes import attention_kernels as attention
+from graphquant.passes import attention_kernels
 from graphquant.passes.attention_kernels import KERNELS, choose_kernels
 from tests.passes.graphs import Model, argument, compiled, exported, rewritten
 
@@ -39,15 +39,17 @@ class Clock:
 @pytest.fixture
 def clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Clock:
     stand_in = Clock(getattr(request, "param", "flash"))
-    monkeypatch.setattr(attention, "times", stand_in)
-    monkeypatch.setattr(attention, "MEASURED", ("cpu",))
+    monkeypatch.setattr(attention_kernels, "times", stand_in)
+    monkeypatch.setattr(attention_kernels, "MEASURED", ("cpu",))
     for kernel in ("flash", "cudnn", "mem_efficient"):
         monkeypatch.setattr(torch._C, f"_get_{kernel}_sdp_enabled", lambda: True)
-    monkeypatch.setattr(attention, "KERNELS", switched(lambda name: True))
+    monkeypatch.setattr(attention_kernels, "KERNELS", switched(lambda name: True))
     return stand_in
 
 
-OF_TORCH = [name for name, kernel in KERNELS.items() if isinstance(kernel, attention.TorchKernel)]
+OF_TORCH = [
+    name for name, kernel in KERNELS.items() if isinstance(kernel, attention_kernels.TorchKernel)
+]
 OURS = [name for name in KERNELS if name not in OF_TORCH]
 
 
@@ -107,7 +109,9 @@ def test_the_fastest_kernel_is_called_in_place_of_the_choice_that_torch_would_ma
 def test_our_kernel_is_for_hopper_alone(
     clock: Clock, sm: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "gpu_properties", lambda device: GpuProperties(sm, 108, 166_912))
+    monkeypatch.setattr(
+        attention_kernels, "gpu_properties", lambda device: GpuProperties(sm, 108, 166_912)
+    )
     chosen(*(t.transpose(1, 2) for t in qkv(B, T, H, D)))
     assert list(clock.bound[0]) == OF_TORCH
 
@@ -198,12 +202,12 @@ def test_fewer_queries_than_keys_are_timed_where_nothing_is_causal(clock: Clock)
 def test_what_the_user_switched_off_is_not_called(
     left: str, clock: Clock, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(attention, "KERNELS", switched(lambda name: name == left))
+    monkeypatch.setattr(attention_kernels, "KERNELS", switched(lambda name: name == left))
     chosen(*qkv(), is_causal=True)  # one kernel: nothing to measure
     assert not clock.questions
     chosen(*qkv())
     assert list(clock.bound[-1]) == [left, *OURS]
-    monkeypatch.setattr(attention, "KERNELS", switched(lambda name: name != left))
+    monkeypatch.setattr(attention_kernels, "KERNELS", switched(lambda name: name != left))
     chosen(*qkv())
     assert list(clock.bound[-1]) == [name for name in KERNELS if name != left]
 
@@ -212,7 +216,7 @@ def test_what_the_user_switched_off_is_not_called(
 def test_without_times_torch_chooses(
     answer: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "times", lambda *_: answer)
+    monkeypatch.setattr(attention_kernels, "times", lambda *_: answer)
     assert chosen(*qkv()).gm.graph.find_nodes(op="call_function", target=SDPA)
 
 
@@ -222,7 +226,7 @@ def test_nothing_is_chosen_on_a_cpu_or_with_select_always(
     half = qkv()
     model = Model(lambda m, *qkv: F.scaled_dot_product_attention(*qkv))
     rewritten(model, *half, select="always")
-    monkeypatch.setattr(attention, "MEASURED", ("cuda",))
+    monkeypatch.setattr(attention_kernels, "MEASURED", ("cuda",))
     rewritten(model, *half, select="faster")
     assert not clock.questions
 
@@ -234,7 +238,7 @@ def test_each_kernel_computes_attention(
     name: str, causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In half precision, with probabilities rounded to it: some 2^-8 of a value of one."""
-    monkeypatch.setattr(attention, "times", Clock(name))
+    monkeypatch.setattr(attention_kernels, "times", Clock(name))
     q, k, v = (torch.randn(2, 100, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     inputs = [t.transpose(1, 2) for t in (q, k, v)]
     model = Model(lambda m, *qkv: F.scaled_dot_product_attention(*qkv, is_causal=causal))

@@ -16,7 +16,7 @@ from tests.programs import Program, programs
 
 CALLS = 2  # the second one sees the state that the first one left
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
-TOO_ROUGH = 0.3  # beyond this relative error of int8 itself nothing can be told
+TOO_ROUGH = 0.3  # above this relative error of int8 itself, results are not compared
 
 
 def seen(program: Program, run: Any, model: nn.Module) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Norms and activations are recognised by what they compute, and nothing else is."""
+"""Norms and activations are recognized by what they compute, and nothing else is."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ GAMMAS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Any]] = {
 def assert_found_as(
     spelled: Callable[[Any, Tensor], Tensor], x: Tensor, rms: bool, gamma: Any, beta: Any = None
 ) -> None:
-    """Recognised with its own eps and parameters, and right as a fused op."""
+    """Recognized with its own eps and parameters, and right as a fused op."""
     fc = nn.Linear(K, 8)
     parts = {"fc": fc, "gamma": parameter(K), "beta": parameter(K)}
     norm = the_norm(lambda m, x: m.fc(spelled(m, x)), x, **parts)
@@ -260,7 +260,7 @@ def test_an_rms_norm_without_eps_has_that_of_its_type(dtype: torch.dtype) -> Non
 def test_a_norm_over_two_dims_is_unusable_for_a_reason(x: Tensor) -> None:
     seen = found(Model(lambda m, x: m.norm(x), norm=nn.LayerNorm((5, K))), x)
     assert not seen.norms
-    assert list(seen.unusable.values()) == ["normalises over 2 dims; int8 scales are per row"]
+    assert list(seen.unusable.values()) == ["normalizes over 2 dims; int8 scales are per row"]
 
 
 def test_a_whole_norm_reads_what_stands_before_a_widening_cast(x: Tensor) -> None:

@@ -372,10 +372,10 @@ def test_cosines_see_one_wrong_token_and_nan() -> None:
     assert encoders.cosines(want[:1], want) == (0.0, 0.0)
 
 
-# --- which speed-ups are told -------------------------------------------------------------------
+# --- which speedups are shown ------------------------------------------------------------------
 
 
-def told(run: Run, variant: str) -> str:
+def speedup(run: Run, variant: str) -> str:
     (found,) = (r for r in run.encoders if r.variant == variant)
     return write.speedup_text(Line(found, run, 1))
 
@@ -392,23 +392,23 @@ def test_the_baseline_is_the_fastest_bfloat16_variant_of_the_row() -> None:
     )
     base = run.baseline(("vit-b-16", 64, None))
     assert base and base.variant == "bf16-max-autotune"
-    assert told(run, "graphquant") == "2.00x"
-    assert told(run, "eager") == "0.50x"
-    assert told(run, "bf16-max-autotune") == "1 (baseline)"
+    assert speedup(run, "graphquant") == "2.00x"
+    assert speedup(run, "eager") == "0.50x"
+    assert speedup(run, "bf16-max-autotune") == "1 (baseline)"
 
 
 def test_a_wrong_or_failed_baseline_is_none() -> None:
     wrong = record("bf16-reduce-overhead", 0.5, cosine=0.9)
     failed = record("bf16-max-autotune", None, failed="out of memory")
     run = run_of(wrong, failed, record("bf16-default", 3.0), record("graphquant", 1.0))
-    assert told(run, "graphquant") == "3.00x"
-    assert told(run_of(wrong, record("graphquant", 1.0)), "graphquant") == "-"
+    assert speedup(run, "graphquant") == "3.00x"
+    assert speedup(run_of(wrong, record("graphquant", 1.0)), "graphquant") == "-"
 
 
 @pytest.mark.parametrize("cosine", [0.9989, 0.0, -1.0, float("nan")])
-def test_no_speedup_is_told_for_a_bad_cosine(cosine: float) -> None:
+def test_no_speedup_is_shown_for_a_bad_cosine(cosine: float) -> None:
     run = run_of(record("bf16-default", 3.0), record("graphquant", 1.0, cosine=cosine))
-    assert told(run, "graphquant") == "-"
+    assert speedup(run, "graphquant") == "-"
     assert "3.00x" not in write.page([run])
     assert write.bars([run]) == []
 
@@ -420,7 +420,7 @@ def test_wrong_ops_silence_every_speedup_and_are_exit_code_1(tiny: str, tmp_path
     (run,) = load(out)
     assert run.wrong_ops == ["quantize on cpu: off"] and run.encoders[0].ms
     fast = run_of(record("eager", 3.0), record("graphquant", 1.0), wrong_ops=["x: off"])
-    assert told(fast, "graphquant") == told(fast, "eager") == "-"
+    assert speedup(fast, "graphquant") == speedup(fast, "eager") == "-"
     assert "3.00x" not in write.page([fast]) and "x: off" in write.page([fast])
     assert write.bars([fast]) == []
 
@@ -673,7 +673,7 @@ def test_a_time_with_nothing_beside_it_does_not_replace_one_that_was_compared() 
     }  # fmt: skip
 
 
-def test_whole_models_beside_cut_ones_are_told_apart() -> None:
+def test_whole_models_beside_cut_ones_are_distinguished() -> None:
     run = run_of(record("eager", 4.0), record("eager", 1.0, layers=2))
     whole, cut = (Line(r, run, 1) for r in run.encoders)
     assert write._title("Encoders", [whole]) == "Encoders"
@@ -814,9 +814,9 @@ def test_a_bar_names_its_baseline_and_a_cut_model() -> None:
     [
         (["vit-b-61"], "no model vit-b-61: there are siglip-so400m, "),
         (["vit-b-16", "--variants", "bf17"], "invalid choice: 'bf17'"),
-        (["vit-b-16", "--batch", "0"], "0 is no number of at least 1"),
-        (["--seconds", "0"], "0 is no number above 0"),
-        (["--layers", "-1"], "-1 is no number of at least 1"),
+        (["vit-b-16", "--batch", "0"], "0 is not a whole number of at least 1"),
+        (["--seconds", "0"], "0 is not a number above 0"),
+        (["--layers", "-1"], "-1 is not a whole number of at least 1"),
         (["--preset", "headlines"], "invalid choice: 'headlines'"),
         (["vit-b-16", "--preset", "headline"], "--preset names models"),
         (["--preset", "headline", "--batch", "1"], "--preset names models"),

@@ -76,7 +76,7 @@ def test_lines_have_calls_types_kinds_and_what_they_read(tmp_path: Path) -> None
     assert kinds == {"DynamicQuantizeLinear": "quantize", "MatMulInteger": "int8 product"}
 
 
-def test_names_of_nodes_tell_the_module_and_a_node_without_stands_with_its_neighbours(
+def test_names_of_nodes_tell_the_module_and_a_node_without_stands_with_its_neighbors(
     tmp_path: Path,
 ) -> None:
     found = by_op(onnx_model.read(saved(tmp_path / "m.onnx", int8_nodes())))

@@ -29,8 +29,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import graphquant
 from graphquant.backend import can_run_twice
 from graphquant.passes.prepack import Recipe
-from graphquant.weights import gpu_probe as probe
-from graphquant.weights import snapshot
+from graphquant.weights import gpu_probe, snapshot
 from graphquant.weights.packed import PackedInputs, packed_tensors
 from tests import zoo
 from tests.small import FAR, NEAR, Mlp, Scaled, again, error, int8, seeded
@@ -720,10 +719,10 @@ def test_deleted_model_frees_its_weights_and_packs(make: type[nn.Module], x: Ten
     run = int8(model)
     run(x)
     tensors = [*model.parameters(), *model.buffers()]
-    packs = packed_tensors(tensors)
-    assert packs
-    watched = [weakref.ref(t) for t in [*tensors, *packs]]
-    del model, run, tensors, packs
+    packed = packed_tensors(tensors)
+    assert packed
+    watched = [weakref.ref(t) for t in [*tensors, *packed]]
+    del model, run, tensors, packed
     gc.collect()
     assert [r() for r in watched] == [None] * len(watched)
 
@@ -736,7 +735,7 @@ def tracker_of(root: Tensor) -> Any:
 
 
 class Attention(nn.Module):
-    """Three stacked linears: one pack of six parameters."""
+    """Three stacked linears, packed together from six parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -750,8 +749,8 @@ class Attention(nn.Module):
 
 def int8_bytes() -> int:
     gc.collect()
-    packs = [t for t in gc.get_objects() if type(t) is Tensor and t.dtype == torch.int8]
-    return sum(t.untyped_storage().nbytes() for t in packs)
+    packed = [t for t in gc.get_objects() if type(t) is Tensor and t.dtype == torch.int8]
+    return sum(t.untyped_storage().nbytes() for t in packed)
 
 
 def test_replaced_parameters_take_their_packs_with_them(device: str, x: Tensor) -> None:
@@ -769,7 +768,7 @@ def test_replaced_parameters_take_their_packs_with_them(device: str, x: Tensor) 
 
 
 def test_parameters_in_turn_are_packed_once(device: str, x: Tensor, packings: list[Recipe]) -> None:
-    """Both live, so both packs do."""
+    """Both are alive, so both packed weights are."""
     run = int8(model := seeded(Attention).to(device))
     weights = [model.k.weight, nn.Parameter(other(model.k.weight))]
     results = []
@@ -812,12 +811,12 @@ def test_other_recipes_replace_the_former_once_dynamo_forgets_them(device: str, 
 def test_packs_live_as_long_as_one_graph_that_reads_them() -> None:
     w = nn.Parameter(torch.randn(4, 4))
     one, two = supply_of(Doubled()), supply_of(Doubled())
-    pack = weakref.ref(one([w])[0])
-    assert two([w])[0] is pack()
+    packed = weakref.ref(one([w])[0])
+    assert two([w])[0] is packed()
     del one
-    assert pack() is not None
+    assert packed() is not None
     del two
-    assert pack() is None
+    assert packed() is None
     assert packed_tensors([w]) == []
 
 
@@ -825,10 +824,10 @@ def test_packs_die_with_any_parameter_they_were_made_from() -> None:
     supply = PackedInputs([(Doubled(), (0, 1))], str)
     for dies in (0, 1):
         roots = [nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))]
-        pack = weakref.ref(supply(roots)[0])
-        assert pack() is not None
+        packed = weakref.ref(supply(roots)[0])
+        assert packed() is not None
         del roots[dies]
-        assert pack() is None
+        assert packed() is None
 
 
 # PackedInputs, alone ----------------------------------------------------------------------------
@@ -917,9 +916,9 @@ def test_only_a_graph_without_side_effects_runs_before_its_packs_are_known_to_be
 def test_one_supply_serves_many_parameters() -> None:
     supply = supply_of(Doubled())
     weights = [nn.Parameter(torch.randn(4, 4)) for _ in range(3)]
-    packs = [supply([w])[0] for w in weights]
-    assert len({t.data_ptr() for t in packs}) == 3
-    assert all(supply([w])[0] is t for w, t in zip(weights, packs, strict=True))
+    packed = [supply([w])[0] for w in weights]
+    assert len({t.data_ptr() for t in packed}) == 3
+    assert all(supply([w])[0] is t for w, t in zip(weights, packed, strict=True))
 
 
 def test_first_packing_from_many_threads_happens_once() -> None:
@@ -1006,9 +1005,9 @@ def test_a_probe_raises_its_flag_when_a_value_has_changed(dtype: torch.dtype, de
         torch.randint(-9, 9, (64, 64), device=device).to(dtype),
     ]
     where = tensors[0].device
-    rows = probe.read(probe._table(tensors).to(where)).cpu().numpy()
+    rows = gpu_probe.read(gpu_probe._table(tensors).to(where)).cpu().numpy()
     seen = [snapshot.TensorState.of(t, row.tobytes()) for t, row in zip(tensors, rows, strict=True)]
-    looks = probe.Probe(tensors, seen, where)
+    looks = gpu_probe.Probe(tensors, seen, where)
 
     def raised() -> bool:
         looks.changed()
@@ -1021,12 +1020,12 @@ def test_a_probe_raises_its_flag_when_a_value_has_changed(dtype: torch.dtype, de
     tensors[1].fill_(9)
     assert raised() and raised()
     tensors[1].copy_(before)
-    assert probe.Probe(tensors, seen, where).changed() is False
+    assert gpu_probe.Probe(tensors, seen, where).changed() is False
 
 
 def test_a_probe_reads_the_first_bytes_of_its_tensors_values(device: str) -> None:
     x = torch.randn(3, 5, device=device).bfloat16()
-    (row,) = probe.read(probe._table([x]).to(device))
+    (row,) = gpu_probe.read(gpu_probe._table([x]).to(device))
     assert torch.equal(row[:15].short().view(torch.bfloat16).view(3, 5), x)
 
 
@@ -1065,7 +1064,7 @@ def test_a_call_that_is_recorded_as_a_cuda_graph_looks_at_nothing(device: str, x
 def test_a_change_that_is_seen_after_the_launch_is_right_in_the_same_call(
     device: str, x: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The GPU begins with the old packs, and again with the new ones."""
+    """The GPU begins with the old packed weights, and again with the new ones."""
     model = seeded(Mlp).to(device).eval()
     run = int8(model)
     for seed in range(4):

@@ -223,8 +223,8 @@ def test_adapters_that_are_gone_leave_no_packs(device: str, x: Tensor) -> None:
         model.set_adapter("default")
         run(x)
         gc.collect()
-        packs = [t for t in gc.get_objects() if type(t) is Tensor and t.dtype == torch.int8]
-        sizes.append(sum(t.untyped_storage().nbytes() for t in packs))
+        packed = [t for t in gc.get_objects() if type(t) is Tensor and t.dtype == torch.int8]
+        sizes.append(sum(t.untyped_storage().nbytes() for t in packed))
     assert 0 < max(sizes) < 2 * sizes[0]
 
 

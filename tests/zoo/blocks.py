@@ -129,7 +129,7 @@ class ParallelBlock(nn.Module):
 
 
 def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
-    """Turn neighbouring channels of x by the angles of their position."""
+    """Turn neighboring channels of x by the angles of their position."""
     swapped = torch.stack([-x[..., 1::2], x[..., ::2]], -1).reshape(x.shape)
     return x * cos + swapped * sin
 

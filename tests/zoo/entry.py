@@ -43,7 +43,7 @@ SCALE_NAMES = {"lambda1", "lambda2", "lambda_1", "lambda_2", "gamma", "gamma_1",
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalisation, by the name of its class."""
+    """Whether a module is a normalization, by the name of its class."""
     return "norm" in type(module).__name__.lower()
 
 

@@ -1,4 +1,4 @@
-"""Single ops: int8_linear beside other GEMMs, quantisers beside a copy of the same bytes.
+"""Single ops: int8_linear beside other GEMMs, quantizers beside a copy of the same bytes.
 
 Inputs, weights and results rotate through more memory than the last cache holds, inside CUDA
 graphs, so that neither a warm cache nor the host counts. The implementations of one shape take
@@ -31,7 +31,7 @@ ROWS = 64  # compared with float64
 DTYPE = torch.bfloat16
 MAX_ERROR = 0.01  # relative, of a linear: bfloat16 rounds to 0.002, and never is 0.01 rounding
 MAX_FP8 = 0.03  # of fp8's own product: Hopper's fast accumulation keeps 14 bits
-MAX_STEPS = 0.52  # of a quantiser: half a step, and the float32 noise on it
+MAX_STEPS = 0.52  # of a quantizer: half a step, and the float32 noise on it
 EPS = 1e-6
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -67,7 +67,7 @@ class Implementation:
 
 
 def groups(model: Model, batch: int) -> Iterator[Group]:
-    """The linears and quantisers of one layer."""
+    """The linears and quantizers of one layer."""
     M, H, F_ = batch * model.tokens, model.hidden, model.mlp
     for N, K in ((3 * H, H), (H, H), (F_, H), (H, F_)):
         yield _linear(M, N, K, residual=N == H)
@@ -251,7 +251,7 @@ def _linear(M: int, N: int, K: int, *, residual: bool) -> Group:
     return Group("int8_linear", M, N, K, "", size, lambda d: _gemm(M, N, K, d, residual), calls)
 
 
-# --- quantisers ---------------------------------------------------------------------------------
+# --- quantizers ---------------------------------------------------------------------------------
 
 
 def _rows(

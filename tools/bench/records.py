@@ -82,7 +82,7 @@ class OpTime:
     us, host_us  median of one call: on the device, inside a CUDA graph, and of an eager call until
                  it returns
     bytes        read and written, at least; of a copy: exactly
-    error        linears: ||y - y64|| / ||y64||; quantisers: of the worst value, in steps
+    error        linears: ||y - y64|| / ||y64||; quantizers: of the worst value, in steps
     N            0 for ops on rows
     detail       what else the op was told: bias, residual, the activation, the norm
     """

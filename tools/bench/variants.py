@@ -37,7 +37,7 @@ class MissingError(Exception):
 
 @dataclass(frozen=True)
 class Prepared:
-    """module: the model that runs, quantised or not. reports: filled when graphquant compiles."""
+    """module: the model that runs, quantized or not. reports: filled when graphquant compiles."""
 
     run: Callable[..., Any]
     module: nn.Module

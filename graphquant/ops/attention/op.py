@@ -1,17 +1,16 @@
 """Float attention without a mask, faster than torch's on Hopper at the lengths of encoders.
 
-    y = softmax(scale q k^T) v        per head, sums and softmax in float32
+    y = softmax(scale q k^T) v        per head, accumulators and softmax in float32
 
     q       [B, H, S, D]  float16 | bfloat16 | float32, any strides
     k, v    [B, H, T, D]  like q; T >= 1
     scale   of the scores, > 0, usually D ** -0.5
-    tile    a name in TILES, queries x keys: how the CUDA kernel cuts its work; the result is the
+    tile    a name in TILES, queries x keys: the tile shape of the CUDA kernel; the result is the
             same up to rounding
-    -> y    [B, H, S, D]  like q, and [B, S, H, D] in memory: heads side by side, as the linear that
-            follows reads them
+    -> y    [B, H, S, D]  like q, and [B, S, H, D] in memory, as the linear that follows reads it
 
-torch's fused kernels work on blocks of 64 to 128 tokens and on heads of 64 or 128: of an image of
-257 tokens, or with heads of 72, they compute up to twice what there is. The CUDA kernel is one for
+torch's fused kernels work on tiles of 64 to 128 tokens and head sizes of 64 or 128: for 257 image
+tokens, or a head size of 72, they compute up to twice as much as needed. The CUDA kernel is for
 Hopper, in fp16 and bf16. Elsewhere the rewrite does not call the op; a program that was exported
 with it runs torch's attention there.
 """
@@ -38,7 +37,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> None:
         if t.dim() != 4:
             raise UnsupportedInputError(f"attention: {name} has {t.dim()} dims, needs [B, H, _, D]")
     checks.one_device("attention", q=q, k=k, v=v)
-    checks.some("attention", "k", k, 2, "T >= 1")
+    checks.nonempty("attention", "k", k, 2, "T >= 1")
     B, H, _, D = q.shape
     checks.shape("attention", "k", k, (B, H, k.shape[2], D), "[B, H, T, D] like q")
     checks.shape("attention", "v", v, (B, H, k.shape[2], D), "[B, H, T, D] like k")
@@ -63,5 +62,5 @@ def _float_form(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> Ten
 )
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> Tensor:
     y = _float_form(q.float(), k.float(), v.float(), scale, tile)
-    heads_beside = y.to(q.dtype).transpose(1, 2).clone(memory_format=torch.contiguous_format)
-    return heads_beside.transpose(1, 2)
+    y = y.to(q.dtype).transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    return y.transpose(1, 2)  # [B, S, H, D] in memory

@@ -1,5 +1,5 @@
-"""torch's own attention, for GPUs other than Hopper: a program that was exported on one stays right
-elsewhere."""
+"""torch's SDPA as a kernel of attention, for programs that were exported on Hopper and run on other
+GPUs."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@
     residual  [..., N]  float16 | bfloat16 | float32, or None
     -> y      [..., N]  `dtype` (float16 | bfloat16 | float32), contiguous
 
-The layouts that `quantize` writes are the fast ones; results are right for any strides.
+The layouts that `quantize` writes are the fastest; results are correct for any strides.
 """
 
 from __future__ import annotations
@@ -92,12 +92,12 @@ def _fake(
 
 
 def _exact_matmul(xq: Tensor, wq: Tensor) -> Tensor:
-    """xq [M, K] @ wq [N, K].T as float32 [M, N]: the int32 sum, rounded once.
+    """xq [M, K] @ wq [N, K].T as float32 [M, N]: the int32 accumulators, rounded once.
 
-    By float32 GEMMs over chunks of K, each exact. torch._int_mm is 25 to 50 times slower on the
-    CPU, and oneDNN's int8 saturates without VNNI.
+    Computed by float32 GEMMs over chunks of K, each exact. torch._int_mm is 25 to 50 times slower
+    on the CPU, and oneDNN's int8 saturates without VNNI.
     """
-    with torch.autocast(xq.device.type, enabled=False):  # it would make the operands bfloat16
+    with torch.autocast(xq.device.type, enabled=False):  # it would cast the operands
         sums = [
             torch.mm(xq[:, k : k + EXACT_K].float(), wq[:, k : k + EXACT_K].float().T)
             for k in range(0, xq.shape[1], EXACT_K)

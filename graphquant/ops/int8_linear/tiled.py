@@ -1,7 +1,7 @@
 """Registration and tuning of int8_linear's kernels, each of which has several tile shapes.
 
-A kernel file says `refuses`, `tiles` (the promising ones, best guess first) and `run`, and joins
-the op by `tiled`. The first tile is taken, or the one that `tune` measured to be the fastest.
+A kernel file defines `refuses`, `tiles` (candidates, best guess first) and `run`, and registers
+them by `tiled`. The first tile is used, or the one that `tune` measured to be the fastest.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Operands(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything about a product that the speed of its tiles depends on."""
+    """What the speed of the tiles of a product depends on."""
 
     M: int
     N: int
@@ -57,7 +57,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Tiled:
-    """One kernel. A tile may be anything whose str() names it."""
+    """One kernel with several tiles, which may be of any type whose str() is unique."""
 
     refuses: Callable[[Operands, torch.dtype], str | None]
     tiles: Callable[[Problem, torch.device], Sequence[Any]]
@@ -68,7 +68,7 @@ KERNELS: dict[str, Tiled] = {}
 
 
 def tiled(name: str, kernel: Tiled) -> None:
-    """Add a kernel to int8_linear, after those already there."""
+    """Register a kernel of int8_linear, after those already there."""
     KERNELS[name] = kernel
 
     def refuses(*args: Any) -> str | None:
@@ -103,7 +103,7 @@ def _tile(name: str, kernel: Tiled, problem: Problem, device: torch.device) -> A
 
 
 def tune(problem: Problem, device: torch.device) -> dict[str, float]:
-    """Measure the tiles of the kernel that this product gets: microseconds of each."""
+    """Autotune the tiles of the kernel that is chosen for this product: microseconds of each."""
     load_kernels()
     o = _random(problem, device)
     y = torch.empty(problem.M, problem.N, dtype=problem.dtype, device=device)

@@ -1,4 +1,4 @@
-"""Which tile of the result one program computes, by M, N, K and the GPU."""
+"""Tile shapes of the Triton kernels, chosen by M, N, K and the GPU."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from graphquant.ops.runtime.device import GpuProperties
 
 @dataclass(frozen=True)
 class Tile:
-    """[m, n] of the result, k of the sum at a time."""
+    """[m, n] elements of the result per program, k elements of K per step."""
 
     m: int
     n: int
     k: int
     warps: int
-    stages: int  # of k in flight
+    stages: int  # pipelined steps
 
     @property
     def shared(self) -> int:
@@ -26,8 +26,8 @@ class Tile:
         return (M + self.m - 1) // self.m * ((N + self.n - 1) // self.n)
 
 
-GROUP = 8  # tiles down before one right
-DEEP_K = 2048  # from here a tile's epilogue is short beside its main loop, and larger tiles win
+GROUP = 8  # tiles down before one to the right
+DEEP_K = 2048  # from this K on, epilogues are short beside main loops, and larger tiles win
 
 # Largest first. On one H200 (2026-11-22): 128x128x128 with 4 warps and 3 stages is best at K near
 # 1100, where two or three programs share an SM and one's epilogue hides behind another's
@@ -55,14 +55,14 @@ SPARE = 2048  # bytes of shared memory left for barriers and reductions
 
 
 def tma_table(itemsize: int, aligned: bool) -> tuple[Tile, ...]:
-    """By the bytes of one element of y, and whether its rows are multiples of 16 bytes."""
+    """The table for y with this itemsize. aligned: its rows are multiples of 16 bytes."""
     if not aligned:
         return TMA_ODD_N
     return TMA if itemsize < 4 else TMA_FLOAT32
 
 
 def fitting(table: tuple[Tile, ...], gpu: GpuProperties) -> tuple[Tile, ...]:
-    """Those whose stages fit the GPU's shared memory, at least the last."""
+    """The tiles whose stages fit the GPU's shared memory; if none does, the last."""
     fit = tuple(t for t in table if t.shared + SPARE <= gpu.shared)
     return fit or table[-1:]
 
@@ -70,7 +70,7 @@ def fitting(table: tuple[Tile, ...], gpu: GpuProperties) -> tuple[Tile, ...]:
 def choose(table: tuple[Tile, ...], M: int, N: int, K: int, gpu: GpuProperties) -> Tile:
     """The largest tile that fits the GPU and still gives every SM work, else the last.
 
-    A tile of more than 128 rows also wants DEEP_K and two programs for every SM.
+    A tile of more than 128 rows also needs K >= DEEP_K and two programs per SM.
     """
     for tile in fitting(table, gpu):
         large = tile.m > 128

@@ -1,6 +1,6 @@
-"""Triton kernel that loads through pointers: sm_80 and up, any M, N, K and strides.
+"""Triton kernel of int8_linear with pointer loads: sm_80 and up, any M, N, K and strides.
 
-Rows that do not start at multiples of 16 bytes (nothing that `quantize` made) are copied first.
+Rows that do not start at multiples of 16 bytes, as those of `quantize` do, are copied first.
 """
 
 from __future__ import annotations

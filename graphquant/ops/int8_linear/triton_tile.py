@@ -1,4 +1,4 @@
-"""Tile order and epilogue of the Triton kernels."""
+"""Tile order and epilogue of int8_linear's Triton kernels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def tile_of(pid, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """(row, column) of a program's tile: GROUP tiles down, then one right, so that L2 serves."""
+    """(row, column) of a program's tile: GROUP tiles down, then one right, for L2 reuse."""
     down, right = tl.cdiv(M, BM), tl.cdiv(N, BN)
     group = pid // (GROUP * right)
     height = tl.minimum(down - group * GROUP, GROUP)

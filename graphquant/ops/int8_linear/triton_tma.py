@@ -1,7 +1,7 @@
-"""Triton kernel that loads by TMA: sm_90 and up, rows aligned to 16 bytes.
+"""Triton kernel of int8_linear with TMA loads: sm_90 and up, rows aligned to 16 bytes.
 
-TMA fills with zeros what lies outside [M, K] and [N, K], so any M, N and K are right; a K that is
-no multiple of 16 needs the padded rows that `quantize` writes. What the pads hold does not matter.
+TMA reads zeros outside [M, K] and [N, K], so any M, N and K are correct; a K that is not a multiple
+of 16 needs the padded rows that `quantize` writes. The contents of pads do not matter.
 """
 
 from __future__ import annotations

@@ -83,11 +83,11 @@ def _float_form(
     beta: Tensor | None,
     eps: float,
     rms: bool,
-    dtype: torch.dtype | None = None,  # of norm_quantize_keep: of what it returns, not of this
+    dtype: torch.dtype | None = None,  # norm_quantize_keep's, unused here
     *,
     exact: bool = False,
 ) -> Tensor:
-    """The norm in the type of x. exact: in two passes, as kernels compute it."""
+    """The norm in the dtype of x. exact: in two passes, as kernels compute it."""
     gamma, beta = (None if t is None else t.to(x.dtype) for t in (gamma, beta))
     if exact:
         d = x if rms else x - x.mean(-1, keepdim=True)

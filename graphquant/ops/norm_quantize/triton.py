@@ -1,6 +1,6 @@
-"""One kernel for LayerNorm and RMSNorm, with and without the float result.
+"""Triton kernel of norm_quantize and norm_quantize_keep, for LayerNorm and RMSNorm.
 
-Rows are held in registers; one that is too long is read four times (mean, variance, range, write).
+Rows are held in registers; longer ones are read four times (mean, variance, range, write).
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def norm_quantize_kernel(
         for i in tl.static_range(0, len(d)):
             squares = with_block(squares, d[i] * d[i])
         rstd = tl.rsqrt(_mean(squares, K) + eps)
-        # Each row reads gamma and beta for itself, from L1, where evict_last keeps them (4 to 15 %
-        # of the time). To share them, rows would have to meet at every block.
+        # Each row reads gamma and beta itself, from L1, where evict_last keeps them (4 to 15 % of
+        # the time). To share them, rows would have to synchronize at every block.
         each = tl.zeros((ROWS, 1), tl.int32)
         y = ()
         for i in tl.static_range(0, len(d)):

@@ -15,8 +15,8 @@
     -> x_scale  [..., 1]  float32 > 0
     -> x_shift  [..., 1]  float32
 
-Rows are independent of each other. x and up are usually halves of one stacked linear's result:
-slices cost no copy.
+Rows are independent of each other. x and up are usually slices of one stacked linear's result,
+which are read without a copy.
 """
 
 from __future__ import annotations

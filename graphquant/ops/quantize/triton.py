@@ -1,4 +1,4 @@
-"""Rows held in registers, or read and activated twice where they are too long."""
+"""Triton kernel of quantize: rows are held in registers, or read twice if too long."""
 
 from __future__ import annotations
 

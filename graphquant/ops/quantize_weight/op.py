@@ -5,7 +5,7 @@
 
     w          [N, K]  float16 | bfloat16 | float32
     method     "absmax": the largest magnitude of a channel is 127 steps
-               "mse": the share of it that makes sum_k (w - w_scale wq)^2 least
+               "mse": the share of it that minimizes sum_k (w - w_scale wq)^2
     -> wq      [N, K]  int8 in [-127, 127], row stride padded(K) bytes, pads zero
     -> w_scale [N]     float32 > 0
     -> w_sum   [N]     float32, what int8_linear multiplies with the activation's shift
@@ -14,14 +14,14 @@ Output channels are independent: quantizing stacked weights equals stacking quan
 for bit. It runs once, when a weight is packed, so the reference serves on CUDA as well.
 
 "mse" tries shares of absmax, half a percent apart, and keeps each channel's best. Rounding costs
-w_scale^2 / 12 an element and clipping (|w| - 127 w_scale)^2, so the least sum of both has
+w_scale^2 / 12 an element and clipping (|w| - 127 w_scale)^2, so the minimum of the sum has
 
     w_scale >= absmax / 127 / (1 + K / c),    c = 12 * 127^2
 
-(one clipped element alone balances K that are rounded): with 8 bits it hardly pays to clip. The
-rest is chance, above absmax as well as below. How a row happens to fall between its steps changes
-the sum by 0.9 / sqrt(K) of itself (a standard deviation) from one share to the next: 0.1 to 0.2 dB
-in the end.
+(one clipped element alone balances K rounded ones): with 8 bits clipping hardly pays off. The rest
+of the gain is chance, above absmax as well as below: from one share to the next, the rounding
+errors of a row change the sum by 0.9 / sqrt(K) of itself (standard deviation), 0.1 to 0.2 dB in
+total.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from graphquant.ops.numerics import MIN_ABSMAX, QMAX, empty_rows, quantize_symme
 
 METHODS = ("absmax", "mse")
 PER_SHARE = 200  # shares of absmax are 1 / 200 apart
-MOST = 5  # of them above 1: there the sum grows by 5 %, which chance seldom compensates
-CACHED = 2**17  # elements tried together on a CPU: they fit a core's cache
-ELSEWHERE = 2**24  # and on a GPU, to launch fewer kernels
+MOST = 5  # shares above 1: there the sum grows by 5 %, which chance rarely compensates
+CACHED = 2**17  # elements per chunk on a CPU: they fit a core's cache
+ELSEWHERE = 2**24  # elements per chunk on a GPU, to launch fewer kernels
 
 
 def _check(w: Tensor, method: str = "absmax") -> None:
@@ -78,9 +78,9 @@ def shares(K: int) -> list[float]:
 
 
 def _least_squares(w: Tensor) -> Tensor:
-    """The absmax of each row that has the least squared error: w [N, K] -> [N, 1] float32.
+    """The absmax of each row with the least squared error: w [N, K] -> [N, 1] float32.
 
-    Without a copy of w.
+    In chunks of rows, without a copy of w.
     """
     K = w.shape[-1]
     together = max(1, (CACHED if w.device.type == "cpu" else ELSEWHERE) // K)

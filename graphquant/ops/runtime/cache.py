@@ -1,8 +1,8 @@
-"""Cache on disk: compiled kernels, the module of launch.c, measured times.
+"""Disk cache: compiled kernels, the module of launch.c, measured times.
 
-They lie where Triton keeps its own (TRITON_CACHE_DIR, else ~/.triton/cache), in a directory that
-belongs to the user and that nobody else may write, for what lies there is run. A cache saves time
-and nothing else: where it cannot be used, a debug line says why, and there is none.
+It is inside Triton's cache (TRITON_CACHE_DIR, else ~/.triton/cache), in a directory that the user
+owns and nobody else can write, because its files are executed. The cache only saves time: where it
+cannot be used, a debug message says why, and nothing is cached.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from typing import NamedTuple
 
 log = logging.getLogger(__name__)
 
-LARGEST = 64 * 2**20  # bytes of a file; a cubin has some hundred KiB
+LARGEST = 64 * 2**20  # bytes of a file; a cubin has a few hundred KiB
 _SHA256 = ".sha256"
 
 
 class Loadable(NamedTuple):
     """A file of the cache.
 
-    opened  how to load it: by the directory that was checked, wherever its name leads by now
-    path    its name
+    opened  path for loading it, by the descriptor of the directory that was checked
+    path    its path in the file system
     """
 
     opened: Path
@@ -36,14 +36,14 @@ class Loadable(NamedTuple):
 
 
 def get(key: str, name: str, *, checked: bool = False) -> bytes | None:
-    """What was put there. `checked`: only if it has the SHA-256 that it was put with."""
+    """The cached bytes, or None. checked: only if they match the SHA-256 stored by `put`."""
     with _folder() as folder:
         return None if folder is None else _get(folder, f"{key}/{name}", checked)
 
 
 @contextlib.contextmanager
 def loadable(key: str, name: str) -> Iterator[Loadable | None]:
-    """The file, for a loader that wants a path, if it has the SHA-256 that it was put with."""
+    """The file, for loaders that need a path, if it matches the SHA-256 stored by `put`."""
     with _folder() as folder:
         if folder is None or _get(folder, f"{key}/{name}", True) is None:
             yield None
@@ -54,7 +54,7 @@ def loadable(key: str, name: str) -> Iterator[Loadable | None]:
 
 
 def put(key: str, name: str, data: bytes, *, checked: bool = False) -> None:
-    """Keep this. Readers and other writers at any time find all of it or nothing."""
+    """Store a file, atomically for readers and other writers. checked: with its SHA-256."""
     with _folder() as folder:
         if folder is None:
             return
@@ -70,8 +70,8 @@ def put(key: str, name: str, data: bytes, *, checked: bool = False) -> None:
 
 @functools.cache
 def source_digest(folder: Path, *suffixes: str) -> str:
-    """SHA-256 of the source files under a folder, their names and contents: a part of the key of
-    whatever they made, so that an edit is enough to have it made again."""
+    """SHA-256 of the names and contents of the source files under a folder, for cache keys: an edit
+    invalidates what was made from them."""
     digest = hashlib.sha256()
     for file in sorted(f for f in folder.rglob("*") if f.suffix in suffixes):
         digest.update(f"{file.relative_to(folder)}\0{file.stat().st_size}\0".encode())
@@ -80,7 +80,7 @@ def source_digest(folder: Path, *suffixes: str) -> str:
 
 
 def directory() -> Path:
-    """The directory of the files. Raises FileNotFoundError for a user without a home."""
+    """The cache's directory. Raises FileNotFoundError for a user without a home."""
     return _root() / _own()
 
 
@@ -89,7 +89,7 @@ def _digest(data: bytes) -> bytes:
 
 
 def _root() -> Path:
-    """Where Triton keeps its cache. It is not asked: the times are of use without it."""
+    """Triton's cache directory. Triton is not imported: measured times are useful without it."""
     if named := os.environ.get("TRITON_CACHE_DIR"):
         return Path(named)
     home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
@@ -104,7 +104,7 @@ def _own() -> str:
 
 @contextlib.contextmanager
 def _folder() -> Iterator[int | None]:
-    """Our directory in it, opened and checked, made if it is not there; None if it is of no use."""
+    """The descriptor of our directory, checked, and created if missing; None if unusable."""
     try:
         folder = _opened(_root(), _own())
     except OSError as why:
@@ -135,7 +135,7 @@ def _opened(root: Path, name: str) -> int:
 
 
 def _foreign(about: os.stat_result) -> str | None:
-    """Why somebody else may have written this, or None."""
+    """Why another user may have written this, or None."""
     if about.st_uid != os.geteuid():
         return "belongs to another user"
     if about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -147,7 +147,7 @@ def _get(folder: int, path: str, checked: bool) -> bytes | None:
     try:
         data = _read(folder, path)
         if checked and _read(folder, path + _SHA256) != _digest(data):
-            raise ValueError(f"{path} is not what was put there")
+            raise ValueError(f"{path} does not match its SHA-256")
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as why:
@@ -157,12 +157,12 @@ def _get(folder: int, path: str, checked: bool) -> bytes | None:
 
 
 def _read(folder: int, path: str) -> bytes:
-    # O_NONBLOCK: what is a pipe must not be waited for.
+    # O_NONBLOCK: opening a pipe must not block
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
     with open(os.open(path, flags, dir_fd=folder), "rb") as file:
         about = os.fstat(file.fileno())
         if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST:
-            raise ValueError(f"{path} is no file, or too large")
+            raise ValueError(f"{path} is not a regular file, or too large")
         if why := _foreign(about):
             raise PermissionError(f"{path} {why}")
         return file.read()

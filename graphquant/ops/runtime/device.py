@@ -12,12 +12,12 @@ import torch
 class GpuProperties:
     sm: int  # compute capability times ten: 80, 90, 100
     num_sms: int  # streaming multiprocessors
-    shared: int  # bytes of shared memory that one CTA can have, by opting in
+    shared: int  # bytes of shared memory per CTA, with opt-in
 
 
 @functools.cache
 def gpu_properties(device: torch.device) -> GpuProperties:
-    """Those of an H200 for the CPU, where tests run kernels in Triton's interpreter."""
+    """Properties of a GPU; for the CPU those of an H200, for tests in Triton's interpreter."""
     if device.type == "cpu":
         return GpuProperties(90, 132, 232_448)
     of = torch.cuda.get_device_properties(device)

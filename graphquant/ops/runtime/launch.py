@@ -1,9 +1,9 @@
 """Kernel launches, recorded at the first call and then replayed by a few lines of C (launch.c).
 
-Triton's own launch takes 20 to 100 us of host time, more than many of our kernels run. So the first
-call of a kernel, on tensors of given shapes, goes its way through Python and is watched; if it was
-one launch that read the caller's own tensors, all 16-byte aligned, it can be repeated with new
-addresses and nothing else. Or it is not launched at all but written down, for a package.
+Triton's own launch takes 20 to 100 us of host time, more than the run time of many of our kernels.
+So the first call of a kernel, for given shapes, goes through Python and is watched; if it was one
+launch that read the caller's own tensors, all 16-byte aligned, it is repeated with new addresses
+only. For AOTInductor's packages, launches are only recorded.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from graphquant.ops.runtime import cache
 
 log = logging.getLogger(__name__)
 
-ALIGNED = 16  # bytes: what launch.c asks of every address
+ALIGNED = 16  # bytes: launch.c requires this alignment of every address
 # CUtensorMapDataType and CUtensorMapSwizzle (by its bytes) in cuda.h
 MAP_TYPES = {torch.uint8: 0, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
 MAP_SWIZZLES = {64: 2, 128: 3}
-Param = tuple[Any, ...]  # as launch.c takes them, with tensors where it wants their positions
+Param = tuple[Any, ...]  # launch.c's parameters, with tensors in place of their positions
 
 _watching = threading.local()
 
@@ -63,7 +63,7 @@ def native() -> ModuleType:
 
 @contextlib.contextmanager
 def needs_triton() -> Iterator[None]:
-    """Imports of Triton. Raises UnsupportedInputError where it is not installed."""
+    """Context for imports of Triton. Raises UnsupportedInputError if it is not installed."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -76,7 +76,7 @@ def needs_triton() -> Iterator[None]:
 
 
 def extension(source: Path, name: str, *include: Path) -> ModuleType:
-    """A C file, whose PyInit has this name, as a module: built once and then taken from the cache.
+    """A C extension module built from one source file, and cached on disk.
 
     Raises KernelBuildError if it cannot be built.
     """
@@ -103,7 +103,7 @@ def _cached(key: str, name: str, file: str) -> ModuleType | None:
         try:
             module = _load(name, found.opened)
         except ImportError as why:
-            log.debug("%s is built again: %s", file, why)
+            log.debug("rebuilding %s: %s", file, why)
             return None
         module.__file__ = str(found.path)
         return module
@@ -149,7 +149,7 @@ def stream_of(device: torch.device) -> int:
 
 @dataclass
 class _Watch:
-    """Launches seen while a kernel runs for the first time."""
+    """Records the launches of a kernel's first run."""
 
     tensors: Sequence[Tensor | None]
     launches: int = 0
@@ -161,7 +161,7 @@ class _Watch:
 
 
 def prepare(run: Callable[[], None], tensors: Sequence[Tensor | None]) -> Any:
-    """Run a kernel; the Launch that repeats it on other tensors like these, or None."""
+    """Run a kernel. Returns a Launch that repeats it on other tensors of these shapes, or None."""
     before = getattr(_watching, "now", None)
     watch = _watching.now = _Watch(tensors)
     try:
@@ -182,7 +182,7 @@ def launch(
     cluster: int = 1,
     pdl: bool = False,
 ) -> None:
-    """Launch a loaded function. Raises ValueError if an address is no multiple of 16."""
+    """Launch a loaded function. Raises ValueError if an address is not a multiple of 16."""
 
     def make(tensors: Sequence[Tensor | None]) -> Any:
         placed = _placed(params, tensors)
@@ -199,8 +199,8 @@ def launch(
 
 @dataclass(frozen=True)
 class Blocks:
-    """An argument of a Triton kernel: a matrix [rows, columns] that it reads or writes in blocks,
-    by the tensor memory accelerator. `rows` may be a symbol. `optional`: None will do as well."""
+    """A TMA argument of a Triton kernel: a matrix [rows, columns], read or written in blocks.
+    `rows` may be symbolic. `optional`: the kernel also takes None."""
 
     base: Tensor  # its first element is the matrix's
     shape: tuple[int, int]
@@ -216,7 +216,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class TritonCall:
-    """A launch of a Triton kernel, as it was asked for."""
+    """A launch of a Triton kernel, before it is compiled."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -224,13 +224,13 @@ class TritonCall:
     meta: dict[str, Any]  # the rest, and how it is compiled
 
     def launch(self) -> Any:
-        """What `kernel[grid]` returns: the compiled kernel, but for the interpreter's nothing."""
+        """Launch. Returns the compiled kernel; None in Triton's interpreter."""
         args = (a.descriptor() if isinstance(a, Blocks) else a for a in self.args)
         return self.kernel[self.grid](*args, **self.meta)
 
 
 def recorded(run: Callable[[], None]) -> list[TritonCall]:
-    """What `run` would launch by `launch_triton`; nothing is launched, and tensors may be fake."""
+    """The calls of `launch_triton` in `run`: nothing is launched, and tensors may be fake."""
     calls: list[TritonCall] = []
     _watching.calls = calls
     try:
@@ -241,7 +241,7 @@ def recorded(run: Callable[[], None]) -> list[TritonCall]:
 
 
 def launch_triton(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """`kernel[grid](*args, **meta)`, watched."""
+    """`kernel[grid](*args, **meta)`, seen by `prepare` and `recorded`."""
     call = TritonCall(kernel, grid, args, meta)
     calls: list[TritonCall] | None = getattr(_watching, "calls", None)
     if calls is not None:
@@ -279,8 +279,8 @@ _KINDS = {"i32": "i32", "i64": "i64", "fp32": "f32"}
 def _placed(
     params: Sequence[Param], tensors: Sequence[Tensor | None]
 ) -> tuple[tuple[Any, ...], ...] | None:
-    """Params with positions for tensors; None if one is not among them (a copy that was made), or
-    twice: next time there may be two tensors in these places."""
+    """Params with positions in place of tensors; None if one is not among `tensors` (a copy), or
+    twice (the next call may pass two tensors)."""
     ids = [id(t) for t in tensors]
     at = {i: ids.index(i) for i in ids}
     if any(isinstance(v, Tensor) and ids.count(id(v)) != 1 for p in params for v in p):
@@ -296,7 +296,7 @@ def _tell(make: Callable[[Sequence[Tensor | None]], Any]) -> None:
 
 @contextlib.contextmanager
 def unwatched() -> Iterator[None]:
-    """Launches in here are not what the caller's op does: a measurement, say."""
+    """Context whose launches `prepare` does not see, such as measurements."""
     before = getattr(_watching, "now", None)
     _watching.now = None
     try:

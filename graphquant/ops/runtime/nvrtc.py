@@ -29,7 +29,7 @@ def compile_cubin(
     arch: str,
     headers: Mapping[str, str] = MappingProxyType({}),
 ) -> bytes:
-    """Device code of `source` for `arch` ("sm_90a") with `-Dname=value` for each of defines.
+    """The cubin of CUDA C++ `source` for `arch` ("sm_90a"), with `-Dname=value` for each define.
 
     `headers` are the texts behind the names that the source includes. Raises KernelBuildError with
     NVRTC's log.
@@ -57,7 +57,7 @@ def missing() -> str | None:
 
 @functools.cache
 def version() -> tuple[int, int]:
-    """NVRTC's, e.g. (13, 0)."""
+    """NVRTC's version, e.g. (13, 0)."""
     major, minor = ctypes.c_int(), ctypes.c_int()
     _check(_library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
     return major.value, minor.value

@@ -1,7 +1,7 @@
 """Times of candidate implementations on this GPU: measured once, then read from disk.
 
-The answers are in the cache (cache.py), one file for each question and each combination of GPU,
-torch, Triton and the sources of graphquant's kernels: times of another kernel decide nothing.
+Answers are cached (cache.py) in one file per question and combination of GPU, torch, Triton and the
+sources of graphquant's kernels: times of an older kernel are never used.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from graphquant.utils.serialization import as_float
 log = logging.getLogger(__name__)
 
 FILE = "times.json"
-KERNELS = Path(__file__).parents[1]  # what launches, tiles and compiles them is there as well
+KERNELS = Path(__file__).parents[1]  # with the code that tiles, compiles and launches them
 
-ROUNDS = 7  # the median of these counts
+ROUNDS = 7  # the result is their median
 ROUND_US = 300.0  # at least, of one candidate's calls in one round
 MAX_CALLS = 50
 
@@ -55,7 +55,7 @@ def times(
 
 
 def recall(question: str, device: torch.device) -> dict[str, float] | None:
-    """What was measured before: microseconds, negative for a candidate that failed."""
+    """The cached answer: microseconds, negative for a candidate that failed; None if unknown."""
     if device.type != "cuda":
         return None
     data = cache.get(_key(question, device), FILE)
@@ -63,17 +63,17 @@ def recall(question: str, device: torch.device) -> dict[str, float] | None:
 
 
 def _answer(data: bytes, question: str, device: torch.device) -> dict[str, float] | None:
-    """What `_store` put there; None for anything else."""
+    """Parse what `_store` wrote; None for anything else."""
     try:
         held = json.loads(data)
         asked = held["question"], held["on"]
         found = {str(name): as_float(us) for name, us in held["times"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as bad:
-        log.debug("%s: what was measured cannot be read: %r", question, bad)
+        log.debug("%s: cannot read the cached times: %r", question, bad)
         return None
     answer = {n: us for n, us in found.items() if us is not None and math.isfinite(us)}
     if asked != (question, machine(device)) or len(answer) != len(found):
-        log.debug("%s: what was measured is no answer to this", question)
+        log.debug("%s: the cached times are for another question", question)
         return None
     return answer
 
@@ -89,7 +89,7 @@ def _key(question: str, device: torch.device) -> str:
 
 @functools.cache
 def machine(device: torch.device) -> str:
-    """What an answer depends on beside the question."""
+    """What an answer depends on besides the question."""
     versions = [f"{p} {_version(p)}" for p in ("torch", "triton")]
     kernels = cache.source_digest(KERNELS, ".py", ".cu", ".cuh", ".c")
     return ", ".join((torch.cuda.get_device_name(device), *versions, f"kernels {kernels}"))
@@ -103,12 +103,12 @@ def _version(package: str) -> str:
 
 
 def _time(candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """In turn, A B C A B C, so that a GPU that slows down slows all of them down."""
+    """Microseconds of each candidate, in turn (A B C A B C): a slower clock affects all of them."""
     replays: dict[str, tuple[Callable[[], object], int]] = {}
     for name, call in candidates.items():
         try:
             replays[name] = _recorded(call)
-        except Exception as error:  # noqa: BLE001 - there are others: compilers have many errors
+        except Exception as error:  # noqa: BLE001 - compilers raise anything
             log.debug("%s cannot be timed: %s", name, error)
     seen: dict[str, list[float]] = {name: [] for name in replays}
     for _ in range(ROUNDS):
@@ -118,7 +118,7 @@ def _time(candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]:
 
 
 def _recorded(call: Callable[[], object]) -> tuple[Callable[[], object], int]:
-    """A CUDA graph of some calls, enough of them for ROUND_US, and their number."""
+    """(replay of a CUDA graph of several calls, enough for ROUND_US; their number)."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -1,4 +1,4 @@
-"""min_sqnr: what is judged, by which numbers, and what becomes of what is not exact enough."""
+"""min_sqnr: which linears are measured, on which values, and what happens to those below it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def said(report: Report) -> dict[str, float]:
 
 @settings(max_examples=10, deadline=None)
 @given(
-    told=st.sampled_from(
+    chosen=st.sampled_from(
         [
             {},
             {"weight_scale": "mse"},
@@ -73,14 +73,14 @@ def said(report: Report) -> dict[str, float]:
     size=st.floats(1.0, 200.0),
     seed=st.integers(0, 2**16),
 )
-def test_a_linear_is_judged_by_what_compare_finds(
-    told: dict[str, Any], size: float, seed: int
+def test_a_linear_is_measured_as_compare_does(
+    chosen: dict[str, Any], size: float, seed: int
 ) -> None:
     torch.manual_seed(seed)
     model, x = Mlp(K, 64).eval(), torch.randn(40, K)
     with torch.no_grad():
         model.norm.weight[5] *= size
-        options = {**told, "calibration": seen(model, x, rows=True)}
+        options = {**chosen, "calibration": seen(model, x, rows=True)}
         found = local(model, x, **options)
         left = said(explain(model, x, options={**options, "min_sqnr": 200}))
         assert left.keys() == found.keys() == {"fc1", "fc2"}
@@ -175,7 +175,7 @@ def test_what_is_not_finite_in_float_does_not_count(x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_judged_in_float32(dtype: torch.dtype, x: Tensor) -> None:
+def test_half_precision_is_measured_in_float32(dtype: torch.dtype, x: Tensor) -> None:
     model = Mlp(K, 64).eval()
     known = seen(model, x, rows=True)
     found = said(rewritten(model, x, calibration=known, min_sqnr=200).report)
@@ -200,7 +200,7 @@ def test_a_later_call_of_other_sizes_keeps_what_was_released(x: Tensor) -> None:
     assert not any(map(notes, reports))
 
 
-def test_a_layer_scale_and_a_residual_join_what_was_judged(x: Tensor) -> None:
+def test_a_layer_scale_and_a_residual_join_what_was_measured(x: Tensor) -> None:
     model = Model(
         lambda m, x: x + m.fc(x) * m.gamma, fc=nn.Linear(K, K), gamma=nn.Parameter(torch.rand(K))
     )
@@ -221,8 +221,8 @@ def test_the_worst_decides_and_no_number_looks_larger_than_it_is(
     why = below(paths, found, least)
     assert (why == "") == all(sqnr >= least for sqnr in found)
     if why:
-        told = float(re.search(r"would be (\S+) dB", why)[1])  # type: ignore[index]
-        assert math.isnan(told) or told <= min(v for v in found if not math.isnan(v))
+        sqnr = float(re.search(r"would be (\S+) dB", why)[1])  # type: ignore[index]
+        assert math.isnan(sqnr) or sqnr <= min(v for v in found if not math.isnan(v))
 
 
 @pytest.mark.parametrize("value", [0, -3, "30", True, math.inf, math.nan])
@@ -231,7 +231,7 @@ def test_a_threshold_is_a_positive_number(value: Any, x: Tensor) -> None:
         rewritten(Mlp(K).eval(), x, min_sqnr=value, calibration=Seen())
 
 
-def test_without_rows_to_judge_by_it_is_refused(x: Tensor) -> None:
+def test_without_rows_to_measure_on_it_is_refused(x: Tensor) -> None:
     class NoRows:
         absmax = range = lambda self, path: None
 

@@ -1,4 +1,4 @@
-"""What the options and a calibration say of activations reaches every quantiser, and the report."""
+"""What the options and a calibration say of activations reaches every quantizer, and the report."""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ def x() -> Tensor:
     return torch.randn(3, 5, K) * 2 + 1
 
 
-class Told:
-    """Statistics out of the air, of any linear, with channels of very different sizes."""
+class Statistics:
+    """Made-up statistics of any linear, with channels of very different sizes."""
 
     def __init__(self, K: int = K, only: tuple[str, ...] = (), seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -58,7 +58,7 @@ def norm(*size: int) -> nn.Module:
 
 
 class _Exact(Interpreter):
-    """A rewritten graph with quantisers and products that do not round, in float64."""
+    """A rewritten graph with quantizers and products that do not round, in float64."""
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         exact = _EXACT.get(target)
@@ -153,7 +153,7 @@ def norm_linear() -> nn.Module:
 
 def test_behind_a_norm_it_costs_nothing(x: Tensor) -> None:
     model = norm_linear()
-    plain, smooth = rewritten(model, x), rewritten(model, x, smooth=0.5, calibration=Told())
+    plain, smooth = rewritten(model, x), rewritten(model, x, smooth=0.5, calibration=Statistics())
     assert argument(smooth.one("norm_quantize"), "factor") is None
     for result in (plain, smooth):
         packed_graph(result)
@@ -161,11 +161,11 @@ def test_behind_a_norm_it_costs_nothing(x: Tensor) -> None:
 
 
 def test_the_norm_and_the_weight_take_the_scale(x: Tensor) -> None:
-    model, told = norm_linear(), Told()
-    result = rewritten(model, x, smooth=0.3, calibration=told)
+    model, statistics = norm_linear(), Statistics()
+    result = rewritten(model, x, smooth=0.3, calibration=statistics)
     (packing,) = packed_graph(result)
     wq, w_scale, w_sum, gamma, beta = computed(result, packing)
-    s = smoothing(model.fc.weight, told.absmax(""), 0.3)
+    s = smoothing(model.fc.weight, statistics.absmax(""), 0.3)
     torch.testing.assert_close(gamma, model.norm.weight / s)
     torch.testing.assert_close(beta, model.norm.bias / s)
     for got, want in zip(
@@ -223,7 +223,7 @@ def post_norm(m: Any, x: Tensor) -> Tensor:
     return h + m.fc(h)
 
 
-QUANTISERS: dict[str, tuple[str, Any]] = {
+QUANTIZERS: dict[str, tuple[str, Any]] = {
     "attention's values": ("quantize", attention),
     "activation": ("quantize", lambda m, x: m.fc(F.gelu(m.q(x)))),
     "gated activation": ("quantize", lambda m, x: m.fc(F.silu(m.q(x)) * m.k(x))),
@@ -231,24 +231,24 @@ QUANTISERS: dict[str, tuple[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", QUANTISERS)
-def test_other_quantisers_take_a_factor(name: str, x: Tensor) -> None:
-    op, forward = QUANTISERS[name]
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_other_quantizers_take_a_factor(name: str, x: Tensor) -> None:
+    op, forward = QUANTIZERS[name]
     linears = {n: nn.Linear(K, K) for n in ("q", "k", "v", "fc")}
-    model, told = Model(forward, norm=norm(), **linears), Told(only=("fc",))
-    result = rewritten(model, x, smooth=0.5, calibration=told)
+    model, statistics = Model(forward, norm=norm(), **linears), Statistics(only=("fc",))
+    result = rewritten(model, x, smooth=0.5, calibration=statistics)
     fc = next(o for o in result.report.linears if o.path == "fc")
     assert fc.smoothed == "alpha 0.5"
-    (quantiser,) = (
+    (quantizer,) = (
         n
         for n in result.graph.nodes
         if n.target is ops.OPS[op].target and argument(n, "factor") is not None
     )
     assert relative(exact(result.captured.gm, x), result.want) < EXACT
     packed_graph(result)
-    factor = argument(quantiser, "factor")
+    factor = argument(quantizer, "factor")
     assert factor.op == "placeholder", "computed when the model runs"
-    s = smoothing(model.fc.weight, told.absmax("fc"), 0.5)
+    s = smoothing(model.fc.weight, statistics.absmax("fc"), 0.5)
     assert s.max() > 10 * s.min()
 
 
@@ -260,7 +260,7 @@ def test_a_norm_by_the_input_is_smoothed_by_statistics_alone(x: Tensor) -> None:
 
     model = Model(forward, fc=nn.Linear(K, N), beta=parameter(K))
     gamma = torch.randn(K)
-    result = rewritten(model, x, gamma, smooth=0.5, calibration=Told())
+    result = rewritten(model, x, gamma, smooth=0.5, calibration=Statistics())
     assert argument(result.one("norm_quantize"), "factor") is not None
     assert relative(exact(result.captured.gm, x, gamma), result.want) < EXACT
     packed_graph(result)
@@ -292,8 +292,8 @@ def siblings() -> nn.Module:
 
 
 def test_linears_that_read_one_value_share_what_is_known_of_it(x: Tensor) -> None:
-    told = Told(only=("k",))
-    result = rewritten(siblings(), x, smooth=0.5, calibration=told)
+    statistics = Statistics(only=("k",))
+    result = rewritten(siblings(), x, smooth=0.5, calibration=statistics)
     assert [o.smoothed for o in result.report.linears] == ["alpha 0.5"] * 3
     for got, want in zip(exact(result.captured.gm, x), result.want, strict=True):
         assert relative(got, want) < EXACT
@@ -304,10 +304,10 @@ def test_what_is_not_known_is_said(x: Tensor) -> None:
         return m.d(m.c(m.b(m.a(x))))
 
     model = Model(forward, **{n: nn.Linear(K, K) for n in "abcd"})
-    told, few = Told(only=("a",)), torch.ones(K // 2)
-    absmax = told.absmax
-    told.absmax = lambda path: few if path == "b" else absmax(path)  # type: ignore[method-assign]
-    result = rewritten(model, x, smooth=0.5, calibration=told, exclude="d")
+    statistics, few = Statistics(only=("a",)), torch.ones(K // 2)
+    absmax = statistics.absmax
+    statistics.absmax = lambda path: few if path == "b" else absmax(path)  # type: ignore[method-assign]
+    result = rewritten(model, x, smooth=0.5, calibration=statistics, exclude="d")
     a, b, c, d = result.report.linears
     assert [o.smoothed for o in (a, b, c, d)] == ["alpha 0.5", "", "", ""]
     assert a.not_smoothed == d.not_smoothed == "" and not d.int8
@@ -334,11 +334,11 @@ def test_linears_behind_no_norm_are_a_note_only_if_nothing_else_is(x: Tensor) ->
 
 def test_auto_searches_where_there_are_rows(x: Tensor) -> None:
     model = norm_linear()
-    told = [
+    notes = [
         rewritten(model, x, smooth="auto", calibration=c).report.linears[0].smoothed
         for c in (seen(model, x, rows=True), seen(model, x))
     ]
-    assert told == ["alpha searched", "alpha 0.5: the calibration has no rows to search on"]
+    assert notes == ["alpha searched", "alpha 0.5: the calibration has no rows to search on"]
 
 
 def test_auto_packs_what_the_search_found(x: Tensor) -> None:
@@ -357,7 +357,7 @@ def test_auto_packs_what_the_search_found(x: Tensor) -> None:
 def test_without_int8_nothing_is_smoothed(smooth: Any, x: Tensor) -> None:
     model = siblings()
     plain = rewritten(model, x, quantize=False)
-    result = rewritten(model, x, quantize=False, smooth=smooth, calibration=Told())
+    result = rewritten(model, x, quantize=False, smooth=smooth, calibration=Statistics())
     assert result.ops() == plain.ops() and result.report.notes == ()
     assert not any(o.smoothed or o.not_smoothed for o in result.report.linears)
     assert all(torch.equal(g, w) for g, w in zip(result.got, plain.got, strict=True))
@@ -376,10 +376,10 @@ def test_one_graph_serves_every_batch() -> None:
 def test_half_weights_are_scaled_in_float32(dtype: torch.dtype, x: Tensor) -> None:
     model = norm_linear().to(dtype)
     x = x.to(dtype)
-    result = rewritten(model, x, smooth=0.5, calibration=Told())
+    result = rewritten(model, x, smooth=0.5, calibration=Statistics())
     (packing,) = packed_graph(result)
     _, w_scale, _, gamma, beta = computed(result, packing)
-    s = smoothing(model.fc.weight, Told().absmax(""), 0.5)
+    s = smoothing(model.fc.weight, Statistics().absmax(""), 0.5)
     torch.testing.assert_close(gamma, model.norm.weight.float() / s)
     torch.testing.assert_close(beta, model.norm.bias.float() / s)
     torch.testing.assert_close(w_scale, (model.fc.weight.float() * s).abs().amax(1) / 127)
@@ -390,12 +390,12 @@ def test_statistics_leave_nothing_behind(x: Tensor, monkeypatch: pytest.MonkeyPa
         return [n for n, _ in result.captured.gm.named_buffers() if "literal" in n]
 
     model = norm_linear()
-    taken = rewritten(model, x, smooth=0.5, calibration=Told())
+    taken = rewritten(model, x, smooth=0.5, calibration=Statistics())
     assert len(attributes(taken)) == 1
     packed_graph(taken)
     assert attributes(taken) == []
     monkeypatch.setattr(speed, "measure", lambda *_: Times(1.0, 2.0))
-    refused = rewritten(model, x, smooth=0.5, calibration=Told(), select="faster")
+    refused = rewritten(model, x, smooth=0.5, calibration=Statistics(), select="faster")
     assert not any(o.int8 or o.smoothed for o in refused.report.linears)
     assert attributes(refused) == []
     assert not any(LITERAL in n.meta for n in refused.graph.nodes)
@@ -405,7 +405,7 @@ def test_recipes_are_equal_if_the_statistics_are(x: Tensor) -> None:
     model = norm_linear()
 
     def recipe(seed: int, smooth: float = 0.5) -> Any:
-        result = rewritten(model, x, smooth=smooth, calibration=Told(seed=seed))
+        result = rewritten(model, x, smooth=smooth, calibration=Statistics(seed=seed))
         (packing,) = packed_graph(result)
         return packing.recipe
 
@@ -435,35 +435,35 @@ def test_a_static_range_is_that_of_the_smoothed_input(keep: bool, x: Tensor) -> 
     for p in model.norm.parameters():
         p[3] *= 50
     model.fc.weight[:, 3] /= 50
-    told: Any = seen(model, x)
-    result = rewritten(model, x, smooth=0.5, calibration=told, activation="static")
-    (quantiser,) = (n for n in result.graph.nodes if "norm_quantize" in str(n.target))
-    assert (argument(quantiser, "low"), argument(quantiser, "high")) == (-1.0, 1.0)
+    calibration: Any = seen(model, x)
+    result = rewritten(model, x, smooth=0.5, calibration=calibration, activation="static")
+    (quantizer,) = (n for n in result.graph.nodes if "norm_quantize" in str(n.target))
+    assert (argument(quantizer, "low"), argument(quantizer, "high")) == (-1.0, 1.0)
     assert not result.report.notes
-    plain = rewritten(model, x, calibration=told, activation="static")
+    plain = rewritten(model, x, calibration=calibration, activation="static")
     want = result.want[0]
     assert relative(result.got[0], want) < 0.2 * relative(plain.got[0], want)
 
 
 def test_without_statistics_a_static_range_is_that_of_the_input(x: Tensor) -> None:
     """Where linears have a range and no channels, they are not smoothed."""
-    told = seen(norm_linear(), x)
-    told.largest.clear()
-    result = rewritten(norm_linear(), x, smooth=0.5, calibration=told, activation="static")
+    calibration = seen(norm_linear(), x)
+    calibration.largest.clear()
+    result = rewritten(norm_linear(), x, smooth=0.5, calibration=calibration, activation="static")
     assert [o.smoothed for o in result.report.linears] == [""]
-    quantiser = result.one("norm_quantize")
-    assert (argument(quantiser, "low"), argument(quantiser, "high")) == told.ranges["fc"]
+    quantizer = result.one("norm_quantize")
+    assert (argument(quantizer, "low"), argument(quantizer, "high")) == calibration.ranges["fc"]
 
 
 def test_an_activation_keeps_its_static_range(x: Tensor) -> None:
     """It uses one side of it; smoothed, nobody knows how far it goes to the other."""
     model = Model(lambda m, x: m.fc(F.gelu(x)), fc=nn.Linear(K, N))
-    told = seen(model, x)
-    told.ranges["fc"] = (-0.17, 7.0)
-    options: Any = {"smooth": 0.5, "calibration": told}
+    calibration = seen(model, x)
+    calibration.ranges["fc"] = (-0.17, 7.0)
+    options: Any = {"smooth": 0.5, "calibration": calibration}
     static = rewritten(model, x, activation="static", **options)
     assert [o.smoothed for o in static.report.linears] == [""]
     assert "an activation would use half of the range (-1.0, 1.0)" in static.report.notes[0]
-    quantiser = static.one("quantize")
-    assert (argument(quantiser, "low"), argument(quantiser, "high")) == (-0.17, 7.0)
+    quantizer = static.one("quantize")
+    assert (argument(quantizer, "low"), argument(quantizer, "high")) == (-0.17, 7.0)
     assert [o.smoothed for o in rewritten(model, x, **options).report.linears] == ["alpha 0.5"]

@@ -16,7 +16,7 @@ from graphquant import Config, Report
 from graphquant.ir.captured import Captured
 from graphquant.ops.numerics import padded, with_pads
 from graphquant.passes.pipeline import rewrite
-from graphquant.passes.policy import speed as select
+from graphquant.passes.policy import speed
 from graphquant.passes.policy.speed import Region, random_like
 from tests.passes.graphs import Model, compiled, exported, honest, rewritten, text
 from tests.seen import Seen
@@ -25,7 +25,7 @@ K, N = 40, 24
 
 
 class Clock:
-    """Runs what it is asked to time, and says what it was told to."""
+    """Runs what it is asked to time, and returns times chosen by the test."""
 
     def __init__(self, slower: Callable[[str], bool] = lambda question: False) -> None:
         self.slower = slower
@@ -54,13 +54,13 @@ def inputs(region: str) -> list[str]:
 @pytest.fixture(autouse=True)
 def _here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GRAPHQUANT_SELECT", raising=False)
-    monkeypatch.setattr(select, "MEASURED", ("cpu",))
+    monkeypatch.setattr(speed, "MEASURED", ("cpu",))
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     stand_in = Clock()
-    monkeypatch.setattr(select, "times", stand_in)
+    monkeypatch.setattr(speed, "times", stand_in)
     return stand_in
 
 
@@ -202,7 +202,7 @@ def test_both_compute_nearly_the_same_on_the_models_own_values(
 
         def call() -> object:
             with monkeypatch.context() as patch:
-                patch.setattr(select, "_value", lambda _: next(real))
+                patch.setattr(speed, "_value", lambda _: next(real))
                 return run()
 
         return call
@@ -220,8 +220,8 @@ def test_values_are_made_only_for_what_is_measured(
     x: Tensor, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[object] = []
-    monkeypatch.setattr(select, "_value", lambda value: made.append(value))
-    monkeypatch.setattr(select, "times", lambda question, device, both: dict.fromkeys(both, 1.0))
+    monkeypatch.setattr(speed, "_value", lambda value: made.append(value))
+    monkeypatch.setattr(speed, "times", lambda question, device, both: dict.fromkeys(both, 1.0))
     rewrite(exported(MODELS["norm"][0](), x), Config())
     assert not made
 
@@ -301,7 +301,7 @@ def test_sizes_that_may_change_are_measured_as_they_are_seen_first(clock: Clock)
 def test_a_region_that_is_too_large_is_not_measured(
     x: Tensor, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(select, "MAX_NODES", 2)
+    monkeypatch.setattr(speed, "MAX_NODES", 2)
     assert rewritten(MODELS["activation"][0](), x).counts == {"act_linear": 1}
     assert not clock.questions
 
@@ -311,7 +311,7 @@ def test_without_both_times_the_rewrite_stays(
     answer: Any, x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While a CUDA graph records, say, nothing can be measured."""
-    monkeypatch.setattr(select, "times", lambda *_: answer)
+    monkeypatch.setattr(speed, "times", lambda *_: answer)
     result = rewritten(MODELS["norm"][0](), x)
     assert result.counts == {"norm_linear": 1}
     assert result.report.linears[0].float_us == result.report.linears[0].int8_us == 0.0
@@ -325,14 +325,14 @@ def refuses_to_measure(*_: Any) -> Any:
 def test_nothing_is_measured_if_it_is_not_asked_for(
     where: str, x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(select, "times", refuses_to_measure)
+    monkeypatch.setattr(speed, "times", refuses_to_measure)
     options = {"select": "always"} if where == "option" else {}
     if where == "environment":
         monkeypatch.setenv("GRAPHQUANT_SELECT", "always")
     if where == "cpu":
-        monkeypatch.setattr(select, "MEASURED", ("cuda",))
+        monkeypatch.setattr(speed, "MEASURED", ("cuda",))
     assert rewritten(norm_linear(), x, **options).counts == {"norm_linear": 1}
-    monkeypatch.setattr(select, "MEASURED", ("cpu",))
+    monkeypatch.setattr(speed, "MEASURED", ("cpu",))
     with pytest.raises(AssertionError, match="measured"):
         rewritten(norm_linear(), x, select="faster")
 
@@ -386,9 +386,7 @@ def test_some_layers_may_stay_in_float_while_others_do_not(x: Tensor, clock: Clo
 def test_what_only_draws_level_stays_in_float(
     times: tuple[float, float], kept: bool, x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        select, "times", lambda *_: dict(zip(("float", "int8"), times, strict=True))
-    )
+    monkeypatch.setattr(speed, "times", lambda *_: dict(zip(("float", "int8"), times, strict=True)))
     assert rewritten(MODELS["plain"][0](), x).report.linears[0].int8 is kept
 
 
@@ -396,7 +394,7 @@ def test_the_report_has_both_times_of_a_chain_and_not_of_its_epilogue(
     x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = iter([{"float": 20.0, "int8": 10.0}, {"float": 2.0, "int8": 1.0}])
-    monkeypatch.setattr(select, "times", lambda *_: next(answers))
+    monkeypatch.setattr(speed, "times", lambda *_: next(answers))
     model = Model(lambda m, x: x + m.fc(m.norm(x)), norm=nn.LayerNorm(K), fc=nn.Linear(K, K))
     report = rewrite(exported(model, x), Config()).report
     assert [(o.kind, o.float_us, o.int8_us) for o in report.outcomes] == [
@@ -447,11 +445,11 @@ def test_random_values_have_the_layout_of_the_real_ones(value: Tensor) -> None:
 
 
 def test_a_region_reads_rows_numbers_and_scalars() -> None:
-    columns = select._value(torch.empty(3, 64, 5).transpose(1, 2))
+    columns = speed._value(torch.empty(3, 64, 5).transpose(1, 2))
     assert isinstance(columns, Tensor) and columns.is_contiguous() and columns.shape == (3, 5, 64)
-    scalar = select._value(torch.empty(()))
+    scalar = speed._value(torch.empty(()))
     assert isinstance(scalar, Tensor) and scalar.shape == ()
-    assert select._value(7) == 7
+    assert speed._value(7) == 7
 
 
 def test_random_int8_rows_have_pads_to_the_end_of_their_storage() -> None:
@@ -470,9 +468,9 @@ def test_a_linear_on_an_expanded_value_is_measured(clock: Clock) -> None:
 
 
 @pytest.mark.cuda
-def test_never_slower_on_a_card(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What 15 rows come to is up to the card; 16384 of 4096 are faster in int8 on all of them."""
-    monkeypatch.setattr(select, "MEASURED", ("cuda",))
+def test_never_slower_on_a_gpu(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What 15 rows come to depends on the GPU; 16384 of 4096 are faster in int8 on all of them."""
+    monkeypatch.setattr(speed, "MEASURED", ("cuda",))
     model = MODELS["plain"][0]().to("cuda")
     large = Model(lambda m, x: m.fc(m.norm(x)), norm=nn.LayerNorm(4096), fc=nn.Linear(4096, 16384))
     with torch.inference_mode():

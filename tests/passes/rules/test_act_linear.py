@@ -1,4 +1,4 @@
-"""An activation in front of a linear, gated or not, quantises on its way out."""
+"""An activation in front of a linear, gated or not, quantizes on its way out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A linear that no fusion took quantises its input; one that must not be touched says why."""
+"""A linear that no fusion took quantizes its input; one that must not be touched says why."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def alone(fc: nn.Module) -> Model:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("K", [1, 7, 16, 33, 96])
 @pytest.mark.parametrize("lead", [(), (4,), (2, 3), (2, 1, 3, 2), (0, 5)], ids=str)
-def test_any_linear_is_quantised(lead: tuple[int, ...], K: int, bias: bool) -> None:
+def test_any_linear_is_quantized(lead: tuple[int, ...], K: int, bias: bool) -> None:
     fc, x = nn.Linear(K, 24, bias=bias), torch.randn(*lead, K)
     result = rewritten(alone(fc), x)
     assert result.counts == {"linear": 1}
@@ -51,14 +51,14 @@ def test_half_types_are_kept(dtype: torch.dtype) -> None:
     assert_near(result.got, result.want, linear_bound(x.float(), fc.weight.float()))
 
 
-def test_a_tied_weight_is_quantised_for_each_of_its_linears() -> None:
+def test_a_tied_weight_is_quantized_for_each_of_its_linears() -> None:
     fc, x = nn.Linear(32, 32), torch.randn(4, 32)
     result = rewritten(Model(lambda m, x: m.fc(m.fc(x).sin()), fc=fc), x)
     assert result.counts == {"linear": 2}
     assert [o.path for o in result.report.linears] == ["fc", "fc"]
 
 
-def test_an_input_that_is_also_returned_is_quantised_beside() -> None:
+def test_an_input_that_is_also_returned_is_quantized_beside() -> None:
     x = torch.randn(4, 32)
     result = rewritten(Model(lambda m, x: (m.fc(h := x.sin()), h), fc=nn.Linear(32, 16)), x)
     assert result.counts == {"linear": 1}

@@ -1,4 +1,4 @@
-"""A norm in front of a linear quantises on its way out, and keeps its float result if needed."""
+"""A norm in front of a linear quantizes on its way out, and keeps its float result if needed."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_a_norm_over_two_dims_is_refused(x: Tensor) -> None:
     norm, fc = jittered(nn.LayerNorm((5, K))), nn.Linear(K, N)
     result = rewritten(Model(lambda m, x: m.fc(m.norm(x)), norm=norm, fc=fc), x)
     assert result.counts == {"linear": 1}
-    assert result.refused("norm") == ["normalises over 2 dims; int8 scales are per row"]
+    assert result.refused("norm") == ["normalizes over 2 dims; int8 scales are per row"]
     assert_near(result.got, result.want, linear_bound(norm(x), fc.weight))
 
 
