@@ -51,7 +51,7 @@ class Negated:
 
     def rewrite(self, edit: Edit, site: NegatedSite) -> Rewrite:
         x, weight, bias = site.linear.x, site.linear.weight, site.linear.bias
-        y = edit.call(LINEAR, x, *(edit.weigh(aten.neg.default, w) for w in (weight, bias)))
+        y = edit.call(LINEAR, x, *(edit.fold(aten.neg.default, w) for w in (weight, bias)))
         return Rewrite((y,))
 
 
