@@ -281,12 +281,12 @@ anything: st.SearchStrategy[Any] = st.recursive(
 
 @given(budgets, st.data())
 def test_any_value_anywhere_is_taken_or_refused(budget: Budget, data: st.DataObject) -> None:
-    data = json.loads(json.dumps(budget.to_dict()))
-    places = list(holders(data))
+    saved = json.loads(json.dumps(budget.to_dict()))
+    places = list(holders(saved))
     holder, key = data.draw(st.sampled_from(places))
     holder[key] = data.draw(anything)
     try:
-        loaded = Budget.from_dict(data)
+        loaded = Budget.from_dict(saved)
     except OptionError:  # FileError, or that a calibration is missing
         return
     assert str(loaded) and loaded == Budget.from_dict(loaded.to_dict())

@@ -221,8 +221,8 @@ def test_the_worst_decides_and_no_number_looks_larger_than_it_is(
     why = below(paths, found, least)
     assert (why == "") == all(sqnr >= least for sqnr in found)
     if why:
-        sqnr = float(re.search(r"would be (\S+) dB", why)[1])  # type: ignore[index]
-        assert math.isnan(sqnr) or sqnr <= min(v for v in found if not math.isnan(v))
+        shown = float(re.search(r"would be (\S+) dB", why)[1])  # type: ignore[index]
+        assert math.isnan(shown) or shown <= min(v for v in found if not math.isnan(v))
 
 
 @pytest.mark.parametrize("value", [0, -3, "30", True, math.inf, math.nan])
