@@ -246,7 +246,7 @@ def test_include_and_exclude_choose_linears(
     got = int8(model, reports, **options)(tokens)
     assert sorted(o.path for o in reports[0].linears if o.int8) == taken
     reasons = {o.refused.split(" by ")[0] for o in reports[0].linears if not o.int8}
-    assert reasons <= {"not named", "excluded"}
+    assert reasons <= {"not matched", "excluded"}
     assert error(got, model(tokens)) < NEAR
 
 

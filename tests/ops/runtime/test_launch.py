@@ -729,7 +729,7 @@ def demo(launch: Any) -> Any:
     def fake(x: Any, bias: Any, factor: float, gamma: Any) -> Any:
         return x.new_empty(x.shape), x.new_empty(x.shape)
 
-    @define(schema, fake=fake, check=check, kernels=())
+    @define(schema, fake=fake, check=check, float_form=fake, kernels=())
     def demo_of_sites(x: Any, bias: Any, factor: float, gamma: Any) -> Any:
         return x * factor, x
 
@@ -822,7 +822,7 @@ def test_last_arguments_that_torch_leaves_out_have_their_places(driver: Driver) 
     def make(x: Any, *_: Any) -> Any:
         return x.new_empty(x.shape)
 
-    @define.define(schema, fake=make, check=lambda *_: None, kernels=())
+    @define.define(schema, fake=make, float_form=make, check=lambda *_: None, kernels=())
     def demo_of_defaults(x: Any, factor: Any = None, clip: Any = None) -> Any:
         return x
 
