@@ -34,8 +34,9 @@ help:
 demo: $(VENV)/.demo
 	@$(BIN)/python examples/embed.py $(ARGS)
 
-# All tests of a file in one worker: they share what is compiled for them.
-SPREAD := -n $(JOBS) --dist loadfile
+# All tests of a file in one worker: they share what is compiled for them. In the order of folders, so
+# that many short files come last and the workers end together.
+SPREAD := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # One thread per worker: JOBS workers with a thread per core each would fight for the cores.
 test: $(VENV)/.test

@@ -9,9 +9,13 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 settings.register_profile(
     "ci", max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
@@ -89,3 +93,24 @@ def device(request: pytest.FixtureRequest) -> str:
     """ "cpu" or "cuda": where this run's tensors live."""
     chosen: str = request.config.getoption("--device")
     return chosen
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing that an earlier test compiled, and no autograd."""
+    import torch
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def x(device: str) -> Tensor:
+    """An input of tests.small.Mlp, [8, 64] float32."""
+    import torch
+
+    from tests.small import seeded
+
+    made: Tensor = seeded(lambda: torch.randn(8, 64)).to(device)
+    return made

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,17 +19,7 @@ from graphquant import Config, OptionError, Report, UnsupportedInputError
 from tests import zoo
 from tests.small import NEAR, Mlp, error, int8, seeded
 
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture
-def x(device: str) -> Tensor:
-    return seeded(lambda: torch.randn(8, 64)).to(device)
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Block(nn.Module):

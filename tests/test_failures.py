@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,16 +30,8 @@ from tests.small import NEAR, Mlp, again, error, int8, seeded
 
 
 @pytest.fixture(autouse=True)
-def _lenient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _lenient(monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> None:
     monkeypatch.delenv("GRAPHQUANT_STRICT")
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture
-def x(device: str) -> Tensor:
-    return seeded(lambda: torch.randn(8, 64)).to(device)
 
 
 @pytest.fixture

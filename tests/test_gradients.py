@@ -28,11 +28,6 @@ def _fresh_dynamo() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def x(device: str) -> Tensor:
-    return seeded(lambda: torch.randn(8, 64)).to(device)
-
-
 def step(run: Callable[..., Tensor], model: nn.Module, *args: Tensor) -> tuple[Tensor, dict]:
     """(loss, {parameter: its gradient or None}) of one backward pass."""
     model.zero_grad()

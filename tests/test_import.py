@@ -101,7 +101,11 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize("ahead", [False, True], ids=["torch.compile", "AOTInductor"])
+@pytest.mark.parametrize(
+    "ahead",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["torch.compile", "AOTInductor"],
+)
 def test_a_process_that_loads_a_program_compiles_it_with_our_lowerings(
     ahead: bool, tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ import logging
 import pickle
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from weakref import ref
@@ -43,16 +43,7 @@ BOUND = 0.04  # of two layers, as in tests/test_models.py
 VISION = ("siglip", "clip_vision", "internvl")
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture
-def x(device: str) -> Tensor:
-    return seeded(lambda: torch.randn(8, 64)).to(device)
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def small(device: str) -> Mlp:

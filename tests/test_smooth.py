@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,16 +19,7 @@ from tests.small import FAR, NEAR, Mlp, again, error, int8, seeded
 WIDTH, HEADS = 64, 4
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture
-def x(device: str) -> Tensor:
-    return seeded(lambda: torch.randn(8, 64)).to(device)
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Layer(nn.Module):

@@ -96,7 +96,8 @@ def test_int8_as_it_comes(minilm: MiniLM) -> None:
     assert minilm.same_neighbor(got) >= 0.94  # many sentences of the manual are near ties
 
 
-@pytest.mark.parametrize("smooth", [pytest.param(0.5, marks=pytest.mark.slow), "auto"])
+@pytest.mark.slow
+@pytest.mark.parametrize("smooth", [0.5, "auto"])
 def test_smoothed_by_a_calibration(
     minilm: MiniLM, calibration: graphquant.Calibration, smooth: Any
 ) -> None:

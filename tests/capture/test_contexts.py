@@ -39,11 +39,6 @@ def _fresh_dynamo() -> Iterator[None]:
     assert not torch.is_inference_mode_enabled()
 
 
-@pytest.fixture
-def x(device: str) -> Tensor:
-    return seeded(lambda: torch.randn(8, 64)).to(device)
-
-
 def over(forward: Callable[..., Any], device: str) -> nn.Module:
     """A model that runs forward(mlp, *args)."""
     return Model(lambda m, *args: forward(m.mlp, *args), mlp=seeded(Mlp)).to(device)

@@ -46,11 +46,6 @@ def one_process(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) ->
     dist.destroy_process_group()
 
 
-@pytest.fixture
-def x(device: str) -> Tensor:
-    return seeded(lambda: torch.randn(8, 64)).to(device)
-
-
 def parallel(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model, bucket_cap_mb=0.03)
 

@@ -467,6 +467,7 @@ def test_a_symbolic_batch_is_not_specialized(sites: Sites) -> None:
     assert counter.frame_count == 1 and not sites.calls
 
 
+@pytest.mark.slow
 def test_a_wrapper_in_cpp_takes_the_usual_way(sites: Sites) -> None:
     x = torch.randn(3, 5, K)
     got = by_inductor(quantize_and_more, options={"cpp_wrapper": True})(x)

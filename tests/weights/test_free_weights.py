@@ -37,11 +37,6 @@ def _fresh_dynamo() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def x(device: str) -> Tensor:
-    return seeded(lambda: torch.randn(8, 64)).to(device)
-
-
 def normal(make: type[nn.Module], device: str, seed: int = 0) -> nn.Module:
     """A module whose parameters are ordinary tensors."""
     with torch.inference_mode(False):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,7 @@ from tests.small import FAR, NEAR, Mlp, error, int8, seeded
 LAYERS = ["fc1", "fc2"]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.fixture(autouse=True)
@@ -45,11 +41,6 @@ def _announced_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "graphquant.weights.versions.values_of", lambda tensors: [None] * len(tensors)
     )
-
-
-@pytest.fixture
-def x(device: str) -> Tensor:
-    return seeded(lambda: torch.randn(8, 64)).to(device)
 
 
 def lora(**options: Any) -> LoraConfig:
