@@ -77,7 +77,6 @@ MUTANTS: Sequence[Mutant] = (
     ),
     *_in(
         "passes/rules/layer_scale.py",
-        ("read = tuple(view.constants.made_from(gamma))", "read = ()", "gamma written", SCALE),
         ('name in ("w_scale", "w_sum", "bias")', 'name in ("w_scale", "bias")', "the shift", SCALE),
         ("size[-1] == N and ", "", "a scale per token", SCALE),
         ("if product in view.needs_gradient", "if False", "a gradient is lost", GRADIENTS),
@@ -124,7 +123,7 @@ MUTANTS: Sequence[Mutant] = (
     ),
     *_in(
         "ir/constants.py",
-        ("root not in self._written for root", "True for root", "written weights", STACK),
+        ("root not in self._written for root", "True for root", "written weights", CONSTANTS),
         ("and node not in self._written", "", "written values", CONSTANTS),
     ),
     *_in(

@@ -78,6 +78,12 @@ def _a_weight(m: Any, x: Tensor) -> Any:
     return F.linear(padded(x), m.mem), F.linear(padded(x), m.mem * 2, m.mem[:, 0])
 
 
+def _a_weight_that_is_made_and_written(m: Any, x: Tensor) -> Any:
+    w = m.k.weight * 2
+    w.as_strided((4,), (5,)).add_(1.0)  # a view without a scatter: the write stays in place
+    return F.linear(padded(x), w), F.linear(padded(x), w + 1)
+
+
 def _a_bias(m: Any, x: Tensor) -> Any:
     m.mem[:, 4:] = x
     return F.linear(padded(x), m.k.weight[:3], m.mem[:, 5])
@@ -131,6 +137,7 @@ WRITES = [
     _through_an_undeclared_view,
     _computed_from_it,
     _a_weight,
+    _a_weight_that_is_made_and_written,
     _a_bias,
     _gamma,
     _gamma_written_later,

@@ -51,8 +51,7 @@ class LayerScale:
                 if not isinstance(gamma, Node):
                     continue
                 if gamma in view.constants and _is_per_channel(gamma, shape(linear)[-1]):
-                    read = tuple(view.constants.made_from(gamma))  # read at packing
-                    yield LayerScaleSite((product,), (linear,), read, linear, gamma)
+                    yield LayerScaleSite((product,), (linear,), (), linear, gamma)
 
     def check(self, view: View, site: LayerScaleSite) -> Refuse | None:
         (product,) = site.outputs
