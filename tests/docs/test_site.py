@@ -43,7 +43,7 @@ def test_every_public_name_has_an_entry_with_its_docstring(built: Path) -> None:
     for name in graphquant.__all__:
         shown = (f'id="graphquant.{name}"', f'id="graphquant.calibration.{name}"')
         assert any(anchor in page for anchor in shown), name
-    assert "What the linears of a model read" in page  # of Calibration
+    assert "Statistics of all linear inputs of a model" in page  # of Calibration
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,40 @@ def test_this_update_is_noticed(update: Callable[[Mlp], None], device: str, x: T
     assert error(run(x), want) < NEAR  # and it stays so
 
 
+@pytest.fixture
+def _without_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No values are compared, as on a GPU at the next call."""
+    monkeypatch.setattr(
+        "graphquant.weights.versions.values_of", lambda tensors: [None] * len(tensors)
+    )
+
+
+@pytest.mark.usefixtures("_without_values")
+@pytest.mark.parametrize(
+    "update",
+    [fused_sgd, fused_adamw, copy_under_no_grad, new_data, exchanged_data],
+    ids=lambda f: f.__name__,
+)
+def test_this_update_is_noticed_without_values(
+    update: Callable[[Mlp], None], device: str, x: Tensor
+) -> None:
+    test_this_update_is_noticed(update, device, x)
+
+
+@pytest.mark.usefixtures("_without_values")
+def test_data_that_moves_within_its_storage_is_noticed(device: str, x: Tensor) -> None:
+    model = seeded(Mlp).to(device)
+    w = model.fc1.weight
+    both = torch.cat([w.detach(), other(w)])
+    w.data = both[:96]
+    run = int8(model)
+    old = run(x)
+    w.data = both[96:]
+    want = again(model)(x)
+    assert error(old, want) > FAR
+    assert error(run(x), want) < NEAR
+
+
 def test_new_data_at_the_old_address_is_noticed() -> None:
     """`p.data = p.data + a; p.data = p.data + b`: the second may land where the first started."""
     memory = bytearray(4 * 64 * 96)
@@ -437,7 +471,10 @@ def test_a_graph_that_is_compiled_later_takes_no_pack_from_before_a_silent_write
     assert error(run(x), want) < NEAR
 
 
-def test_one_value_that_is_not_looked_at_needs_refresh(device: str, x: Tensor) -> None:
+@pytest.mark.parametrize("of_module", [True, False], ids=["of the module", "of everything"])
+def test_one_value_that_is_not_looked_at_needs_refresh(
+    of_module: bool, device: str, x: Tensor
+) -> None:
     """As documented."""
     linear = seeded(lambda: nn.Linear(64, 96)).to(device)
     run = int8(linear)
@@ -447,7 +484,7 @@ def test_one_value_that_is_not_looked_at_needs_refresh(device: str, x: Tensor) -
     linear.weight.data.view(-1)[unseen] += 100
     settled(run, x)
     assert torch.equal(run(x), old)
-    graphquant.refresh(linear)
+    graphquant.refresh(linear if of_module else None)
     assert error(run(x), linear(x)) < NEAR
     assert error(run(x), old) > FAR
 
