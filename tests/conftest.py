@@ -106,6 +106,15 @@ def fresh_dynamo() -> Iterator[None]:
 
 
 @pytest.fixture
+def seeded_dynamo() -> None:
+    """Nothing that an earlier test compiled, and the same random numbers for each test."""
+    import torch
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+@pytest.fixture
 def x(device: str) -> Tensor:
     """An input of tests.small.Mlp, [8, 64] float32."""
     import torch

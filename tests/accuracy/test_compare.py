@@ -35,10 +35,7 @@ from tests.small import Mlp, Model, error, int8, notes, seeded
 SAME = 0.02  # dB: float32 sums and a few roundings that fall the other way
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded_dynamo")
 
 
 @pytest.fixture

@@ -20,11 +20,7 @@ from tests import zoo
 from tests.models import different
 from tests.small import Mlp, Model, error, int8, seeded
 
-
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded_dynamo")
 
 
 @pytest.fixture

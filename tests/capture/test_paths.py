@@ -19,10 +19,7 @@ from tests.small import Model
 D = 16
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded_dynamo")
 
 
 @pytest.fixture
