@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -69,7 +70,7 @@ class _Product:
     inner: tuple[Node, ...]
     parts: tuple[_Part, ...]
 
-    @property
+    @cached_property  # asked for at every node of a run
     def leaves(self) -> frozenset[Node]:
         return frozenset(self.given.values())
 
@@ -155,10 +156,10 @@ class Pair:
         values = {node: known[leaf] for node, leaf in product.given.items()}
         values |= {n: n.meta[LITERAL] for n in product.inner if LITERAL in n.meta}
         inner = [n for n in product.inner if n not in values]
-        fixed = [n for n in inner if n in self._weights]
+        fixed = {n: None for n in inner if n in self._weights}
         if (product.node, layer) not in self._packed:
             made = evaluate(fixed, dict(values))
-            read = [n for n in fixed if any(user not in fixed for user in n.users)]
+            read = [n for n in fixed if not fixed.keys() >= n.users.keys()]
             self._packed[product.node, layer] = {n: made[n] for n in read}
         values |= self._packed[product.node, layer]
         evaluate((n for n in inner if n not in fixed), values)
