@@ -9,11 +9,13 @@ bench    the latency in float, compiled, in bfloat16 and in int8
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from graphquant.cli import bench, compare, doctor, explain, show
 from graphquant.cli.arguments import Parser, run
-from graphquant.cli.models import Source
+from graphquant.cli.models import Source, known
 
 COMMANDS = {
     "doctor": doctor,
@@ -39,5 +41,12 @@ def main(
             name, help=about.partition(":")[0].partition("\n")[0], description=about
         )
         command.add_arguments(one)
-        one.set_defaults(run=command.run, named=named or {})
+        one.set_defaults(run=partial(_list_or_run, command.run), named=named or {})
     return run(parser, argv)
+
+
+def _list_or_run(command: Callable[[Namespace], int], args: Namespace) -> int:
+    if getattr(args, "list", False):  # of commands that take a model
+        print(known(args.named))
+        return 0
+    return command(args)

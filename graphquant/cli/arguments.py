@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 from rich.console import Console
 
+from graphquant.config import Config
 from graphquant.errors import MissingPackageError, OptionError, UnsupportedInputError
 
 BAD_USAGE = 2  # the exit code
@@ -108,8 +109,10 @@ def write(path: str, option: str, text: str | bytes) -> None:
 
 
 def options(args: argparse.Namespace) -> dict[str, Any]:
-    """graphquant's options, as --config gives them."""
-    return dict(map(_option, args.config))
+    """graphquant's options, as --config gives them. Raises OptionError for invalid ones."""
+    chosen = dict(map(_option, args.config))
+    Config.of(chosen)
+    return chosen
 
 
 def here() -> str:

@@ -32,8 +32,7 @@ from graphquant._torch.dynamo import patch_config
 from graphquant.backend import graphquant as backend
 from graphquant.cli.arguments import add_model, add_output, options, page, positive, write_json
 from graphquant.cli.doctor import environment
-from graphquant.cli.models import Inputs, known, load
-from graphquant.config import Config
+from graphquant.cli.models import Inputs, load
 from graphquant.metrics import Error
 from graphquant.report import Report
 
@@ -78,11 +77,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.list:
-        print(known(args.named))
-        return 0
     chosen = options(args)
-    Config.of(chosen)
     name, model, make = load(args)
     floats = [p for p in model.parameters() if p.is_floating_point()]
     is_bf16 = bool(floats) and all(p.dtype == torch.bfloat16 for p in floats)

@@ -27,7 +27,7 @@ from graphquant.cli.arguments import (
     page,
     write_json,
 )
-from graphquant.cli.models import imported, known, load, user_errors
+from graphquant.cli.models import imported, load, user_errors
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -41,15 +41,11 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.list:
-        print(known(args.named))
-        return 0
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib: pip install matplotlib")
     if args.save and args.budget is None:
         raise UsageError("--save writes what --budget finds: give both")
     chosen = options(args)
-    graphquant.Config.of(chosen)
     batches = _batches(args.data) if args.data else None
     _, model, inputs = load(args)
     if batches is None:

@@ -14,7 +14,7 @@ import torch
 
 import graphquant
 from graphquant.cli.arguments import add_model, add_output, options, page, write_json
-from graphquant.cli.models import known, load
+from graphquant.cli.models import load
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -23,11 +23,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.list:
-        print(known(args.named))
-        return 0
     chosen = options(args)
-    graphquant.Config.of(chosen)  # reports invalid options before a model is built
     _, model, inputs = load(args)
     given, keywords = inputs(0)
     with torch.inference_mode():

@@ -32,7 +32,7 @@ from graphquant.cli.arguments import (
     write,
     write_json,
 )
-from graphquant.cli.models import known, load
+from graphquant.cli.models import load
 from graphquant.config import Config
 from graphquant.errors import GraphquantError
 from graphquant.visualize import html, inspect, onnx_model, svg, text
@@ -49,9 +49,6 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.list:
-        print(known(args.named))
-        return 0
     if args.onnx:
         return _onnx(args)
     if args.svg and not svg.can_draw():
