@@ -116,7 +116,7 @@ MUTANTS: Sequence[Mutant] = (
     ),
     *_in(
         "passes/eligibility.py",
-        ("if why := config.wants(path):", "if why := None:", "include and exclude", LINEAR),
+        ("if why := state.config.wants(path):", "if why := None:", "include and exclude", LINEAR),
         ("if node in state.needs_gradient:", "if False:", "training", GRADIENTS),
         ('state.constants:\n        return "its weight', 'set():\n        return "its weight',
          "every linear is ineligible", LINEAR),

@@ -8,7 +8,6 @@ import torch
 from torch.fx import GraphModule, Node
 
 from graphquant._torch import HigherOrderOperator
-from graphquant.config import Config
 from graphquant.ir.captured import Captured
 from graphquant.ir.constants import Constants
 from graphquant.ir.graph import (
@@ -36,11 +35,11 @@ DEVICES = ("cpu", "cuda")
 NEED_KERNELS = ("cuda",)  # device types without a fallback to the reference
 
 
-def enter_all(state: RewriteState, captured: Captured, config: Config) -> None:
+def enter_all(state: RewriteState, captured: Captured) -> None:
     """Enter every linear, norm and activation into the record, in graph order."""
     norms, acts = state.recognized.norms, state.recognized.activations
     unusable = state.recognized.unusable
-    default = "" if config.quantize else "quantize=False, and no other linear reads its input"
+    default = "" if state.config.quantize else "quantize=False, and no other linear reads its input"
     for node in state.graph.nodes:
         path = module_path(node)
         if node.target is LINEAR:
@@ -48,11 +47,11 @@ def enter_all(state: RewriteState, captured: Captured, config: Config) -> None:
             path = path_of(node, captured, state.constants)
             M, N, K = rows(node), width(node), width(x)
             outcome = Outcome("linear", path, node.name, refused=default, M=M, N=N, K=K)
-            ineligible = _ineligible(state, captured, config, node, path)
+            ineligible = _ineligible(state, captured, node, path)
             state.record.enter(node, outcome, ineligible)
         elif node in norms or node in acts or node in unusable:
             kind = "activation" if node in acts else "norm"
-            why = f"read by {readers(node)}" if config.quantize else "quantize=False"
+            why = f"read by {readers(node)}" if state.config.quantize else "quantize=False"
             outcome = Outcome(kind, path, node.name, refused=why, K=width(node))
             state.record.enter(node, outcome, unusable.get(node, ""))
         elif isinstance(node.target, HigherOrderOperator):
@@ -81,9 +80,7 @@ def other_products_of(state: RewriteState) -> Iterator[Outcome]:
                 yield Outcome(kind, path, node.name, refused=why, product_flops=flops)
 
 
-def _ineligible(
-    state: RewriteState, captured: Captured, config: Config, node: Node, path: str
-) -> str:
+def _ineligible(state: RewriteState, captured: Captured, node: Node, path: str) -> str:
     """Why no rule may rewrite this linear, or ""."""
     x, weight, bias = full_args(node)
     if node.meta.get("graphquant") == PatchLinear.name:
@@ -95,7 +92,7 @@ def _ineligible(
         return "its weight is not a parameter"
     if bias is not None and not state.constants.is_fixed(bias):
         return "its bias is not a parameter"
-    if why := config.wants(path):
+    if why := state.config.wants(path):
         return why
     if node in state.needs_gradient:
         return NEEDS_GRADIENT

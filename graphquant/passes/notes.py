@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from graphquant.config import Config, matches
+from graphquant.config import matches
 from graphquant.ir.captured import Captured
 from graphquant.ir.graph import calls
 from graphquant.ops import int8_linear
@@ -17,10 +17,10 @@ from graphquant.passes.state import RewriteState
 from graphquant.report import SLOW_ON_CPU, Outcome, Pattern, Quiet, Report
 
 
-def patterns_of(state: RewriteState, config: Config) -> Iterator[Pattern]:
+def patterns_of(state: RewriteState) -> Iterator[Pattern]:
     paths = [o.path for o in state.record.outcomes() if o.kind == "linear"]
     for option in ("include", "exclude"):
-        for pattern in dict.fromkeys(getattr(config, option)):
+        for pattern in dict.fromkeys(getattr(state.config, option)):
             yield Pattern(option, pattern, sum(matches(pattern, path) for path in paths))
 
 

@@ -100,7 +100,7 @@ def rewrite(captured: Captured, config: Config) -> Rewritten:
         state = _state(captured, config)
         accuracy, gates = _gates(state, captured)
     with stage("the record of linears"):
-        enter_all(state, captured, config)
+        enter_all(state, captured)
         products = tuple(other_products_of(state))
     if config.activation == "static" and config.calibration is not None:
         with stage("static ranges"):
@@ -119,7 +119,7 @@ def rewrite(captured: Captured, config: Config) -> Rewritten:
     with stage("the report"):
         gm.graph.lint()
         gm.recompile()
-        patterns = tuple(patterns_of(state, config))
+        patterns = tuple(patterns_of(state))
         missed = (p for p in patterns if not p.matched and not may_match_elsewhere(p, captured))
         notes = (
             *notes_of(state, accuracy),
