@@ -18,7 +18,7 @@ __device__ __forceinline__ u32 smem_base(const void* dynamic) {
 }
 
 // Address of a member of the SharedStorage at `smem`.
-#define SMEM(member) (smem + (u32)__builtin_offsetof(SharedStorage, member))
+#define SMEM(member) (smem + (u32)(u64) &((SharedStorage*)nullptr)->member)
 
 // Position in a ring of buffers, and the parity of its mbarriers' phase there. A producer starts with
 // parity 1: its first waits, for buffers that nobody has used yet, pass at once.
