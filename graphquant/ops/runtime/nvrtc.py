@@ -108,6 +108,10 @@ def _library() -> ctypes.CDLL:
     tried = []
     for name in _names():
         try:
+            # It opens its builtins by name; releases before 13.5 do not look beside it.
+            if (folder := Path(name).parent).is_absolute():
+                for builtins in sorted(folder.glob("libnvrtc-builtins.so.*")):
+                    ctypes.CDLL(str(builtins))
             return ctypes.CDLL(name)
         except OSError as error:
             tried.append(str(error))
