@@ -157,7 +157,10 @@ class Own(nn.Module):
         self.attn = nn.MultiheadAttention(D, 2, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        named = (self.named[name] for name in ("it's", "a b"))
+        named = [
+            self.named["it's"],
+            self.named["a b"],
+        ]  # torch 2.11 traces no generator
         for w in (self.w, *self.ws, *named):
             x = F.linear(x, w)
         return x + self.attn(x, x, x, need_weights=False)[0]
