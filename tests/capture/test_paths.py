@@ -157,11 +157,8 @@ class Own(nn.Module):
         self.attn = nn.MultiheadAttention(D, 2, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        named = [
-            self.named["it's"],
-            self.named["a b"],
-        ]  # torch 2.11 traces no generator
-        for w in (self.w, *self.ws, *named):
+        named = [self.named["it's"], self.named["a b"]]
+        for w in (self.w, self.ws[0], self.ws[1], *named):  # torch 2.11 cannot trace `*self.ws`
             x = F.linear(x, w)
         return x + self.attn(x, x, x, need_weights=False)[0]
 
@@ -337,16 +334,3 @@ def test_modules_in_training_mode_are_noted(x: Tensor) -> None:
         assert note.startswith("1 of its modules are in training mode, such as 1.0")
         model.eval()
         assert not any("training" in n for n in graphquant.explain(model, x).notes)
-
-
-def test_int8_on_a_cpu_is_noted_without_a_warning(
-    x: Tensor, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = nn.Sequential(linear()).eval()
-    with caplog.at_level("INFO", logger="graphquant"):
-        (report,) = compiled(model, x)
-    assert any("slower than float on a CPU" in n for n in report.notes)
-    said = [r.levelname for r in caplog.records if "slower than float on a CPU" in r.getMessage()]
-    assert said == ["INFO"]
-    (report,) = compiled(nn.Sequential(linear()).eval(), x, quantize=False)
-    assert not report.notes
