@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from graphquant._torch import getters, version_of
 from graphquant.errors import KernelBuildError
-from graphquant.ops.runtime.launch import extension
+from graphquant.ops.runtime.build import extension
 from graphquant.weights.released import is_released
 
 log = logging.getLogger(__name__)
@@ -161,7 +161,8 @@ def _bytes(x: Tensor) -> bytes:
 @functools.cache
 def _native() -> Any:
     try:
-        return extension(Path(__file__).with_suffix(".c"), "graphquant_snapshot")
+        source = Path(__file__).with_suffix(".c")
+        return extension([source], "graphquant_snapshot", "fast checks of weights")
     except KernelBuildError as why:
         log.debug("weights are compared in Python, which is slower: %s", why)
         return None

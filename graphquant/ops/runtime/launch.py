@@ -10,18 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import importlib.machinery
-import importlib.util
 import logging
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
-import sysconfig
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,8 +22,8 @@ import torch
 from torch import Tensor
 
 from graphquant._torch import current_raw_stream
-from graphquant.errors import KernelBuildError, UnsupportedInputError
-from graphquant.ops.runtime import cache
+from graphquant.errors import UnsupportedInputError
+from graphquant.ops.runtime.build import extension
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +47,8 @@ def native() -> ModuleType:
         import triton
 
     headers = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
-    return extension(Path(__file__).with_suffix(".c"), "graphquant_launch", headers)
+    source = Path(__file__).with_suffix(".c")
+    return extension([source], "graphquant_launch", "graphquant's CUDA kernels", include=[headers])
 
 
 @contextlib.contextmanager
@@ -73,73 +63,6 @@ def needs_triton() -> Iterator[None]:
             "graphquant's CUDA kernels need triton, which is not installed (torch's Linux CUDA "
             "wheels bring it). On the CPU the ops run without it."
         ) from error
-
-
-def extension(source: Path, name: str, *include: Path) -> ModuleType:
-    """A C extension module built from one source file, and cached on disk.
-
-    Raises KernelBuildError if it cannot be built.
-    """
-    python = str(sysconfig.get_config_var("INCLUDEPY"))
-    command = [*_compiler(), "-O3", "-shared", "-fPIC", *(f"-I{i}" for i in (python, *include))]
-    file = name + str(sysconfig.get_config_var("EXT_SUFFIX"))
-    made_from = (source.read_text(), *command, file, platform.platform(), sys.version)
-    key = hashlib.sha256("\0".join(made_from).encode()).hexdigest()
-    if (module := _cached(key, name, file)) is not None:
-        return module
-    with tempfile.TemporaryDirectory(prefix="graphquant-") as folder:
-        library = Path(folder, file)
-        _run([*command, str(source), "-o", str(library)])
-        cache.put(key, file, library.read_bytes(), checked=True)
-        if (module := _cached(key, name, file)) is not None:
-            return module
-        return _load(name, library)
-
-
-def _cached(key: str, name: str, file: str) -> ModuleType | None:
-    with cache.loadable(key, file) as found:
-        if found is None:
-            return None
-        try:
-            module = _load(name, found.opened)
-        except ImportError as why:
-            log.debug("rebuilding %s: %s", file, why)
-            return None
-        module.__file__ = str(found.path)
-        return module
-
-
-def _load(name: str, library: Path) -> ModuleType:
-    loader = importlib.machinery.ExtensionFileLoader(name, str(library))
-    spec = importlib.util.spec_from_file_location(name, library, loader=loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
-
-
-def _compiler() -> list[str]:
-    if named := os.environ.get("CC"):
-        return shlex.split(named)
-    found = next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))), None)
-    if found is None:
-        raise KernelBuildError(f"{_NEEDS_C}: none was found")
-    return [found]
-
-
-_NEEDS_C = (
-    "graphquant's CUDA kernels need a C compiler, as Triton does (gcc or clang; the variable CC "
-    "may name it)"
-)
-
-
-def _run(command: list[str]) -> None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    except OSError as why:
-        raise KernelBuildError(f"{_NEEDS_C}: {why}") from why
-    if done.returncode:
-        raise KernelBuildError(f"{_NEEDS_C}: {shlex.join(command)} said: {done.stderr.strip()}")
 
 
 def stream_of(device: torch.device) -> int:

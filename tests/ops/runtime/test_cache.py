@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from graphquant.errors import KernelBuildError
-from graphquant.ops.runtime import cache, launch
+from graphquant.ops.runtime import build, cache
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="owners and modes of Linux")
 
@@ -204,16 +204,21 @@ PyMODINIT_FUNC PyInit_NAME(void) {
 
 @pytest.fixture
 def built(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The compiler's commands."""
+    """The linker's commands."""
     commands: list[list[str]] = []
-    real = launch._run
+    real = build._run
 
-    def run(command: list[str]) -> None:
-        commands.append(command)
-        real(command)
+    def run(command: list[str], *args: Any) -> None:
+        if "-shared" in command:
+            commands.append(command)
+        real(command, *args)
 
-    monkeypatch.setattr(launch, "_run", run)
+    monkeypatch.setattr(build, "_run", run)
     return commands
+
+
+def extension(file: Path, name: str) -> Any:
+    return build.extension([file], name, "tests")
 
 
 def source(folder: Path, name: str, answer: int) -> Path:
@@ -224,10 +229,10 @@ def source(folder: Path, name: str, answer: int) -> Path:
 
 def test_a_module_is_built_once(tmp_path: Path, built: list[list[str]]) -> None:
     file = source(tmp_path, "once", 3)
-    first, again = launch.extension(file, "once"), launch.extension(file, "once")
+    first, again = extension(file, "once"), extension(file, "once")
     assert first.answer == again.answer == 3 and len(built) == 1
     assert first.__file__ is not None and Path(first.__file__).exists()
-    assert launch.extension(source(tmp_path, "once", 4), "once").answer == 4 and len(built) == 2
+    assert extension(source(tmp_path, "once", 4), "once").answer == 4 and len(built) == 2
 
 
 @pytest.mark.parametrize("way", ["flipped", "replaced", "writable", "no hash", "another's hash"])
@@ -235,9 +240,9 @@ def test_a_module_that_is_not_what_was_built_is_built_again(
     way: str, tmp_path: Path, root: Path, built: list[list[str]]
 ) -> None:
     name = f"tampered_{way[0]}{way[-1]}"
-    evil = Path(str(launch.extension(source(tmp_path, name, 666), name).__file__))
+    evil = Path(str(extension(source(tmp_path, name, 666), name).__file__))
     right = source(tmp_path, name, 3)
-    file = Path(str(launch.extension(right, name).__file__))
+    file = Path(str(extension(right, name).__file__))
     assert file.parent != evil.parent
     content = bytearray(file.read_bytes())
     file.unlink()  # it is loaded: what is written there now must be another file
@@ -255,16 +260,16 @@ def test_a_module_that_is_not_what_was_built_is_built_again(
         Path(f"{file}.sha256").write_bytes(Path(f"{evil}.sha256").read_bytes())
     else:
         file.write_bytes(evil.read_bytes())
-    assert launch.extension(right, name).answer == 3 and len(built) == 1
-    assert launch.extension(right, name).answer == 3 and len(built) == 1
+    assert extension(right, name).answer == 3 and len(built) == 1
+    assert extension(right, name).answer == 3 and len(built) == 1
 
 
 def test_a_module_that_cannot_be_loaded_is_built_again(
     tmp_path: Path, built: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = source(tmp_path, "again", 3)
-    launch.extension(file, "again")
-    real, failed = launch._load, []
+    extension(file, "again")
+    real, failed = build._load, []
 
     def load(name: str, library: Path) -> Any:
         if not failed:
@@ -272,8 +277,8 @@ def test_a_module_that_cannot_be_loaded_is_built_again(
             raise ImportError("wrong ELF class")
         return real(name, library)
 
-    monkeypatch.setattr(launch, "_load", load)
-    assert launch.extension(file, "again").answer == 3
+    monkeypatch.setattr(build, "_load", load)
+    assert extension(file, "again").answer == 3
     assert len(built) == 2 and len(failed) == 1
 
 
@@ -282,7 +287,7 @@ def test_without_a_cache_a_module_is_built_and_loaded(
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", "/proc/graphquant")
     for n in (1, 2):
-        assert launch.extension(source(tmp_path, "bare", 3), "bare").answer == 3
+        assert extension(source(tmp_path, "bare", 3), "bare").answer == 3
         assert len(built) == n
 
 
@@ -296,4 +301,4 @@ def test_without_a_compiler_it_is_said_what_is_needed(
     else:
         monkeypatch.delenv("CC", raising=False)
     with pytest.raises(KernelBuildError, match=r"need a C compiler.*the variable CC may name it"):
-        launch.extension(source(tmp_path, "none", 3), "none")
+        extension(source(tmp_path, "none", 3), "none")
