@@ -39,11 +39,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: needs an NVIDIA GPU")
     os.environ["GRAPHQUANT_STRICT"] = "1"  # what fails in graphquant fails the test
+    os.environ["GRAPHQUANT_SELECT"] = "always"  # small models: int8 is rarely the faster one
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
         return
     os.environ.pop("TRITON_INTERPRET", None)
-    os.environ["GRAPHQUANT_SELECT"] = "always"  # small models: int8 is rarely the faster one
     import torch
 
     if not torch.cuda.is_available():

@@ -214,7 +214,11 @@ def has_vnni() -> bool:
 
 
 def int_mm(a: Tensor, b: Tensor) -> Tensor:
-    """a [M, K] int8 @ b [K, N] int8 -> [M, N] int32, exact. 2.11 to 2.13."""
+    """a [M, K] int8 @ b [K, N] int8 -> [M, N] int32, exact. 2.11 to 2.13.
+
+    Not exact on a CPU for K = 1 and b in columns, and where the environment tells oneDNN to do
+    without VNNI on a processor that has it.
+    """
     return torch._int_mm(a, b)
 
 

@@ -108,6 +108,12 @@ def hint(size: int | torch.SymInt) -> int:
     return int(size)
 
 
+def has_hints(value: object) -> bool:
+    """Was every size of this value seen at compile time? For numbers: the number itself."""
+    sizes = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
+    return all(not isinstance(n, torch.SymInt) or isinstance(n.node.hint, int) for n in sizes)
+
+
 def between(out: Node, x: Node) -> list[Node]:
     """The nodes on all paths from x to out, without these two."""
     found: dict[Node, bool] = {x: True, out: False}

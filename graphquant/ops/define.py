@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +23,7 @@ from torch import Tensor
 from graphquant._torch import OpOverload
 from graphquant.errors import KernelBuildError, UnsupportedInputError
 from graphquant.ops.checks import FLOATS
+from graphquant.ops.numerics import row_stride
 from graphquant.ops.qparams import QParams
 from graphquant.ops.runtime.launch import native, needs_triton, prepare, stream_of
 
@@ -30,18 +32,42 @@ LIB = torch.library.Library("graphquant", "DEF")
 OPS: dict[str, Op] = {}
 
 
+_recording = threading.local()
+
 DTYPE = "dtype"
 MAX_SITES = 4096  # of one op: one for each combination of shapes, dtypes and constants
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A CUDA implementation of an op, and the condition under which it can be called."""
+    """An implementation of an op, and the condition under which it can be called."""
 
     name: str
     fn: Callable[..., Any]  # op's arguments -> results
     refuses: Callable[..., str | None]  # op's arguments -> None, or why not
     fill: Callable[..., None] | None = None  # op's arguments, out=(results to fill, ...)
+
+
+@dataclass(frozen=True)
+class CpuKernel:
+    """A CPU implementation of an op: a function of the module in ops/cpu.
+
+    function   its name there
+    arguments  (op's arguments, out=(results to fill, ...)) -> the function's arguments: numbers,
+               and tensors, of which it reads addresses. They may be symbolic and fake.
+    refuses    op's arguments -> None, or why it cannot be called
+    rows       arguments that it reads in place if they are [M, K] in memory
+               (numerics.row_stride). Copies are made of others, and of what is not contiguous.
+    """
+
+    function: str
+    arguments: Callable[..., Sequence[Any]]
+    refuses: Callable[..., str | None]
+    rows: tuple[str, ...]
+
+    def fits(self, name: str, x: Tensor) -> bool:
+        """Is the argument of this name read in place?"""
+        return row_stride(x) is not None if name in self.rows else x.is_contiguous()
 
 
 @dataclass(frozen=True)
@@ -53,9 +79,12 @@ class Op:
     float_form: Callable[..., Any]  # see `define`
     check: Callable[..., None]
     fake: Callable[..., Any]  # results, uninitialized
-    files: tuple[str, ...]  # kernel modules beside op.py, preferred first
+    files: tuple[str, ...]  # CUDA kernel modules beside op.py, preferred first
+    has_cpu_kernel: bool  # in cpu.py and cpu.cpp beside op.py
     in_rows: bool = True  # what kernels read in place: see `define`
     kernels: list[Kernel] = field(default_factory=list)  # in order of preference
+    cpu_kernels: list[CpuKernel] = field(default_factory=list)  # at most one
+    torch_kernels: list[Kernel] = field(default_factory=list)  # for where that one refuses
     _sites: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -139,11 +168,7 @@ class Op:
         """
 
         def add(fill: Callable[..., None]) -> Callable[..., Any]:
-            want, got = [*_parameters(self.reference), "out"], _parameters(fill)
-            if want != got:
-                raise TypeError(
-                    f"{self.name}: kernel {name} takes {got}, the reference and `out` are {want}"
-                )
+            self._require_signature(name, fill)
 
             def fn(*args: Any) -> Any:
                 results = self.fake(*args)
@@ -154,6 +179,54 @@ class Op:
             return fn
 
         return add
+
+    def cpu_kernel(
+        self, function: str, *, refuses: Callable[..., str | None], rows: tuple[str, ...]
+    ) -> Callable[[Callable[..., Sequence[Any]]], Callable[..., Sequence[Any]]]:
+        """Decorator of a CpuKernel's `arguments`."""
+
+        def add(arguments: Callable[..., Sequence[Any]]) -> Callable[..., Sequence[Any]]:
+            self._require_signature(function, arguments)
+            self.cpu_kernels.append(CpuKernel(function, arguments, refuses, rows))
+            return arguments
+
+        return add
+
+    def torch_kernel(
+        self, name: str, *, refuses: Callable[..., str | None]
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Decorator: add an implementation for the CPU in torch's ops, faster than the reference.
+
+        It is called where the CPU kernel refuses. It takes the op's arguments.
+        """
+
+        def add(fn: Callable[..., Any]) -> Callable[..., Any]:
+            self.torch_kernels.append(Kernel(name, fn, refuses))
+            return fn
+
+        return add
+
+    def on_cpu(self, *args: Any) -> CpuKernel | None:
+        """The CPU kernel for these arguments; None: `in_torch` computes them."""
+        load_cpu_kernels()
+        return next((k for k in self.cpu_kernels if k.refuses(*args) is None), None)
+
+    def cpu_refusal(self, *args: Any) -> str | None:
+        """Why the CPU kernel does not compute these arguments, or None."""
+        load_cpu_kernels()
+        return next((why for k in self.cpu_kernels if (why := k.refuses(*args))), None)
+
+    def in_torch(self, *args: Any) -> Callable[..., Any]:
+        """What computes these arguments on the CPU where no CPU kernel does."""
+        load_cpu_kernels()
+        return next((k.fn for k in self.torch_kernels if not k.refuses(*args)), self.reference)
+
+    def _require_signature(self, name: str, kernel: Callable[..., Any]) -> None:
+        want, got = [*_parameters(self.reference), "out"], _parameters(kernel)
+        if want != got:
+            raise TypeError(
+                f"{self.name}: kernel {name} takes {got}, the reference and `out` are {want}"
+            )
 
     def choose(self, *args: Any) -> Kernel:
         """The first kernel that takes these arguments, or an error with every kernel's reason."""
@@ -188,6 +261,28 @@ class Op:
         self.check(*args)
         return self.reference(*args)
 
+    def _on_cpu(self, *args: Any) -> Any:
+        args = self.full(args)
+        self.check(*args)
+        kernel = self.on_cpu(*args)
+        calls: list[Callable[[], object]] | None = getattr(_recording, "calls", None)
+        if kernel is None:
+            run = functools.partial(self.in_torch(*args), *args)
+            if calls is not None:
+                calls.append(run)
+            return run()
+        names = (a.name for a in self.target._schema.arguments)
+        given = [
+            a.contiguous() if isinstance(a, Tensor) and not kernel.fits(name, a) else a
+            for name, a in zip(names, args, strict=True)
+        ]
+        results = self.fake(*args)
+        call = cpu_call(kernel.function, kernel.arguments(*given, out=_as_tuple(results)))
+        call()
+        if calls is not None:
+            calls.append(call)
+        return results
+
     def _on_cuda(self, *args: Any) -> Any:
         args = self.full(args)
         device: torch.device = args[0].device
@@ -216,6 +311,7 @@ def define(
     fake: Callable[..., Any],
     check: Callable[..., None],
     kernels: tuple[str, ...] = ("triton",),
+    cpu: bool = True,
     in_rows: bool = True,
 ) -> Callable[[Callable[..., Any]], Op]:
     """Decorator on the reference. `schema` is written by hand: it is the op's public contract.
@@ -225,7 +321,9 @@ def define(
     the op's arguments without QParams. The TensorRT export is derived from it, and tests and the
     benchmark compare the op with it in float64.
 
-    in_rows: kernels read tensors in place that are [M, K] in memory (numerics.row_stride); if
+    kernels, cpu: the modules of CUDA kernels beside op.py, and whether there is a cpu.py.
+
+    in_rows: CUDA kernels read tensors in place that are [M, K] in memory (numerics.row_stride); if
     False, any whose last stride is 1. Others are copied.
 
     `check(*args)` raises UnsupportedInputError for invalid arguments. It runs before the fake, the
@@ -234,7 +332,7 @@ def define(
     """
 
     def make(reference: Callable[..., Any]) -> Op:
-        op = Op(reference.__name__, reference, float_form, check, fake, kernels, in_rows)
+        op = Op(reference.__name__, reference, float_form, check, fake, kernels, cpu, in_rows)
         LIB.define(op.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         declared = [a.name for a in op.target._schema.arguments]
         if declared != _parameters(reference):
@@ -246,7 +344,7 @@ def define(
 
         if DTYPE in declared:
             _define_typed(op, schema, declared.index(DTYPE))
-        LIB.impl(op.name, op._by_reference, "CPU")
+        LIB.impl(op.name, op._on_cpu if cpu else op._by_reference, "CPU")
         LIB.impl(op.name, op._on_cuda if kernels else op._by_reference, "CUDA")
         torch.library.register_fake(f"graphquant::{op.name}", checked_fake, lib=LIB)
         OPS[op.name] = op
@@ -289,6 +387,40 @@ def load_kernels() -> None:
             folder = op.reference.__module__.rpartition(".")[0]
             for file in op.files:
                 importlib.import_module(f"{folder}.{file}")
+
+
+@functools.cache
+def load_cpu_kernels() -> None:
+    """Import every op's CPU kernel: what calls it, not the module in C++ (ops/cpu)."""
+    for op in OPS.values():
+        if op.has_cpu_kernel:
+            importlib.import_module(f"{op.reference.__module__.rpartition('.')[0]}.cpu")
+
+
+def cpu_call(name: str, arguments: Sequence[Any]) -> Callable[[], None]:
+    """A call of a function of the module in ops/cpu."""
+    return functools.partial(cpu_function(name), *arguments)
+
+
+def recorded(
+    run: Callable[..., object], args: Sequence[Any]
+) -> tuple[object, list[Callable[[], object]]]:
+    """run(*args), and the calls of our ops on the CPU in it, to be repeated on the same tensors."""
+    calls: list[Callable[[], object]] = []
+    _recording.calls = calls
+    try:
+        return run(*args), calls
+    finally:
+        _recording.calls = None
+
+
+@functools.cache
+def cpu_function(name: str) -> Callable[..., None]:
+    """A function of the module in ops/cpu, as called by code in Inductor's disk cache."""
+    from graphquant.ops import cpu  # imports the ops' helpers
+
+    found: Callable[..., None] = getattr(cpu.library().module, name)
+    return found
 
 
 @functools.cache

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from graphquant.ops.define import Kernel, Op, load_kernels
+from graphquant.ops import cpu, define
+from graphquant.ops.define import Kernel, Op, load_cpu_kernels, load_kernels
 from graphquant.ops.numerics import MIN_ABSMAX, padded, with_pads
 from graphquant.ops.qparams import DYNAMIC, QParams
 from graphquant.ops.runtime import nvrtc
@@ -18,6 +24,7 @@ U = 2.0**-24  # float32 rounds to nearest with a relative error of at most U
 HALF = 0.5 + 127 * 5 * U  # of a step: how far x may be from what it was quantized to (assert_means)
 
 load_kernels()
+load_cpu_kernels()
 
 needs_nvrtc = pytest.mark.skipif(
     nvrtc.missing() is not None, reason="NVRTC is not installed: pip install nvidia-cuda-nvrtc"
@@ -25,15 +32,48 @@ needs_nvrtc = pytest.mark.skipif(
 
 
 def runnable(op: Op) -> list[Kernel]:
-    """Triton's kernels run in its interpreter too; hopper.cu needs a Hopper GPU."""
+    """Triton's kernels run in its interpreter too; hopper.cu needs a Hopper GPU, and the CPU
+    kernel, one for each instruction set, is for tensors on the CPU."""
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-    return [k for k in op.kernels if k.name != "hopper" or hopper]
+    on_cpu = os.environ.get("TRITON_INTERPRET") == "1" and op.cpu_kernels
+    native = [_native(op, isa) for isa in cpu.INSTRUCTION_SETS] if on_cpu else []
+    return [k for k in op.kernels if k.name != "hopper" or hopper] + native
+
+
+def _native(op: Op, isa: cpu.InstructionSet) -> Kernel:
+    def fn(*args: Any) -> Any:
+        with compiled_for(isa):
+            assert op.on_cpu(*args) is not None
+            return op(*args)
+
+    lacks = f"NOT RUN: this processor lacks {', '.join(isa.missing)}" if isa.missing else None
+    return Kernel(f"cpu-{isa.name}", fn, lambda *_: lacks)
+
+
+@contextlib.contextmanager
+def compiled_for(isa: cpu.InstructionSet) -> Iterator[None]:
+    """The CPU kernels are those of this instruction set."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(define, "cpu_function", partial(getattr, _module(isa)))
+        yield
+
+
+@functools.cache
+def _module(isa: cpu.InstructionSet) -> Any:
+    return cpu.build(isa)
+
+
+def _case(op: Op, kernel: Kernel) -> Any:
+    is_native = kernel.name.startswith("cpu-")
+    why = kernel.refuses() if is_native else None
+    marks = [pytest.mark.skip(reason=why)] if why else []
+    return pytest.param(op, kernel, id=f"{op.name}-{kernel.name}", marks=marks)
 
 
 def implementations(*ops: Op) -> pytest.MarkDecorator:
     """Parametrize over (op, kernel): each op's reference, wrapped as a kernel, and its kernels."""
     cases = [
-        pytest.param(op, kernel, id=f"{op.name}-{kernel.name}")
+        _case(op, kernel)
         for op in ops
         for kernel in (Kernel("reference", op.reference, lambda *_: None), *runnable(op))
     ]
@@ -42,12 +82,7 @@ def implementations(*ops: Op) -> pytest.MarkDecorator:
 
 def kernels(*ops: Op, named: str = "") -> pytest.MarkDecorator:
     """Parametrize over (op, kernel) of the kernels alone, or of those whose names begin so."""
-    cases = [
-        pytest.param(op, k, id=f"{op.name}-{k.name}")
-        for op in ops
-        for k in runnable(op)
-        if k.name.startswith(named)
-    ]
+    cases = [_case(op, k) for op in ops for k in runnable(op) if k.name.startswith(named)]
     return pytest.mark.parametrize(("op", "kernel"), cases)
 
 

@@ -90,6 +90,8 @@ def _arguments(op: Op, x: Tensor, form: str = PLAIN) -> tuple[Any, ...]:
         if x.is_cuda:  # what the kernel takes
             q = F.pad(q, (0, -K % 8)).half()
         return q, q.flip(2), q.flip(3), 0.5, "128x128"
+    if op is ops.pack_weight:
+        return (ops.quantize_weight(x.flatten(0, -2) if x.dim() > 1 else x[None])[0],)
     assert op is ops.int8_linear
     w = torch.randn(24, K, generator=torch.Generator().manual_seed(1))
     quantized = ops.quantize.reference(x.cpu()), ops.quantize_weight.reference(w)
@@ -164,7 +166,8 @@ def test_fullgraph_compile_keeps_the_padded_strides(call: Call) -> None:
 
 @pytest.mark.parametrize("op", ALL, ids=lambda op: op.name)
 def test_kernels_take_the_parameters_of_the_reference(op: Op) -> None:
-    assert op.kernels or op is ops.quantize_weight  # packed once, by torch's own operators
+    once = (ops.quantize_weight, ops.pack_weight)  # per weight, by torch's own operators
+    assert op.kernels or op in once
     with pytest.raises(TypeError, match=rf"{op.name}: kernel bad takes \['a'\], the reference"):
         op.kernel("bad")(lambda a: None)
     assert "bad" not in [k.name for k in op.kernels]
@@ -178,7 +181,7 @@ def test_what_quantizers_return_is_what_int8_linear_takes() -> None:
         returns = [r.name for r in op.target._schema.returns]
         if op is ops.quantize_weight:
             assert returns == takes[3:6]
-        elif op not in (ops.int8_linear, ops.attention):
+        elif op not in (ops.int8_linear, ops.attention, ops.pack_weight):
             assert returns[-3:] == takes[:3]
             assert returns[:-3] == (["y"] if op is ops.norm_quantize_keep else [])
 
@@ -244,7 +247,7 @@ def test_a_reference_that_differs_from_its_schema_is_refused() -> None:
 
 
 def test_if_no_kernel_takes_the_inputs_every_reason_is_given() -> None:
-    op = Op("demo", lambda x: x, lambda x: x, lambda x: None, lambda x: x, ())
+    op = Op("demo", lambda x: x, lambda x: x, lambda x: None, lambda x: x, (), False)
     op.kernel("first", refuses=lambda x: "too warm")(lambda x, out: None)
     op.kernel("second", refuses=lambda x: None if x else "too cold")(lambda x, out: None)
     assert op.choose(True).name == "second"

@@ -19,6 +19,7 @@ from tests.ops.bounds import (
     assert_within_a_step,
     implementations,
     kernels,
+    runnable,
     to_cpu,
 )
 from tests.ops.qparams import RECIPES, Recipe, meant, recipes
@@ -155,7 +156,7 @@ def test_kept_value_is_the_norm_rounded_to_dtype(
 @implementations(norm_quantize)
 def test_keeping_the_value_does_not_change_the_triple(op: Op, kernel: Kernel, device: str) -> None:
     keep: Any = {"reference": norm_quantize_keep.reference} | {
-        k.name: k.fn for k in norm_quantize_keep.kernels
+        k.name: k.fn for k in runnable(norm_quantize_keep)
     }
     args = torch.randn(9, 100, device=device), torch.randn(100, device=device), None, 1e-5, False
     for alone, kept in zip(

@@ -612,7 +612,7 @@ def test_no_rows_of_an_activation_give_no_rows(op: Op, kernel: Kernel, device: s
     assert_layout(*kernel.fn(x, None, "gelu"), x.shape)
 
 
-@kernels(quantize)
+@kernels(quantize, named="triton")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("K", [OVERLAID[0], 4096, OVERLAID[-1]])
 def test_int8_rows_may_be_written_over_the_floats_that_they_come_from(

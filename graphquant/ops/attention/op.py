@@ -59,6 +59,7 @@ def _float_form(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> Ten
     check=_check,
     kernels=("hopper", "sdpa"),
     in_rows=False,
+    cpu=False,
 )
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> Tensor:
     y = _float_form(q.float(), k.float(), v.float(), scale, tile)

@@ -7,7 +7,7 @@
     xq        [..., K]  int8 in [-127, 127]     K <= MAX_K
     x_scale   [..., 1]  float32
     x_shift   [..., 1]  float32                 x ~ xq * x_scale + x_shift
-    wq        [N, K]    int8 in [-127, 127]
+    wq        [N, K]    int8 in [-127, 127]; on the CPU also what `pack_weight` made of it
     w_scale   [N]       float32
     w_sum     [N]       float32                 w_scale * sum_k wq
     bias      [N]       float16 | bfloat16 | float32, or None
@@ -20,6 +20,7 @@ The layouts that `quantize` writes are the fastest; results are correct for any 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ from torch import Tensor
 from graphquant.errors import UnsupportedInputError
 from graphquant.ops import checks
 from graphquant.ops.define import define
+from graphquant.ops.pack_weight.op import is_packed, unpacked
 
 MAX_K = (2**31 - 1) // 127**2  # 133_144: beyond this an int32 sum can overflow
 EXACT_K = 1024  # 127^2 * 1024 < 2^24: a float32 sum of that many int8 products is exact
@@ -47,8 +49,14 @@ def _check(
     op, int8 = "int8_linear", (torch.int8,)
     checks.rows(op, "xq", xq, int8)
     checks.rows(op, "wq", wq, int8)
-    N, K = wq.shape[0], xq.shape[-1]
-    checks.shape(op, "wq", wq, (N, K), "[N, K] like xq [..., K]")
+    N, K = _channels(wq, w_scale), xq.shape[-1]
+    if not is_packed(wq, N, K):
+        checks.shape(op, "wq", wq, (N, K), "[N, K] like xq [..., K]")
+    elif xq.device.type != "cpu":
+        raise UnsupportedInputError(
+            f"{op}: wq is packed for CPUs, and xq is on {xq.device}: a program that was exported "
+            "on a CPU runs on CPUs; export the model on the device where the program is to run"
+        )
     if isinstance(K, int) and K > MAX_K:
         raise UnsupportedInputError(f"{op}: K={K} is over {MAX_K}, where int32 sums can overflow")
     checks.float32(op, "x_scale", x_scale)
@@ -88,20 +96,35 @@ def _fake(
     residual: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    return xq.new_empty((*xq.shape[:-1], wq.shape[0]), dtype=dtype)
+    return xq.new_empty((*xq.shape[:-1], _channels(wq, w_scale)), dtype=dtype)
 
 
-def _exact_matmul(xq: Tensor, wq: Tensor) -> Tensor:
+def _channels(wq: Tensor, w_scale: Tensor) -> int:
+    """N, also of a packed weight; of wq where w_scale is not [N]."""
+    return w_scale.shape[0] if w_scale.dim() == 1 else wq.shape[0]
+
+
+def _float_product(xq: Tensor, wq: Tensor) -> Tensor:
+    with torch.autocast(xq.device.type, enabled=False):  # it would cast the operands
+        return torch.mm(xq.float(), wq.float().T)
+
+
+def exact_matmul(
+    xq: Tensor,
+    wq: Tensor,
+    product: Callable[[Tensor, Tensor], Tensor] = _float_product,
+    exact_k: int = EXACT_K,
+) -> Tensor:
     """xq [M, K] @ wq [N, K].T as float32 [M, N]: the int32 accumulators, rounded once.
 
-    Computed by float32 GEMMs over chunks of K, each exact. torch._int_mm is 25 to 50 times slower
-    on the CPU, and oneDNN's int8 saturates without VNNI.
+    product  the same for K <= exact_k, where it is exact: by default float32 GEMMs. torch._int_mm
+             is 25 to 50 times slower on a CPU without AVX-512 VNNI, and oneDNN's products of
+             unsigned by signed bytes saturate there.
     """
-    with torch.autocast(xq.device.type, enabled=False):  # it would cast the operands
-        sums = [
-            torch.mm(xq[:, k : k + EXACT_K].float(), wq[:, k : k + EXACT_K].float().T)
-            for k in range(0, xq.shape[1], EXACT_K)
-        ]
+    sums = [
+        product(xq[:, k : k + exact_k], wq[:, k : k + exact_k])
+        for k in range(0, xq.shape[1], exact_k)
+    ]
     if len(sums) == 1:
         return sums[0]
     return functools.reduce(torch.add, (s.to(torch.int32) for s in sums)).float()
@@ -148,7 +171,10 @@ def int8_linear(
     residual: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    acc = _exact_matmul(xq.reshape(-1, xq.shape[-1]), wq)
+    N, K = w_scale.shape[0], xq.shape[-1]
+    if is_packed(wq, N, K):
+        wq = unpacked(wq, N, K)
+    acc = exact_matmul(xq.reshape(-1, K), wq)
     return epilogue(acc, xq, x_scale, x_shift, wq, w_scale, w_sum, bias, residual, dtype)
 
 

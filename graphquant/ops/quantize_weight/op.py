@@ -64,6 +64,7 @@ def _fake(w: Tensor, method: str = "absmax") -> tuple[Tensor, Tensor, Tensor]:
     fake=_fake,
     check=_check,
     kernels=(),
+    cpu=False,
 )
 def quantize_weight(w: Tensor, method: str = "absmax") -> tuple[Tensor, Tensor, Tensor]:
     wq, scale = quantize_symmetric(w, _least_squares(w) if method == "mse" else None)

@@ -1,9 +1,11 @@
-"""GPU properties by which kernels and tiles are chosen."""
+"""Properties of GPUs by which kernels and tiles are chosen, and the name of the processor."""
 
 from __future__ import annotations
 
 import functools
+import platform
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -23,3 +25,12 @@ def gpu_properties(device: torch.device) -> GpuProperties:
     of = torch.cuda.get_device_properties(device)
     shared = of.shared_memory_per_block_optin  # type: ignore[attr-defined]
     return GpuProperties(of.major * 10 + of.minor, of.multi_processor_count, shared)
+
+
+@functools.cache
+def processor() -> str:
+    """The name of this machine's processor, as its vendor writes it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())

@@ -1,7 +1,8 @@
-"""Times of candidate implementations on this GPU: measured once, then read from disk.
+"""Times of candidate implementations on this machine: measured once, then read from disk.
 
-Answers are cached (cache.py) in one file per question and combination of GPU, torch, Triton and the
-sources of graphquant's kernels: times of an older kernel are never used.
+Answers are cached (cache.py) in one file per question and combination of GPU or processor and its
+threads, torch, Triton and the sources of graphquant's kernels: times of an older kernel are never
+used.
 """
 
 from __future__ import annotations
@@ -12,22 +13,26 @@ import importlib.metadata
 import json
 import logging
 import math
+import os
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
 from graphquant.ops.runtime import cache
+from graphquant.ops.runtime.device import processor
 from graphquant.ops.runtime.launch import unwatched
 from graphquant.utils.serialization import as_float
 
 log = logging.getLogger(__name__)
 
 FILE = "times.json"
+ISA_VARIABLE = "GRAPHQUANT_CPU_ISA"
 KERNELS = Path(__file__).parents[1]  # with the code that tiles, compiles and launches them
 
-ROUNDS = 7  # the result is their median
+ROUNDS = 7  # the result is their median on a GPU, their minimum on a CPU, which others use too
 ROUND_US = 300.0  # at least, of one candidate's calls in one round
 MAX_CALLS = 50
 
@@ -44,10 +49,13 @@ def times(
     known = recall(question, device)
     if known is not None and set(candidates) <= set(known):
         return {name: known[name] for name in candidates if known[name] >= 0}
-    if torch.cuda.is_current_stream_capturing():
+    if device.type == "cpu":
+        found = _time_on_cpu(candidates)
+    elif torch.cuda.is_current_stream_capturing():
         return None
-    with torch.cuda.device(device), unwatched():
-        found = _time(candidates)
+    else:
+        with torch.cuda.device(device), unwatched():
+            found = _time(candidates)
     log.info("%s: %s", question, ", ".join(f"{n} {t:.1f} us" for n, t in found.items()))
     failed = {name: -1.0 for name in candidates if name not in found}
     _store(question, device, {**(known or {}), **found, **failed})
@@ -56,8 +64,6 @@ def times(
 
 def recall(question: str, device: torch.device) -> dict[str, float] | None:
     """The cached answer: microseconds, negative for a candidate that failed; None if unknown."""
-    if device.type != "cuda":
-        return None
     data = cache.get(_key(question, device), FILE)
     return None if data is None else _answer(data, question, device)
 
@@ -87,12 +93,24 @@ def _key(question: str, device: torch.device) -> str:
     return hashlib.sha256(f"{question}\n{machine(device)}".encode()).hexdigest()
 
 
-@functools.cache
 def machine(device: torch.device) -> str:
     """What an answer depends on besides the question."""
+    return f"{_on(device)}, {_versions()}"
+
+
+def _on(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    isa = os.environ.get(ISA_VARIABLE) or "best instruction set"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{processor()}, {torch.get_num_threads()} threads, {isa}, {capability}"
+
+
+@functools.cache
+def _versions() -> str:
     versions = [f"{p} {_version(p)}" for p in ("torch", "triton")]
-    kernels = cache.source_digest(KERNELS, ".py", ".cu", ".cuh", ".c")
-    return ", ".join((torch.cuda.get_device_name(device), *versions, f"kernels {kernels}"))
+    kernels = cache.source_digest(KERNELS, ".py", ".cu", ".cuh", ".c", ".cpp", ".h")
+    return ", ".join((*versions, f"kernels {kernels}"))
 
 
 def _version(package: str) -> str:
@@ -115,6 +133,29 @@ def _time(candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]:
         for name, (replay, calls) in replays.items():
             seen[name].append(_microseconds(replay) / calls)
     return {name: statistics.median(us) for name, us in seen.items()}
+
+
+def _time_on_cpu(candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """As `_time`, wall time."""
+    calls: dict[str, int] = {}
+    for name, call in candidates.items():
+        try:
+            call()
+            calls[name] = min(max(int(ROUND_US / max(_wall_us(call, 1), 0.1)), 1), MAX_CALLS)
+        except Exception as error:  # noqa: BLE001 - an op may raise anything
+            log.debug("%s cannot be timed: %s", name, error)
+    seen: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, n in calls.items():
+            seen[name].append(_wall_us(candidates[name], n))
+    return {name: min(us) for name, us in seen.items()}
+
+
+def _wall_us(call: Callable[[], object], n: int) -> float:
+    start = time.perf_counter_ns()
+    for _ in range(n):
+        call()
+    return (time.perf_counter_ns() - start) / n / 1000.0
 
 
 def _recorded(call: Callable[[], object]) -> tuple[Callable[[], object], int]:

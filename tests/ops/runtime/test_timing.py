@@ -121,7 +121,8 @@ def test_the_machine_is_gpu_versions_and_kernels(
         return versions[package]
 
     monkeypatch.setattr(timing.importlib.metadata, "version", version)
-    of = timing.machine.__wrapped__
+    monkeypatch.setattr(timing, "_versions", timing._versions.__wrapped__)
+    of = timing.machine
     monkeypatch.setattr(timing.cache, "source_digest", lambda folder, *suffixes: "ab12")
     assert of(GPU) == "GPU 0, torch 2.1, triton 3.2, kernels ab12"
     assert of(torch.device("cuda", 1)).startswith("GPU 1, ")
@@ -140,7 +141,7 @@ def test_times_of_a_kernel_before_it_was_edited_are_not_found(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
 
     def key() -> str:
-        timing.machine.cache_clear()
+        timing._versions.cache_clear()
         timing.cache.source_digest.cache_clear()
         return timing._key(QUESTION, GPU)
 
@@ -154,7 +155,7 @@ def test_times_of_a_kernel_before_it_was_edited_are_not_found(
             file.write("\n")
         assert key() != before
     finally:
-        timing.machine.cache_clear()
+        timing._versions.cache_clear()
         timing.cache.source_digest.cache_clear()
 
 
