@@ -1,10 +1,11 @@
-"""Inductor lowerings of the ops on CUDA: `site(stream, *tensors)` fills buffers of Inductor.
+"""Inductor lowerings of the ops: a call of one of our kernels fills buffers of Inductor.
 
 By default Inductor calls a custom op through torch's dispatcher and lets it allocate: 20 us of host
-time around a 5 us kernel. Here every call gets its own Site (ops/runtime/launch.py): after the
-first call, a few lines of C read the addresses and launch. Results are Inductor's buffers, so its
-memory planning covers them. Symbolic sizes and C++ wrappers use the default fallback, AOTInductor's
-packages use aoti.py.
+time around a 5 us kernel. Here every call on CUDA gets its own Site (ops/runtime/launch.py): after
+the first call, a few lines of C read the addresses and launch. A call on the CPU is one of a
+function in C++ (ops/cpu), with its sizes as arguments, which may be symbolic. Results are
+Inductor's buffers, so its memory planning covers them. Symbolic sizes on CUDA and C++ wrappers use
+the default fallback, AOTInductor's packages use aoti.py.
 
 An activation's int8 rows overwrite the floats that they come from, if those are large and nothing
 else reads them: otherwise the widest value of an MLP would be in memory twice, in float and in
@@ -17,6 +18,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -31,8 +33,9 @@ from graphquant._torch.inductor import (
     register_decomposition,
     register_lowering,
 )
-from graphquant.ir.graph import arguments
+from graphquant.ir.graph import arguments, operand
 from graphquant.lowering import aoti
+from graphquant.lowering.aoti import expr
 from graphquant.ops import attention, int8_linear, quantize
 from graphquant.ops.define import OPS, Op
 from graphquant.ops.numerics import OVERLAID, padded, row_stride
@@ -45,7 +48,7 @@ LARGE = 2**26  # bytes: above this, saving memory outweighs about 5 us of launch
 def register() -> None:
     """Register the lowerings with Inductor, once per process. Importing this module does it."""
     for op in OPS.values():
-        if op.files:
+        if op.files or op.has_cpu_kernel:
             add_layout_constraint(op.target, functools.partial(_constrain, op))
             register_lowering(op.target, type_promotion_kind=None)(functools.partial(_lower, op))
     register_decomposition([attention.target])(aoti.decompose_attention)
@@ -60,7 +63,7 @@ def _constrain(op: Op, node: Node, *args: Any) -> tuple[tuple[Any, ...], dict[st
         fake = traced.meta["val"]
         if isinstance(getattr(value, "data", None), _Overlay):
             return value
-        if not _in_place(op, fake):
+        if not _in_place(op, operand(traced, node), fake):
             return ir.ExternKernel.require_contiguous(value)
         return ir.ExternKernel.require_exact_strides(value, fake.stride())
 
@@ -72,17 +75,22 @@ def _lower(op: Op, *args: Any) -> Any:
     fakes = results if isinstance(results, tuple) else (results,)
     if V.graph.aot_mode:
         if fakes[0].device.type == "cuda":
-            given = [_as_read(op, a) for a in op.full(V.graph.current_node.args)]
+            given = _as_read(op)
             made = aoti.lower(op, given, op.full(args), fakes)
             if made is not None:
                 return tuple(made) if isinstance(results, tuple) else made[0]
         overload, args = op.typed(args)
         return fallback_handler(overload, add_to_fallback_set=False)(*args)
+    if not (V.graph.cpp_wrapper or _has_sites(fakes[0].device)):
+        made = _call_on_cpu(op, op.full(args), fakes)
+        if made is not None:
+            return tuple(made) if isinstance(results, tuple) else made[0]
     if V.graph.cpp_wrapper or not _has_sites(fakes[0].device) or not all(map(_is_static, fakes)):
         return fallback_handler(op.target, add_to_fallback_set=False)(*args)
     over = _overlay(op, args[0], fakes[0])
     buffers = [_empty(f) for f in fakes] if over is None else [over, *map(_empty, fakes[1:])]
-    _Call(op, *op.split(args), buffers)
+    given, constants = op.split(args)
+    _CudaCall(op.name, [*constants, *given, *buffers], buffers)
     return tuple(buffers) if isinstance(results, tuple) else buffers[0]
 
 
@@ -90,18 +98,59 @@ def _has_sites(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _as_read(op: Op, traced: Any) -> Any:
-    """The fake value of an argument with the layout that `_constrain` requires."""
-    value = traced.meta["val"] if isinstance(traced, Node) else traced
-    if not isinstance(value, Tensor) or _in_place(op, value):
-        return value
-    return aten.clone.default(value, memory_format=torch.contiguous_format)
+def _as_read(op: Op) -> list[Any]:
+    """The current node's arguments as fake values with the layout that `_constrain` requires."""
+    node = V.graph.current_node
+
+    def one(argument: Any) -> Any:
+        if not isinstance(argument, Node):
+            return argument
+        value = argument.meta["val"]
+        if _in_place(op, operand(argument, node), value):
+            return value
+        return aten.clone.default(value, memory_format=torch.contiguous_format)
+
+    return [one(a) for a in op.full(node.args)]
 
 
-def _in_place(op: Op, fake: Tensor) -> bool:
-    """Do kernels read it without a copy? Not if the row stride is symbolic: the kernels of a
-    package are compiled for the stride's divisibility."""
+def _in_place(op: Op, name: str, fake: Tensor) -> bool:
+    """Is the argument of this name read without a copy? On CUDA not if the row stride is symbolic:
+    the kernels of a package are compiled for the stride's divisibility."""
+    if not _has_sites(fake.device):
+        return any(kernel.fits(name, fake) for kernel in op.cpu_kernels)
     return isinstance(row_stride(fake), int) if op.in_rows else fake.stride(-1) == 1
+
+
+def _call_on_cpu(op: Op, args: Sequence[Any], fakes: Sequence[Tensor]) -> list[Any] | None:
+    """Results of the op's CPU kernel; None if it has none for these arguments."""
+    traced = _as_read(op)
+    kernel = op.on_cpu(*traced)
+    if kernel is None:
+        return None
+    buffers = [_empty(f) for f in fakes]
+    boxes = {
+        id(fake): box
+        for fake, box in zip((*traced, *fakes), (*args, *buffers), strict=True)
+        if isinstance(fake, Tensor)
+    }
+    given = [
+        boxes[id(a)] if isinstance(a, Tensor) else expr(a)
+        for a in kernel.arguments(*traced, out=tuple(fakes))
+    ]
+    _CpuCall(kernel.function, given, buffers)
+    return buffers
+
+
+def _is_tensor(argument: Any) -> bool:
+    return isinstance(argument, ir.IRNode)
+
+
+def _code(wrapper: Any, constant: Any) -> str:
+    """A constant, or an expression of symbolic sizes, in Python."""
+    if isinstance(constant, sympy.Expr):
+        code: str = wrapper.codegen_python_sizevar(constant)
+        return code
+    return repr(constant)
 
 
 def _is_static(fake: Tensor) -> bool:
@@ -111,10 +160,10 @@ def _is_static(fake: Tensor) -> bool:
 def _empty(fake: Tensor) -> Any:
     """An Inductor buffer with the layout of `fake`, including the pads of int8 rows."""
     K = fake.shape[-1]
-    size, strides = fake.shape, fake.stride()
+    size, strides = ([expr(n) for n in of] for of in (fake.shape, fake.stride()))
     if fake.dtype == torch.int8:
-        size = torch.Size((*size[:-1], padded(K)))
-        strides = torch.empty(size, device="meta").stride()
+        size[-1] = padded(K)
+        strides = ir.FlexibleLayout.contiguous_strides(size)
     made = lowerings[aten.empty_strided.default](
         size, strides, dtype=fake.dtype, device=fake.device
     )
@@ -152,21 +201,19 @@ def _overlay(op: Op, x: Any, fake: Tensor) -> Any | None:
 
 
 class _Call(ir.ExternKernel):
-    """One op call as an Inductor kernel that mutates its result buffers."""
+    """One op call as an Inductor kernel that mutates its result buffers.
 
-    def __init__(
-        self,
-        op: Op,
-        given: Sequence[Any],
-        constants: Sequence[Any],
-        results: Sequence[Any],
-    ) -> None:
-        tensors = [t for t in (*given, *results) if t is not None]
+    arguments  in order: Inductor's tensors, and constants, which may be symbolic
+    """
+
+    def __init__(self, name: str, arguments: Sequence[Any], results: Sequence[Any]) -> None:
+        tensors = [a for a in arguments if _is_tensor(a)]
+        constants = tuple(a for a in arguments if not _is_tensor(a))
         inputs = [self._input(t) for t in tensors]
         self.device: Any = inputs[0].get_device()
-        super().__init__(None, ir.NoneLayout(device=self.device), inputs, tuple(constants))
-        self.op = op
-        self.is_given = [t is not None for t in (*given, *results)]
+        super().__init__(None, ir.NoneLayout(device=self.device), inputs, constants)
+        self.name_of_op = name
+        self.is_input = [_is_tensor(a) for a in arguments]
         self.mutation_outputs = [
             ir.MutationOutput(ir.NoneLayout(device=self.device), r, self) for r in results
         ]
@@ -177,22 +224,14 @@ class _Call(ir.ExternKernel):
             return value.data
         return self.unwrap_storage_for_input(self.realize_input(value))
 
-    def codegen(self, wrapper: Any) -> None:
-        buffer = self.mutation_outputs[0].get_mutation_names()[0]  # no other call fills it
-        name = f"graphquant_{self.op.name}_{buffer}"
-        wrapper.add_import_once("from graphquant.ops.define import site as graphquant_site")
-        if any(isinstance(i, _Overlay) for i in self.inputs):
-            wrapper.add_import_once(
-                "from graphquant.ops.numerics import overlay as graphquant_overlay"
-            )
-        constants = "".join(f", {c!r}" for c in self.constant_args)
-        wrapper.header.writeline(f"{name} = graphquant_site({self.op.name!r}{constants})")
+    def arguments(self, wrapper: Any) -> list[str]:
+        """The arguments as code."""
         inputs: Iterator[Any] = iter(self.inputs)
-        tensors = [next(inputs).codegen_reference() if is_ else "None" for is_ in self.is_given]
-        stream = "0"
-        if self.device.type == "cuda":
-            stream = wrapper.write_get_raw_stream(self.device.index, V.graph.name)
-        wrapper.writeline(f"{name}({', '.join((stream, *tensors))})")
+        constants = iter(self.constant_args)
+        return [
+            next(inputs).codegen_reference() if is_ else _code(wrapper, next(constants))
+            for is_ in self.is_input
+        ]
 
     def get_outputs(self) -> list[Any]:
         return list(self.mutation_outputs)
@@ -202,6 +241,37 @@ class _Call(ir.ExternKernel):
 
     def get_unbacked_symbol_defs(self) -> Any:
         return OrderedSet()
+
+
+class _CpuCall(_Call):
+    """A call of a function in C++."""
+
+    def codegen(self, wrapper: Any) -> None:
+        wrapper.add_import_once(
+            "from graphquant.ops.define import cpu_function as graphquant_cpu_function"
+        )
+        name = f"graphquant_{self.name_of_op}"
+        wrapper.add_import_once(f"{name} = graphquant_cpu_function({self.name_of_op!r})")
+        wrapper.writeline(f"{name}({', '.join(self.arguments(wrapper))})")
+
+
+class _CudaCall(_Call):
+    """A call of a Site; the constants are the Site's."""
+
+    def codegen(self, wrapper: Any) -> None:
+        buffer = self.mutation_outputs[0].get_mutation_names()[0]  # no other call fills it
+        name = f"graphquant_{self.name_of_op}_{buffer}"
+        wrapper.add_import_once("from graphquant.ops.define import site as graphquant_site")
+        if any(isinstance(i, _Overlay) for i in self.inputs):
+            wrapper.add_import_once(
+                "from graphquant.ops.numerics import overlay as graphquant_overlay"
+            )
+        n = sum(OPS[self.name_of_op].tensors) + len(self.mutation_outputs)
+        given = self.arguments(wrapper)
+        constants = "".join(f", {c}" for c in given[:-n])
+        wrapper.header.writeline(f"{name} = graphquant_site({self.name_of_op!r}{constants})")
+        stream = wrapper.write_get_raw_stream(self.device.index, V.graph.name)
+        wrapper.writeline(f"{name}({', '.join((stream, *given[-n:]))})")
 
 
 register()

@@ -49,7 +49,7 @@ def build_kernels(gm: GraphModule) -> None:
     with unset_fake_temporarily(), torch.inference_mode():
         for node in calls(gm.graph, _is_our_kernel):
             alone = cut_out([node])
-            if alone.text not in known:
+            if alone.is_sized and alone.text not in known:
                 known.add(alone.text)
                 alone.bind()()
 
@@ -64,7 +64,7 @@ def _is_our_kernel(node: Node) -> bool:
 def _version() -> str:
     """Hash of graphquant's source, for the key of Inductor's disk cache: compiled code calls our
     functions, so code that another version left there must not be reused."""
-    return f"graphquant {source_digest(Path(__file__).parents[1], '.py')}"
+    return f"graphquant {source_digest(Path(__file__).parents[1], '.py', '.cpp', '.h')}"
 
 
 def _tune(gm: GraphModule) -> None:

@@ -23,6 +23,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils.cpp_extension import include_paths, library_paths
 
 import graphquant
+from graphquant.exporters.standalone import PRODUCTS
 from graphquant.ops import OPS, int8_linear, norm_quantize_keep, quantize
 from tests import zoo
 from tests.models import relative
@@ -80,7 +81,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory, device: str) -> Packages:
         want = torch.cat(program.module()(x.to(device)), -1).cpu()
     return Packages(
         compiled(program, folder / "ops.pt2"),
-        compiled(graphquant.standalone(program), folder / "alone.pt2"),
+        compiled(graphquant.standalone(program, products="int8"), folder / "alone.pt2"),
         folder / "x.pt",
         want,
         folder,
@@ -138,6 +139,16 @@ def test_calls_in_a_package_hand_over_no_dtype(packages: Packages, device: str) 
 def test_a_standalone_package_runs_where_graphquant_is_not(packages: Packages, device: str) -> None:
     got = ran(packages, packages.alone, device, WITHOUT + RUN)
     assert relative(got, packages.want) < NEAR
+
+
+def test_products_in_a_standalone_package_are_torchs_of_int8(
+    packages: Packages, device: str
+) -> None:
+    with zipfile.ZipFile(packages.alone) as archive:
+        listed = [n for n in archive.namelist() if n.endswith("wrapper.cpp")]
+        code = "".join(archive.read(n).decode() for n in listed)
+    assert f"aoti_torch_{device}__int_mm_out" in code
+    assert f"aoti_torch_{device}_mm_out" not in code
 
 
 # A C++ program ----------------------------------------------------------------------------------
@@ -220,7 +231,8 @@ def test_whole_encoders_in_packages(name: str, device: str, tmp_path: Path) -> N
     args, kwargs = inputs(5)
     with torch.no_grad():
         want = program.module()(*args, **kwargs)
-    for made in (program, graphquant.standalone(program)):
+    alone = [graphquant.standalone(program, products=how) for how in PRODUCTS]
+    for made in (program, *alone):
         package = torch._inductor.aoti_load_package(str(compiled(made, tmp_path / "model.pt2")))
         got = package(*args, **kwargs)
         for field in ("last_hidden_state", "pooler_output"):

@@ -91,6 +91,7 @@ def _fresh() -> Iterator[None]:
 def sites(monkeypatch: pytest.MonkeyPatch) -> Sites:
     made = Sites()
     monkeypatch.setattr(inductor, "_has_sites", lambda device: True)
+    without_cpu_kernels(monkeypatch)
     monkeypatch.setattr(Op, "site", lambda op, *constants: made.site(op, *constants))
     return made
 
@@ -119,6 +120,13 @@ PER_LAYER = [
     "norm_quantize", "int8_linear", "quantize", "int8_linear",
     "norm_quantize", "int8_linear", "quantize", "int8_linear",
 ]  # fmt: skip
+
+
+def without_cpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU stands for a GPU: ops are references."""
+    monkeypatch.setattr(Op, "on_cpu", lambda *_: None)
+    monkeypatch.setattr("graphquant.passes.pack_weights.is_packed_for", lambda linear: False)
+    monkeypatch.setattr("graphquant.passes.attention_dtype.has_bfloat16", lambda: False)
 
 
 def compiled(model: Any, **options: Any) -> Any:

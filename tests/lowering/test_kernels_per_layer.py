@@ -80,6 +80,7 @@ SOME = ("siglip",)  # the others differ in little
 )
 def test_a_layer_is_nine_kernels_and_no_other(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inductor, "_has_sites", lambda device: True)
+    monkeypatch.setattr("graphquant.passes.attention_dtype.has_bfloat16", lambda: False)
     monkeypatch.setattr(Op, "site", _by_reference)
     two, three = _kernels(name, 2), _kernels(name, 3)
     added = {k: three[k] - two[k] for k in three if three[k] != two[k]}
