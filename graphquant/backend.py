@@ -25,10 +25,12 @@ from graphquant.failure import stage
 from graphquant.ir.captured import Captured
 from graphquant.ir.graph import readers
 from graphquant.lowering.inner import build_kernels, compile_graph
-from graphquant.passes.notes import with_slow_cpu_note
+from graphquant.passes.attention_dtype import with_bfloat16_attention
+from graphquant.passes.notes import with_cpu_notes
+from graphquant.passes.pack_weights import pack_weights
 from graphquant.passes.pipeline import rewrite
 from graphquant.passes.prepack import prepack
-from graphquant.report import Quiet, Report
+from graphquant.report import Report, log_notes
 from graphquant.weights.packed import PackedInputs
 from graphquant.weights.released import is_released
 
@@ -65,14 +67,15 @@ def _compile_int8(
         captured = from_dynamo(gm, example_inputs, root)
     if captured is None:  # no tensor inputs
         return Report(()), compile_graph(gm, example_inputs, config)
-    report = with_slow_cpu_note(rewrite(captured, config).report, captured)
+    report = with_cpu_notes(rewrite(captured, config).report, captured)
+    with stage("the dtype of attention"):
+        report = with_bfloat16_attention(report, captured, config)
     owned = [i for i, held in enumerate(belong_to_modules(gm)) if held]
     return report, _lower(captured, example_inputs, config, owned)
 
 
 def _report(config: Config, report: Report) -> None:
-    for note in report.notes:
-        log.log(logging.INFO if isinstance(note, Quiet) else logging.WARNING, "%s", note)
+    log_notes(report.notes, log)
     if config.on_report is not None:
         config.on_report(report)
 
@@ -90,6 +93,8 @@ def _lower(
     index = {node: i for i, node in enumerate(nodes)}
     real = [captured.parameters.get(n, v) for n, v in zip(nodes, example_inputs, strict=True)]
 
+    with stage("the layout of weights"):
+        pack_weights(captured)
     with stage("prepack"):
         packings = prepack(captured, static_inputs(graph))
     jobs = [(p.recipe, tuple(index[r] for r in p.roots)) for p in packings]

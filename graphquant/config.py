@@ -23,6 +23,7 @@ SELECTS = ("faster", "always")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 ACTIVATIONS = ("dynamic", "static")
 WEIGHT_SCALES = ("absmax", "mse")
+ATTENTION_DTYPES = ("auto", "float32")
 
 
 @runtime_checkable
@@ -56,9 +57,9 @@ class Config:
     mode: str | None = None
     """Inductor's mode; torch.compile does not accept `mode=` together with `options=`."""
     select: str = ""
-    """On CUDA, "faster" (default): a linear runs in int8 only if measured to be faster than the
-    float chain it replaces. "always": without measuring, as on other devices. The environment
-    variable GRAPHQUANT_SELECT changes the default."""
+    """"faster" (default): a linear runs in int8 only if measured to be faster than the float chain
+    it replaces, which is not tried on a CPU without an int8 dot product. "always": without
+    measuring. The environment variable GRAPHQUANT_SELECT changes the default."""
     quantize: bool = True
     """False: float only. Linears that read the same value (q/k/v) become one; nothing is int8."""
     include: tuple[str, ...] = ()
@@ -80,6 +81,9 @@ class Config:
     """Scales of weights per output channel: "absmax", or "mse" (least squared rounding error)."""
     wbits: int = 8
     """Bits of a weight. Only 8 is supported."""
+    attention_dtype: str = "auto"
+    """Of attention in a float32 model, between int8 linears on a CPU: "auto" is bfloat16 where the
+    processor multiplies it and it was measured to be faster, "float32" never bfloat16."""
     smooth: float | str | None = None
     """SmoothQuant: divide each input channel of an int8 linear by its absmax^smooth / its weights'
     size^(1 - smooth), and multiply the weights by it, which is equivalent in float. 0 < smooth < 1
@@ -117,6 +121,7 @@ class Config:
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         _one_of("activation", self.activation, ACTIVATIONS)
         _one_of("weight_scale", self.weight_scale, WEIGHT_SCALES)
+        _one_of("attention_dtype", self.attention_dtype, ATTENTION_DTYPES)
         if self.wbits != 8 or isinstance(self.wbits, bool):
             raise OptionError(f"wbits={self.wbits!r}: only 8-bit weights are supported")
         if self.clip_range is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -23,10 +24,21 @@ class Quiet(str):
     __slots__ = ()
 
 
-SLOW_ON_CPU = Quiet(
-    "int8 is slower than float on a CPU, where it is for correctness and for accuracy; see "
-    "docs/limits.md"
-)
+class OfMachine(str):
+    """A note about this machine, a WARNING the first time that a process logs it, then INFO."""
+
+    __slots__ = ()
+
+
+_said: set[str] = set()  # notes about this machine
+
+
+def log_notes(notes: Iterable[str], log: logging.Logger) -> None:
+    for note in notes:
+        quiet = isinstance(note, Quiet) or (isinstance(note, OfMachine) and note in _said)
+        log.log(logging.INFO if quiet else logging.WARNING, "%s", note)
+        if isinstance(note, OfMachine):
+            _said.add(note)
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,10 @@ def test_one_pattern_may_stand_alone(given: Any) -> None:
         ({"include": "re:["}, r"include: 're:\[' is not a regular expression: "),
         ({"activation": "int8"}, r"activation='int8' is not one of 'dynamic', 'static'"),
         ({"activation": "static"}, r'activation="static" takes its ranges from calibration data'),
+        (
+            {"attention_dtype": "bfloat16"},
+            r"attention_dtype='bfloat16' is not one of 'auto', 'float32'",
+        ),
         ({"weight_scale": "max"}, r"weight_scale='max' is not one of 'absmax', 'mse'"),
         (
             {"wbits": 4},

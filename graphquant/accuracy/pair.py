@@ -1,7 +1,7 @@
 """Pair: one captured graph in float and in int8, run node by node to compare their linears.
 
     y   the float model's  linear(x, W, bias), times the layer scale if a rule has folded one in
-    y8  the same from int8_linear, before the residual of its epilogue
+    y8  the same from int8_linear, before the residual of its epilogue; local y8 in y's dtype
 
     local        y8 on the float model's values: the quantizer, with what is fused into it, runs on
                  them as in the int8 graph
@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
@@ -32,6 +33,7 @@ from graphquant.ir.evaluate import evaluate
 from graphquant.ir.graph import LITERAL, arguments, calls, with_arguments
 from graphquant.ir.interpret import Caller, ObservingInterpreter, Paths
 from graphquant.ops import int8_linear
+from graphquant.passes.attention_dtype import with_bfloat16_attention
 from graphquant.passes.normalize import normalize
 from graphquant.passes.pipeline import rewrite
 from graphquant.report import Outcome
@@ -62,10 +64,12 @@ class _Product:
     first   the first of them in the float graph, where their input is available
     given   nodes of the int8 graph -> the float graph's node with the same value
     inner   the nodes that compute the local result from `given`, in graph order
+    dtype   of the float results; in the int8 graph, q, k and v may be bfloat16
     """
 
     node: Node
     first: Node
+    dtype: torch.dtype
     given: Mapping[Node, Node]
     inner: tuple[Node, ...]
     parts: tuple[_Part, ...]
@@ -98,11 +102,11 @@ class Pair:
         }
         self._paths = paths
         self._rewritten = rewrite(captured, config)
-        self.report = self._rewritten.report
         self._int8 = captured.gm
         self._weights = Constants(captured.parameters)
         self._packed: dict[tuple[Node, tuple[int, ...]], dict[Node, Any]] = {}
         self._products = list(self._find_products())
+        self.report = with_bfloat16_attention(self._rewritten.report, captured, config)
         parts = (part for product in self._products for part in product.parts)
         self._parts = sorted(parts, key=lambda part: part.node)
 
@@ -117,7 +121,8 @@ class Pair:
                 caller = Caller(outcome.path, name, weight, self._inputs[root])
                 parts.append(_Part(outcome, linear, caller, self._names[value], columns))
             first = min(part.node for part in parts)
-            yield _Product(node, first, *self._local_subgraph(node), tuple(parts))
+            dtype = arguments(node).dtype
+            yield _Product(node, first, dtype, *self._local_subgraph(node), tuple(parts))
 
     def _float_node(self, node: Node) -> Node | None:
         """The float graph's node with the same value; unchanged nodes have the same name.
@@ -163,7 +168,7 @@ class Pair:
             self._packed[product.node, layer] = {n: made[n] for n in read}
         values |= self._packed[product.node, layer]
         evaluate((n for n in inner if n not in fixed), values)
-        return _multiply(product.node, values.__getitem__)
+        return _multiply(product.node, product.dtype, values.__getitem__)
 
     @property
     def products(self) -> list[tuple[Outcome, ...]]:
@@ -228,14 +233,15 @@ class Pair:
             if (product := products.get(node)) is not None:
                 y8 = value
                 if arguments(node).residual is not None:
-                    y8 = _multiply(node, env.__getitem__)
+                    y8 = _multiply(node, product.dtype, env.__getitem__)
                 for part in product.parts:
                     found(self._parts.index(part), y8[..., part.columns])
 
         return ObservingInterpreter(self._int8, after).run(*args)
 
 
-def _multiply(product: Node, value: Callable[[Node], Any]) -> Tensor:
-    """int8_linear without its residual, on values of its arguments."""
-    y8: Tensor = int8_linear(*map_arg(with_arguments(product, residual=None), value))
+def _multiply(product: Node, dtype: torch.dtype, value: Callable[[Node], Any]) -> Tensor:
+    """int8_linear without its residual, on values of its arguments, as `dtype`."""
+    args = with_arguments(product, residual=None, dtype=dtype)
+    y8: Tensor = int8_linear(*map_arg(args, value))
     return y8

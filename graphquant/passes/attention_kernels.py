@@ -25,16 +25,17 @@ from graphquant.ops.attention.hopper_tiles import ONLY, TILES
 from graphquant.ops.runtime.device import gpu_properties
 from graphquant.ops.runtime.timing import times
 from graphquant.passes.layout import inherit_layout
-from graphquant.passes.policy.speed import MEASURED, random_like
+from graphquant.passes.policy.speed import random_like
 
 log = logging.getLogger(__name__)
 
 DTYPES = (torch.float16, torch.bfloat16)
+MEASURED = ("cuda",)  # device types
 
 
 def choose_kernels(graph: Graph, needs_gradient: set[Node]) -> None:
     """Make every attention without mask, dropout and gradient call its fastest kernel."""
-    pinned = _pinned_by_model(graph)
+    pinned = pinned_by_model(graph)
     for node in calls(graph, lambda n: n.target is SDPA and n not in needs_gradient | pinned):
         q, k, v, mask, dropout, causal, scale, gqa = full_args(node)
         values = [n.meta["val"] for n in (q, k, v)]
@@ -66,7 +67,7 @@ def choose_kernels(graph: Graph, needs_gradient: set[Node]) -> None:
         graph.erase_node(node)
 
 
-def _pinned_by_model(graph: Graph) -> set[Node]:
+def pinned_by_model(graph: Graph) -> set[Node]:
     """Attention for which the model itself selects kernels with torch.nn.attention.sdpa_kernel."""
 
     def outside(backends: tuple[str, ...], by_priority: bool) -> bool:

@@ -6,15 +6,20 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from torch.fx import Graph, Node
+
 from graphquant.config import matches
 from graphquant.ir.captured import Captured
-from graphquant.ir.graph import calls
-from graphquant.ops import int8_linear
+from graphquant.ir.graph import LINEAR, calls, full_args
+from graphquant.ops import OPS, cpu, int8_linear
+from graphquant.ops.define import Op
+from graphquant.ops.int8_linear import onednn
 from graphquant.passes.eligibility import NEEDS_GRADIENT
 from graphquant.passes.policy.accuracy import AccuracyGate
 from graphquant.passes.policy.smoothquant import NO_NORM
+from graphquant.passes.policy.speed import NO_KERNELS
 from graphquant.passes.state import RewriteState
-from graphquant.report import SLOW_ON_CPU, Outcome, Pattern, Quiet, Report
+from graphquant.report import OfMachine, Outcome, Pattern, Quiet, Report
 
 
 def patterns_of(state: RewriteState) -> Iterator[Pattern]:
@@ -37,12 +42,51 @@ def training_notes(captured: Captured) -> Iterator[str]:
         yield Quiet(note) if captured.grad_enabled else note  # no warning during training
 
 
-def with_slow_cpu_note(report: Report, captured: Captured) -> Report:
-    """The report, with the note SLOW_ON_CPU if int8 linears run on a CPU."""
-    products = calls(captured.gm.graph, lambda n: n.target is int8_linear.target)
-    if not any(node.meta["val"].device.type == "cpu" for node in products):
-        return report
-    return replace(report, notes=(*report.notes, SLOW_ON_CPU))
+def with_cpu_notes(report: Report, captured: Captured) -> Report:
+    """The report, with notes on int8 that is slow where the graph runs, on this machine's CPU."""
+    return replace(report, notes=(*report.notes, *_cpu_notes(report, captured.gm.graph)))
+
+
+def without_kernels() -> str:
+    """What computes int8 on this CPU where our kernels do not run."""
+    return "PyTorch's operators" if onednn.missing() else "oneDNN and PyTorch's operators"
+
+
+def _cpu_notes(report: Report, graph: Graph) -> Iterator[str]:
+    ours = {op.target: op for op in OPS.values() if op.has_cpu_kernel}
+    nodes = [n for n in calls(graph, lambda n: n.target in ours) if _device(n) == "cpu"]
+    floats = calls(graph, lambda n: n.target is LINEAR and _device(n) == "cpu")
+    slower = any(o.float_us for o in report.linears) and any(floats)
+    if not nodes and not slower:
+        return
+    if (why := cpu.missing()) is not None:
+        yield OfMachine(f"int8 on this CPU is left to {without_kernels()}: {why}")
+        return
+    if not cpu.library().isa.has_dot and any(n.target is int8_linear.target for n in nodes):
+        yield OfMachine(f"{cpu.NO_DOT}: int8, as select='always' asks for, is not faster")
+    every = Counter((ours[n.target].name, _refusal(ours[n.target], n)) for n in nodes)  # type: ignore[index]
+    for (name, refusal), count in every.items():
+        if refusal is not None:
+            yield f"{count} of the calls of {name} are computed by PyTorch's operators: {refusal}"
+
+
+def _device(node: Node) -> str:
+    kind: str = node.all_input_nodes[0].meta["val"].device.type
+    return kind
+
+
+def _refusal(op: Op, call: Node) -> str | None:
+    """Why the CPU kernel does not compute this call, or None."""
+    return op.cpu_refusal(*(a.meta["val"] if isinstance(a, Node) else a for a in full_args(call)))
+
+
+def _left_in_float(linears: Sequence[Outcome]) -> Iterator[str]:
+    """That nothing was measured, and so no linear is int8."""
+    reasons = {o.refused for o in linears} & {cpu.NO_DOT, NO_KERNELS}
+    if reasons and not any(o.int8 for o in linears):
+        (why,) = reasons
+        because = f" ({cpu.missing()})" if why == NO_KERNELS else ""
+        yield OfMachine(f"{why}: every linear stays float{because}")
 
 
 def _not_smoothed(linears: Sequence[Outcome]) -> Iterator[str]:
@@ -60,6 +104,7 @@ def notes_of(state: RewriteState, accuracy: AccuracyGate) -> Iterator[str]:
     outcomes = state.record.outcomes()
     linears = [o for o in outcomes if o.kind == "linear"]
     yield from _not_smoothed(linears)
+    yield from _left_in_float(linears)
     if linears and all(o.refused == NEEDS_GRADIENT for o in linears):
         yield (
             "every linear can need a gradient, so none is int8: for inference, call the model "

@@ -20,7 +20,7 @@ from graphquant import Report
 from graphquant.capture.aten import from_dynamo
 from graphquant.ir.contexts import Region, regions
 from graphquant.ir.graph import SDPA
-from graphquant.passes.attention_kernels import _pinned_by_model
+from graphquant.passes.attention_kernels import pinned_by_model
 from graphquant.passes.eligibility import NEEDS_GRADIENT
 from tests.small import NEAR, Mlp, Model, error, int8, notes, seeded
 
@@ -250,7 +250,7 @@ def test_the_choice_of_kernels_leaves_the_models_own_choice_alone(device: str, x
         captured = from_dynamo(gm, inputs)
         assert captured is not None
         graph = captured.gm.graph
-        theirs = _pinned_by_model(graph)
+        theirs = pinned_by_model(graph)
         nodes = graph.find_nodes(op="call_function", target=SDPA)
         chosen.append([n in theirs for n in nodes])
         return gm.forward

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphquant.ops.int8_linear.op import EXACT_K, _exact_matmul
+from graphquant.ops.int8_linear.op import EXACT_K, exact_matmul
 from graphquant.ops.numerics import quantize_rows
 from tests.passes.graphs import Model, compiled, rewritten
 from tests.seen import Seen
@@ -173,7 +173,7 @@ def test_sums_beyond_two_to_the_24_are_exact(K: int) -> None:
     wq = torch.randint(120, 128, (5, K), generator=draw, dtype=torch.int8)
     want = xq.long() @ wq.long().T
     assert int(want.min()) > 2**24 * (K // (2 * EXACT_K))
-    assert torch.equal(_exact_matmul(xq, wq), want.float())  # rounded once
+    assert torch.equal(exact_matmul(xq, wq), want.float())  # rounded once
 
 
 @pytest.mark.parametrize("how", ["data", "set_"])

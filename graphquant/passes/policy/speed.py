@@ -1,13 +1,15 @@
-"""Speed gate: on CUDA an int8 rewrite is kept only if it was measured to be faster.
+"""Speed gate: an int8 rewrite is kept only if it was measured to be faster.
 
 The replaced and the new subgraph are extracted, run alternately on random values of the sizes seen
 at compile time, and timed (ops/runtime/timing.py). Results are cached by subgraph and sizes, also
-across processes. Host time is not measured.
+across processes. Host time is not measured on CUDA. On a CPU our kernels are called as Inductor's
+code calls them, and torch's ops as in eager mode.
 """
 
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,15 +19,20 @@ from torch.fx import Graph, GraphModule, Node
 
 from graphquant._torch import unset_fake_temporarily
 from graphquant.ir.constants import Constants
-from graphquant.ir.graph import hint
-from graphquant.ops import int8_linear
+from graphquant.ir.graph import arguments, has_hints, hint
+from graphquant.ir.rows import keeps_rows
+from graphquant.ops import OPS, cpu, int8_linear, pack_weight
+from graphquant.ops.define import recorded
+from graphquant.ops.int8_linear import onednn
 from graphquant.ops.numerics import padded, row_stride
 from graphquant.ops.runtime.timing import times
+from graphquant.passes.pack_weights import is_packed_for
 from graphquant.passes.policy.gate import Candidate, Verdict
 from graphquant.passes.record import Times
 
 MAX_NODES = 100  # of a region to measure
-MEASURED = ("cuda",)  # device types to measure on
+MEASURED = ("cuda", "cpu")  # device types to measure on
+NO_KERNELS = "graphquant's CPU kernels cannot run on this machine"
 
 
 class SpeedGate:
@@ -36,8 +43,23 @@ class SpeedGate:
 
     def __call__(self, candidate: Candidate) -> Verdict:
         site, rewrite, made = candidate
+        is_int8 = any(n.target is int8_linear.target for n in made)
+        if is_int8 and _device(site.outputs).type == "cpu" and (why := slow_on_cpu()):
+            return Verdict(why, final=True)
         times = measure(site.outputs, rewrite.values, made, self._constants)
         return Verdict() if times is None else Verdict(times.refusal, times)
+
+
+def slow_on_cpu() -> str | None:
+    """Why int8 need not be measured on this processor, or None."""
+    if cpu.missing() is not None:
+        return None if onednn.missing() is None else NO_KERNELS
+    return cpu.without_dot()
+
+
+def _device(nodes: Collection[Node]) -> torch.device:
+    found: torch.device = next(iter(nodes)).meta["val"].device
+    return found
 
 
 def measure(
@@ -49,7 +71,7 @@ def measure(
     new   the nodes that will replace them
     made  all nodes that the rewrite made
     """
-    device = next(iter(old)).meta["val"].device
+    device = _device(old)
     if device.type not in MEASURED or not any(n.target is int8_linear.target for n in made):
         return None  # a float fusion, with fewer launches
     after = _region(new, lambda n: n in made and n not in constants)
@@ -61,12 +83,19 @@ def measure(
         return None  # int8 before as well: only its epilogue grows
     if max(len(after.nodes), len(before.nodes)) > MAX_NODES:
         return None
+    if not (after.is_sized and before.is_sized):
+        return None  # sizes that depend on data
     with unset_fake_temporarily(), torch.inference_mode():
         both = {"float": before.bind(), "int8": after.bind()}
-        found = times(f"{before.text}\n->\n{after.text}", device, both)
+        found = times(f"{before.text}\n->\n{after.text}{_kernels(device)}", device, both)
     if found is None or len(found) != len(both):
         return None
     return Times(found["float"], found["int8"])
+
+
+def _kernels(device: torch.device) -> str:
+    """What computes int8, in a cache key: a compiler may be installed, or removed."""
+    return "\nwithout CPU kernels" if device.type == "cpu" and cpu.missing() is not None else ""
 
 
 class Region(NamedTuple):
@@ -87,6 +116,11 @@ class Region(NamedTuple):
             lines.append(f"{names[n]} = {n.target}{args}")
         return "\n".join((*lines, ", ".join(names[n] for n in self.outputs)))
 
+    @property
+    def is_sized(self) -> bool:
+        """Are the sizes of all its values known, at least for the inputs seen at compile time?"""
+        return all(has_hints(n.meta["val"]) for n in (*self.inputs, *self.nodes))
+
     def bind(self) -> Callable[[], object]:
         """A function that runs it on random values, which its first call makes."""
         graph, made = Graph(), dict[Node, Node]()
@@ -96,8 +130,28 @@ class Region(NamedTuple):
             made[n] = graph.node_copy(n, made.__getitem__)
         graph.output(tuple(made[n] for n in self.outputs))
         module = GraphModule({}, graph)
-        values = functools.cache(lambda: [_value(n.meta["val"]) for n in self.inputs])
+        values = functools.cache(lambda: [_value_of(n, self.nodes) for n in self.inputs])
+        if self.is_ours_on_cpu:
+            return functools.partial(_replay, functools.cache(lambda: recorded(module, values())))
         return lambda: module(*values())
+
+    @property
+    def is_ours_on_cpu(self) -> bool:
+        """Does it call nothing but our ops on the CPU, and views of their results?"""
+        ours = {op.target for op in OPS.values() if op.has_cpu_kernel}
+        return all(
+            (n.target in ours and n.all_input_nodes[0].meta["val"].device.type == "cpu")
+            or n.target is operator.getitem
+            or keeps_rows(n)
+            for n in self.nodes
+        )
+
+
+def _replay(first: Callable[[], tuple[object, list[Callable[[], object]]]]) -> object:
+    results, calls = first()
+    for call in calls:
+        call()
+    return results
 
 
 def _text_of(argument: Any, names: Mapping[Node, str]) -> Any:
@@ -131,6 +185,15 @@ def _spec(value: object) -> str:
         return str(_number(value))
     sizes, strides = _layout(value)
     return f"{value.dtype}{sizes}{strides}"
+
+
+def _value_of(node: Node, readers: Collection[Node]) -> object:
+    """A random value of an input, in the layout in which it is read: packed weights are packed."""
+    value = _value(node.meta["val"])
+    packed = (n for n in readers if n.target is int8_linear.target and is_packed_for(n))
+    if isinstance(value, Tensor) and any(arguments(n).wq is node for n in packed):
+        return pack_weight(value)
+    return value
 
 
 def _value(value: object) -> object:

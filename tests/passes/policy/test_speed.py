@@ -14,6 +14,8 @@ from torch.fx import Node
 
 from graphquant import Config, Report
 from graphquant.ir.captured import Captured
+from graphquant.ops import cpu
+from graphquant.ops.int8_linear import onednn
 from graphquant.ops.numerics import padded, with_pads
 from graphquant.passes.pipeline import rewrite
 from graphquant.passes.policy import speed
@@ -335,6 +337,37 @@ def test_nothing_is_measured_if_it_is_not_asked_for(
     monkeypatch.setattr(speed, "MEASURED", ("cpu",))
     with pytest.raises(AssertionError, match="measured"):
         rewritten(norm_linear(), x, select="faster")
+
+
+def test_without_a_compiler_what_onednn_computes_is_measured(
+    x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its times are not those of the kernels."""
+    asked: list[str] = []
+    calls: list[int] = []
+
+    def times(question: str, device: torch.device, both: Any) -> dict[str, float]:
+        asked.append(question)
+        product = onednn._product
+        with monkeypatch.context() as patch:
+            patch.setattr(onednn, "_product", lambda *a: calls.append(1) or product(*a))
+            for _ in range(3):
+                both["int8"]()
+        return {"float": 2.0, "int8": 1.0}
+
+    monkeypatch.setattr(speed, "times", times)
+    rewritten(norm_linear(), x)
+    assert not calls or cpu.missing() is not None
+    calls.clear()
+    monkeypatch.setattr(cpu, "missing", lambda: "no compiler")
+    monkeypatch.setattr(onednn, "missing", lambda: None)
+    rewritten(norm_linear(), x)
+    assert len(calls) == 1 + 3  # recorded, then repeated
+    assert len(set(asked)) == 2
+    monkeypatch.setattr(onednn, "missing", lambda: "it saturates")
+    asked.clear()
+    assert rewritten(norm_linear(), x).report.reasons() == {speed.NO_KERNELS: 1}
+    assert not asked
 
 
 # What is done with the times --------------------------------------------------------------------
