@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from itertools import count
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -27,18 +27,22 @@ from graphquant.capture.aten import reset_dynamo_afterwards
 from graphquant.capture.tracing import Trace, root_of
 from graphquant.config import Config, escape
 from graphquant.errors import GraphquantError, OptionError, UnsupportedInputError
-from graphquant.exporters.program import require_program, to_program
-from graphquant.exporters.standalone import without_ops
+from graphquant.exporters.program import require_program, to_program, unpack_weights
+from graphquant.exporters.standalone import PRODUCTS, without_ops
 from graphquant.failure import raise_failures, stage
 from graphquant.ir.captured import Captured
 from graphquant.ir.interpret import Paths
-from graphquant.passes.notes import with_slow_cpu_note
+from graphquant.passes.attention_dtype import with_bfloat16_attention
+from graphquant.passes.notes import with_cpu_notes
 from graphquant.passes.pipeline import rewrite
-from graphquant.report import Report
+from graphquant.report import Report, log_notes
 
 log = logging.getLogger(__name__)
 
-COMPILE_OPTIONS = ("inner", "mode", "inductor", "tensorrt", "free_weights")
+COMPILE_OPTIONS = (
+    *("inner", "mode", "inductor", "tensorrt", "free_weights"),
+    "attention_dtype",
+)
 
 
 def explain(
@@ -60,7 +64,8 @@ def explain(
     config = Config.of(options or {})
 
     def take(captured: Captured, gm: GraphModule) -> tuple[Report, Callable[..., Any]]:
-        return with_slow_cpu_note(rewrite(captured, config).report, captured), gm.forward
+        report = with_cpu_notes(rewrite(captured, config).report, captured)
+        return with_bfloat16_attention(report, captured, config), gm.forward
 
     trace = Trace(take)
     with reset_dynamo_afterwards(trace.observe):
@@ -85,9 +90,14 @@ def export(
     options         as for `torch.compile(model, backend="graphquant", options=options)`, except
                     those of compilation; `on_report` gets the Report
 
-    The rules are the same as under torch.compile. Int8 weights are buffers of the program, named
-    after the linears ("layers.0.fc1.wq", "w_scale", "w_sum"); float weights that nothing reads are
-    left out. The program does not track later changes of the model's weights.
+    The rules are the same as under torch.compile. On a CPU, `select` is "always" unless given: the
+    processor that exports a program need not be the one that runs it. Int8 weights are buffers of
+    the program, named after the linears ("layers.0.fc1.wq", "w_scale", "w_sum"); float weights that
+    nothing reads are left out. The program does not track later changes of the model's weights.
+
+    On a CPU with graphquant's kernels, wq is packed in the order in which they read it, and the
+    program is for CPUs: export on CUDA for CUDA. Without kernels, the ops' references read the same
+    file, with the same results. `standalone`, ONNX and TensorRT get wq [N, K].
 
     A process that loads the file must import graphquant first, for its ops.
 
@@ -99,33 +109,41 @@ def export(
     for name in COMPILE_OPTIONS:
         if name in options:
             raise OptionError(f"{name} is an option of torch.compile; export does not compile")
-    config = Config.of(options)
+    on_cuda = any(t.is_cuda for t in chain(model.parameters(), model.buffers()))
+    config = Config.of(options if on_cuda else {"select": "always", **options})
     with raise_failures("export"):
         program, report = to_program(model, args, kwargs or {}, dynamic_shapes, config)
-    for note in report.notes:
-        log.warning("%s", note)
+    log_notes(report.notes, log)
     if config.on_report is not None:
         config.on_report(report)
     return program
 
 
-def standalone(program: ExportedProgram) -> ExportedProgram:
+def standalone(program: ExportedProgram, *, products: str | None = None) -> ExportedProgram:
     """The same program without graphquant's ops, which runs without graphquant installed.
 
-    program  result of `export`, also after torch.export.load; it is not changed
+    program   result of `export`, also after torch.export.load; it is not changed
+    products  how int8 products are computed, exactly in any case: by "int8" (`torch._int_mm`) or by
+              "float32" matrix products. By default "int8" on CUDA and on a processor with AVX-512
+              VNNI, else "float32"
 
     Every graphquant op is replaced by torch's own ops. torch.export.load then needs neither
     graphquant nor the model's library: a custom output class becomes a dict with the same names, or
     a tuple.
 
-    For CPUs: results are bit-identical, and AOTInductor compiles it to a package that C++ runs
-    without Python. On CUDA the int8 products are `torch._int_mm`, and slower than a float model;
-    there AOTInductor compiles the original program, with graphquant's Triton kernels.
+    For CPUs: results are those of the ops' references, bit for bit, and AOTInductor compiles it to
+    a package that C++ runs without Python. On a CPU without AVX-512 VNNI, `torch._int_mm` gives the
+    same results, but many times slower: choose "float32" for a file that may run there. On CUDA it
+    is slower than a float model; there AOTInductor compiles the original program, with
+    graphquant's Triton kernels.
 
-    Raises UnsupportedInputError for anything but an ExportedProgram.
+    Raises UnsupportedInputError for anything but an ExportedProgram, OptionError for other
+    `products`.
     """
     require_program("standalone", program)
-    return without_ops(program)
+    if products is not None and products not in PRODUCTS:
+        raise OptionError(f"products={products!r} is not one of {', '.join(map(repr, PRODUCTS))}")
+    return without_ops(unpack_weights(program), products)
 
 
 def compare(

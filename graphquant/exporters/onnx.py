@@ -16,7 +16,7 @@ from torch.export.graph_signature import OutputKind, TensorArgument
 from graphquant._torch import has_vnni, tree_leaves_with_path, tree_unflatten
 from graphquant.errors import MissingPackageError, OptionError, UnsupportedInputError
 from graphquant.exporters.onnx_ops import Form, translations
-from graphquant.exporters.program import require_program
+from graphquant.exporters.program import require_program, unpack_weights
 from graphquant.exporters.scales import dynamic_linears
 
 log = logging.getLogger(__name__)
@@ -73,6 +73,7 @@ def save(
     if weight_bits == 7 and profile != "cpu":
         raise OptionError(f"weight_bits=7 is for profile 'cpu', not {profile!r}: nothing overflows")
     require_program("onnx.save", program)
+    program = unpack_weights(program)
     if profile != "portable":
         _require_float32(program, profile)
     if profile == "qdq":

@@ -1,11 +1,14 @@
 """A rewritten model as an ExportedProgram with int8 weights in its buffers and no float ones.
 
 The rewritten graph becomes a module that owns its packed weights, and torch.export exports that
-module: the result is an ordinary program, with torch's own checks of its inputs.
+module: the result is an ordinary program, with torch's own checks of its inputs. On a CPU its int8
+weights are in the order in which the kernels read them (ops/pack_weight); `unpack_weights` is for
+whatever else reads weights.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from itertools import chain, count
 from typing import Any
@@ -22,7 +25,10 @@ from graphquant.config import Config
 from graphquant.errors import UnsupportedInputError
 from graphquant.failure import stage
 from graphquant.ir.captured import Captured
-from graphquant.ir.graph import operand
+from graphquant.ir.graph import arguments, operand, shape
+from graphquant.ops import int8_linear
+from graphquant.ops.pack_weight import is_packed, unpacked
+from graphquant.passes.pack_weights import pack_weights
 from graphquant.passes.pipeline import Rewritten, rewrite
 from graphquant.passes.prepack import prepack
 from graphquant.report import Report
@@ -51,6 +57,7 @@ def to_program(
         sizes = _dynamic_shapes(program, tree_leaves((tuple(args), dict(kwargs))))
         rewritten = rewrite(captured, config)
         with stage("packing"):
+            pack_weights(captured)
             module = packed(captured, rewritten)
         with stage("the export of the int8 graph"):
             int8 = exported(module, sizes)
@@ -87,6 +94,36 @@ def require_program(entry: str, program: object) -> None:
         raise UnsupportedInputError(
             f"{entry} needs what graphquant.export returned, got {type(program).__name__}"
         )
+
+
+def unpack_weights(program: ExportedProgram) -> ExportedProgram:
+    """The program with all int8 weights as [N, K]: itself, unless some are packed."""
+    state, gm = dict(program.state_dict), copy.deepcopy(program.graph_module)
+    for old, new in zip(program.graph.nodes, gm.graph.nodes, strict=True):
+        new.name = old.name  # a copy renames `input`, which the signature names
+    buffers = program.graph_signature.inputs_to_buffers
+    changed = False
+    for linear in gm.graph.find_nodes(op="call_function", target=int8_linear.target):
+        given = arguments(linear)
+        N, K, fake = shape(given.w_scale)[0], shape(given.xq)[-1], given.wq.meta["val"]
+        if is_packed(fake, N, K):
+            name = buffers[given.wq.name]
+            state[name] = unpacked(state[name], N, K).contiguous()
+            given.wq.meta["val"] = fake.new_empty(N, K)
+            changed = True
+    if not changed:
+        return program
+    return ExportedProgram(
+        gm,
+        gm.graph,
+        program.graph_signature,
+        state,
+        program.range_constraints,
+        program.module_call_graph,
+        program.example_inputs,
+        program.constants,
+        verifiers=program.verifiers,
+    )
 
 
 def packed(captured: Captured, rewritten: Rewritten) -> GraphModule:

@@ -31,7 +31,7 @@ from torch.export import ExportedProgram
 
 from graphquant._torch import register_quantized_decomposed
 from graphquant.errors import MissingPackageError, OptionError, UnsupportedInputError
-from graphquant.exporters.program import require_program
+from graphquant.exporters.program import require_program, unpack_weights
 from graphquant.exporters.scales import dynamic_linears
 from graphquant.ops import OPS, attention, int8_linear
 from graphquant.ops.define import DTYPE, Op
@@ -70,7 +70,8 @@ def qdq(program: ExportedProgram, *, ops: str = "modelopt") -> ExportedProgram:
             "calibration=graphquant.calibrate(model, batches), and leave in float by `exclude` "
             "what the calibration does not know"
         )
-    converted: ExportedProgram = program.run_decompositions(_Floats(_NODES[ops]()).table())
+    nodes = _Floats(_NODES[ops]())
+    converted: ExportedProgram = unpack_weights(program).run_decompositions(nodes.table())
     return converted
 
 

@@ -12,12 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map
 
 import graphquant
 from graphquant import OptionError, Report, UnsupportedInputError
+from graphquant.exporters.program import unpack_weights
 from graphquant.ir.paths import weight_path
+from graphquant.ops import cpu, int8_linear, pack_weight, quantize, quantize_weight
 from tests import zoo
 from tests.models import BREAKS, error, pairs, run_entry, same_structure
 from tests.models import on as moved
@@ -59,7 +62,7 @@ def test_a_program_computes_what_torch_compile_computes(name: str, attn: str, de
     model = entry.build(attn).to(device)
     reports: list[Report] = []
     program = graphquant.export(model, args, kwargs, on_report=reports.append)
-    compiled = run_entry(entry, attn, device)
+    compiled = run_entry(entry, attn, device, attention_dtype="float32")  # as an export has it
     got = called(program, *args, **kwargs)
     same_structure(got, compiled.float)
     if device == "cuda" and name.startswith("nn_transformer_encoder"):
@@ -136,7 +139,8 @@ def test_a_program_does_not_follow_the_model_nor_change_it() -> None:
 def test_names_of_packed_weights_say_where_they_come_from() -> None:
     entry = zoo.SMALL["siglip"]
     program = graphquant.export(entry.build("sdpa"), *entry.inputs(2))
-    held = tensors(program)
+    held = tensors(unpack_weights(program))
+    assert held.keys() == tensors(program).keys()
     stacked = "encoder.layers.0.self_attn.q_proj_k_proj_v_proj"
     assert held[f"{stacked}.wq"].dtype == torch.int8
     assert held[f"{stacked}.w_scale"].shape == (3 * 64,)
@@ -258,6 +262,84 @@ def test_what_cannot_be_exported_is_refused() -> None:
         called(graphquant.export(torch.compile(model), (x,)), x),  # type: ignore[arg-type]
         called(graphquant.export(model, (x,)), x),
     )
+
+
+# Packed weights ---------------------------------------------------------------------------------
+
+kernels = pytest.mark.skipif(cpu.missing() is not None, reason="NOT RUN: needs the CPU kernels")
+
+
+def without_kernels(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(cpu, "missing", lambda: "no kernels here")
+
+
+def weights(program: ExportedProgram) -> dict[str, Tensor]:
+    return {n: t for n, t in program.state_dict.items() if n.endswith(".wq")}
+
+
+@kernels
+def test_on_a_cpu_weights_are_packed_for_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = seeded(lambda: Mlp(60, 76)).eval(), torch.randn(3, 60)
+    program = graphquant.export(model, (x,))
+    without_kernels(monkeypatch)
+    plain = graphquant.export(model, (x,))
+    assert plain.state_dict["fc1.wq"].shape == (76, 60)
+    assert equal(weights(program), {n: pack_weight(t) for n, t in weights(plain).items()})
+    unpacked = unpack_weights(program)
+    assert equal(weights(unpacked), weights(plain))
+    assert unpack_weights(plain) is plain
+    assert program.state_dict["fc1.wq"].shape != (76, 60), "it stays as it was"
+
+
+class Named(Mlp):
+    """Its input has the name of a function of Python's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
+
+
+def test_an_unpacked_program_can_be_saved_and_computes_the_same(tmp_path: Path) -> None:
+    model = seeded(Named).eval()
+    program = graphquant.export(model, (torch.randn(3, 64),), dynamic_shapes=({0: Dim("batch")},))
+    torch.export.save(unpack_weights(program), tmp_path / "model.pt2")
+    x = torch.randn(7, 64)
+    assert equal(called(torch.export.load(tmp_path / "model.pt2"), x), called(program, x))
+
+
+@kernels
+def test_a_machine_without_kernels_computes_the_same_from_packed_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = seeded(Mlp).eval(), torch.randn(3, 64)
+    program = graphquant.export(model, (x,))
+    fast = called(program, x)
+    without_kernels(monkeypatch)
+    got = called(program, x)
+    assert equal(got, called(graphquant.export(model, (x,)), x))
+    # kernels and references round norms apart: at most a few values fall one int8 step aside
+    assert error(got, fast) < 2e-3
+
+
+@kernels
+def test_a_compiled_program_is_the_compiled_model() -> None:
+    """Its weights are packed once."""
+    model, x = seeded(Mlp).eval(), torch.randn(3, 64)
+    module = graphquant.export(model, (x,)).module()
+    with torch.no_grad():
+        want = torch.compile(model, backend="graphquant")(x)
+        assert equal(torch.compile(module)(x), want)
+        torch._dynamo.reset()
+        assert equal(torch.compile(module, backend="graphquant")(x), want)
+
+
+def test_weights_packed_for_cpus_are_refused_on_cuda() -> None:
+    xq, x_scale, x_shift = quantize(torch.randn(2, 64))
+    wq, *sums = quantize_weight(torch.randn(8, 64))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        args = [mode.from_tensor(t) for t in (xq, x_scale, x_shift, pack_weight(wq), *sums)]
+        on_gpu = [torch.empty_like(t, device="cuda") for t in args]
+        with pytest.raises(UnsupportedInputError, match=r"xq is on cuda.*export the model on the"):
+            int8_linear(*on_gpu, None, None, torch.float32)
 
 
 # Files ------------------------------------------------------------------------------------------

@@ -15,9 +15,10 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 import graphquant
+from graphquant import OptionError
 from graphquant.exporters import standalone
-from graphquant.exporters.standalone import int_mm
-from graphquant.ops import int8_linear
+from graphquant.exporters.standalone import PRODUCTS, int_mm
+from graphquant.ops import cpu, int8_linear
 from tests import zoo
 from tests.models import BREAKS, pairs
 from tests.processes import WITHOUT, in_a_new_process
@@ -36,6 +37,13 @@ def called(program: ExportedProgram, *args: Any, **kwargs: Any) -> Any:
     return program.module()(*args, **kwargs)
 
 
+def by_references(program: ExportedProgram, *args: Any, **kwargs: Any) -> Any:
+    """What the program computes on a machine without CPU kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "missing", lambda: "no kernels here")
+        return called(program, *args, **kwargs)
+
+
 def int8(*shape: int) -> Tensor:
     return torch.randint(-127, 128, shape, dtype=torch.int8)
 
@@ -51,7 +59,7 @@ def test_on_the_cpu_it_is_the_same_bit_for_bit(name: str, attn: str) -> None:
     alone = graphquant.standalone(program)
     assert not any("graphquant" in t for t in targets(alone))
     assert any("graphquant" in t for t in targets(program)), "it stays as it was"
-    want, got = called(program, *args, **kwargs), called(alone, *args, **kwargs)
+    want, got = by_references(program, *args, **kwargs), called(alone, *args, **kwargs)
     assert type(got) in (dict, tuple, list, Tensor)
     names = getattr(want, "keys", lambda: None)()
     assert names is None or list(got) == list(names)
@@ -64,7 +72,7 @@ def test_results_inside_results_keep_their_places() -> None:
     _, kwargs = entry.inputs(2)
     kwargs["output_hidden_states"] = True
     program = graphquant.export(entry.build("sdpa"), (), kwargs)
-    want, got = called(program, **kwargs), called(graphquant.standalone(program), **kwargs)
+    got, want = called(graphquant.standalone(program), **kwargs), by_references(program, **kwargs)
     assert type(got["hidden_states"]) is tuple
     pairs_ = zip(got["hidden_states"], want.hidden_states, strict=True)
     assert all(torch.equal(g, w) for g, w in pairs_)
@@ -79,7 +87,7 @@ def test_a_file_loads_where_nothing_but_torch_is(tmp_path: Path) -> None:
     )
     torch.export.save(graphquant.standalone(program), tmp_path / "model.pt2")
     other = {n: v[:, :11] for n, v in entry.inputs(5)[1].items()}
-    want = called(program, **other).pooler_output
+    want = by_references(program, **other).pooler_output
     torch.save((other, want), tmp_path / "x.pt")
     code = """
 import torch
@@ -93,7 +101,7 @@ print("equal")
     assert done.stdout == "equal\n", done.stderr
 
 
-# What becomes of the ops on CUDA ----------------------------------------------------------------
+# What becomes of products -----------------------------------------------------------------------
 
 
 @given(M=st.integers(0, 40), N=st.integers(1, 40), K=st.integers(1, 40))
@@ -141,12 +149,40 @@ def test_on_cuda_attention_stays_in_its_dtype() -> None:
     assert (y.shape, y.dtype, y.device.type) == (q.shape, torch.bfloat16, "cuda")
 
 
-def test_products_are_int8_on_cuda_and_exact_floats_on_the_cpu(device: str) -> None:
+def products(program: ExportedProgram) -> list[str]:
+    return [t for t in targets(program) if "mm" in t or "linear" in t]
+
+
+@pytest.mark.parametrize("vnni", [False, True])
+def test_products_are_int8_where_that_is_fast(
+    vnni: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(standalone, "has_vnni", lambda: vnni)
     model, x = seeded(Mlp).eval().to(device), torch.randn(40, 64, device=device)
     program = graphquant.export(model, (x,), dynamic_shapes=({0: Dim("batch")},))
     alone = graphquant.standalone(program)
-    products = [t for t in targets(alone) if "mm" in t or "linear" in t]
-    assert products == (["aten._int_mm.default"] if device == "cuda" else ["aten.mm.default"])
+    fast = device == "cuda" or vnni
+    assert products(alone) == (["aten._int_mm.default"] if fast else ["aten.mm.default"])
     got, want = called(alone, x), called(program, x)
     # the same arithmetic, rounded elsewhere: at most a few values fall one int8 step aside
     assert (got - want).norm() < 2e-3 * want.norm()
+
+
+def test_products_can_be_chosen_and_are_the_same_bit_for_bit() -> None:
+    model, x = seeded(Mlp).eval(), torch.randn(40, 64)
+    program = graphquant.export(model, (x,))
+    made = [graphquant.standalone(program, products=how) for how in PRODUCTS]
+    assert [*map(products, made)] == [["aten._int_mm.default"], ["aten.mm.default"]]
+    want = by_references(program, x)
+    assert all(torch.equal(called(each, x), want) for each in made)
+    with pytest.raises(OptionError, match="products='int4' is not one of 'int8', 'float32'"):
+        graphquant.standalone(program, products="int4")
+
+
+def test_extreme_products_are_exact_here(device: str) -> None:
+    """Where sums of pairs saturate, those of the largest values do."""
+    most = torch.full((2, 20_000), 127, dtype=torch.int8)
+    most[1] = -127
+    got = int_mm(most.to(device), most.to(device))
+    sum_ = 20_000 * 127**2
+    assert got.tolist() == [[sum_, -sum_], [-sum_, sum_]]
