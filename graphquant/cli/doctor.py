@@ -3,15 +3,17 @@
     python -m graphquant doctor
     python -m graphquant doctor --json doctor.json
 
-Versions, processor and GPU; each op's kernels, run on this GPU and compared with the op's
-reference; a small encoder layer compiled in int8; the caches with their sizes; the environment
-variables of graphquant, Inductor and Triton. No paths are printed but those of the caches.
+Versions, processor and GPU; the CPU kernels, which it builds if need be; each op's kernels, run on
+this CPU and this GPU and compared with the op's reference; a small encoder layer compiled in int8,
+on the CPU with its time; the caches with their sizes; the environment variables of graphquant,
+Inductor and Triton. No paths are printed but those of the caches.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import importlib.metadata
 import json
 import os
@@ -19,7 +21,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +35,18 @@ import graphquant
 from graphquant._torch import TorchDispatchMode, inductor_cache_dir, tree_map
 from graphquant.backend import graphquant as backend
 from graphquant.cli.arguments import add_output, page, write_json
+from graphquant.errors import KernelBuildError
+from graphquant.exporters.program import unpack_weights
 from graphquant.metrics import Error
-from graphquant.ops import OPS
+from graphquant.ops import OPS, cpu, pack_weight
 from graphquant.ops.attention.hopper_tiles import TILES
-from graphquant.ops.define import Kernel, Op
+from graphquant.ops.define import Kernel, Op, load_cpu_kernels
 from graphquant.ops.define import missing as missing_kernels
-from graphquant.ops.runtime import cache, nvrtc
+from graphquant.ops.runtime import build, cache, nvrtc
+from graphquant.ops.runtime.device import processor
+from graphquant.ops.runtime.timing import ISA_VARIABLE
+from graphquant.passes.notes import without_kernels
+from graphquant.passes.policy.speed import slow_on_cpu
 
 PACKAGES = (
     "torch", "triton", "transformers", "numpy", "safetensors", "onnx", "onnxruntime", "peft",
@@ -46,8 +54,10 @@ PACKAGES = (
 )  # fmt: skip
 VARIABLES = ("GRAPHQUANT_", "TORCHINDUCTOR_", "TRITON_", "TORCH_LOGS", "CUDA_VISIBLE_DEVICES")
 NO_GPU = "no NVIDIA GPU"
+NOT_TRIED = "not tried"
 RUNS = "runs"
 WIDTH, TOKENS, HEADS = 128, 64, 2  # of the layer that is compiled
+WIDE, ROUNDS = 512, 7  # width and tokens of the layer that is timed
 CLOSE = 2e-2  # of the largest value: kernels sum in another order than the reference
 
 
@@ -68,19 +78,24 @@ def run(args: argparse.Namespace) -> int:
                 table.add_row(escape(name), escape(value))
             console.print(table)
     write_json(args, json.dumps(found, indent=2))
-    tried = {**found["kernels"], **found.get("a layer in int8", {})}
-    return int(any(text.startswith(("FAILS", "WRONG")) for text in tried.values()))
+    tried = (text for facts in found.values() for text in facts.values())
+    return int(any(text.startswith(("FAILS", "WRONG")) for text in tried))
 
 
 def examine(*, trial: bool = True) -> dict[str, dict[str, str]]:
     """Tables of facts, by title. trial: also run kernels and compile a layer."""
-    found = {"machine": environment() | _builds(), "kernels": kernels(trial=trial)}
+    found = {"machine": environment() | _builds(), "CPU kernels": cpu_library(trial=trial)}
+    found["ops on the CPU"] = cpu_kernels(trial=trial)
+    found["kernels"] = kernels(trial=trial)
     if trial:
-        found["a layer in int8"] = {d: _compiled(d) for d in _devices()}
-    home = str(Path.home())
-    found["caches"] = {str(p).replace(home, "~", 1): size for p, size in caches()}
+        found["a layer in int8"] = {d: _compiled(d) for d in _devices()} | {"cpu, time": _timed()}
+    found["caches"] = {_at_home(p): size for p, size in caches()}
     found["variables"] = {n: _shown(v) for n, v in sorted(os.environ.items()) if _counts(n)}
     return found
+
+
+def _at_home(place: Path) -> str:
+    return str(place).replace(str(Path.home()), "~", 1)
 
 
 def _devices() -> list[str]:
@@ -95,7 +110,8 @@ def environment(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     found = {"graphquant": graphquant.__version__, "python": platform.python_version()}
     found["system"] = platform.platform()
     found |= {name: version(name) for name in packages}
-    found["processor"] = f"{_processor()}, {os.cpu_count()} threads"
+    found["torch"] = torch.__version__  # with the CUDA build, which the package's metadata may lack
+    found["processor"] = f"{processor()}, {os.cpu_count()} threads"
     found["device"] = _device()
     found["driver"] = _driver()
     return found
@@ -106,13 +122,6 @@ def version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = info.read_text().splitlines() if info.exists() else []
-    named = (line.partition(":")[2].strip() for line in names if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
 
 
 def _device() -> str:
@@ -155,14 +164,84 @@ def _flags() -> frozenset[str]:
     return frozenset(next(flags, "").split())
 
 
-# --- kernels --------------------------------------------------------------------------------------
+# --- kernels on the CPU ---------------------------------------------------------------------------
+
+
+def cpu_library(*, trial: bool = True) -> dict[str, str]:
+    """The CPU kernels: the instruction set that they are for, better ones, compiler and file.
+    trial: build them."""
+    found = {"compiler": _compiler()}
+    if not trial:
+        return found | {"kernels": NOT_TRIED}
+    start = time.perf_counter()
+    if (why := cpu.missing()) is not None:
+        found |= {"kernels": f"none: {why}", "instead": without_kernels()}
+    else:
+        library = cpu.library()
+        took = time.perf_counter() - start
+        found["kernels"] = f"for {library.isa.name}, ready in {took:.1f} s"
+        found |= _better(library.isa)
+        file = Path(str(library.module.__file__))
+        found["cached"] = _at_home(file) if file.exists() else "no: every process builds them"
+    slow = slow_on_cpu()
+    found["int8"] = f'{slow}: int8 stays float unless select="always"' if slow else "is measured"
+    return found
+
+
+def _compiler() -> str:
+    try:
+        command = build.compiler(build.CPP, "graphquant's CPU kernels")
+        asked = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    except (KernelBuildError, OSError) as why:
+        return f"none: {why}"
+    first = next(iter(asked.stdout.splitlines()), "")
+    return f"{Path(command[0]).name}: {first or 'does not say its version'}"
+
+
+def _better(used: cpu.InstructionSet) -> dict[str, str]:
+    """Why each better instruction set is not used."""
+    named = os.environ.get(ISA_VARIABLE)
+    found = {}
+    for isa in cpu.INSTRUCTION_SETS[: cpu.INSTRUCTION_SETS.index(used)]:
+        if isa.missing:
+            why = f"the processor lacks {', '.join(isa.missing)}"
+        elif named:
+            why = f"{ISA_VARIABLE} asks for {named}"
+        else:
+            why = "its kernels cannot be built here, or are wrong"
+        found[f"not {isa.name}"] = why
+    return found
+
+
+def cpu_kernels(*, trial: bool = True) -> dict[str, str]:
+    """ "op: kernel" -> "runs", or why it does not. trial: run them."""
+    load_cpu_kernels()
+    tried = {
+        f"{op.name}: {kernel.name}": (op, kernel)
+        for op in OPS.values()
+        if op.has_cpu_kernel
+        for kernel in (Kernel("cpu", op, op.cpu_refusal), *op.torch_kernels)
+    }
+    if not trial:
+        return dict.fromkeys(tried, NOT_TRIED)
+    calls = _calls("cpu")
+    found = {n: _tried(op, kernel, calls.get(op.name)) for n, (op, kernel) in tried.items()}
+    if cpu.missing() is None:
+        xq, x_scale, x_shift, wq, *rest = calls["int8_linear"]
+        args = (xq, x_scale, x_shift, pack_weight(wq), *rest)
+        op, kernel = tried["int8_linear: cpu"]
+        found["int8_linear: cpu, packed weight"] = _tried(op, kernel, args)
+    return found
+
+
+# --- kernels on the GPU ---------------------------------------------------------------------------
 
 
 def kernels(*, trial: bool = True) -> dict[str, str]:
     """ "op: kernel" -> "runs", or why it does not. trial: run them."""
     why = NO_GPU if not torch.cuda.is_available() else missing_kernels()
     if why is None and not trial:
-        why = "not tried"
+        why = NOT_TRIED
     if why is not None:
         names = (f"{op.name}: {file}" for op in OPS.values() for file in op.files)
         return dict.fromkeys(names, why)
@@ -181,7 +260,8 @@ def _tried(op: Op, kernel: Kernel, args: Sequence[Any] | None) -> str:
         return why
     try:
         got, want = kernel.fn(*args), op.reference(*args)
-        torch.cuda.synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
     except Exception as error:  # noqa: BLE001 - reported in its row
         return _fails(error)
     pairs = zip(_tensors(got), _tensors(want), strict=True)
@@ -193,6 +273,8 @@ def _tensors(results: Any) -> tuple[Tensor, ...]:
 
 
 def _close(got: Tensor, want: Tensor) -> bool:
+    if got.shape != want.shape:
+        return False
     got, want = got.double(), want.double()
     most = 1.0 if got.dtype == torch.int8 else CLOSE * float(want.abs().max())
     return float((got - want).abs().max()) <= most
@@ -206,13 +288,13 @@ def _fails(error: Exception) -> str:
 class _Layer(nn.Module):
     """A layer that uses every op of graphquant: both norms, attention, a plain and a gated MLP."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm, self.rms = nn.LayerNorm(WIDTH), nn.RMSNorm(WIDTH)
-        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
-        self.fc1, self.fc2 = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
-        self.gate, self.up = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
-        self.down = nn.Linear(2 * WIDTH, WIDTH)
+        self.norm, self.rms = nn.LayerNorm(width), nn.RMSNorm(width)
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.fc1, self.fc2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.gate, self.up = nn.Linear(width, 2 * width), nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
@@ -228,11 +310,11 @@ class _Layer(nn.Module):
         return mixed
 
 
-def _layer(device: str) -> tuple[nn.Module, Tensor]:
+def _layer(device: str, width: int = WIDTH, tokens: int = TOKENS) -> tuple[nn.Module, Tensor]:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        model, x = _Layer().eval().requires_grad_(False), torch.randn(2, TOKENS, WIDTH)
+        model, x = _Layer(width).eval().requires_grad_(False), torch.randn(2, tokens, width)
     return model.to(device, dtype), x.to(device, dtype)
 
 
@@ -253,13 +335,16 @@ class _Calls(TorchDispatchMode):
 
 
 def _calls(device: str) -> dict[str, tuple[Any, ...]]:
-    """Arguments of one call of each op, on this device, as the layer calls them."""
+    """Arguments of one call of each op, on this device, as the layer calls them, or would."""
     model, x = _layer(device)
-    program = graphquant.export(model.cpu(), (x.cpu(),), select="always")
+    program = unpack_weights(graphquant.export(model.cpu(), (x.cpu(),), select="always"))
     with torch.no_grad(), _Calls() as calls:
         program.module()(x.cpu())
     heads = [torch.randn(1, HEADS, TOKENS, 64, dtype=x.dtype) for _ in range(3)]
     calls.args.setdefault("attention", (*heads, 64**-0.5, next(iter(TILES))))
+    norm, linear = calls.args["norm_quantize"], calls.args["int8_linear"]
+    calls.args.setdefault("norm_quantize_keep", (*norm[:5], x.dtype, *norm[5:]))
+    calls.args.setdefault("pack_weight", (linear[3],))
     found: dict[str, tuple[Any, ...]] = tree_map(
         lambda a: a.to(device) if isinstance(a, Tensor) else a, calls.args
     )
@@ -286,6 +371,38 @@ def _compiled(device: str) -> str:
         f"{verdict}{report.coverage:.0%} of the linears' FLOPs, relative error {relative:.2g}, "
         f"{took:.1f} s to compile and run"
     )
+
+
+def _timed() -> str:
+    """Time of the layer on the CPU in float and in int8, both compiled."""
+    model, x = _layer("cpu", WIDE, WIDE // 2)
+    try:
+        with torch.inference_mode():
+            float_ms, int8_ms = _milliseconds(
+                torch.compile(copy.deepcopy(model)),
+                torch.compile(model, backend=backend, options={"select": "always"}),
+                x,
+            )
+    except Exception as error:  # noqa: BLE001 - reported in its row
+        return _fails(error)
+    shape = f"{tuple(x.shape)}, {torch.get_num_threads()} threads"
+    return (
+        f"float {float_ms:.2f} ms, int8 {int8_ms:.2f} ms ({float_ms / int8_ms:.2f}x): the layer on "
+        f"{shape}"
+    )
+
+
+def _milliseconds(
+    a: Callable[[Tensor], object], b: Callable[[Tensor], object], x: Tensor
+) -> tuple[float, float]:
+    """The least time of each of two functions, which take turns."""
+    seen: tuple[list[float], list[float]] = ([], [])
+    for _ in range(ROUNDS):
+        for run, times in zip((a, b), seen, strict=True):
+            start = time.perf_counter()
+            run(x)
+            times.append(1000 * (time.perf_counter() - start))
+    return min(seen[0]), min(seen[1])  # the first calls compile
 
 
 # --- caches and variables -------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,10 @@ import torch
 
 from graphquant import cli
 from graphquant.cli import doctor
-from graphquant.ops import OPS, load_kernels
+from graphquant.ops import OPS, cpu, load_kernels
+from graphquant.ops.define import Kernel
+from graphquant.ops.int8_linear import onednn
+from graphquant.ops.runtime.timing import ISA_VARIABLE
 from tests.processes import ROOT
 
 
@@ -36,6 +40,15 @@ def test_a_process_of_its_own_says_what_runs_here(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         assert set(found["kernels"].values()) == {"no NVIDIA GPU"}
     assert found["a layer in int8"]["cpu"].startswith("100% of the linears' FLOPs")
+    assert re.match(r"float [\d.]+ ms, int8 [\d.]+ ms", found["a layer in int8"]["cpu, time"])
+    if cpu.missing() is None:
+        library = found["CPU kernels"]
+        assert library["kernels"].startswith(f"for {cpu.library().isa.name}, ready in ")
+        assert library["cached"].startswith(str(tmp_path)) and Path(library["cached"]).exists()
+        ops = found["ops on the CPU"]
+        assert ops.pop("int8_linear: onednn").startswith(("runs", "oneDNN"))
+        assert set(ops.values()) == {"runs"}
+        assert {n.partition(":")[0] for n in ops} == {n for n, o in OPS.items() if o.has_cpu_kernel}
     ours = next(place for place, text in found["caches"].items() if text.startswith("graphquant"))
     assert ours.startswith(str(tmp_path)) and ours in done.stdout
     assert found["variables"]["GRAPHQUANT_MINE"] == "(a path)" and "/home/me" not in done.stdout
@@ -46,6 +59,7 @@ def test_without_a_trial_nothing_is_compiled(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "_compiled", lambda device: "FAILS: not asked for")
+    monkeypatch.setattr(doctor, "_timed", lambda: "")
     assert cli.main(["doctor", "--no-trial"]) == 0
     assert "a layer in int8" not in capsys.readouterr().out
     assert cli.main(["doctor"]) == 1  # what fails is the exit code
@@ -57,8 +71,57 @@ def calls() -> dict[str, tuple[Any, ...]]:
 
 
 def test_the_layer_calls_every_op_that_has_kernels(calls: dict[str, tuple[Any, ...]]) -> None:
-    asked = {name for name, op in OPS.items() if op.files} - {"norm_quantize_keep"}
-    assert asked <= calls.keys()
+    assert {name for name, op in OPS.items() if op.files or op.has_cpu_kernel} <= calls.keys()
+
+
+def test_it_says_what_the_processor_lacks_for_better_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if (why := cpu.missing()) is not None:
+        pytest.skip(why)
+    has = {**torch.cpu.get_capabilities(), "amx_int8": False, "avx512_vnni": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {**has, "avx_vnni": True})
+    amx, avx512, _, avx2 = cpu.INSTRUCTION_SETS
+    library = cpu.Library(avx2, cpu.library().module)
+    monkeypatch.setattr(cpu, "library", lambda: library)
+    monkeypatch.delenv(ISA_VARIABLE, raising=False)
+    found = doctor.cpu_library()
+    assert found["kernels"].startswith("for avx2, ready in ")
+    assert found["not amx"].startswith("the processor lacks") and "amx_int8" in found["not amx"]
+    assert found["not avx512_vnni"].endswith("avx512_vnni")
+    assert "cannot be built" in found["not avx_vnni"]
+    assert found["int8"] == (
+        'this processor has no int8 dot product: int8 stays float unless select="always"'
+    )
+    monkeypatch.setenv(ISA_VARIABLE, "avx2")
+    assert doctor.cpu_library()["not avx_vnni"] == f"{ISA_VARIABLE} asks for avx2"
+    assert amx.missing and avx512.missing
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_without_a_compiler_it_says_what_computes_int8(
+    exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    monkeypatch.setattr(cpu, "missing", lambda: "they need a C++ compiler")
+    monkeypatch.setattr(onednn, "missing", lambda: None if exact else "it saturates")
+    found = doctor.cpu_library()
+    assert found["compiler"].startswith("none: ")
+    assert found["kernels"] == "none: they need a C++ compiler"
+    assert found["instead"] == ("oneDNN and " if exact else "") + "PyTorch's operators"
+    assert found["int8"].startswith("is measured") is exact
+    assert ('stays float unless select="always"' in found["int8"]) is not exact
+    monkeypatch.setattr(onednn, "_product", lambda xq, wq: xq.float() @ wq.float().T)
+    ops = doctor.cpu_kernels()
+    assert ops.pop("int8_linear: onednn") == ("runs" if exact else "it saturates")
+    assert set(ops.values()) == {"they need a C++ compiler"}
+
+
+def test_a_cpu_kernel_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantize = OPS["quantize"]
+    kernel = Kernel("cpu", lambda *a: quantize.reference(*a)[::-1], lambda *a: None)
+    monkeypatch.setattr(doctor, "Kernel", lambda *_: kernel)
+    assert doctor.cpu_kernels()["quantize: cpu"].startswith(("FAILS", "WRONG"))
 
 
 def test_a_kernel_is_held_to_the_reference(calls: dict[str, tuple[Any, ...]]) -> None:

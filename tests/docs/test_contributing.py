@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 import graphquant
 from graphquant.ir.graph import LINEAR, aten, is_call, only_user
+from graphquant.ops import cpu, quantize
 from graphquant.ops.numerics import ACTIVATIONS, Activation
+from graphquant.ops.qparams import DYNAMIC
 from graphquant.passes import pipeline
 from graphquant.passes.rule import Edit, Linear, Refuse, Rewrite, Site, View, linears
 from tests.docs.pages import ROOT, rows
@@ -122,6 +124,13 @@ def test_a_new_activation_is_recognized_and_computed_from_its_entry(
         result = rewritten(one, x)
         assert result.counts == {"act_linear": 1}
         assert_near(result.got, result.want, linear_bound(read, one.fc.weight))
+    assert quantize.cpu_refusal(x, None, "swish3", *DYNAMIC) is not None  # the reference did
+
+
+def test_every_activation_has_its_branch_in_cpp() -> None:
+    if (why := cpu.missing()) is not None:
+        pytest.skip(why)
+    assert cpu.library().module.activations == [*ACTIVATIONS]
 
 
 @pytest.mark.parametrize("what", ["rule", "op", "activation", "kernel"])
@@ -135,7 +144,8 @@ def test_the_table_names_every_file_that_knows_each_activation() -> None:
     """A file that names every activation needs a line for a new one."""
     named = {
         str(path.relative_to(ROOT / "graphquant"))
-        for path in (ROOT / "graphquant").rglob("*.py")
+        for path in (ROOT / "graphquant").rglob("*")
+        if path.suffix in (".py", ".h", ".cuh")
         if all(f'"{name}"' in path.read_text() for name in ACTIVATIONS)
     }
     assert named == {n for n in touched("activation") if not n.startswith(("docs/", "tests/"))}
