@@ -32,6 +32,35 @@ def test_compare_sees_a_changed_neighbor(example):
     assert not changed.ok and not changed.same_neighbor.all()
 
 
+def test_models_are_timed_in_turns_and_the_fastest_run_counts(example, monkeypatch):
+    calls, took = [], iter(range(100, 0, -1))
+    monkeypatch.setattr(example, "embed", lambda model, batch: calls.append(model))
+
+    def seconds(run, device):
+        run()
+        return next(took) / 1e3
+
+    monkeypatch.setattr(example, "seconds", seconds)
+    best = example.best_ms({"float32": "a", "int8": "b"}, None, torch.device("cpu"))
+    assert "".join(calls) == "ab" * example.RUNS
+    assert best == {"float32": 102 - 2 * example.RUNS, "int8": 101 - 2 * example.RUNS}
+
+
+def test_bfloat16_is_shown_where_it_is_of_use(example, monkeypatch):
+    slow = {"float32": 30.0, "bfloat16": 60.0, "int8": 10.0}
+    has = {"avx2": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    lines = example.time_lines(slow, "inductor")
+    assert [line.partition(",")[0] for line in lines[:-1]] == ["float32", "int8"]
+    assert lines[-1].startswith("speed-up of int8       3.00x float32; ")
+    fast = example.time_lines({**slow, "bfloat16": 20.0}, "inductor")
+    assert "bfloat16, inductor        20.0 ms" in fast
+    assert "3.00x float32, 2.00x bfloat16;" in fast[-1]
+    has["avx512_bf16"] = True
+    assert len(example.time_lines(slow, "inductor")) == 4
+    assert len(example.time_lines({"float16": 3.0, "int8": 2.0}, "inductor")) == 3  # a GPU
+
+
 def test_int8_embeddings_of_real_sentences_are_close_to_the_float_ones(example):
     model, tokenize = example.load_model(torch.device("cpu"))
     # The first two of each topic say the same thing in two ways: each is the other's neighbor.

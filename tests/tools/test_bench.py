@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -18,15 +19,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphquant.ops import OPS
+import graphquant
+from graphquant.ops import OPS, cpu
 from graphquant.ops.define import Op
+from graphquant.ops.pack_weight.op import packed_shape
 from tests.ops import float64_checks as checks
 from tools.bench import __main__ as bench
-from tools.bench import ahead, encoders, models, ops, variants, write
+from tools.bench import ahead, encoders, models, ops, timing, variants, write
 from tools.bench.encoders import PRESETS, Limit, Row
 from tools.bench.models import MODELS, Model
 from tools.bench.records import (
+    ISA,
     LATE,
+    PROCESSOR,
+    SKIPPED,
     Encoder,
     Line,
     OpTime,
@@ -38,6 +44,7 @@ from tools.bench.records import (
     reason,
     save,
 )
+from tools.bench.runtimes import RUNTIMES, Runtime
 from tools.bench.timing import Call, Sample, Timer, interleaved
 from tools.bench.variants import FLOAT, VARIANTS
 
@@ -231,12 +238,16 @@ def test_a_tiny_model_goes_the_whole_way(tiny: str, tmp_path: Path) -> None:
     assert (ours.linears, ours.int8, ours.coverage) == (7, 7, 1.0)
     assert default.linears is None
     assert eager.weight_bytes == default.weight_bytes
-    # beside the float weights: a byte for each element of qkv, out, fc1, fc2 and the pooler, two
-    # float32 for each of their output channels, and the stacked bfloat16 bias of qkv
+    # beside the float weights: qkv, out, fc1, fc2 and the pooler, a byte for each element or in the
+    # order of the CPU kernels, two float32 for each of their output channels, and the stacked
+    # bfloat16 bias of qkv
     assert ours.weight_bytes and eager.weight_bytes
     beside = ours.weight_bytes - eager.weight_bytes
     channels = 3 * 32 + 32 + 64 + 32 + 32
-    assert beside == (3 + 1 + 1) * 32 * 32 + 2 * 32 * 64 + 8 * channels + 2 * 3 * 32
+    weights = [(3 * 32, 32), (32, 32), (64, 32), (32, 64), (32, 32)]
+    if cpu.missing() is None:
+        weights = [packed_shape(*of) for of in weights]
+    assert beside == sum(N * K for N, K in weights) + 8 * channels + 2 * 3 * 32
     command = run.header["command"]
     command = command[command.index("python") :]  # without the settings that the tests run with
     assert command == f"python -m tools.bench {tiny} --batch 2 --variants " + (
@@ -390,7 +401,7 @@ def test_the_baseline_is_the_fastest_bfloat16_variant_of_the_row() -> None:
         replace(record("bf16-default", 0.1), batch=1),
         replace(record("bf16-default", 0.1), layers=2),
     )
-    base = run.baseline(("vit-b-16", 64, None))
+    base = run.baseline(("vit-b-16", 64, None, None))
     assert base and base.variant == "bf16-max-autotune"
     assert speedup(run, "graphquant") == "2.00x"
     assert speedup(run, "eager") == "0.50x"
@@ -468,7 +479,7 @@ def test_a_value_one_step_off_is_caught(name: str, monkeypatch: pytest.MonkeyPat
         results = _first(op, *args)
         xq = next(t for t in results if t.dtype == torch.int8)
         xq[0, 1] += -1 if xq[0, 1] > 0 else 1
-        return results
+        return results if len(results) > 1 else results[0]
 
     assert any("xq is off" in s or "wq is off" in s for s in _break(monkeypatch, name, wrong))
 
@@ -594,6 +605,180 @@ def test_variants_take_turns_and_one_that_breaks_drops_out() -> None:
     assert isinstance(samples, list) and len(samples) == 15
 
 
+# --- on a CPU -----------------------------------------------------------------------------------
+
+
+class FakeClock(timing.CpuTimer):
+    """The n-th call of all takes 10 ms more than n, by the clock, and half of that of the CPU."""
+
+    def sample(self, call: Call) -> Sample:
+        call()
+        self.calls = getattr(self, "calls", 0) + 1
+        return Sample(10.0 + self.calls, cpu_ms=5.0 + self.calls / 2)
+
+
+CPU = {PROCESSOR: "a processor", ISA: "avx2"}
+
+
+def cpu_run(*records: Encoder, **facts: str) -> Run:
+    run = run_of(*(replace(r, threads=r.threads or 1) for r in records))
+    return replace(run, header={**CPU, "date": "2026-01-01", **facts})
+
+
+def on_cpu(variant: str, ms: float | None, cpu_ms: float | None, **more: Any) -> Encoder:
+    return record(variant, ms, cpu_ms=cpu_ms, host_ms=None, peak_bytes=None, **more)
+
+
+def test_a_call_on_the_cpu_has_two_times() -> None:
+    timer = timing.CpuTimer(1)
+    asleep = timer.sample(lambda: time.sleep(0.02))
+    assert asleep.ms >= 20 and asleep.cpu_ms is not None and asleep.cpu_ms < 15
+    assert timer.peak(lambda: None) is None and timer.fastest
+
+
+def test_the_fastest_call_counts_on_a_cpu(tiny: str) -> None:
+    row = Row(tiny, 1, ("eager", "graphquant-fp32"), layers=2)
+    got = encoders.measure(row, FakeClock(1), seconds=0.001)
+    assert [(r.threads, r.layers, r.failed) for r in got] == [(1, 2, "")] * 2
+    # turns of five: the first call of each variant is its fastest
+    assert [(r.ms, r.cpu_ms) for r in got] == [(11.0, 5.5), (16.0, 8.0)]
+    assert all(r.cosine and r.cosine > 0.999 and r.host_ms is None for r in got)
+    narrow, wide = got
+    assert (narrow.int8, wide.int8) == (None, 13)
+    assert narrow.weight_bytes and wide.weight_bytes
+    assert wide.weight_bytes > 2 * narrow.weight_bytes  # float32, and int8 beside it
+
+
+def test_a_whole_run_on_a_cpu(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    out, page = tmp_path / "run.json", tmp_path / "page.md"
+    argv = [
+        tiny,
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "2",
+        "1",
+        "--batch",
+        "2",
+        "--seconds",
+        "0.01",
+    ]
+    argv += ["--variants", "eager", "--json", str(out)]
+    assert bench.main([*argv, "--markdown", str(page)], check=lambda device: []) == 0
+    (run,) = load(out)
+    assert asked == [1, 2] == [r.threads for r in run.encoders]
+    assert all(r.ms and r.cpu_ms and r.right for r in run.encoders)
+    assert run.header[PROCESSOR] and run.header[ISA] and "card" not in run.header
+    assert "openvino" in run.header and run.machine in page.read_text()
+    assert bench.main([*argv, "--skip-done", str(out)], check=lambda device: []) == 1  # all done
+    assert asked == [1, 2]
+
+
+@pytest.mark.parametrize("variant", [*RUNTIMES, "torchao-int8"])
+def test_variants_of_missing_packages_are_left_out(
+    variant: str,
+    tiny: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    packages = RUNTIMES[variant][1] if variant in RUNTIMES else ("torchao",)
+    for package in packages:
+        monkeypatch.setitem(sys.modules, package, None)
+    page = tmp_path / "page.md"
+    argv = [tiny, "--variants", "eager", variant, "--markdown", str(page)]
+    assert measured(*argv) == 0
+    said = capsys.readouterr()
+    assert f"{tiny} x 8 {variant}: skipped: {packages[0]} is not installed" in said.err
+    assert "eager" in said.out and variant not in said.out
+    assert f"| {variant} |" not in page.read_text()
+
+
+def test_bfloat16_in_openvino_is_for_processors_with_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    with pytest.raises(variants.MissingError, match="no AMX"):
+        variants.prepare("openvino-bf16", nn.Linear(2, 2))
+    assert isinstance(variants.prepare("openvino-int8", nn.Linear(2, 2)).run, Runtime)
+
+
+@pytest.mark.parametrize("variant", RUNTIMES)
+def test_other_runtimes_compute_the_same(variant: str, tiny: str) -> None:
+    for package in RUNTIMES[variant][1]:
+        pytest.importorskip(package)
+    (got,) = encoders.measure(Row(tiny, 2, (variant,)), timing.CpuTimer(1), seconds=0.001)
+    if got.failed.startswith(SKIPPED):
+        pytest.skip(got.failed)
+    assert not got.failed and got.ms and got.weight_bytes is None
+    assert got.cosine and got.cosine > 0.99
+    assert got.cosine < 1 or variant == "openvino-bf16", "int8 rounds"
+
+
+def test_a_cpu_has_a_table_for_each_machine_and_number_of_threads() -> None:
+    first = cpu_run(
+        on_cpu("fp32-default", 30.0, 28.0),
+        on_cpu("bf16-default", 20.0, 35.0, spread=0.5),
+        on_cpu("graphquant-fp32", 10.0, 14.0, linears=25, int8=25),
+        on_cpu("openvino-int8", None, None, failed=f"{SKIPPED}nncf is not installed"),
+        on_cpu("onnxruntime-int8", 5.0, 5.0, cosine=0.9),
+        on_cpu("fp32-default", 16.0, 31.0, threads=2),
+        on_cpu("graphquant", 8.0, 16.0, threads=2),
+    )
+    lesser = cpu_run(
+        on_cpu("fp32-default", 40.0, 40.0), on_cpu("graphquant", 50.0, 50.0), **{ISA: "x"}
+    )
+    gpu = run_of(record("bf16-default", 3.0), record("graphquant", 1.5))
+    text = write.page([gpu, first, lesser], "gpu.png", "cpu.png")
+    head, _, rest = text.partition("## On a CPU")
+    section, _, after = rest.partition("## Ops")
+    assert "](gpu.png)" in head and "](cpu.png)" in section and "2.00x" in head
+    assert [line for line in section.splitlines() if line.startswith("**a processor")] == [
+        "**a processor, avx2, 1 thread**",
+        "**a processor, avx2, 2 threads**",
+        "**a processor, x, 1 thread**",
+    ]
+    row = "| vit-b-16 | 64 x 197 | {} |"
+    # by the clock over bfloat16, by the processor's time over float32
+    ours = "10.00 | 2.00x | 14.00 | 2.00x | 0.99990 | - | 25 of 25 | 3 |"
+    assert f"{row.format('graphquant-fp32')} {ours}" in section
+    assert f"{row.format('bf16-default')} 20.00 | 1 (baseline) | 35.00 | 0.80x |" in section
+    assert f"{row.format('onnxruntime-int8')} 5.000 | - | 5.000 | - | 0.90000" in section
+    assert f"{row.format('graphquant')} 8.000 | 2.00x | 16.00 | 1.94x" in section
+    assert f"{row.format('graphquant')} 50.00 | 0.80x" in section
+    assert (
+        "| processor | a processor | a processor |" in section and "openvino-int8 |" not in section
+    )
+    assert "a processor" not in head + after and "a card" in after
+
+
+@needs_matplotlib
+def test_gpus_and_cpus_have_a_chart_each(tmp_path: Path) -> None:
+    run = cpu_run(*(on_cpu(v, 1.0, 1.0) for v in ("fp32-default", *variants.CPU_USUAL[2:])))
+    ((label, some),) = write.bars([run])
+    assert label == "vit-b-16\n64 x 197 tokens, avx2, 1 thread\nover fp32-default"
+    assert set(some) == set(variants.CPU_USUAL[2:])
+    chart = tmp_path / "chart.png"
+    assert write.draw_all([run], chart) == (None, tmp_path / "chart-cpu.png")
+    gpu = run_of(record("bf16-default", 3.0), record("graphquant", 1.5))
+    assert write.draw_all([run, gpu], chart) == (chart, tmp_path / "chart-cpu.png")
+    assert all(p.read_bytes().startswith(PNG) for p in tmp_path.iterdir())
+
+
+def test_the_instruction_set_may_be_forced_and_is_part_of_the_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    unset(monkeypatch)
+    monkeypatch.setenv("GRAPHQUANT_CPU_ISA", "avx2")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    said = header(["--preset", "cpu"])["command"]
+    assert (
+        said == "GRAPHQUANT_CPU_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python -m tools.bench --preset cpu"
+    )
+
+
 # --- records ------------------------------------------------------------------------------------
 
 OP = OpTime("int8_linear", 577, 4096, 1024, "graphquant", 10.0, "bias", host_us=5.0, bytes=1)
@@ -700,6 +885,9 @@ def test_the_header_says_with_what_but_not_where_to(monkeypatch: pytest.MonkeyPa
     assert found["command"] == "python -m tools.bench ops --batch 1"
     for name in ("card", "driver", "torch", "triton", "transformers", "torchao", "date"):
         assert found[name]
+    for of in (found, header([], on_cpu=True)):
+        assert of["python"] == platform.python_version()
+        assert of["graphquant"] == graphquant.__version__
 
 
 def test_settings_in_the_environment_are_part_of_the_command(
@@ -767,7 +955,7 @@ def test_tables_have_as_many_cells_as_columns() -> None:
 
 
 def test_without_ops_or_encoders_the_page_says_so() -> None:
-    assert write.page([]).count("Not measured yet.") == 2
+    assert write.page([]).count("Not measured yet.") == 3
 
 
 @needs_matplotlib
@@ -821,6 +1009,9 @@ def test_a_bar_names_its_baseline_and_a_cut_model() -> None:
         (["vit-b-16", "--preset", "headline"], "--preset names models"),
         (["--preset", "headline", "--batch", "1"], "--preset names models"),
         (["--skip-done", "no/such.json"], "no/such.json"),
+        (["--device", "gpu"], "invalid choice: 'gpu'"),
+        (["--threads", "0"], "0 is not a whole number of at least 1"),
+        (["ops", "--device=cpu"], "unrecognized arguments"),
         (["ops", "vit-b-61"], "no model vit-b-61"),
         (["ops", "--preset=headline"], "unrecognized arguments"),
         (["write"], "FILE.json"),
@@ -841,8 +1032,12 @@ def test_without_a_gpu_nothing_is_timed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert bench.main(["vit-b-16"]) == bench.main(["ops"]) == 3
-    assert "NOTHING WAS TIMED" in capsys.readouterr().err
+    asked = (["vit-b-16", "--device", "cuda"], ["--preset", "headline"], ["ops"])
+    assert [bench.main(argv) for argv in asked] == [3, 3, 3]
+    assert capsys.readouterr().err.count("NOTHING WAS TIMED") == 3
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["--preset", "cpu", "--jobs", "2"])
+    assert "--jobs is for a GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -857,7 +1052,7 @@ def test_presets_name_what_there_is(name: str) -> None:
 
 
 def test_every_variant_is_known_to_prepare() -> None:
-    for name in set(VARIANTS) - set(variants.TORCHAO):
+    for name in set(VARIANTS) - set(variants.TORCHAO) - set(RUNTIMES):
         assert variants.prepare(name, nn.Linear(2, 2)).module
     with pytest.raises(ValueError, match="no variant 'x': there are eager, bf16-default"):
         variants.prepare("x", nn.Linear(2, 2))
@@ -872,7 +1067,8 @@ def test_packages_are_measured_like_other_variants(tiny: str, tmp_path: Path) ->
     floats, ops_, alone = load(out)[0].encoders
     assert all(r.right for r in (floats, ops_, alone))
     assert ops_.int8 == alone.int8 == 7 and floats.int8 is None
-    assert floats.weight_bytes > ops_.weight_bytes == alone.weight_bytes > 0
+    assert floats.weight_bytes > alone.weight_bytes > 0
+    assert ops_.weight_bytes >= alone.weight_bytes  # packed for a CPU: in whole panels
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -3,6 +3,7 @@
     python -m tools.bench siglip-so400m --batch 8 64 --variants bf16-default graphquant
     python -m tools.bench --preset headline --jobs 4 --json run.json
     python -m tools.bench --preset grid --layers 4 --jobs 8
+    python -m tools.bench --preset cpu --threads 1 2 --json cpu.json
     python -m tools.bench ops siglip-so400m --batch 64
     python -m tools.bench write docs/performance.json --add run.json
 
@@ -10,6 +11,9 @@ All variants of a model run in one process, on the same random bfloat16 weights 
 (A B C A B C ...); the median of CUDA event times counts, and ratios are within one run. A variant
 whose cosine to the float32 model is under 0.999 gets no speed-up printed, and nothing does when an
 op is wrong on this device. `write` needs no GPU.
+
+On a CPU, fp32 variants run the same weights in float32, and the shortest call counts: by the clock,
+and by the processor's time in all threads. A variant whose package is missing is left out.
 
 Compilation takes most of the time. --jobs 4 does it in four processes, which time what they choose
 between one after the other; $TORCHINDUCTOR_CACHE_DIR kept from an earlier run saves it too. Neither
@@ -37,8 +41,8 @@ from tools.bench import ahead, encoders, ops, write
 from tools.bench.encoders import PRESET_LIMIT, PRESETS, Limit, Row
 from tools.bench.models import MODELS
 from tools.bench.records import LATE, Encoder, Line, OpTime, Run, header, load, merge, save
-from tools.bench.timing import Timer
-from tools.bench.variants import USUAL, VARIANTS
+from tools.bench.timing import CpuTimer, Timer
+from tools.bench.variants import CPU_USUAL, USUAL, VARIANTS
 
 WIDTH = 190  # of the tables printed at the end
 OPS_MODELS = ("siglip-so400m", "clip-l-336")
@@ -50,24 +54,23 @@ def main(
     timer: Timer | None = None,
     check: Callable[[str], list[str]] = wrong_ops,
 ) -> int:
-    """timer: how and where to measure; None for CUDA. check: of the ops, on a device."""
+    """timer: how and where to measure; None for --device. check: of the ops, on a device."""
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["write"]:
         return _write(given[1:])
     is_ops = given[:1] == ["ops"]
     parser = _ops_parser() if is_ops else _encoders_parser()
     args = parser.parse_args(given[is_ops:])
+    timers = [timer] if timer else _timers(parser, args)
     rows = [] if is_ops else _rows(parser, args)
     if args.chart:
         _needs_matplotlib(parser)
-    if timer is None:
-        if not torch.cuda.is_available():
-            print("NOTHING WAS TIMED: torch sees no NVIDIA GPU on this machine", file=sys.stderr)
-            return 3
-        timer = Timer()
+    if timers[0].device == "cuda" and not torch.cuda.is_available():
+        print("NOTHING WAS TIMED: torch sees no NVIDIA GPU on this machine", file=sys.stderr)
+        return 3
     _quiet()
     limit = Limit.after(args.time_limit)
-    run = Run(header(given), check(timer.device))
+    run = Run(header(given, on_cpu=bool(timers[0].threads)), check(timers[0].device))
 
     def done(new: Sequence[Encoder | OpTime]) -> None:
         """After every row, so that an interrupted run leaves what it has."""
@@ -82,9 +85,9 @@ def main(
         _say(f"WRONG OP, NO SPEED-UP WILL BE TOLD: {why}")
     if is_ops:
         models = [MODELS[name] for name in args.models]
-        ops.run(models, args.batch, timer, seconds=args.seconds, limit=limit, done=done)
+        ops.run(models, args.batch, timers[0], seconds=args.seconds, limit=limit, done=done)
     else:
-        _encoders(rows, args, timer, limit, done)
+        _encoders(rows, args, timers, limit, done)
     done([])
     for sheet in write.sheets(Line(r, run, 1) for r in run.records):
         Console(width=WIDTH).print(write.for_terminal(sheet))
@@ -96,18 +99,21 @@ def main(
 def _encoders(
     rows: Sequence[Row],
     args: argparse.Namespace,
-    timer: Timer,
+    timers: Sequence[Timer],
     limit: Limit,
     done: Callable[[list[Encoder]], None],
 ) -> None:
+    todo = [(t, r) for t in timers for r in rows if not _done(r, args.layers, t, args.skip_done)]
     late: dict[ahead.Task, str] = {}
     if args.jobs:
-        todo = ahead.tasks(rows, args.layers, timer.device)
-        late = ahead.compile_all(todo, args.jobs, limit.half(), _say)
-    for row in rows:
+        tasks = ahead.tasks([row for _, row in todo], args.layers, timers[0].device)
+        late = ahead.compile_all(tasks, args.jobs, limit.half(), _say)
+    for timer, row in todo:
         if limit.passed:
             _say(f"{row.model} x {row.batch} {LATE}")
             continue
+        if timer.threads is not None:
+            torch.set_num_threads(timer.threads)
         without = {t.variant: w for t, w in late.items() if t.row == (row.model, row.batch)}
         settings: dict[str, Any] = {"seconds": args.seconds, "layers": args.layers}
         done(encoders.measure(row, timer, limit=limit, without=without, **settings))
@@ -126,9 +132,9 @@ def _quiet() -> None:
 
 
 def _publish(runs: Sequence[Run], markdown: Path | None, chart: Path | None) -> None:
-    drawn = chart if chart and write.draw(runs, chart) else None
+    drawn = write.draw_all(runs, chart) if chart else []
     if markdown:
-        write.write_page(runs, markdown, drawn)
+        write.write_page(runs, markdown, *drawn)
 
 
 def _needs_matplotlib(parser: argparse.ArgumentParser) -> None:
@@ -141,21 +147,35 @@ def _rows(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Row
         if args.models or args.batch or args.variants:
             parser.error("--preset names models, batches and variants itself")
         rows = list(PRESETS[args.preset])
-        args.time_limit = PRESET_LIMIT if args.time_limit is None else args.time_limit
+        if args.time_limit is None and args.preset != "cpu":
+            args.time_limit = PRESET_LIMIT
     else:
-        variants = tuple(dict.fromkeys(args.variants or USUAL))
+        usual = CPU_USUAL if args.device == "cpu" else USUAL
+        variants = tuple(dict.fromkeys(args.variants or usual))
         models, batches = args.models or ["siglip-so400m"], args.batch or [8]
         rows = [Row(m, b, variants) for m in models for b in batches]
     try:
-        return [r for r in rows if not _done(r, args.layers, args.skip_done)]
+        args.skip_done = [run for file in args.skip_done for run in load(file)]
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    return rows
 
 
-def _done(row: Row, layers: int | None, files: Sequence[Path]) -> bool:
-    """Does one run of these files have times of everything in the row?"""
-    wanted = {(row.model, row.batch, layers, v) for v in row.variants}
-    runs = (run for file in files for run in load(file))
+def _timers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Timer]:
+    """Those of --device and --threads. All presets but "cpu" are for a GPU."""
+    if args.device is None:
+        on_gpu = args.preset != "cpu" if args.preset else torch.cuda.is_available()
+        args.device = "cuda" if on_gpu else "cpu"
+    if args.device == "cuda":
+        return [Timer()]
+    if args.jobs:
+        parser.error("--jobs is for a GPU: on a CPU, processes would disturb each other's times")
+    return [CpuTimer(n) for n in dict.fromkeys(args.threads or (1, torch.get_num_threads()))]
+
+
+def _done(row: Row, layers: int | None, timer: Timer, runs: Sequence[Run]) -> bool:
+    """Does one of these runs have times of everything in the row?"""
+    wanted = {(row.model, row.batch, layers or row.layers, timer.threads, v) for v in row.variants}
     return any(
         wanted <= {(*r.row, r.variant) for r in run.encoders if not r.failed} for run in runs
     )
@@ -189,8 +209,10 @@ def _measuring(prog: str, seconds: float) -> argparse.ArgumentParser:
 def _encoders_parser() -> argparse.ArgumentParser:
     parser = _measuring("python -m tools.bench", 2.0)
     add = parser.add_argument
+    add("--device", choices=("cuda", "cpu"), help="(cuda if there is a GPU)")
+    add("--threads", nargs="+", type=count, metavar="N", help="on a CPU (1, and all)")
     add("--variants", nargs="+", choices=VARIANTS)
-    add("--preset", choices=PRESETS, help=f"in {PRESET_LIMIT:g} s unless told")
+    add("--preset", choices=PRESETS, help=f"on a GPU in {PRESET_LIMIT:g} s unless told")
     jobs = "first compile in N processes at once, for half of the time limit at most"
     add("--jobs", type=count, default=0, metavar="N", help=jobs)
     add("--layers", type=count, metavar="N", help="cut every model to N layers")
@@ -201,7 +223,7 @@ def _encoders_parser() -> argparse.ArgumentParser:
 
 def _ops_parser() -> argparse.ArgumentParser:
     parser = _measuring("python -m tools.bench ops", 0.3)
-    parser.set_defaults(models=list(OPS_MODELS), batch=[1, 64])
+    parser.set_defaults(models=list(OPS_MODELS), batch=[1, 64], device="cuda")
     return parser
 
 

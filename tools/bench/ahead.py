@@ -103,7 +103,8 @@ def main(argv: Sequence[str]) -> int:
             with alone():
                 net, kwargs = build(model, device), inputs(model, int(batch), device)
             with compiling(), settings_kept():
-                prepare(variant, net).run(**kwargs)
+                prepared = prepare(variant, net)
+                prepared.run(**prepared.given(kwargs))
     except MissingError as error:
         print(error, file=sys.stderr)
         return 0  # the benchmark says so itself

@@ -17,21 +17,22 @@ import torch
 from torch import Tensor, nn
 
 from graphquant import Report
-from tools.bench.models import MODELS, Model, build, inputs
-from tools.bench.records import LATE, Encoder, reason, short
+from tools.bench.models import MODELS, Model, build, inputs, widened
+from tools.bench.records import LATE, SKIPPED, Encoder, reason, short
 from tools.bench.timing import PEAK_CALLS, Sample, Timer, interleaved, spread
-from tools.bench.variants import MissingError, Prepared, prepare, settings_kept, weight_bytes
+from tools.bench.variants import CPU_USUAL, MissingError, prepare, settings_kept, weight_bytes
 
 CHUNK = 8  # of a batch, for the model in float32
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is measured together, in turns."""
+    """What is measured together, in turns. layers: what the model is cut to, or None."""
 
     model: str
     batch: int
     variants: tuple[str, ...]
+    layers: int | None = None
 
 
 _BASE = ("bf16-max-autotune", "graphquant")
@@ -55,9 +56,16 @@ PRESETS: dict[str, tuple[Row, ...]] = {
         Row(model, batch, ("bf16-default", "graphquant"))
         for batch in (64, 8, 1)
         for model in MODELS
+        if model not in ("bert-base-32", "minilm-l6")
+    ),
+    "cpu": (
+        Row("bert-base-128", 8, CPU_USUAL, 4),
+        Row("minilm-l6", 32, CPU_USUAL),
+        Row("vit-b-16", 8, CPU_USUAL, 4),
+        Row("bert-base-32", 1, CPU_USUAL, 4),
     ),
 }
-PRESET_LIMIT = 480.0  # seconds
+PRESET_LIMIT = 480.0  # seconds, on a GPU
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,7 @@ def measure(
 
     without: variants that are not tried, and why.
     """
+    layers = layers or row.layers
     model = models[row.model].cut(layers)
     facts: dict[str, dict[str, Any]] = {v: {} for v in row.variants}
     timer.forget()  # sizes seen in another row would make Dynamo's shapes dynamic
@@ -128,12 +137,12 @@ def measure(
             if isinstance(samples, Exception):
                 facts[variant] = {"failed": reason(samples)}
             else:
-                facts[variant] |= _times(samples)
+                facts[variant] |= _times(samples, timer)
         del calls
     timer.forget()
+    more: dict[str, Any] = {"layers": layers, "threads": timer.threads}
     return [
-        Encoder(row.model, row.batch, model.tokens, v, layers=layers, **facts[v])
-        for v in row.variants
+        Encoder(row.model, row.batch, model.tokens, v, **more, **facts[v]) for v in row.variants
     ]
 
 
@@ -149,14 +158,14 @@ def _ready(
     variant: str, net: nn.Module, kwargs: dict[str, Tensor], want: Tensor, timer: Timer
 ) -> tuple[Callable[[], Any], dict[str, Any]]:
     """A call of a variant that is compiled and has given a result, and what is known of it."""
-    prepared: Prepared
 
     def call() -> Any:
-        return prepared.run(**kwargs)
+        return prepared.run(**given)
 
     try:
         with settings_kept():
             prepared = prepare(variant, net)
+            given = prepared.given(kwargs)
             timer.wait()
             hits, start = _counted("inductor", "fxgraph_cache_hit"), time.perf_counter()
             got = call()[0]
@@ -164,13 +173,14 @@ def _ready(
             took = time.perf_counter() - start
             cosine, worst = cosines(got, want)
             del got
-            peak = max(timer.peak(call) for _ in range(PEAK_CALLS))
+            peaks = [timer.peak(call) for _ in range(PEAK_CALLS)]
     except MissingError as error:
-        return call, {"failed": f"skipped: {error}"}
+        return call, {"failed": f"{SKIPPED}{error}"}
     except Exception as error:  # noqa: BLE001 - recorded
         return call, {"failed": reason(error)}
     cached = True if _counted("inductor", "fxgraph_cache_hit") > hits else None
-    facts = {"cosine": cosine, "worst_cosine": worst, "peak_bytes": peak, "cached": cached}
+    facts: dict[str, Any] = {"cosine": cosine, "worst_cosine": worst, "cached": cached}
+    facts["peak_bytes"] = max((p for p in peaks if p is not None), default=None)
     facts |= {"weight_bytes": weight_bytes(prepared), "compile_s": short(took)}
     if prepared.reports:
         report = Report.merge(prepared.reports)
@@ -180,14 +190,13 @@ def _ready(
     return call, facts
 
 
-def _times(samples: Sequence[Sample]) -> dict[str, Any]:
-    ms = [s.ms for s in samples]
-    return {
-        "ms": short(statistics.median(ms)),
-        "spread": short(spread(ms)),
-        "host_ms": short(statistics.median(s.host_ms for s in samples)),
-        "calls": len(ms),
-    }
+def _times(samples: Sequence[Sample], timer: Timer) -> dict[str, Any]:
+    facts: dict[str, Any] = {"spread": short(spread([s.ms for s in samples]))}
+    for name in ("ms", "host_ms", "cpu_ms"):
+        values = [v for s in samples if (v := getattr(s, name)) is not None]
+        typical = min if timer.fastest else statistics.median
+        facts[name] = short(typical(values)) if values else None
+    return {**facts, "calls": len(samples)}
 
 
 def _counted(kind: str, name: str) -> int:
@@ -199,9 +208,8 @@ def _counted(kind: str, name: str) -> int:
 def in_float32(net: nn.Module, kwargs: dict[str, Tensor]) -> Tensor:
     """The result [batch, tokens, hidden] of the same weights in float32, CHUNK inputs at a time."""
     wide = copy.deepcopy(net).float()
-    whole = {k: v.float() if v.is_floating_point() else v for k, v in kwargs.items()}
-    parts = zip(*(v.split(CHUNK) for v in whole.values()), strict=True)
-    return torch.cat([wide(**dict(zip(whole, part, strict=True)))[0] for part in parts])
+    parts = zip(*(v.split(CHUNK) for v in widened(kwargs).values()), strict=True)
+    return torch.cat([wide(**dict(zip(kwargs, part, strict=True)))[0] for part in parts])
 
 
 def cosines(got: Tensor, want: Tensor) -> tuple[float, float]:

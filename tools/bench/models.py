@@ -40,10 +40,13 @@ class Model:
         return replace(self, sizes={**self.sizes, **cut})
 
 
+def _sizes(hidden: int, mlp: int, layers: int, heads: int) -> dict[str, Any]:
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return dict(zip(names, (hidden, mlp, layers, heads), strict=True))
+
+
 def _vit(hidden: int, mlp: int, layers: int, heads: int, image: int, patch: int) -> dict[str, Any]:
-    names = "hidden_size intermediate_size num_hidden_layers num_attention_heads image_size"
-    sizes = (hidden, mlp, layers, heads, image, patch)
-    return dict(zip([*names.split(), "patch_size"], sizes, strict=True))
+    return {**_sizes(hidden, mlp, layers, heads), "image_size": image, "patch_size": patch}
 
 
 _DINOV2_L = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -56,6 +59,8 @@ MODELS = {
     "bert-base-128": Model("BertConfig", "BertModel", {}, 128),
     "bert-base-512": Model("BertConfig", "BertModel", {}, 512),
     "dinov2-l": Model("Dinov2Config", "Dinov2Model", {**_DINOV2_L, "image_size": 224}, 257),
+    "bert-base-32": Model("BertConfig", "BertModel", {}, 32),
+    "minilm-l6": Model("BertConfig", "BertModel", _sizes(384, 1536, 6, 12), 48),
 }
 
 
@@ -80,3 +85,8 @@ def inputs(model: Model, batch: int, device: str) -> dict[str, Tensor]:
     side = side if isinstance(side, int) else side[0]
     pixels = torch.randn(batch, 3, side, side, device=device, generator=random)
     return {"pixel_values": pixels.to(torch.bfloat16)}
+
+
+def widened(kwargs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs for the model in float32."""
+    return {k: v.float() if v.is_floating_point() else v for k, v in kwargs.items()}

@@ -20,11 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from graphquant.cli.doctor import environment
+from graphquant.ops import cpu
+from graphquant.ops.runtime.device import processor
 from graphquant.utils import serialization
 from tools.bench.variants import FLOAT
 
 MIN_COSINE = 0.999  # of a variant's output to the float32 model's: under it no speed-up is told
 LATE = "not run: the time limit had passed"  # no failure: nothing is known
+SKIPPED = "skipped: "  # what a variant needs is not there: no failure either
+PROCESSOR, ISA = "processor", "instruction set"  # in the header of a run on a CPU
 OUTPUTS = ("--json", "--markdown", "--chart")  # of a command: where to, not what
 
 
@@ -32,7 +36,9 @@ OUTPUTS = ("--json", "--markdown", "--chart")  # of a command: where to, not wha
 class Encoder:
     """One variant of one model at one batch.
 
-    ms, host_ms   median of one call: until the device has finished, and until the call returns
+    ms, host_ms   median of one call: until the device has finished, and until the call returns; on
+                  a CPU ms is the minimum
+    cpu_ms        on a CPU: the minimum of the processor's time in all threads
     spread        how far the 10th and 90th percentile of ms are apart, relative to the median
     cosine        of the whole output to that of the same weights in float32; worst_cosine of the
                   worst token
@@ -41,6 +47,7 @@ class Encoder:
     weight_bytes  parameters, buffers and packed weights
     compile_s     the first call; `cached` if Inductor found compiled code of an earlier process
     layers        what the model was cut to; None: it is whole
+    threads       of the CPU; None: it ran on a GPU
     linears, int8 how many linears graphquant saw, and how many run in int8
     failed        why there are no numbers
     """
@@ -54,7 +61,9 @@ class Encoder:
     peak_bytes: int | None = None
     compile_s: float | None = None
     layers: int | None = None
+    threads: int | None = None
     host_ms: float | None = None
+    cpu_ms: float | None = None
     spread: float | None = None
     calls: int | None = None
     worst_cosine: float | None = None
@@ -68,7 +77,7 @@ class Encoder:
     @property
     def row(self) -> tuple[Any, ...]:
         """Variants of one row of one run can be compared."""
-        return self.model, self.batch, self.layers
+        return self.model, self.batch, self.layers, self.threads
 
     @property
     def right(self) -> bool:
@@ -121,18 +130,22 @@ class Run:
     def records(self) -> list[Encoder | OpTime]:
         return [*self.encoders, *self.ops]
 
-    def baseline(self, row: tuple[Any, ...]) -> Encoder | None:
-        """The fastest bfloat16 variant of a row, compiled or not."""
-        able = [r for r in self.encoders if r.row == row and r.right and r.variant in FLOAT]
-        return min(able, key=lambda r: r.ms or 0.0, default=None)
+    @property
+    def machine(self) -> str:
+        """The processor and its instruction set, of a run on a CPU; else empty."""
+        return ", ".join(self.header[k] for k in (PROCESSOR, ISA) if k in self.header)
 
-    def speedup(self, record: Encoder) -> float | None:
+    def baseline(self, row: tuple[Any, ...], clock: str = "ms") -> Encoder | None:
+        """The fastest float variant of a row, compiled or not. clock: ms or cpu_ms."""
+        able = [r for r in self.encoders if r.row == row and r.right and r.variant in FLOAT]
+        return min(able, key=lambda r: getattr(r, clock) or 0.0, default=None)
+
+    def speedup(self, record: Encoder, clock: str = "ms") -> float | None:
         """Over the row's baseline; None where it may not be told."""
-        base = self.baseline(record.row)
+        base = self.baseline(record.row, clock)
         if self.wrong_ops or base is None or not record.right:
             return None
-        assert base.ms is not None and record.ms is not None  # both are right
-        return base.ms / record.ms
+        return float(getattr(base, clock) / getattr(record, clock))
 
 
 @dataclass(frozen=True)
@@ -150,10 +163,11 @@ class Line:
         return 0 if self.record.failed else 1 + (len(same) > 1)
 
 
-def header(argv: Sequence[str]) -> dict[str, str]:
+def header(argv: Sequence[str], *, on_cpu: bool = False) -> dict[str, str]:
     """On what, with what, when and how: without where the results were written to."""
-    about = environment()
-    names = ("torch", "triton", "transformers", "torchao", "graphquant", "python")
+    own = ("onnxruntime", "openvino", "nncf") if on_cpu else ("triton",)
+    about = environment(packages := ("torch", *own, "transformers", "torchao"))
+    names = (*packages, "graphquant", "python")
     outputs = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in OUTPUTS:
         outputs.add_argument(name)
@@ -162,12 +176,14 @@ def header(argv: Sequence[str]) -> dict[str, str]:
     command = shlex.join([*said, "python", "-m", "tools.bench", *kept])
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     where = {"card": about["device"], "driver": about["driver"]}
+    if on_cpu:
+        where = {PROCESSOR: processor(), ISA: cpu.missing() or cpu.library().isa.name}
     return {**where, **{n: about[n] for n in names}, "date": date, "command": command}
 
 
 def _counts(variable: str) -> bool:
     """Does it change what is measured?"""
-    ours = variable.startswith(("GRAPHQUANT_", "TORCHINDUCTOR_"))
+    ours = variable.startswith(("GRAPHQUANT_", "TORCHINDUCTOR_", "ONEDNN_", "ATEN_CPU_"))
     return ours and not variable.endswith(("_CACHE_DIR", "_THREADS", "_LOCK"))
 
 
@@ -236,12 +252,14 @@ def latest(runs: Sequence[Run], kind: str) -> list[Line]:
     """Of each (row, variant) the newest record that has numbers, in the order first seen.
 
     kind: "encoders" or "ops". A failure, or a time that its run has nothing to compare with, is
-    shown only where there is nothing better, and what was not run for lack of time not at all.
+    shown only where there is nothing better, and what was not run at all, for lack of time or of a
+    package, never. Processors are kept apart.
     """
     found: dict[tuple[Any, ...], dict[tuple[str, str], Line]] = {}
     for number, run in enumerate(runs, 1):
-        for record in (r for r in getattr(run, kind) if r.failed != LATE):
-            line, row = Line(record, run, number), found.setdefault(record.row, {})
+        tried = (r for r in getattr(run, kind) if not r.failed.startswith((LATE, SKIPPED)))
+        for record in tried:
+            line, row = Line(record, run, number), found.setdefault((run.machine, *record.row), {})
             key = record.variant, getattr(record, "detail", "")
             if key not in row or line.worth >= row[key].worth:
                 row[key] = line

@@ -26,16 +26,20 @@ class Sample:
 
     ms       until the device has finished; host time counts as far as the device waits for it
     host_ms  until the call returns
+    cpu_ms   time of the processor in all threads, which neighbors on the machine change less
     """
 
     ms: float
-    host_ms: float
+    host_ms: float | None = None
+    cpu_ms: float | None = None
 
 
 class Timer:
-    """CUDA; tests have one for the CPU."""
+    """CUDA; tests have one for the CPU without threads of its own."""
 
     device = "cuda"
+    threads: int | None = None
+    fastest = False  # does the fastest call count, rather than the median?
 
     @property
     def cache_bytes(self) -> int:
@@ -56,8 +60,8 @@ class Timer:
         end.synchronize()
         return Sample(start.elapsed_time(end), 1000 * (after - before))
 
-    def peak(self, call: Call) -> int:
-        """The most bytes that were allocated during the call, beyond those before it."""
+    def peak(self, call: Call) -> int | None:
+        """The most bytes that were allocated during the call, beyond those before it, if known."""
         self.wait()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -92,6 +96,32 @@ class Timer:
         reset_cudagraph_trees()
         gc.collect()
         torch.cuda.empty_cache()
+
+
+class CpuTimer(Timer):
+    """Calls on `threads` threads of the CPU. The minimum counts: all that can happen to a call
+    there, on a machine that others use too, makes it slower."""
+
+    device = "cpu"
+    fastest = True
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    def wait(self) -> None: ...
+
+    def sample(self, call: Call) -> Sample:
+        wall, busy = time.perf_counter(), time.process_time()
+        call()
+        wall, busy = time.perf_counter() - wall, time.process_time() - busy
+        return Sample(1000 * wall, cpu_ms=1000 * busy)
+
+    def peak(self, call: Call) -> None:
+        call()
+
+    def forget(self) -> None:
+        torch._dynamo.reset()
+        gc.collect()
 
 
 def interleaved(

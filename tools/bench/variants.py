@@ -1,11 +1,12 @@
-"""How a model is made faster: torch.compile in its modes, torchao, graphquant, AOTInductor."""
+"""How a model is made faster: torch.compile, torchao, graphquant, AOTInductor, other runtimes."""
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,39 +17,56 @@ from graphquant import Report
 from graphquant.backend import graphquant as graphquant_backend
 from graphquant.weights.packed import packed_tensors
 from graphquant.weights.released import is_in_host_memory, is_released
+from tools.bench.models import widened
 from tools.bench.packages import FLOAT_PACKAGES, INT8_PACKAGES, PACKAGES, Package
+from tools.bench.runtimes import RUNTIMES, Runtime
 
 MODES = {
     "bf16-default": "default",
     "bf16-max-autotune": "max-autotune-no-cudagraphs",
     "bf16-reduce-overhead": "reduce-overhead",
     "bf16-max-autotune-graphs": "max-autotune",
+    "fp32-default": "default",
 }
 TORCHAO = ("torchao-int8", "torchao-fp8")
-GRAPHQUANT = {"graphquant": None, "graphquant-reduce-overhead": "reduce-overhead"}
+_MODES = {"graphquant-reduce-overhead": "reduce-overhead"}
+GRAPHQUANT: dict[str, str | None] = {"graphquant": None, "graphquant-fp32": None, **_MODES}
 FLOAT = ("eager", *MODES, *FLOAT_PACKAGES)  # what a speed-up may be measured against
-VARIANTS = (*FLOAT, *TORCHAO, *GRAPHQUANT, *INT8_PACKAGES)
-USUAL = ("eager", *(m for m in MODES if m != "bf16-max-autotune-graphs"), *TORCHAO, *GRAPHQUANT)
+VARIANTS = (*FLOAT, *TORCHAO, *GRAPHQUANT, *INT8_PACKAGES, *RUNTIMES)
+FP32 = ("fp32-default", "graphquant-fp32", *RUNTIMES)  # the others run the bfloat16 model
+USUAL = ("eager", *list(MODES)[:3], *TORCHAO, "graphquant", *_MODES)
+CPU_USUAL = ("fp32-default", "bf16-default", "torchao-int8", *RUNTIMES, *list(GRAPHQUANT)[:2])
 
 
 class MissingError(Exception):
-    """A variant needs a package that is not installed."""
+    """A variant needs a package or a processor that is not there."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """module: the model that runs, quantized or not. reports: filled when graphquant compiles."""
+    """module: the model that runs, quantized or not. reports: filled when graphquant compiles.
+    given: inputs as it takes them."""
 
     run: Callable[..., Any]
     module: nn.Module
     reports: list[Report]
+    given: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
 
 
 def prepare(variant: str, model: nn.Module) -> Prepared:
     """The model under this variant; it compiles at its first call. `model` itself stays as it is.
 
-    Raises MissingError where torchao is needed and not installed.
+    Raises MissingError where a package is needed and not installed.
     """
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    with torch.inference_mode(False), torch.no_grad():  # copies with version counters
+        # on a CPU torchao's int8 was measured to be faster from float32 than from bfloat16
+        if variant not in FP32 and not (variant in TORCHAO and on_cpu):
+            return _prepare(variant, model, on_cpu)
+        return replace(_prepare(variant, copy.deepcopy(model).float(), on_cpu), given=widened)
+
+
+def _prepare(variant: str, model: nn.Module, on_cpu: bool) -> Prepared:
     reports: list[Report] = []
     if variant == "eager":
         return Prepared(model, model, reports)
@@ -56,8 +74,8 @@ def prepare(variant: str, model: nn.Module) -> Prepared:
         mode = MODES[variant]
         return Prepared(torch.compile(model, fullgraph=True, mode=mode), model, reports)
     if variant in TORCHAO:
-        with torch.inference_mode(False), torch.no_grad():  # copies with version counters
-            module = _torchao(variant, copy.deepcopy(model))
+        module = _torchao(variant, copy.deepcopy(model))
+        torch._inductor.config.freezing = on_cpu  # its int8 GEMMs on a CPU need constant weights
         return Prepared(torch.compile(module, fullgraph=True), module, reports)
     if variant in GRAPHQUANT:
         options: dict[str, Any] = {"mode": GRAPHQUANT[variant], "on_report": reports.append}
@@ -66,6 +84,14 @@ def prepare(variant: str, model: nn.Module) -> Prepared:
         return Prepared(run, model, reports)
     if variant in PACKAGES:
         return Prepared(Package(variant, model, reports), model, reports)
+    if variant in RUNTIMES:
+        make, packages = RUNTIMES[variant]
+        lacking = [p for p in packages if importlib.util.find_spec(p) is None]
+        if lacking:
+            raise MissingError(f"{lacking[0]} is not installed")
+        if variant == "openvino-bf16" and not torch.cpu.get_capabilities().get("amx_bf16"):
+            raise MissingError("this processor has no AMX")
+        return Prepared(Runtime(make, model), model, reports)
     raise ValueError(f"no variant {variant!r}: there are {', '.join(VARIANTS)}")
 
 
@@ -97,12 +123,14 @@ def settings_kept() -> Iterator[None]:
         yield
 
 
-def weight_bytes(prepared: Prepared) -> int:
+def weight_bytes(prepared: Prepared) -> int | None:
     """What the variant keeps on the device between calls: parameters, buffers, packed weights.
 
     graphquant keeps the float weights beside the int8 ones, unless told to free them. A package
-    has the weights that its program has.
+    has the weights that its program has. None: another runtime does not say.
     """
+    if isinstance(prepared.run, Runtime):
+        return None
     if isinstance(prepared.run, Package):
         return prepared.run.weight_bytes
     tensors = [*prepared.module.parameters(), *prepared.module.buffers()]

@@ -12,7 +12,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from tools.bench.records import MIN_COSINE, Encoder, Line, OpTime, Run, latest
+from tools.bench.records import ISA, MIN_COSINE, SKIPPED, Encoder, Line, OpTime, Run, latest
 
 NONE, FAILED = "-", "failed"
 WIDE_SPREAD = 0.05  # from here a time is shown with its spread
@@ -30,15 +30,20 @@ def _name(r: Encoder) -> str:
 
 
 def _ms(r: Encoder) -> str:
-    text = _number(".3f" if (r.ms or 0) < 10 else ".2f", r.ms)
-    return text if (r.spread or 0) <= WIDE_SPREAD else f"{text} ± {50 * (r.spread or 0):.0f} %"
+    text = _milliseconds(r.ms)
+    around = (r.spread or 0) > WIDE_SPREAD and r.threads is None  # not around a minimum
+    return f"{text} ± {50 * (r.spread or 0):.0f} %" if around else text
 
 
-def speedup_text(line: Line) -> str:
-    speedup = line.run.speedup(line.record)
+def _milliseconds(value: float | None) -> str:
+    return _number(".3f" if (value or 0) < 10 else ".2f", value)
+
+
+def speedup_text(line: Line, clock: str = "ms") -> str:
+    speedup = line.run.speedup(line.record, clock)
     if speedup is None:
         return NONE
-    is_base = line.record == line.run.baseline(line.record.row)
+    is_base = line.record == line.run.baseline(line.record.row, clock)
     return "1 (baseline)" if is_base else f"{speedup:.2f}x"
 
 
@@ -82,6 +87,12 @@ ENCODERS: Columns = {
     ),
     "compile s": lambda n: _number(".0f", n.record.compile_s) + " (cached)" * bool(n.record.cached),
     "run": lambda n: str(n.number),
+}
+ON_CPU: Columns = {
+    **{k: ENCODERS[k] for k in ("model", "batch x tokens", "variant", "ms", "speed-up")},
+    "CPU ms": lambda n: _milliseconds(n.record.cpu_ms),
+    "by CPU ms": lambda n: speedup_text(n, "cpu_ms"),
+    **{k: ENCODERS[k] for k in ("cosine", "worst token", "int8 linears", "compile s", "run")},
 }
 GEMMS: Columns = {
     "M x N x K": lambda n: f"{n.record.M} x {n.record.N} x {n.record.K}",
@@ -139,11 +150,17 @@ class Sheet:
 
 
 def sheets(lines: Iterable[Line]) -> list[Sheet]:
-    """Encoders, GEMMs, quantizers: a sheet for each of them that the lines are about."""
-    every = list(lines)
+    """One for each of: encoders, encoders on a processor by threads, GEMMs, quantizers."""
+    every = [n for n in lines if not n.record.failed.startswith(SKIPPED)]
+    on_cpu: dict[str, list[Line]] = {}
+    for n in every:
+        if threads := getattr(n.record, "threads", None):
+            title = f"{n.run.machine}, {threads} thread{'s' * (threads != 1)}"
+            on_cpu.setdefault(title, []).append(n)
     ops = [n for n in every if isinstance(n.record, OpTime) and n.record.variant != "copy"]
     kinds: list[tuple[str, Columns, list[Line]]] = [
-        ("Encoders", ENCODERS, [n for n in every if isinstance(n.record, Encoder)]),
+        ("Encoders", ENCODERS, [n for n in every if getattr(n.record, "threads", 0) is None]),
+        *((title, ON_CPU, found) for title, found in on_cpu.items()),
         ("GEMMs", GEMMS, [n for n in ops if n.record.N]),
         ("Quantizers", QUANTIZERS, [n for n in ops if not n.record.N]),
     ]
@@ -198,16 +215,27 @@ def _markdown(rows: Iterable[Sequence[str]]) -> str:
 TEMPLATE = Path(__file__).with_name("performance.template.md")
 
 
-def page(runs: Sequence[Run], chart: str | None = None) -> str:
-    """performance.md. chart: the picture's address, relative to the page."""
-    picture = f"![speed-ups over the fastest bfloat16 variant]({chart})\n\n" if chart else ""
+def page(runs: Sequence[Run], chart: str | None = None, cpu_chart: str | None = None) -> str:
+    """performance.md. The charts: the pictures' addresses, relative to the page."""
+    on_gpu, on_cpu = _parted(runs)
     return Template(TEMPLATE.read_text()).substitute(
-        encoders=picture + _sections(latest(runs, "encoders")),
-        ops=_sections(latest(runs, "ops")),
-        runs=_runs(runs),
+        encoders=_picture("bfloat16", chart) + _sections(latest(on_gpu, "encoders")),
+        cpu=_picture("float", cpu_chart) + _sections(latest(on_cpu, "encoders")),
+        ops=_sections(latest(on_gpu, "ops")),
+        runs=_runs(on_gpu),
+        cpu_runs=_runs(on_cpu),
         min_cosine=MIN_COSINE,
         wide=f"{WIDE_SPREAD / 2:.1%}",
     )
+
+
+def _parted(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    """Those on GPUs, those on CPUs."""
+    return [r for r in runs if not r.machine], [r for r in runs if r.machine]
+
+
+def _picture(baseline: str, chart: str | None) -> str:
+    return f"![speed-ups over the fastest {baseline} variant]({chart})\n\n" if chart else ""
 
 
 def _sections(lines: Sequence[Line]) -> str:
@@ -216,6 +244,8 @@ def _sections(lines: Sequence[Line]) -> str:
 
 def _runs(runs: Sequence[Run]) -> str:
     """Where, when and with what: a column for each run."""
+    if not runs:
+        return ""
     head = ["run", *map(str, range(1, len(runs) + 1))]
     rows = [head, ["---"] * len(head)]
     for name in dict.fromkeys(k for run in runs for k in run.header):
@@ -229,17 +259,22 @@ def _runs(runs: Sequence[Run]) -> str:
     return _markdown(rows) + "".join(wrong)
 
 
-def write_page(runs: Sequence[Run], file: Path, chart: Path | None = None) -> None:
+def write_page(runs: Sequence[Run], file: Path, *charts: Path | None) -> None:
+    """charts: as `draw_all` returns them."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    address = None if chart is None else Path(os.path.relpath(chart, file.parent)).as_posix()
-    file.write_text(page(runs, address))
+    here = [Path(os.path.relpath(c, file.parent)).as_posix() if c else None for c in charts]
+    file.write_text(page(runs, *here))
 
 
 # --- the chart ----------------------------------------------------------------------------------
 
 COLORS = {
     "graphquant": "#1f6fb4",
+    "graphquant-fp32": "#6db1e6",
     "graphquant-reduce-overhead": "#6db1e6",
+    "openvino-int8": "#5b8c5a",
+    "openvino-bf16": "#a9cba4",
+    "onnxruntime-int8": "#9a6fb0",
     "torchao-int8": "#d9822b",
     "torchao-fp8": "#f0c37a",
 }
@@ -247,20 +282,29 @@ COLORS = {
 
 def bars(runs: Sequence[Run]) -> list[tuple[str, dict[str, float]]]:
     """(label, speed-ups by variant) of every row with one to tell, in the table's order."""
-    found: dict[tuple[Any, ...], tuple[Encoder, dict[str, float], dict[str, None]]] = {}
+    found: dict[tuple[Any, ...], tuple[str, Encoder, dict[str, float], dict[str, None]]] = {}
     for line in latest(runs, "encoders"):
         r: Encoder = line.record
         base, speedup = line.run.baseline(r.row), line.run.speedup(r)
         if r.variant in COLORS and base and speedup:
-            _, some, bases = found.setdefault(r.row, (r, {}, {}))
+            n = r.threads
+            where = f", {line.run.header[ISA]}, {n} thread{'s' * (n != 1)}" if n else ""
+            row = (line.run.machine, *r.row)
+            *_, some, bases = found.setdefault(row, (where, r, {}, {}))
             some[r.variant], bases[base.variant] = speedup, None  # bases: more if runs differ
     return [
         (
-            f"{_name(r)}\n{r.batch} x {r.tokens} tokens\nover {', '.join(bases)}",
+            f"{_name(r)}\n{r.batch} x {r.tokens} tokens{where}\nover {', '.join(bases)}",
             {v: some[v] for v in COLORS if v in some},
         )
-        for r, some, bases in found.values()
+        for where, r, some, bases in found.values()
     ]
+
+
+def draw_all(runs: Sequence[Run], file: Path) -> tuple[Path | None, Path | None]:
+    """The charts of GPUs, `file`, and of CPUs, `file` with -cpu; None where there is nothing."""
+    (on_gpu, on_cpu), second = _parted(runs), file.with_stem(f"{file.stem}-cpu")
+    return file if draw(on_gpu, file) else None, second if draw(on_cpu, second) else None
 
 
 def draw(runs: Sequence[Run], file: Path) -> bool:
@@ -271,22 +315,27 @@ def draw(runs: Sequence[Run], file: Path) -> bool:
     rows = bars(runs)
     if not rows:
         return False
-    figure = Figure(figsize=(9, 1.4 + 0.9 * len(rows)), layout="constrained")
+    most = max(2, *(len(some) for _, some in rows))
+    each = 0.8 / most  # of a row, for one bar
+    height = 1.4 + 0.9 * max(1.0, most / 4) * len(rows)
+    figure = Figure(figsize=(9, height), layout="constrained")
     axes = figure.subplots()
     for i, (_, some) in enumerate(rows):
         for j, (variant, speedup) in enumerate(some.items()):
-            y = i + 0.4 * (j - (len(some) - 1) / 2)
-            bar = axes.barh(y, speedup, 0.36, color=COLORS[variant])
-            axes.bar_label(bar, fmt="%.2fx", padding=2, fontsize=9)
+            y = i + each * (j - (len(some) - 1) / 2)
+            bar = axes.barh(y, speedup, 0.9 * each, color=COLORS[variant])
+            axes.bar_label(bar, fmt="%.2fx", padding=2, fontsize=9 if most == 2 else 7)
     axes.axvline(1, color="black", linewidth=1, zorder=0)
     axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.12, y=0.01)
-    axes.set_xlabel("speed-up over the fastest bfloat16 variant of the same run (1 = as fast)")
+    baseline = "float" if runs[0].machine else "bfloat16"
+    axes.set_xlabel(f"speed-up over the fastest {baseline} variant of the same run (1 = as fast)")
     axes.spines[["top", "right"]].set_visible(False)
     there = [v for v in COLORS if any(v in some for _, some in rows)]
     patches = [Patch(color=COLORS[v], label=v) for v in there]
-    figure.legend(handles=patches, loc="outside upper center", ncols=len(there), frameon=False)
+    columns = min(4, len(there))
+    figure.legend(handles=patches, loc="outside upper center", ncols=columns, frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150, metadata={"Software": None})
     return True
