@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+
 import pytest
 import torch
 from hypothesis import given
@@ -16,6 +19,7 @@ from graphquant.ops.pack_weight.op import packed_shape
 from tests.ops.bounds import implementations, kernels
 
 sizes = st.integers(1, 200)
+PROT_NONE = 0  # of sys/mman.h
 
 
 def int8(*shape: int, seed: int = 0) -> Tensor:
@@ -105,3 +109,40 @@ def test_packed_weights_of_another_k_are_refused() -> None:
     xq, (wq, *scales) = quantize(torch.randn(7, 70)), quantize_weight(torch.randn(40, 140))
     with pytest.raises(UnsupportedInputError, match=r"wq has shape \[2, 6272\], needs \[40, 70\]"):
         int8_linear(*xq, pack_weight(wq), *scales, None, None, torch.float32)
+
+
+def at_the_end_of_memory(values: Tensor, row: int) -> Tensor:
+    """A copy of values [M, K], rows `row` elements apart, behind which nothing may be read."""
+    size, page = values.element_size(), mmap.PAGESIZE
+    M, K = values.shape
+    used = ((M - 1) * row + K) * size
+    pages = (used + page - 1) // page
+    memory = mmap.mmap(-1, (pages + 1) * page)
+    first = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(first + pages * page), page, PROT_NONE) == 0
+    flat = torch.frombuffer(memory, dtype=values.dtype, count=pages * page // size)
+    end = flat[flat.numel() - used // size :].as_strided((M, K), (row, 1))
+    end.copy_(values)
+    return end
+
+
+@kernels(int8_linear, named="cpu")
+@pytest.mark.parametrize(("M", "K", "row"), [(33, 70, 128), (1, 70, 70), (40, 100, 112), (3, 5, 5)])
+def test_nothing_is_read_behind_the_operands(
+    op: Op, kernel: Kernel, M: int, K: int, row: int
+) -> None:
+    N = 37
+    xq, scale, shift = quantize(torch.randn(M, K))
+    wq, *scales = quantize_weight(torch.randn(N, K))
+    more, bias = torch.randn(M, N), torch.randn(N)
+    want = kernel.fn(xq, scale, shift, pack_weight(wq), *scales, bias, more, torch.float32)
+    got = kernel.fn(
+        at_the_end_of_memory(xq, row),
+        *(at_the_end_of_memory(t, 1) for t in (scale, shift)),
+        at_the_end_of_memory(pack_weight(wq), pack_weight(wq).shape[1]),
+        *(at_the_end_of_memory(t[None], N)[0] for t in (*scales, bias)),
+        at_the_end_of_memory(more, N),
+        torch.float32,
+    )
+    assert torch.equal(got, want)

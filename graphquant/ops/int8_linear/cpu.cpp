@@ -37,13 +37,13 @@ struct Rows {
 
 class Reader {
  public:
-  explicit Reader(const Operands& o) : o_(o), wide_(up(o.K, STEP)) {
-    bool reaches = wide_ == o.K || (o.x_stride >= wide_ && o.M > 1);  // else reading ahead may leave the memory
+  explicit Reader(const Operands& o) : o_(o), wide_(up(o.K, STEP)), in_place_(!UNSIGNED && o.x_stride >= wide_) {
     struct Copy;
-    if (UNSIGNED || !reaches) copy_ = scratch<int8_t, Copy>(ROWS * wide_);
+    if (!in_place_ || wide_ != o.K) copy_ = scratch<int8_t, Copy>(ROWS * wide_);
   }
   Rows operator()(int64_t m, int64_t rows) const {
-    if (!copy_) return {o_.x + m * o_.x_stride, o_.x_stride};
+    bool leaves = wide_ != o_.K && m + rows == o_.M;  // behind the last row the memory may end
+    if (in_place_ && !leaves) return {o_.x + m * o_.x_stride, o_.x_stride};
     for (int64_t i = 0; i < rows; i++) {
       const int8_t* row = o_.x + (m + i) * o_.x_stride;
       int8_t* out = copy_ + i * wide_;
@@ -56,6 +56,7 @@ class Reader {
  private:
   const Operands& o_;
   int64_t wide_;
+  bool in_place_;
   int8_t* copy_ = nullptr;
 };
 
