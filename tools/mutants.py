@@ -262,6 +262,6 @@ MUTANTS: Sequence[Mutant] = (
         "ops/runtime/timing.py",
         ("or len(answer) != len(found)", "", "times that are none", TIMING),
         ("asked != (question, machine(device)) or", "", "another question's times", TIMING),
-        ('".py", ".cu", ".cuh", ".c")', '".py", ".cuh", ".c")', "another kernel's times", TIMING),
+        ('".py", ".cu", ".cuh", ".c", ', '".py", ".cuh", ".c", ', "another kernel's times", TIMING),
     ),
 )  # fmt: skip
