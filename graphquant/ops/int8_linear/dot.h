@@ -1,7 +1,8 @@
 // Exact int32 sums of int8 products: c [rows][32] = a [rows][K] times one panel of packed weights.
 //
 // The instructions are those that the file is compiled for: AMX tiles, else VNNI on 512 or 256 bits. VNNI multiplies
-// unsigned by signed bytes: activations are given as xq + 128, and the sums start at -128 sum_k wq, which is exact.
+// unsigned by signed bytes: activations are given as xq + 128, and the sums start at -128 sum_k wq, which is exact. They
+// are given as [K / 4][32 rows][4], so that all rows are at fixed distances.
 #pragma once
 
 #include <immintrin.h>
@@ -90,6 +91,7 @@ struct Lanes {  // of int32
   static V load(const void* p) { return _mm512_loadu_si512(p); }
   static V repeat(const uint8_t* four) { return _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(four)); }
   static V dot(V c, V a, V b) { return _mm512_dpbusd_epi32(c, a, b); }
+  static V times_minus_128(V v) { return _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(v, 7)); }
   static void store(int32_t* p, V v) { _mm512_storeu_si512(p, v); }
 };
 #else
@@ -99,6 +101,7 @@ struct Lanes {
   static constexpr int ROWS_AT_ONCE = 4;
   static V load(const void* p) { return _mm256_loadu_si256(static_cast<const V*>(p)); }
   static V repeat(const uint8_t* four) { return _mm256_set1_epi32(*reinterpret_cast<const int32_t*>(four)); }
+  static V times_minus_128(V v) { return _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_slli_epi32(v, 7)); }
 #if defined(__AVXVNNI__)
   static V dot(V c, V a, V b) { return _mm256_dpbusd_avx_epi32(c, a, b); }
 #else  // without VNNI: in 16 bits, which never saturates
@@ -116,34 +119,40 @@ struct Lanes {
 class Dot {
  public:
   template <class Between>
-  void operator()(const int8_t* a, int64_t lda, int64_t rows, const int8_t* panel, int64_t K, int32_t* c, Between) {
+  void operator()(const int8_t* a, int64_t, int64_t rows, const int8_t* panel, int64_t K, int32_t* c, Between) {
     constexpr int R = Lanes::ROWS_AT_ONCE;
     auto bytes = reinterpret_cast<const uint8_t*>(a);
     auto sums = reinterpret_cast<const int32_t*>(panel + panel_bytes(K) - SUMS);
-    int64_t m = 0;
-    for (; m + R <= rows; m += R) some<R>(bytes + m * lda, lda, panel, K, c + m * PANEL, sums);
-    for (; m < rows; m++) some<1>(bytes + m * lda, lda, panel, K, c + m * PANEL, sums);
+    for (int64_t n = 0; n < PANEL; n += Lanes::N) {
+      auto start = Lanes::times_minus_128(Lanes::load(sums + n));
+      for (int64_t m = 0; m < rows; m++) Lanes::store(c + m * PANEL + n, start);
+    }
+    for (int64_t k = 0; k < K; k += PIECE) {
+      int64_t end = std::min(K, k + PIECE), m = 0;
+      const int8_t* b = panel + k * PANEL;
+      for (; m + R <= rows; m += R) some<R>(bytes + k * ROWS + m * 4, b, end - k, c + m * PANEL);
+      for (; m < rows; m++) some<1>(bytes + k * ROWS + m * 4, b, end - k, c + m * PANEL);
+    }
   }
 
  private:
-  // R rows times the panel, two vectors of channels at a time: neighbors in one tile, or one of each tile
+  static constexpr int64_t PIECE = 512;  // of K: that of all rows and of the panel fit the L1 cache together
+
+  // Adds R rows times the panel, two vectors of channels at a time: neighbors in one tile, or one of each tile
   template <int R>
-  static void some(const uint8_t* a, int64_t lda, const int8_t* panel, int64_t K, int32_t* c, const int32_t* sums) {
+  static void some(const uint8_t* a, const int8_t* panel, int64_t K, int32_t* c) {
     constexpr int64_t NEXT = Lanes::N == 16 ? TILE : 32;  // bytes from one vector to the other
     for (int64_t n = 0; n < PANEL; n += 2 * Lanes::N) {
       const int8_t* b = panel + (Lanes::N == 16 ? 0 : n / 16 * TILE);
       typename Lanes::V s[R][2];
-      for (int j = 0; j < 2; j++) {
-        int32_t start[Lanes::N];
-        for (int i = 0; i < Lanes::N; i++) start[i] = -128 * sums[n + j * Lanes::N + i];
-        for (int r = 0; r < R; r++) s[r][j] = Lanes::load(start);
-      }
+      for (int r = 0; r < R; r++)
+        for (int j = 0; j < 2; j++) s[r][j] = Lanes::load(c + r * PANEL + n + j * Lanes::N);
       for (int64_t k = 0; k < K; k += STEP, b += 2 * TILE)
         for (int64_t l = 0; l < 16; l++) {
           auto b0 = Lanes::load(b + l * 64), b1 = Lanes::load(b + l * 64 + NEXT);
 #pragma GCC unroll 8
           for (int r = 0; r < R; r++) {
-            auto x = Lanes::repeat(a + r * lda + k + l * 4);
+            auto x = Lanes::repeat(a + (k + l * 4) * ROWS + r * 4);
             s[r][0] = Lanes::dot(s[r][0], x, b0), s[r][1] = Lanes::dot(s[r][1], x, b1);
           }
         }
