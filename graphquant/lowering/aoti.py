@@ -42,11 +42,7 @@ def lower(
     """
     load_kernels()
     out = [_rows(fake) for fake in fakes]
-    boxes = {
-        id(fake): box
-        for fake, box in zip((*given, *fakes), (*values, *out), strict=True)
-        if isinstance(fake, Tensor)
-    }
+    boxes = boxes_of((*given, *fakes), (*values, *out))
     for kernel in op.kernels:
         if not kernel.name.startswith("triton") or kernel.refuses(*given) is not None:
             continue
@@ -55,6 +51,12 @@ def lower(
         if len(calls) == 1 and _launch(calls[0], boxes):
             return [_shaped(box, fake) for box, fake in zip(out, fakes, strict=True)]
     return None
+
+
+def boxes_of(fakes: Sequence[Any], values: Sequence[Any]) -> dict[int, Any]:
+    """Inductor's IR of each fake tensor, by its id."""
+    pairs = zip(fakes, values, strict=True)
+    return {id(fake): box for fake, box in pairs if isinstance(fake, Tensor)}
 
 
 def _launch(call: TritonCall, boxes: dict[int, Any]) -> bool:

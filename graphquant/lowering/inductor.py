@@ -35,9 +35,9 @@ from graphquant._torch.inductor import (
 )
 from graphquant.ir.graph import arguments, operand
 from graphquant.lowering import aoti
-from graphquant.lowering.aoti import expr
+from graphquant.lowering.aoti import boxes_of, expr
 from graphquant.ops import attention, int8_linear, quantize
-from graphquant.ops.define import OPS, Op
+from graphquant.ops.define import OPS, Op, load_cpu_kernels
 from graphquant.ops.numerics import OVERLAID, padded, row_stride
 
 aten = torch.ops.aten
@@ -47,6 +47,7 @@ LARGE = 2**26  # bytes: above this, saving memory outweighs about 5 us of launch
 @functools.cache
 def register() -> None:
     """Register the lowerings with Inductor, once per process. Importing this module does it."""
+    load_cpu_kernels()  # they say which arguments they read in place
     for op in OPS.values():
         if op.files or op.has_cpu_kernel:
             add_layout_constraint(op.target, functools.partial(_constrain, op))
@@ -116,7 +117,7 @@ def _as_read(op: Op) -> list[Any]:
 def _in_place(op: Op, name: str, fake: Tensor) -> bool:
     """Is the argument of this name read without a copy? On CUDA not if the row stride is symbolic:
     the kernels of a package are compiled for the stride's divisibility."""
-    if not _has_sites(fake.device):
+    if op.cpu_kernels and not _has_sites(fake.device):
         return any(kernel.fits(name, fake) for kernel in op.cpu_kernels)
     return isinstance(row_stride(fake), int) if op.in_rows else fake.stride(-1) == 1
 
@@ -128,11 +129,7 @@ def _call_on_cpu(op: Op, args: Sequence[Any], fakes: Sequence[Tensor]) -> list[A
     if kernel is None:
         return None
     buffers = [_empty(f) for f in fakes]
-    boxes = {
-        id(fake): box
-        for fake, box in zip((*traced, *fakes), (*args, *buffers), strict=True)
-        if isinstance(fake, Tensor)
-    }
+    boxes = boxes_of((*traced, *fakes), (*args, *buffers))
     given = [
         boxes[id(a)] if isinstance(a, Tensor) else expr(a)
         for a in kernel.arguments(*traced, out=tuple(fakes))

@@ -277,7 +277,8 @@ class Op:
             for name, a in zip(names, args, strict=True)
         ]
         results = self.fake(*args)
-        call = cpu_call(kernel.function, kernel.arguments(*given, out=_as_tuple(results)))
+        arguments = kernel.arguments(*given, out=_as_tuple(results))
+        call = functools.partial(cpu_function(kernel.function), *arguments)
         call()
         if calls is not None:
             calls.append(call)
@@ -395,11 +396,6 @@ def load_cpu_kernels() -> None:
     for op in OPS.values():
         if op.has_cpu_kernel:
             importlib.import_module(f"{op.reference.__module__.rpartition('.')[0]}.cpu")
-
-
-def cpu_call(name: str, arguments: Sequence[Any]) -> Callable[[], None]:
-    """A call of a function of the module in ops/cpu."""
-    return functools.partial(cpu_function(name), *arguments)
 
 
 def recorded(
