@@ -98,21 +98,18 @@ def require_program(entry: str, program: object) -> None:
 
 def unpack_weights(program: ExportedProgram) -> ExportedProgram:
     """The program with all int8 weights as [N, K]: itself, unless some are packed."""
+    if not any(_packed_sizes(n) for n in _int8_linears(program.graph_module)):
+        return program
     state, gm = dict(program.state_dict), copy.deepcopy(program.graph_module)
     for old, new in zip(program.graph.nodes, gm.graph.nodes, strict=True):
         new.name = old.name  # a copy renames `input`, which the signature names
     buffers = program.graph_signature.inputs_to_buffers
-    changed = False
-    for linear in gm.graph.find_nodes(op="call_function", target=int8_linear.target):
-        given = arguments(linear)
-        N, K, fake = shape(given.w_scale)[0], shape(given.xq)[-1], given.wq.meta["val"]
-        if is_packed(fake, N, K):
-            name = buffers[given.wq.name]
-            state[name] = unpacked(state[name], N, K).contiguous()
-            given.wq.meta["val"] = fake.new_empty(N, K)
-            changed = True
-    if not changed:
-        return program
+    for linear in _int8_linears(gm):
+        wq = arguments(linear).wq
+        if sizes := _packed_sizes(linear):  # not where another linear had the same weight
+            name = buffers[wq.name]
+            state[name] = unpacked(state[name], *sizes).contiguous()
+            wq.meta["val"] = wq.meta["val"].new_empty(sizes)
     return ExportedProgram(
         gm,
         gm.graph,
@@ -124,6 +121,17 @@ def unpack_weights(program: ExportedProgram) -> ExportedProgram:
         program.constants,
         verifiers=program.verifiers,
     )
+
+
+def _int8_linears(gm: GraphModule) -> list[Node]:
+    return list(gm.graph.find_nodes(op="call_function", target=int8_linear.target))
+
+
+def _packed_sizes(linear: Node) -> tuple[int, int] | None:
+    """(N, K) of this int8 linear if its weight is packed."""
+    given = arguments(linear)
+    N, K = shape(given.w_scale)[0], shape(given.xq)[-1]
+    return (N, K) if is_packed(given.wq.meta["val"], N, K) else None
 
 
 def packed(captured: Captured, rewritten: Rewritten) -> GraphModule:
