@@ -9,3 +9,5 @@ from graphquant.ops.norm_quantize import norm_quantize_keep as norm_quantize_kee
 from graphquant.ops.pack_weight import pack_weight as pack_weight
 from graphquant.ops.quantize import quantize as quantize
 from graphquant.ops.quantize_weight import quantize_weight as quantize_weight
+from graphquant.ops.token_index import token_index as token_index
+from graphquant.ops.varlen_attention import varlen_attention as varlen_attention

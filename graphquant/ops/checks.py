@@ -30,7 +30,12 @@ def rows(op: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS
 
 def nonempty(op: str, name: str, x: Tensor, dim: int, need: str) -> None:
     """x is not empty along dim."""
-    if _known(x.shape[dim] == 0):
+    at_least(op, name, x, dim, 1, need)
+
+
+def at_least(op: str, name: str, x: Tensor, dim: int, size: int, need: str) -> None:
+    """x has at least this size along dim."""
+    if _known(x.shape[dim] < size):
         raise UnsupportedInputError(f"{op}: {name} has shape {_show(x.shape)}, needs {need}")
 
 
