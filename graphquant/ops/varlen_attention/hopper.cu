@@ -1,0 +1,586 @@
+// Attention of packed sequences for Hopper (sm_90a), for NVRTC and nvcc.
+//
+//   y_i = sum_j softmax_j(scale q_i k_j + bias[p_i, p_j]) v_j      i, j in one sequence; for each head, with scores,
+//                                                                  softmax and accumulators in float32
+//
+// A team is two consumer warp groups of 64 queries each and a producer warp. Teams, one or two in a CTA, are
+// persistent, over a grid-stride loop of items. An item is what both consumers compute at a time: two tiles of a
+// sequence for one head, which share its keys; or, of a sequence's last tile if it is the only one of its two, two
+// heads, each with keys of its own. Sequences are short, so latency counts: while an item is computed, the producer
+// loads the next ones, as many as fit the rings. Consumers overlap each other's products and softmax.
+//
+// Rows are loaded by cp.async, not by TMA: a box of TMA has a fixed number of rows, so it would also read those of
+// the next sequence (from memory: it is computed at another time), and the last block of v would need zeros
+// written over them. Blocks of keys go from the last to the first: with zeros behind the end and the diagonal, all
+// that a plain or causal mask hides is in the block that comes first.
+//
+// Macros (hopper.py defines them):
+//   D             width of a head, a multiple of 8 up to 128
+//   TEAMS         in a CTA
+//   STAGES        blocks in flight, of k and of v each, a power of 2
+//   DTYPE         BF16 or FP16: of q, k, v and y
+//   CAUSAL        1: a query sees no keys behind it
+//   WINDOW        1: a query sees keys whose positions are at most `window` away
+//   BIAS          NONE or the dtype of the bias
+//   SHARED_BYTES  dynamic shared memory of the launch
+// and wgmma_shapes.cuh has wgmma_ss for N of 64, wgmma_rs for N of D.
+//
+// Launch: varlen_attention_hopper(q, k, v, y, cu_seqlens, position, tiles, bias, head strides of q, k, v,
+//                                 strides of the bias, row strides of q, k, v, y, heads, sharing, entries, window, scale)
+//   cu_seqlens, position, tiles    int32, as in op.py. The first entry of -1 ends `tiles`.
+//   strides      in bytes: int64 (those of the bias: head, row, column), int32 for rows
+//   heads        H           sharing   so many share a head of k and v            entries   of `tiles`
+//   scale        of the scores, times log2(e)
+//   grid any, block 128 (2 TEAMS + 1). May be launched with programmatic stream serialization.
+
+#include "hopper/ptx.cuh"
+#include "hopper/smem.cuh"
+#include "hopper/wgmma.cuh"
+#include "wgmma_shapes.cuh"
+
+using i64 = long long;
+using Bytes = const unsigned char*;
+
+// Enumerators, since NVRTC puts each constexpr variable into global memory.
+enum : int {
+  CONSUMERS = 2,                           // of a team
+  WARP_GROUP = 128,                        // threads
+  WARPS = 4 * CONSUMERS,                   // of a team's consumers
+  THREADS = (TEAMS * CONSUMERS + 1) * WARP_GROUP,
+  BM = 64,                                 // queries of a tile: rows of a wgmma
+  BN = 64,                                 // keys of a block
+  SWIZZLE = 128,                           // bytes of a row of a swizzled tile,
+  COLUMNS = 64,                            // of a head in it,
+  PARTS = (D + COLUMNS - 1) / COLUMNS,     // and such tiles side by side hold a head
+  K_STEPS = (D + 15) / 16,                 // wgmmas that sum q k^T over D
+  PART = BM * SWIZZLE,                     // bytes
+  TILE = PARTS * PART,                     // of q, k and v alike
+  WARP_ROWS = 16,                          // of a wgmma's 64
+  POSITIONS = WINDOW || BIAS != NONE,      // Are positions read?
+  // The producers' registers go to the consumers: multiples of 8, and all together no more than 65,536.
+  PRODUCER_REGISTERS = 64,
+  CONSUMER_REGISTERS = TEAMS == 2 ? 104 : 216
+};
+
+static_assert(BM == BN && D % 8 == 0 && D <= 128 && (STAGES & (STAGES - 1)) == 0, "tile");
+
+struct __align__(SMEM_ALIGN) SharedStorage {  // of a team
+  // Two, so that the next item's is loaded meanwhile. A consumer's y takes the place of its q.
+  unsigned char q[2][CONSUMERS][TILE];
+  unsigned char k[STAGES][TILE];
+  unsigned char v[STAGES][TILE];
+  int q_position[2][CONSUMERS][BM];
+  int k_position[STAGES][BN];
+  int4 item[2];
+  // mbarriers
+  u64 q_full[2], q_empty[2];
+  u64 k_full[STAGES], k_empty[STAGES];
+  u64 v_full[STAGES], v_empty[STAGES];
+};
+static_assert(SMEM_ALIGN + TEAMS * sizeof(SharedStorage) == SHARED_BYTES, "Variant.shared in hopper.py");
+
+// q, k or v: where it begins, and bytes from head to head and row to row.
+struct Heads {
+  Bytes base;
+  i64 head;
+  u32 row;
+  __device__ __forceinline__ Bytes at(int h, int r) const { return base + h * head + (u64)row * (u32)r; }
+};
+
+struct Bias {
+  Bytes base;
+  i64 head, row, column;
+};
+
+struct Problem {
+  Heads q, k, v, y;
+  const int* cu_seqlens;
+  const int* position;
+  const int2* tiles;
+  Bias bias;
+  u32 heads, sharing, entries;
+  int window;
+  float scale;
+};
+
+// ------------------------------------------------------------------------------------ items
+
+struct Range {
+  int low, high;
+  __device__ __forceinline__ int size() const { return high - low; }
+};
+
+// Work for both consumers. In shared memory it is the int4 of its members, in order.
+struct Item {
+  int start;   // first row of the sequence
+  int row;     // first query in it
+  int length;  // of the sequence. 0: there are no more items
+  int code;    // 2 head + (both tiles are of this head)
+
+  __device__ __forceinline__ bool paired() const { return code & 1; }
+  __device__ __forceinline__ u32 head() const { return code >> 1; }
+  // Heads whose keys are loaded: blocks of k and v that each step takes.
+  __device__ __forceinline__ int loaded(u32 heads) const { return paired() || head() + 1 >= heads ? 1 : 2; }
+
+  // Blocks of keys that `tiles` tiles of queries from `first` on see.
+  __device__ __forceinline__ Range blocks(int first, int tiles, int window) const {
+    int low = 0, high = length;
+    if constexpr (CAUSAL) high = min(high, first + tiles * BM);
+    if constexpr (WINDOW) {
+      low = max(0, first - window);
+      high = min(high, first + tiles * BM + window);
+    }
+    return {low / BN, (high + BN - 1) / BN};
+  }
+  __device__ __forceinline__ Range blocks(int window) const { return blocks(row, paired() ? 2 : 1, window); }
+};
+
+// Item number `w`. Each entry of `tiles` has as many as there are pairs of heads. If a tile is the neighbor of
+// another one in its sequence, its own items are one of each two heads, of both tiles; the neighbor has the others.
+__device__ __forceinline__ Item item_at(u32 w, const Problem& of) {
+  const u32 pairs = (of.heads + 1) / 2, entry = w / pairs;
+  if (entry >= of.entries) return {};
+  const int2 tile = of.tiles[entry];
+  if (tile.x < 0) return {};
+  const int start = of.cu_seqlens[tile.x], length = of.cu_seqlens[tile.x + 1] - start;
+  const int odd = tile.y / BM & 1, row = tile.y - odd * BM, paired = row + BM < length;
+  return {start, row, length, (int)((w - entry * pairs) * 4 + 2 * (paired & odd) + paired)};
+}
+
+__device__ __forceinline__ Item from_lane(const Item& item, int lane) {
+  return {__shfl_sync(0xffffffff, item.start, lane), __shfl_sync(0xffffffff, item.row, lane),
+          __shfl_sync(0xffffffff, item.length, lane), __shfl_sync(0xffffffff, item.code, lane)};
+}
+
+// Number of a team's n-th item: back and forth, since items become shorter.
+__device__ __forceinline__ u32 nth_item(u32 n, u32 team) {
+  const u32 teams = TEAMS * gridDim.x, me = team * gridDim.x + blockIdx.x;
+  return n * teams + (n & 1 ? teams - 1 - me : me);
+}
+
+// ------------------------------------------------------------------------------------ shared memory
+
+// Place in a ring of blocks, which are counted from the kernel's start.
+__device__ __forceinline__ u32 stage_of(u32 block) { return block % STAGES; }
+__device__ __forceinline__ u32 parity_of(u32 block) { return block / STAGES & 1; }
+
+__device__ __forceinline__ void init_barriers(u32 smem) {
+  for (int i = 0; i < 2; ++i) {
+    mbarrier_init(SMEM(q_full) + 8 * i, 32 + 1);  // lanes, and the item
+    mbarrier_init(SMEM(q_empty) + 8 * i, WARPS);
+  }
+  for (int i = 0; i < STAGES; ++i) {
+    mbarrier_init(SMEM(k_full) + 8 * i, 32);
+    mbarrier_init(SMEM(k_empty) + 8 * i, WARPS);
+    mbarrier_init(SMEM(v_full) + 8 * i, 32);
+    mbarrier_init(SMEM(v_empty) + 8 * i, WARPS);
+  }
+  fence_mbarrier_init();
+}
+
+// Of bar.sync; 0 is __syncthreads.
+enum NamedBarrier : u32 { EPILOGUE = 1 };  // one for each consumer's own threads
+
+// ------------------------------------------------------------------------------------ producer
+
+// 64 rows of a head; those from `rows` on, and columns from D on, are zeros.
+__device__ __forceinline__ void copy_tile(u32 to, Bytes from, u32 row_bytes, int rows, int lane) {
+  constexpr int UNITS = 2 * K_STEPS;  // of 16 bytes, in a row
+#pragma unroll 4
+  for (int i = 0; i < UNITS * BN / 32; ++i) {
+    const int unit = i * 32 + lane, row = unit / UNITS, column = unit % UNITS;
+    const bool inside = row < rows && column < D / 8;
+    cp_async_16(to + column / 8 * PART + row * SWIZZLE + ((column ^ row) & 7) * 16,
+                from + (inside ? (u64)row_bytes * (u32)row + column * 16 : 0), inside);
+  }
+}
+
+__device__ __forceinline__ void copy_positions(u32 to, const int* from, int rows, int lane) {
+#pragma unroll
+  for (int i = lane; i < BN; i += 32) cp_async(to + 4 * i, (const float*)from, i, rows);
+}
+
+// One block of k or v of a head into its ring.
+__device__ __forceinline__ void load_block(
+    u32 ring, u32 full, u32 empty, u32& block, const Heads& of, int head, int row, int rows, int lane, u32 positions,
+    const int* position) {
+  const u32 stage = stage_of(block);
+  mbarrier_wait(empty + 8 * stage, parity_of(block) ^ 1);
+  __syncwarp();
+  copy_tile(ring + stage * TILE, of.at(head, row), of.row, rows, lane);
+  if (POSITIONS && positions) copy_positions(positions + stage * (4 * BN), position + row, rows, lane);
+  mbarrier_arrive_cp_async(full + 8 * stage);
+  ++block;
+}
+
+__device__ __forceinline__ void load_queries(u32 smem, const Problem& of, const Item& item, u32 buffer, int lane) {
+#pragma unroll
+  for (int i = 0; i < CONSUMERS; ++i) {
+    const int row = item.row + (item.paired() ? i * BM : 0), head = item.head() + (item.paired() ? 0 : i);
+    if (head >= of.heads) continue;
+    copy_tile(SMEM(q) + (buffer * CONSUMERS + i) * TILE, of.q.at(head, item.start + row), of.q.row, item.length - row, lane);
+    if constexpr (POSITIONS)
+      copy_positions(SMEM(q_position) + (buffer * CONSUMERS + i) * (4 * BM), of.position + item.start + row,
+                     item.length - row, lane);
+  }
+}
+
+// Keys of a block, then values of the block before: in the order of their use.
+__device__ __forceinline__ void load_keys(u32 smem, const Problem& of, const Item& item, u32& k, u32& v, int lane) {
+  const Range blocks = item.blocks(of.window);
+  const int loaded = item.loaded(of.heads);
+  for (int block = blocks.high - 1; block >= blocks.low - 1; --block) {
+    for (int i = 0; i < loaded; ++i) {
+      const int head = (item.head() + i) / of.sharing, row = block * BN;
+      if (block >= blocks.low)
+        load_block(SMEM(k), SMEM(k_full), SMEM(k_empty), k, of.k, head, item.start + row, item.length - row, lane,
+                   SMEM(k_position), of.position);
+    }
+    for (int i = 0; i < loaded; ++i) {
+      const int head = (item.head() + i) / of.sharing, row = block * BN + BN;
+      if (block < blocks.high - 1)
+        load_block(SMEM(v), SMEM(v_full), SMEM(v_empty), v, of.v, head, item.start + row, item.length - row, lane, 0,
+                   nullptr);
+    }
+  }
+}
+
+__device__ __forceinline__ void produce(u32 smem, const Problem& of, u32 team, int lane) {
+  u32 k = 0, v = 0;    // blocks so far
+  u32 loaded = 0;      // items so far
+  for (u32 n = 0;; n += 32) {
+    const Item mine = item_at(nth_item(n + lane, team), of);  // each lane looks up one
+#pragma unroll 1
+    for (int i = 0; i < 32; ++i) {
+      const Item item = from_lane(mine, i);
+      if (item.head() >= of.heads) continue;  // the last pair of an odd number
+      const u32 buffer = loaded & 1, full = SMEM(q_full) + 8 * buffer;
+      mbarrier_wait(SMEM(q_empty) + 8 * buffer, (loaded >> 1 & 1) ^ 1);
+      __syncwarp();
+      if (item.length) load_queries(smem, of, item, buffer, lane);
+      if (lane == 0) {
+        st_shared(SMEM(item) + 16 * buffer, make_int4(item.start, item.row, item.length, item.code));
+        mbarrier_arrive(full);
+      }
+      mbarrier_arrive_cp_async(full);
+      if (!item.length) return;
+      load_keys(smem, of, item, k, v, lane);
+      ++loaded;
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------ masks and bias
+
+// A consumer's part of an item, as far as one of its threads has to do with it.
+struct Tile {
+  int row[2];       // queries of this thread
+  int position[2];  // theirs
+  int column;       // first of this thread's columns in each eight
+  u32 head;
+};
+
+template <bool LAST>
+__device__ __forceinline__ void hide_keys(
+    float (&s)[BN / 2], const Tile& tile, int block, int length, u32 positions, int window) {
+  const float minus_infinity = __int_as_float(0xff800000);
+  int end[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) end[r] = (CAUSAL ? min(length, tile.row[r] + 1) : length) - block * BN - tile.column;
+#pragma unroll
+  for (int c = 0; c < BN / 8; ++c) {
+    int2 position = {0, 0};
+    if constexpr (WINDOW) position = ld_shared_int2_ordered(positions + 4 * (c * 8 + tile.column));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      bool seen = !LAST || c * 8 + (i & 1) < end[i >> 1];
+      if constexpr (WINDOW) {
+        const int distance = (i & 1 ? position.y : position.x) - tile.position[i >> 1];
+        seen = seen && (u32)(distance + window) <= 2 * (u32)window;
+      }
+      if (!seen) s[c * 4 + i] = minus_infinity;
+    }
+  }
+}
+
+__device__ __forceinline__ float load_bias(Bytes from) {
+  if constexpr (BIAS == FP32) return *(const float*)from;
+  const u32 bits = *(const u16*)from;
+  return BIAS == BF16 ? __uint_as_float(bits << 16) : half_to_float(bits);
+}
+
+// s = scale s + log2(e) bias
+__device__ __forceinline__ void add_bias(float (&s)[BN / 2], const Tile& tile, const Bias& bias, u32 positions, float scale) {
+  const float log2_e = 1.4426950408889634f;
+  const Bytes row[2] = {bias.base + tile.head * bias.head + tile.position[0] * bias.row,
+                        bias.base + tile.head * bias.head + tile.position[1] * bias.row};
+#pragma unroll
+  for (int c = 0; c < BN / 8; ++c) {
+    const int2 position = ld_shared_int2_ordered(positions + 4 * (c * 8 + tile.column));
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      s[c * 4 + i] = __fmaf_rn(s[c * 4 + i], scale,
+                               log2_e * load_bias(row[i >> 1] + (i & 1 ? position.y : position.x) * bias.column));
+  }
+}
+
+// ------------------------------------------------------------------------------------ softmax
+
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Of the two rows of scores that a thread has a part of. row_sum is of this thread's columns alone.
+struct SoftmaxState {
+  float row_max[2];  // what exponentials are relative to: the maximum so far or a little less
+  float row_sum[2];
+};
+
+// Online softmax: turns scores of a block into probabilities that are not normalized yet, relative to row_max, and
+// returns the factors by which earlier results of each row have to be rescaled.
+template <bool FIRST_BLOCK>
+__device__ __forceinline__ float2 online_softmax(float (&s)[BN / 2], SoftmaxState& state, float scale) {
+  const float minus_infinity = __int_as_float(0xff800000);
+  float rescale[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    // Two chains of maxima, and below of sums, for instruction-level parallelism.
+    float partial_max[2] = {fmaxf(s[2 * r], s[2 * r + 1]), FIRST_BLOCK ? minus_infinity : state.row_max[r]};
+#pragma unroll
+    for (int c = 1; c < BN / 8; ++c)
+      partial_max[c & 1] = fmaxf(partial_max[c & 1], fmaxf(s[c * 4 + 2 * r], s[c * 4 + 2 * r + 1]));
+    float row_max = fmaxf(partial_max[0], partial_max[1]);
+    row_max = fmaxf(row_max, __shfl_xor_sync(0xffffffff, row_max, 1));
+    row_max = fmaxf(row_max, __shfl_xor_sync(0xffffffff, row_max, 2));
+    // Lazy rescaling: a maximum that is only a little higher is not taken over. y seldom has to be rescaled then,
+    // and probabilities stay below 2^8, which neither float16 nor the sum minds.
+    if (!FIRST_BLOCK && !((row_max - state.row_max[r]) * scale > 8.0f)) row_max = state.row_max[r];
+    // A row may see no key of a block.
+    const float base = POSITIONS && row_max == minus_infinity ? 0.0f : row_max;
+    rescale[r] = FIRST_BLOCK ? 0.0f : exp2_approx((state.row_max[r] - base) * scale);
+    state.row_max[r] = row_max;
+    const float scaled_max = base * scale;
+    float partial_sum[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int c = 0; c < BN / 8; ++c)
+#pragma unroll
+      for (int i = 2 * r; i < 2 * r + 2; ++i) {
+        s[c * 4 + i] = exp2_approx(__fmaf_rn(s[c * 4 + i], scale, -scaled_max));
+        partial_sum[i & 1] += s[c * 4 + i];
+      }
+    const float sum = partial_sum[0] + partial_sum[1];
+    state.row_sum[r] = FIRST_BLOCK ? sum : __fmaf_rn(state.row_sum[r], rescale[r], sum);
+  }
+  return make_float2(rescale[0], rescale[1]);
+}
+
+// Most blocks change no row_max: then the whole warp skips it.
+__device__ __forceinline__ void rescale(float (&y)[D / 2], float2 factors) {
+  if (__any_sync(0xffffffff, factors.x != 1.0f || factors.y != 1.0f))
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) y[i] *= i & 2 ? factors.y : factors.x;
+}
+
+// 1 / row_sum of all columns, which four lanes share.
+__device__ __forceinline__ void normalizers(SoftmaxState& state) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    state.row_sum[r] += __shfl_xor_sync(0xffffffff, state.row_sum[r], 1);
+    state.row_sum[r] += __shfl_xor_sync(0xffffffff, state.row_sum[r], 2);
+    state.row_sum[r] = 1.0f / state.row_sum[r];
+  }
+}
+
+// Scores as wgmma leaves them are, as probabilities, in the order in which wgmma takes A from registers.
+__device__ __forceinline__ void to_operand(u32 (&p)[BN / 4], const float (&s)[BN / 2]) {
+#pragma unroll
+  for (int i = 0; i < BN / 4; ++i) p[i] = pack<DTYPE>(s[2 * i], s[2 * i + 1]);
+}
+
+// ------------------------------------------------------------------------------------ consumers
+
+// Issues s = q k^T for the block at address k.
+__device__ __forceinline__ void issue_scores(float (&s)[BN / 2], u32 q, u32 k) {
+#pragma unroll
+  for (int i = 0; i < K_STEPS; ++i)
+    wgmma_ss<BN>(s, wgmma_descriptor(q + i / 4 * PART + i % 4 * 32, 16, 1024),
+                 wgmma_descriptor(k + i / 4 * PART + i % 4 * 32, 16, 1024), i > 0);
+  wgmma_commit();
+}
+
+// Issues y += p v.
+__device__ __forceinline__ void issue_output(float (&y)[D / 2], const u32 (&p)[BN / 4], u32 v) {
+#pragma unroll
+  for (int i = 0; i < BN / 16; ++i)
+    wgmma_rs<D>(y, p + 4 * i, wgmma_descriptor(v + i * (16 * SWIZZLE), PART, 1024), 1);
+  wgmma_commit();
+}
+
+// What consumers read, one lane of each warp frees: `warps` more of them do not read it.
+__device__ __forceinline__ void release(u32 empty, int lane, u32 arrivals) {
+  if (lane == 0) mbarrier_arrive(empty, arrivals);
+}
+
+// Blocks of the item that the other consumer's tile sees, but not this one's.
+__device__ __forceinline__ void skip_blocks(u32 smem, u32& block, int n, int lane) {
+  for (; n > 0; --n, ++block) {
+    const u32 at = 8 * stage_of(block);
+    mbarrier_wait(SMEM(k_full) + at, parity_of(block));
+    release(SMEM(k_empty) + at, lane, 1);
+    mbarrier_wait(SMEM(v_full) + at, parity_of(block));
+    release(SMEM(v_empty) + at, lane, 1);
+  }
+}
+
+template <bool FIRST_BLOCK>
+__device__ __forceinline__ float2 probabilities(
+    float (&s)[BN / 2], SoftmaxState& state, const Problem& of, const Tile& tile, int block, int length, u32 positions) {
+  if constexpr (BIAS != NONE) add_bias(s, tile, of.bias, positions, of.scale);
+  if constexpr (FIRST_BLOCK || WINDOW) hide_keys<FIRST_BLOCK>(s, tile, block, length, positions, of.window);
+  return online_softmax<FIRST_BLOCK>(s, state, BIAS == NONE ? of.scale : 1.0f);
+}
+
+template <bool FIRST_BLOCK>
+__device__ __forceinline__ void next_block(
+    u32 smem, u32 q, u32 at, const Problem& of, const Tile& tile, int block, int length, int lane, u32 arrivals,
+    SoftmaxState& state, float (&s)[BN / 2], float (&y)[D / 2]) {
+  const u32 stage = stage_of(at), parity = parity_of(at);
+  mbarrier_wait(SMEM(k_full) + 8 * stage, parity);
+  fence_async_proxy();  // cp.async writes as ordinary stores do
+  wgmma_fence();
+  issue_scores(s, q, SMEM(k) + stage * TILE);
+  wgmma_wait<0>();
+  fence_accumulators(s);
+  if constexpr (!POSITIONS) release(SMEM(k_empty) + 8 * stage, lane, arrivals);
+  const float2 factors =
+      probabilities<FIRST_BLOCK>(s, state, of, tile, block, length, SMEM(k_position) + stage * (4 * BN));
+  if constexpr (POSITIONS) __syncwarp(), release(SMEM(k_empty) + 8 * stage, lane, arrivals);
+  if constexpr (!FIRST_BLOCK) rescale(y, factors);
+  u32 p[BN / 4];
+  to_operand(p, s);
+  mbarrier_wait(SMEM(v_full) + 8 * stage, parity);
+  fence_async_proxy();
+  wgmma_fence();
+  issue_output(y, p, SMEM(v) + stage * TILE);
+  wgmma_wait<0>();
+  fence_accumulators(y);
+  release(SMEM(v_empty) + 8 * stage, lane, arrivals);
+}
+
+// y, normalized, into the place of q and from there to global memory, each warp its 16 rows.
+__device__ __forceinline__ void epilogue(
+    const float (&y)[D / 2], const float (&normalizer)[2], u32 q, unsigned char* to, u32 row_bytes, int rows, int group,
+    int warp, int lane) {
+  const u32 own = q + warp * (WARP_ROWS * SWIZZLE);
+  // The 16 bytes whose address this lane gives stmatrix, swizzled: those of unit u to the right are at ^ 16 * u.
+  const u32 first = own + (lane & 15) * SWIZZLE + ((lane ^ lane << 4) & 0x70);
+  named_barrier_sync<WARP_GROUP>(EPILOGUE + group);  // all four warps have read q
+#pragma unroll
+  for (int c = 0; c < D / 8; c += 2) {
+    u32 out[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int at = (c + i / 2) * 4 + i % 2 * 2;
+      out[i] = at < D / 2 ? pack<DTYPE>(y[at] * normalizer[i & 1], y[at + 1] * normalizer[i & 1]) : 0;
+    }
+    stmatrix_x4((first + c / 8 * PART) ^ (c % 8 << 4), out);
+  }
+  __syncwarp();
+  constexpr int UNITS = D / 8;  // of 16 bytes, in a row
+#pragma unroll
+  for (int i = 0; i < (UNITS * WARP_ROWS + 31) / 32; ++i) {
+    const int unit = i * 32 + lane, row = unit / UNITS, column = unit % UNITS;
+    if (unit < UNITS * WARP_ROWS && warp * WARP_ROWS + row < rows)
+      *(int4*)(to + (u64)row_bytes * (u32)(warp * WARP_ROWS + row) + column * 16) =
+          ld_shared_int4_ordered(own + column / 8 * PART + row * SWIZZLE + ((column ^ row) & 7) * 16);
+  }
+  __syncwarp();
+}
+
+__device__ __forceinline__ void consume(u32 smem, const Problem& of, int group, int warp, int lane) {
+  const int me = group % CONSUMERS;
+  u32 block = 0;  // first of the item
+  for (u32 nth = 0;; ++nth) {
+    const u32 buffer = nth & 1, q_empty = SMEM(q_empty) + 8 * buffer;
+    mbarrier_wait(SMEM(q_full) + 8 * buffer, nth >> 1 & 1);
+    const int4 shared = ld_shared_int4_ordered(SMEM(item) + 16 * buffer);
+    const Item item = {shared.x, shared.y, shared.z, shared.w};
+    if (!item.length) return;
+    const bool paired = item.paired();
+    const int first = item.row + (paired ? me * BM : 0), step = item.loaded(of.heads);
+    const u32 head = item.head() + (paired ? 0 : me), arrivals = paired ? 1 : CONSUMERS;
+    const Range all = item.blocks(of.window), seen = item.blocks(first, 1, of.window);
+    u32 k = block + (paired ? 0 : me);
+    block += all.size() * step;
+    if (head >= of.heads) {  // this consumer's of an odd number
+      __syncwarp();
+      release(q_empty, lane, 1);
+      continue;
+    }
+    const u32 q = SMEM(q) + (buffer * CONSUMERS + me) * TILE;
+    Tile tile = {{}, {}, (lane & 3) * 2, head};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = warp * WARP_ROWS + r * 8 + (lane >> 2);
+      tile.row[r] = first + row;
+      if constexpr (POSITIONS)
+        tile.position[r] = ld_shared_int_ordered(SMEM(q_position) + 4 * ((buffer * CONSUMERS + me) * BM + row));
+    }
+    if constexpr (CAUSAL || WINDOW) skip_blocks(smem, k, all.high - seen.high, lane);
+
+    float s[BN / 2], y[D / 2];
+    SoftmaxState state;
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) y[i] = 0.0f;
+    next_block<true>(smem, q, k, of, tile, seen.high - 1, item.length, lane, arrivals, state, s, y);
+#pragma unroll 1
+    for (int next = seen.high - 2; next >= seen.low; --next)
+      next_block<false>(smem, q, k += step, of, tile, next, item.length, lane, arrivals, state, s, y);
+    normalizers(state);
+    if constexpr (WINDOW) skip_blocks(smem, ++k, seen.low - all.low, lane);
+    epilogue(y, state.row_sum, q, (unsigned char*)of.y.at(head, item.start + first), of.y.row, item.length - first, group,
+             warp, lane);
+    release(q_empty, lane, 1);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    varlen_attention_hopper(Bytes q, Bytes k, Bytes v, Bytes y, const int* cu_seqlens, const int* position,
+                            const int2* tiles, Bytes bias, i64 q_head, i64 k_head, i64 v_head, i64 bias_head, i64 bias_row,
+                            i64 bias_column, u32 q_row, u32 k_row, u32 v_row, u32 y_row, u32 heads, u32 sharing,
+                            u32 entries, int window, float scale) {
+  extern __shared__ unsigned char dynamic[];
+  const u32 smem = smem_base(dynamic);
+  const int thread = threadIdx.x, group = thread >> 7, warp = thread >> 5 & 3, lane = thread & 31;
+  if (thread == 0)
+    for (int team = 0; team < TEAMS; ++team) init_barriers(smem + team * (u32)sizeof(SharedStorage));
+  __syncthreads();
+  griddepcontrol_wait();  // all of the above overlaps with the kernel before
+
+  const Problem of = {{q, q_head, q_row},
+                      {k, k_head, k_row},
+                      {v, v_head, v_row},
+                      {y, 2 * D, y_row},
+                      cu_seqlens,
+                      position,
+                      tiles,
+                      {bias, bias_head, bias_row, bias_column},
+                      heads,
+                      sharing,
+                      entries,
+                      window,
+                      scale};
+  if (group == TEAMS * CONSUMERS) {
+    setmaxnreg_dec<PRODUCER_REGISTERS>();
+    if (warp < TEAMS) {
+      produce(smem + warp * (u32)sizeof(SharedStorage), of, warp, lane);
+      // The next kernel may start and set itself up while the last items are computed.
+      griddepcontrol_launch_dependents();
+    }
+  } else {
+    setmaxnreg_inc<CONSUMER_REGISTERS>();
+    consume(smem + group / CONSUMERS * (u32)sizeof(SharedStorage), of, group, warp, lane);
+  }
+}

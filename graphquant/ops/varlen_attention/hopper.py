@@ -1,0 +1,176 @@
+"""hopper.cu on sm_90a: compiled by NVRTC for the head, the masks and the bias, cached, launched."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from graphquant.ops.hopper import DTYPES, SM, compile_kernel
+from graphquant.ops.hopper.wgmma import shapes, wgmma_rs, wgmma_ss
+from graphquant.ops.runtime import nvrtc
+from graphquant.ops.runtime.device import gpu_properties
+from graphquant.ops.runtime.launch import ALIGNED, Param, launch, native
+from graphquant.ops.varlen_attention.op import varlen_attention
+
+LOG2_E = 1.4426950408889634
+WIDEST = 128  # head
+STAGES = 4
+TILE = 64  # rows of q, k and v that are multiplied at a time
+PTX_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One specialization of hopper.cu, whose head explains the macros."""
+
+    D: int
+    dtype: torch.dtype
+    causal: bool = False
+    window: bool = False
+    bias: torch.dtype | None = None
+
+    @property
+    def teams(self) -> int:
+        """Of a CTA: two, if registers and shared memory suffice."""
+        return 2 if self.D <= 64 and self.bias is None else 1
+
+    @property
+    def threads(self) -> int:
+        return 128 * (2 * self.teams + 1)
+
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory, in the order in which the kernel lays them out."""
+        tile = -(-self.D // 64) * 64 * 2 * TILE
+        positions = 4 * TILE * (4 + STAGES)
+        team = tile * (4 + 2 * STAGES) + positions + 2 * 16 + 8 * (4 + 4 * STAGES)
+        return 1024 * (1 + self.teams * -(-team // 1024))
+
+    def defines(self) -> dict[str, int | str]:
+        """Macros that specialize hopper.cu."""
+        return {
+            "D": self.D,
+            "TEAMS": self.teams,
+            "STAGES": STAGES,
+            "DTYPE": _dtype(self.dtype),
+            "CAUSAL": int(self.causal),
+            "WINDOW": int(self.window),
+            "BIAS": _dtype(self.bias),
+            "SHARED_BYTES": self.shared,
+        }
+
+    def cubin(self) -> bytes:
+        """The compiled kernel."""
+        ptx = PTX_NAMES[self.dtype]
+        products = shapes(wgmma_ss(TILE, ptx), wgmma_rs(self.D, ptx))
+        return compile_kernel(Path(__file__).with_suffix(".cu"), self.defines(), products)
+
+
+def _dtype(dtype: torch.dtype | None) -> str:
+    return DTYPES[str(dtype or "none").removeprefix("torch.")]
+
+
+def _refuses(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    position: Tensor,
+    tiles: Tensor,
+    scale: float,
+    max_length: int,
+    causal: bool = False,
+    window: int | None = None,
+    bias: Tensor | None = None,
+) -> str | None:
+    sm, D = gpu_properties(q.device).sm, q.shape[3]
+    if q.device.type != "cuda" or sm != SM:
+        return f"the device is sm_{sm}, this one is for sm_{SM} alone"
+    if (why := nvrtc.missing()) is not None:
+        return why
+    if q.dtype not in PTX_NAMES:
+        return f"q is {q.dtype}, needs float16 or bfloat16"
+    if D % 8 or D > WIDEST:
+        return f"heads of {D}: needs a multiple of 8 up to {WIDEST}"
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.stride(3) != 1 or any(n % ALIGNED or not 0 < n < 2**31 for n in _strides(t)):
+            return f"{name} with strides {tuple(t.stride())} is not tokens at multiples of 16 bytes"
+    given = {"q": q, "k": k, "v": v, "bias": bias}
+    given |= {"cu_seqlens": cu_seqlens, "position": position, "tiles": tiles}
+    for name, x in given.items():
+        if x is not None and x.data_ptr() % ALIGNED:
+            return f"{name} does not start at a multiple of {ALIGNED} bytes"
+        if name in ("cu_seqlens", "position", "tiles") and not x.is_contiguous():
+            return f"{name} is not contiguous"
+    return None
+
+
+def _strides(t: Tensor) -> tuple[int, int]:
+    """Bytes from head to head and token to token. A dim of one has any."""
+    width = t.shape[3] * t.itemsize
+    head, row = (t.stride(i) * t.itemsize if t.shape[i] > 1 else width for i in (1, 2))
+    return head, row
+
+
+@functools.cache
+def _function(variant: Variant, device: torch.device) -> int:
+    """The handle of a loaded specialization. `device`: each has functions of its own."""
+    code = variant.cubin()
+    with torch.cuda.device(device):
+        function: int = native().load(
+            device.index, code, "varlen_attention_hopper", variant.shared
+        )
+    return function
+
+
+@varlen_attention.kernel("hopper", refuses=_refuses)
+def varlen_attention_hopper(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    position: Tensor,
+    tiles: Tensor,
+    scale: float,
+    max_length: int,
+    causal: bool = False,
+    window: int | None = None,
+    bias: Tensor | None = None,
+    *,
+    out: tuple[Tensor],
+) -> None:
+    (y,) = out
+    (_, H, _, D), entries = q.shape, tiles.shape[0]
+    if not y.numel() or not entries:
+        return
+    sm = gpu_properties(q.device).num_sms
+    variant = Variant(D, q.dtype, causal, window is not None, bias.dtype if bias is not None else None)
+    (q_head, q_row), (k_head, k_row), (v_head, v_row) = map(_strides, (q, k, v))
+    launch(
+        _function(variant, q.device),
+        min(sm, entries * -(-H // 2)),
+        variant.threads,
+        variant.shared,
+        (
+            *(("pointer", t) for t in (q, k, v, y, cu_seqlens, position, tiles)),
+            ("null",) if bias is None else ("pointer", bias),
+            *(("i64", n) for n in (q_head, k_head, v_head, *_bias_strides(bias))),
+            *(("i32", n) for n in (q_row, k_row, v_row, H * D * y.itemsize)),
+            *(("i32", n) for n in (H, H // k.shape[1], entries)),
+            ("i32", min(window or 0, max_length)),
+            ("f32", scale * LOG2_E),
+        ),
+        pdl=True,
+    )
+
+
+def _bias_strides(bias: Tensor | None) -> tuple[int, int, int]:
+    """Bytes from head to head, row to row, column to column; 0 where all heads share one."""
+    if bias is None:
+        return 0, 0, 0
+    head, row, column = (bias.stride(i) * bias.itemsize for i in (1, 2, 3))
+    return head if bias.shape[1] > 1 else 0, row, column
