@@ -3,7 +3,7 @@
 //   y_i = sum_j softmax_j(scale q_i k_j + bias[p_i, p_j]) v_j      i, j in one sequence; for each head, with scores,
 //                                                                  softmax and accumulators in float32
 //
-// A team is two consumer warp groups of 64 queries each and a producer warp. Teams, one or two in a CTA, are
+// A team is two consumer warp groups of 64 queries each and two producer warps, of keys and of values. Teams, one or two in a CTA, are
 // persistent, over a grid-stride loop of items. An item is what both consumers compute at a time: two tiles of a
 // sequence for one head, which share its keys; or, of a sequence's last tile if it is the only one of its two, two
 // heads, each with keys of its own. Sequences are short, so latency counts: while an item is computed, the producer
@@ -23,7 +23,7 @@
 //   WINDOW        1: a query sees keys whose positions are at most `window` away
 //   BIAS          NONE or the dtype of the bias
 //   SHARED_BYTES  dynamic shared memory of the launch
-// and wgmma_shapes.cuh has wgmma_ss for N of 64, wgmma_rs for N of D.
+// and wgmma_shapes.cuh has wgmma_ss for N of 64 and 32, wgmma_rs for N of D.
 //
 // Launch: varlen_attention_hopper(q, k, v, y, cu_seqlens, position, tiles, bias, head strides of q, k, v,
 //                                 strides of the bias, row strides of q, k, v, y, heads, sharing, entries, window, scale)
@@ -44,11 +44,13 @@ using Bytes = const unsigned char*;
 // Enumerators, since NVRTC puts each constexpr variable into global memory.
 enum : int {
   CONSUMERS = 2,                           // of a team
+  PRODUCERS = 2,                           // warps, of a team
   WARP_GROUP = 128,                        // threads
   WARPS = 4 * CONSUMERS,                   // of a team's consumers
   THREADS = (TEAMS * CONSUMERS + 1) * WARP_GROUP,
   BM = 64,                                 // queries of a tile: rows of a wgmma
-  BN = 64,                                 // keys of a block
+  BN = 64,                                 // keys of a block,
+  NARROW = 32,                             // or of the first one, if that suffices
   SWIZZLE = 128,                           // bytes of a row of a swizzled tile,
   COLUMNS = 64,                            // of a head in it,
   PARTS = (D + COLUMNS - 1) / COLUMNS,     // and such tiles side by side hold a head
@@ -166,7 +168,7 @@ __device__ __forceinline__ u32 parity_of(u32 block) { return block / STAGES & 1;
 
 __device__ __forceinline__ void init_barriers(u32 smem) {
   for (int i = 0; i < 2; ++i) {
-    mbarrier_init(SMEM(q_full) + 8 * i, 32 + 1);  // lanes, and the item
+    mbarrier_init(SMEM(q_full) + 8 * i, PRODUCERS * 32 + 1);  // lanes, and the item
     mbarrier_init(SMEM(q_empty) + 8 * i, WARPS);
   }
   for (int i = 0; i < STAGES; ++i) {
@@ -183,15 +185,20 @@ enum NamedBarrier : u32 { EPILOGUE = 1 };  // one for each consumer's own thread
 
 // ------------------------------------------------------------------------------------ producer
 
-// 64 rows of a head; those from `rows` on, and columns from D on, are zeros.
-__device__ __forceinline__ void copy_tile(u32 to, Bytes from, u32 row_bytes, int rows, int lane) {
-  constexpr int UNITS = 2 * K_STEPS;  // of 16 bytes, in a row
-#pragma unroll 4
-  for (int i = 0; i < UNITS * BN / 32; ++i) {
-    const int unit = i * 32 + lane, row = unit / UNITS, column = unit % UNITS;
-    const bool inside = row < rows && column < D / 8;
-    cp_async_16(to + column / 8 * PART + row * SWIZZLE + ((column ^ row) & 7) * 16,
-                from + (inside ? (u64)row_bytes * (u32)row + column * 16 : 0), inside);
+// `filled` rows of a head; those from `rows` on, and columns from D on, are zeros.
+__device__ __forceinline__ void copy_tile(u32 to, Bytes from, u32 row_bytes, int rows, int filled, int lane) {
+  constexpr int UNITS = D <= 16 ? 2 : D <= 32 ? 4 : D <= 64 ? 8 : 16;  // of 16 bytes, in a row
+  constexpr int STEP = 32 / UNITS;                                     // rows at a time
+  const int first = lane / UNITS, column = lane % UNITS;
+  int left = column < D / 8 ? rows - first : 0;  // rows from this lane's own on
+  if (left > 0) from += (u64)row_bytes * (u32)first + column * 16;
+  to += column / 8 * PART + first * SWIZZLE;
+#pragma unroll 16
+  for (int row = 0; row < BN; row += STEP) {
+    if (row >= filled) break;
+    cp_async_16(to + row * SWIZZLE + ((column ^ (first + row)) & 7) * 16, from, left > 0);
+    left -= STEP;
+    if (left > 0) from += STEP * row_bytes;
   }
 }
 
@@ -200,72 +207,66 @@ __device__ __forceinline__ void copy_positions(u32 to, const int* from, int rows
   for (int i = lane; i < BN; i += 32) cp_async(to + 4 * i, (const float*)from, i, rows);
 }
 
-// One block of k or v of a head into its ring.
-__device__ __forceinline__ void load_block(
-    u32 ring, u32 full, u32 empty, u32& block, const Heads& of, int head, int row, int rows, int lane, u32 positions,
-    const int* position) {
-  const u32 stage = stage_of(block);
-  mbarrier_wait(empty + 8 * stage, parity_of(block) ^ 1);
-  __syncwarp();
-  copy_tile(ring + stage * TILE, of.at(head, row), of.row, rows, lane);
-  if (POSITIONS && positions) copy_positions(positions + stage * (4 * BN), position + row, rows, lane);
-  mbarrier_arrive_cp_async(full + 8 * stage);
-  ++block;
+// A producer's ring, of keys or of values.
+struct Ring {
+  u32 tiles, full, empty;
+  u32 block;  // of all so far
+};
+
+__device__ __forceinline__ void load_queries(u32 smem, const Problem& of, const Item& item, u32 buffer, int consumer, int lane) {
+  const int row = item.row + (item.paired() ? consumer * BM : 0);
+  const u32 head = item.head() + (item.paired() ? 0 : consumer), at = buffer * CONSUMERS + consumer;
+  if (head >= of.heads) return;
+  const int rows = item.length - row;
+  copy_tile(SMEM(q) + at * TILE, of.q.at(head, item.start + row), of.q.row, rows, rows, lane);
+  if constexpr (POSITIONS) copy_positions(SMEM(q_position) + at * (4 * BM), of.position + item.start + row, rows, lane);
 }
 
-__device__ __forceinline__ void load_queries(u32 smem, const Problem& of, const Item& item, u32 buffer, int lane) {
-#pragma unroll
-  for (int i = 0; i < CONSUMERS; ++i) {
-    const int row = item.row + (item.paired() ? i * BM : 0), head = item.head() + (item.paired() ? 0 : i);
-    if (head >= of.heads) continue;
-    copy_tile(SMEM(q) + (buffer * CONSUMERS + i) * TILE, of.q.at(head, item.start + row), of.q.row, item.length - row, lane);
-    if constexpr (POSITIONS)
-      copy_positions(SMEM(q_position) + (buffer * CONSUMERS + i) * (4 * BM), of.position + item.start + row,
-                     item.length - row, lane);
-  }
-}
-
-// Keys of a block, then values of the block before: in the order of their use.
-__device__ __forceinline__ void load_keys(u32 smem, const Problem& of, const Item& item, u32& k, u32& v, int lane) {
+// Values of the last keys are multiplied by zeros, so they have to be numbers.
+template <bool KEYS>
+__device__ __forceinline__ void load_blocks(u32 smem, const Problem& of, const Item& item, Ring& ring, int lane) {
+  const Heads& from = KEYS ? of.k : of.v;
   const Range blocks = item.blocks(of.window);
-  const int loaded = item.loaded(of.heads);
-  for (int block = blocks.high - 1; block >= blocks.low - 1; --block) {
-    for (int i = 0; i < loaded; ++i) {
-      const int head = (item.head() + i) / of.sharing, row = block * BN;
-      if (block >= blocks.low)
-        load_block(SMEM(k), SMEM(k_full), SMEM(k_empty), k, of.k, head, item.start + row, item.length - row, lane,
-                   SMEM(k_position), of.position);
-    }
-    for (int i = 0; i < loaded; ++i) {
-      const int head = (item.head() + i) / of.sharing, row = block * BN + BN;
-      if (block < blocks.high - 1)
-        load_block(SMEM(v), SMEM(v_full), SMEM(v_empty), v, of.v, head, item.start + row, item.length - row, lane, 0,
-                   nullptr);
+  const u32 loaded = item.loaded(of.heads), first = item.head() / of.sharing;
+  const u32 second = first + (item.head() + 1 == (first + 1) * of.sharing);
+  for (int block = blocks.high - 1; block >= blocks.low; --block) {
+    const int row = item.start + block * BN, rows = item.length - block * BN;
+    for (u32 i = 0; i < loaded; ++i, ++ring.block) {
+      const u32 stage = stage_of(ring.block);
+      mbarrier_wait(ring.empty + 8 * stage, parity_of(ring.block) ^ 1);
+      __syncwarp();
+      copy_tile(ring.tiles + stage * TILE, from.at(i ? second : first, row), from.row, rows,
+                KEYS ? rows : rows <= NARROW ? NARROW : BN, lane);
+      if constexpr (KEYS && POSITIONS)
+        copy_positions(SMEM(k_position) + stage * (4 * BN), of.position + row, rows, lane);
+      mbarrier_arrive_cp_async(ring.full + 8 * stage);
     }
   }
 }
 
+// Loads one consumer's queries, and keys or values.
+template <bool KEYS>
 __device__ __forceinline__ void produce(u32 smem, const Problem& of, u32 team, int lane) {
-  u32 k = 0, v = 0;    // blocks so far
-  u32 loaded = 0;      // items so far
+  Ring ring = KEYS ? Ring{SMEM(k), SMEM(k_full), SMEM(k_empty)} : Ring{SMEM(v), SMEM(v_full), SMEM(v_empty)};
+  u32 items = 0;  // so far
   for (u32 n = 0;; n += 32) {
     const Item mine = item_at(nth_item(n + lane, team), of);  // each lane looks up one
 #pragma unroll 1
     for (int i = 0; i < 32; ++i) {
       const Item item = from_lane(mine, i);
       if (item.head() >= of.heads) continue;  // the last pair of an odd number
-      const u32 buffer = loaded & 1, full = SMEM(q_full) + 8 * buffer;
-      mbarrier_wait(SMEM(q_empty) + 8 * buffer, (loaded >> 1 & 1) ^ 1);
+      const u32 buffer = items & 1, full = SMEM(q_full) + 8 * buffer;
+      mbarrier_wait(SMEM(q_empty) + 8 * buffer, (items >> 1 & 1) ^ 1);
       __syncwarp();
-      if (item.length) load_queries(smem, of, item, buffer, lane);
-      if (lane == 0) {
+      if (item.length) load_queries(smem, of, item, buffer, KEYS ? 0 : 1, lane);
+      if (KEYS && lane == 0) {
         st_shared(SMEM(item) + 16 * buffer, make_int4(item.start, item.row, item.length, item.code));
         mbarrier_arrive(full);
       }
       mbarrier_arrive_cp_async(full);
       if (!item.length) return;
-      load_keys(smem, of, item, k, v, lane);
-      ++loaded;
+      load_blocks<KEYS>(smem, of, item, ring, lane);
+      ++items;
     }
   }
 }
@@ -277,18 +278,20 @@ struct Tile {
   int row[2];       // queries of this thread
   int position[2];  // theirs
   int column;       // first of this thread's columns in each eight
+  int length;       // of the sequence
   u32 head;
+  bool has_rows;    // Does this warp have rows of the sequence? It takes part in products if not.
 };
 
-template <bool LAST>
+template <int N, bool LAST>
 __device__ __forceinline__ void hide_keys(
-    float (&s)[BN / 2], const Tile& tile, int block, int length, u32 positions, int window) {
+    float (&s)[N / 2], const Tile& tile, int block, u32 positions, int window) {
   const float minus_infinity = __int_as_float(0xff800000);
   int end[2];
 #pragma unroll
-  for (int r = 0; r < 2; ++r) end[r] = (CAUSAL ? min(length, tile.row[r] + 1) : length) - block * BN - tile.column;
+  for (int r = 0; r < 2; ++r) end[r] = (CAUSAL ? min(tile.length, tile.row[r] + 1) : tile.length) - block * BN - tile.column;
 #pragma unroll
-  for (int c = 0; c < BN / 8; ++c) {
+  for (int c = 0; c < N / 8; ++c) {
     int2 position = {0, 0};
     if constexpr (WINDOW) position = ld_shared_int2_ordered(positions + 4 * (c * 8 + tile.column));
 #pragma unroll
@@ -310,12 +313,13 @@ __device__ __forceinline__ float load_bias(Bytes from) {
 }
 
 // s = scale s + log2(e) bias
-__device__ __forceinline__ void add_bias(float (&s)[BN / 2], const Tile& tile, const Bias& bias, u32 positions, float scale) {
+template <int N>
+__device__ __forceinline__ void add_bias(float (&s)[N / 2], const Tile& tile, const Bias& bias, u32 positions, float scale) {
   const float log2_e = 1.4426950408889634f;
   const Bytes row[2] = {bias.base + tile.head * bias.head + tile.position[0] * bias.row,
                         bias.base + tile.head * bias.head + tile.position[1] * bias.row};
 #pragma unroll
-  for (int c = 0; c < BN / 8; ++c) {
+  for (int c = 0; c < N / 8; ++c) {
     const int2 position = ld_shared_int2_ordered(positions + 4 * (c * 8 + tile.column));
 #pragma unroll
     for (int i = 0; i < 4; ++i)
@@ -340,8 +344,8 @@ struct SoftmaxState {
 
 // Online softmax: turns scores of a block into probabilities that are not normalized yet, relative to row_max, and
 // returns the factors by which earlier results of each row have to be rescaled.
-template <bool FIRST_BLOCK>
-__device__ __forceinline__ float2 online_softmax(float (&s)[BN / 2], SoftmaxState& state, float scale) {
+template <int N, bool FIRST_BLOCK>
+__device__ __forceinline__ float2 online_softmax(float (&s)[N / 2], SoftmaxState& state, float scale) {
   const float minus_infinity = __int_as_float(0xff800000);
   float rescale[2];
 #pragma unroll
@@ -349,7 +353,7 @@ __device__ __forceinline__ float2 online_softmax(float (&s)[BN / 2], SoftmaxStat
     // Two chains of maxima, and below of sums, for instruction-level parallelism.
     float partial_max[2] = {fmaxf(s[2 * r], s[2 * r + 1]), FIRST_BLOCK ? minus_infinity : state.row_max[r]};
 #pragma unroll
-    for (int c = 1; c < BN / 8; ++c)
+    for (int c = 1; c < N / 8; ++c)
       partial_max[c & 1] = fmaxf(partial_max[c & 1], fmaxf(s[c * 4 + 2 * r], s[c * 4 + 2 * r + 1]));
     float row_max = fmaxf(partial_max[0], partial_max[1]);
     row_max = fmaxf(row_max, __shfl_xor_sync(0xffffffff, row_max, 1));
@@ -364,7 +368,7 @@ __device__ __forceinline__ float2 online_softmax(float (&s)[BN / 2], SoftmaxStat
     const float scaled_max = base * scale;
     float partial_sum[2] = {0.0f, 0.0f};
 #pragma unroll
-    for (int c = 0; c < BN / 8; ++c)
+    for (int c = 0; c < N / 8; ++c)
 #pragma unroll
       for (int i = 2 * r; i < 2 * r + 2; ++i) {
         s[c * 4 + i] = exp2_approx(__fmaf_rn(s[c * 4 + i], scale, -scaled_max));
@@ -394,26 +398,29 @@ __device__ __forceinline__ void normalizers(SoftmaxState& state) {
 }
 
 // Scores as wgmma leaves them are, as probabilities, in the order in which wgmma takes A from registers.
-__device__ __forceinline__ void to_operand(u32 (&p)[BN / 4], const float (&s)[BN / 2]) {
+template <int N>
+__device__ __forceinline__ void to_operand(u32 (&p)[N / 4], const float (&s)[N / 2]) {
 #pragma unroll
-  for (int i = 0; i < BN / 4; ++i) p[i] = pack<DTYPE>(s[2 * i], s[2 * i + 1]);
+  for (int i = 0; i < N / 4; ++i) p[i] = pack<DTYPE>(s[2 * i], s[2 * i + 1]);
 }
 
 // ------------------------------------------------------------------------------------ consumers
 
-// Issues s = q k^T for the block at address k.
-__device__ __forceinline__ void issue_scores(float (&s)[BN / 2], u32 q, u32 k) {
+// Issues s = q k^T for N keys at address k.
+template <int N>
+__device__ __forceinline__ void issue_scores(float (&s)[N / 2], u32 q, u32 k) {
 #pragma unroll
   for (int i = 0; i < K_STEPS; ++i)
-    wgmma_ss<BN>(s, wgmma_descriptor(q + i / 4 * PART + i % 4 * 32, 16, 1024),
+    wgmma_ss<N>(s, wgmma_descriptor(q + i / 4 * PART + i % 4 * 32, 16, 1024),
                  wgmma_descriptor(k + i / 4 * PART + i % 4 * 32, 16, 1024), i > 0);
   wgmma_commit();
 }
 
-// Issues y += p v.
-__device__ __forceinline__ void issue_output(float (&y)[D / 2], const u32 (&p)[BN / 4], u32 v) {
+// Issues y += p v for N keys.
+template <int N>
+__device__ __forceinline__ void issue_output(float (&y)[D / 2], const u32 (&p)[N / 4], u32 v) {
 #pragma unroll
-  for (int i = 0; i < BN / 16; ++i)
+  for (int i = 0; i < N / 16; ++i)
     wgmma_rs<D>(y, p + 4 * i, wgmma_descriptor(v + i * (16 * SWIZZLE), PART, 1024), 1);
   wgmma_commit();
 }
@@ -434,49 +441,50 @@ __device__ __forceinline__ void skip_blocks(u32 smem, u32& block, int n, int lan
   }
 }
 
-template <bool FIRST_BLOCK>
-__device__ __forceinline__ float2 probabilities(
-    float (&s)[BN / 2], SoftmaxState& state, const Problem& of, const Tile& tile, int block, int length, u32 positions) {
-  if constexpr (BIAS != NONE) add_bias(s, tile, of.bias, positions, of.scale);
-  if constexpr (FIRST_BLOCK || WINDOW) hide_keys<FIRST_BLOCK>(s, tile, block, length, positions, of.window);
-  return online_softmax<FIRST_BLOCK>(s, state, BIAS == NONE ? of.scale : 1.0f);
+// Scores of N keys become probabilities, and y what it was relative to them.
+template <int N, bool FIRST_BLOCK>
+__device__ __forceinline__ void probabilities(
+    float (&s)[N / 2], float (&y)[D / 2], SoftmaxState& state, const Problem& of, const Tile& tile, int block, u32 positions) {
+  if constexpr (BIAS != NONE) add_bias<N>(s, tile, of.bias, positions, of.scale);
+  if constexpr (FIRST_BLOCK || WINDOW) hide_keys<N, FIRST_BLOCK>(s, tile, block, positions, of.window);
+  const float2 factors = online_softmax<N, FIRST_BLOCK>(s, state, BIAS == NONE ? of.scale : 1.0f);
+  if constexpr (!FIRST_BLOCK) rescale(y, factors);
 }
 
-template <bool FIRST_BLOCK>
+// y += softmax(q k^T) v for N keys of a block, the one at `at` in the rings.
+template <int N, bool FIRST_BLOCK>
 __device__ __forceinline__ void next_block(
-    u32 smem, u32 q, u32 at, const Problem& of, const Tile& tile, int block, int length, int lane, u32 arrivals,
-    SoftmaxState& state, float (&s)[BN / 2], float (&y)[D / 2]) {
+    u32 smem, u32 q, u32 at, const Problem& of, const Tile& tile, int block, int lane, u32 arrivals, SoftmaxState& state,
+    float (&y)[D / 2]) {
   const u32 stage = stage_of(at), parity = parity_of(at);
+  float s[N / 2];
   mbarrier_wait(SMEM(k_full) + 8 * stage, parity);
   fence_async_proxy();  // cp.async writes as ordinary stores do
   wgmma_fence();
-  issue_scores(s, q, SMEM(k) + stage * TILE);
+  issue_scores<N>(s, q, SMEM(k) + stage * TILE);
   wgmma_wait<0>();
   fence_accumulators(s);
   if constexpr (!POSITIONS) release(SMEM(k_empty) + 8 * stage, lane, arrivals);
-  const float2 factors =
-      probabilities<FIRST_BLOCK>(s, state, of, tile, block, length, SMEM(k_position) + stage * (4 * BN));
+  if (tile.has_rows)
+    probabilities<N, FIRST_BLOCK>(s, y, state, of, tile, block, SMEM(k_position) + stage * (4 * BN));
   if constexpr (POSITIONS) __syncwarp(), release(SMEM(k_empty) + 8 * stage, lane, arrivals);
-  if constexpr (!FIRST_BLOCK) rescale(y, factors);
-  u32 p[BN / 4];
-  to_operand(p, s);
+  u32 p[N / 4];
+  to_operand<N>(p, s);
   mbarrier_wait(SMEM(v_full) + 8 * stage, parity);
   fence_async_proxy();
   wgmma_fence();
-  issue_output(y, p, SMEM(v) + stage * TILE);
+  issue_output<N>(y, p, SMEM(v) + stage * TILE);
   wgmma_wait<0>();
   fence_accumulators(y);
   release(SMEM(v_empty) + 8 * stage, lane, arrivals);
 }
 
-// y, normalized, into the place of q and from there to global memory, each warp its 16 rows.
+// y of a warp's 16 rows, normalized, into the place of their q and from there to global memory, as far as there are
+// rows of the sequence.
 __device__ __forceinline__ void epilogue(
-    const float (&y)[D / 2], const float (&normalizer)[2], u32 q, unsigned char* to, u32 row_bytes, int rows, int group,
-    int warp, int lane) {
-  const u32 own = q + warp * (WARP_ROWS * SWIZZLE);
+    const float (&y)[D / 2], const float (&normalizer)[2], u32 q, unsigned char* to, u32 row_bytes, int rows, int lane) {
   // The 16 bytes whose address this lane gives stmatrix, swizzled: those of unit u to the right are at ^ 16 * u.
-  const u32 first = own + (lane & 15) * SWIZZLE + ((lane ^ lane << 4) & 0x70);
-  named_barrier_sync<WARP_GROUP>(EPILOGUE + group);  // all four warps have read q
+  const u32 own = q + (lane & 15) * SWIZZLE + ((lane ^ lane << 4) & 0x70);
 #pragma unroll
   for (int c = 0; c < D / 8; c += 2) {
     u32 out[4];
@@ -485,18 +493,17 @@ __device__ __forceinline__ void epilogue(
       const int at = (c + i / 2) * 4 + i % 2 * 2;
       out[i] = at < D / 2 ? pack<DTYPE>(y[at] * normalizer[i & 1], y[at + 1] * normalizer[i & 1]) : 0;
     }
-    stmatrix_x4((first + c / 8 * PART) ^ (c % 8 << 4), out);
+    stmatrix_x4((own + c / 8 * PART) ^ (c % 8 << 4), out);
   }
   __syncwarp();
   constexpr int UNITS = D / 8;  // of 16 bytes, in a row
 #pragma unroll
-  for (int i = 0; i < (UNITS * WARP_ROWS + 31) / 32; ++i) {
-    const int unit = i * 32 + lane, row = unit / UNITS, column = unit % UNITS;
-    if (unit < UNITS * WARP_ROWS && warp * WARP_ROWS + row < rows)
-      *(int4*)(to + (u64)row_bytes * (u32)(warp * WARP_ROWS + row) + column * 16) =
-          ld_shared_int4_ordered(own + column / 8 * PART + row * SWIZZLE + ((column ^ row) & 7) * 16);
+  for (int i = lane; i < UNITS * WARP_ROWS; i += 32) {
+    const int row = i / UNITS, column = i % UNITS;
+    if (row < rows)
+      *(int4*)(to + (u64)row_bytes * (u32)row + column * 16) =
+          ld_shared_int4_ordered(q + column / 8 * PART + row * SWIZZLE + ((column ^ row) & 7) * 16);
   }
-  __syncwarp();
 }
 
 __device__ __forceinline__ void consume(u32 smem, const Problem& of, int group, int warp, int lane) {
@@ -520,7 +527,7 @@ __device__ __forceinline__ void consume(u32 smem, const Problem& of, int group, 
       continue;
     }
     const u32 q = SMEM(q) + (buffer * CONSUMERS + me) * TILE;
-    Tile tile = {{}, {}, (lane & 3) * 2, head};
+    Tile tile = {{}, {}, (lane & 3) * 2, item.length, head, first + warp * WARP_ROWS < item.length};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = warp * WARP_ROWS + r * 8 + (lane >> 2);
@@ -530,18 +537,26 @@ __device__ __forceinline__ void consume(u32 smem, const Problem& of, int group, 
     }
     if constexpr (CAUSAL || WINDOW) skip_blocks(smem, k, all.high - seen.high, lane);
 
-    float s[BN / 2], y[D / 2];
+    float y[D / 2];
     SoftmaxState state;
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) y[i] = 0.0f;
-    next_block<true>(smem, q, k, of, tile, seen.high - 1, item.length, lane, arrivals, state, s, y);
+    int next = seen.high - 1;
+    if (item.length - next * BN <= NARROW)
+      next_block<NARROW, true>(smem, q, k, of, tile, next, lane, arrivals, state, y);
+    else
+      next_block<BN, true>(smem, q, k, of, tile, next, lane, arrivals, state, y);
 #pragma unroll 1
-    for (int next = seen.high - 2; next >= seen.low; --next)
-      next_block<false>(smem, q, k += step, of, tile, next, item.length, lane, arrivals, state, s, y);
-    normalizers(state);
+    while (--next >= seen.low) next_block<BN, false>(smem, q, k += step, of, tile, next, lane, arrivals, state, y);
     if constexpr (WINDOW) skip_blocks(smem, ++k, seen.low - all.low, lane);
-    epilogue(y, state.row_sum, q, (unsigned char*)of.y.at(head, item.start + first), of.y.row, item.length - first, group,
-             warp, lane);
+    named_barrier_sync<WARP_GROUP>(EPILOGUE + group);  // all four warps have read q
+    if (tile.has_rows) {
+      const int row = first + warp * WARP_ROWS;
+      normalizers(state);
+      epilogue(y, state.row_sum, q + warp * (WARP_ROWS * SWIZZLE), (unsigned char*)of.y.at(head, item.start + row),
+               of.y.row, item.length - row, lane);
+      __syncwarp();
+    }
     release(q_empty, lane, 1);
   }
 }
@@ -574,8 +589,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                       scale};
   if (group == TEAMS * CONSUMERS) {
     setmaxnreg_dec<PRODUCER_REGISTERS>();
-    if (warp < TEAMS) {
-      produce(smem + warp * (u32)sizeof(SharedStorage), of, warp, lane);
+    const int team = warp / PRODUCERS;
+    const u32 own = smem + team * (u32)sizeof(SharedStorage);
+    if (team < TEAMS) {
+      if (warp % PRODUCERS == 0)
+        produce<true>(own, of, team, lane);
+      else
+        produce<false>(own, of, team, lane);
       // The next kernel may start and set itself up while the last items are computed.
       griddepcontrol_launch_dependents();
     }

@@ -20,6 +20,7 @@ LOG2_E = 1.4426950408889634
 WIDEST = 128  # head
 STAGES = 4
 TILE = 64  # rows of q, k and v that are multiplied at a time
+NARROW = 32  # keys of a first block that is multiplied by itself
 PTX_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -66,7 +67,8 @@ class Variant:
     def cubin(self) -> bytes:
         """The compiled kernel."""
         ptx = PTX_NAMES[self.dtype]
-        products = shapes(wgmma_ss(TILE, ptx), wgmma_rs(self.D, ptx))
+        scores = (wgmma_ss(n, ptx) for n in (TILE, NARROW))
+        products = shapes(*scores, wgmma_rs(self.D, ptx))
         return compile_kernel(Path(__file__).with_suffix(".cu"), self.defines(), products)
 
 
