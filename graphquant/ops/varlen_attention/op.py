@@ -127,7 +127,6 @@ def _float_form(
     check=_check,
     kernels=(),
     in_rows=False,
-    cpu=False,
 )
 def varlen_attention(
     q: Tensor,
