@@ -43,7 +43,7 @@ def _fake(valid: Tensor, front: bool = False) -> Index:
     B, S = valid.shape
     T = B * S if front else torch.library.get_ctx().new_dynamic_size(min=1)
 
-    def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+    def empty(dtype: torch.dtype, *shape: int | torch.SymInt) -> Tensor:
         return valid.new_empty(shape, dtype=dtype)
 
     return (
