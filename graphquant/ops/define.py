@@ -58,16 +58,20 @@ class CpuKernel:
     refuses    op's arguments -> None, or why it cannot be called
     rows       arguments that it reads in place if they are [M, K] in memory
                (numerics.row_stride). Copies are made of others, and of what is not contiguous.
+    strided    arguments that it reads in place whatever their strides are
     """
 
     function: str
     arguments: Callable[..., Sequence[Any]]
     refuses: Callable[..., str | None]
     rows: tuple[str, ...]
+    strided: tuple[str, ...] = ()
 
     def fits(self, name: str, x: Tensor) -> bool:
         """Is the argument of this name read in place?"""
-        return row_stride(x) is not None if name in self.rows else x.is_contiguous()
+        if name in self.rows:
+            return row_stride(x) is not None
+        return name in self.strided or x.is_contiguous()
 
 
 @dataclass(frozen=True)
@@ -181,13 +185,18 @@ class Op:
         return add
 
     def cpu_kernel(
-        self, function: str, *, refuses: Callable[..., str | None], rows: tuple[str, ...]
+        self,
+        function: str,
+        *,
+        refuses: Callable[..., str | None],
+        rows: tuple[str, ...],
+        strided: tuple[str, ...] = (),
     ) -> Callable[[Callable[..., Sequence[Any]]], Callable[..., Sequence[Any]]]:
         """Decorator of a CpuKernel's `arguments`."""
 
         def add(arguments: Callable[..., Sequence[Any]]) -> Callable[..., Sequence[Any]]:
             self._require_signature(function, arguments)
-            self.cpu_kernels.append(CpuKernel(function, arguments, refuses, rows))
+            self.cpu_kernels.append(CpuKernel(function, arguments, refuses, rows, strided))
             return arguments
 
         return add

@@ -62,7 +62,9 @@ _512 = (
 # The best first.
 INSTRUCTION_SETS = (
     InstructionSet(
-        "amx", (*_512[0], "amx_tile", "amx_int8"), (*_512[1], "-mamx-tile", "-mamx-int8")
+        "amx",
+        (*_512[0], "amx_tile", "amx_int8", "amx_bf16"),
+        (*_512[1], "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
     ),
     InstructionSet("avx512_vnni", *_512),
     InstructionSet("avx_vnni", (*_AVX2[0], "avx_vnni"), (*_AVX2[1], "-mavxvnni")),

@@ -39,6 +39,9 @@ PyMethodDef functions[] = {
     {"int8_linear", fast(int8_linear), METH_FASTCALL,
      "M, N, K, x stride, xq, x_scale, x_shift, w stride (0: packed), wq, w_scale, w_sum, bias, residual, y"},
     {"pack_weight", fast(pack_weight), METH_FASTCALL, "N, K, stride, wq, packed"},
+    {"varlen_attention", fast(varlen_attention), METH_FASTCALL,
+     "type, H, Hkv, D, T, n, (head, row, column strides, tensor) of q, k and v, cu_seqlens, position, tiles, scale, causal, "
+     "window (-1: none), (type, head, row, column strides, tensor) of bias, y"},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "graphquant_cpu", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};

@@ -32,6 +32,18 @@ void parallel(int64_t n, int64_t grain, Body body) {
   }
 }
 
+// body(i) for every i of n, in order, each by the first of `most` threads that is free
+template <class Body>
+void parallel_each(int64_t n, int64_t most, Body body) {
+  int64_t parts = std::min({threads(), n, most});
+  if (parts <= 1) {
+    for (int64_t i = 0; i < n; i++) body(i);
+    return;
+  }
+#pragma omp parallel for schedule(dynamic, 1) num_threads(parts)
+  for (int64_t i = 0; i < n; i++) body(i);
+}
+
 // Memory of this thread, kept between calls: at least n elements, 64-byte aligned. One use of a Tag at a time.
 template <class T, class Tag>
 T* scratch(int64_t n) {

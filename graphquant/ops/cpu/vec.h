@@ -51,6 +51,28 @@ inline Vec times_power_of_2(Vec v, Vec n) { return _mm512_scalef_ps(v, n); }
 inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
 inline float largest(Vec v) { return _mm512_reduce_max_ps(v); }
 inline float smallest(Vec v) { return _mm512_reduce_min_ps(v); }
+inline Vec if_at_most(Vec a, Vec b, Vec v, Vec other) {  // a <= b ? v : other
+  return _mm512_mask_mov_ps(other, _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ), v);
+}
+inline void transpose(Vec (&v)[W]) {  // bits of any type
+  Vec t[W];
+  auto pairs = [](Vec a, Vec b, bool high) {
+    auto x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
+    return _mm512_castpd_ps(high ? _mm512_unpackhi_pd(x, y) : _mm512_unpacklo_pd(x, y));
+  };
+  for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]), t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 4; j++) v[i + j] = pairs(t[i + j / 2], t[i + 2 + j / 2], j % 2);
+  for (int i = 0; i < 4; i++)
+    for (int j = 0; j < 2; j++) {
+      t[8 * j + i] = _mm512_shuffle_f32x4(v[8 * j + i], v[8 * j + 4 + i], 0x88);
+      t[8 * j + 4 + i] = _mm512_shuffle_f32x4(v[8 * j + i], v[8 * j + 4 + i], 0xdd);
+    }
+  for (int i = 0; i < 8; i++) {
+    v[i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0x88);
+    v[8 + i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0xdd);
+  }
+}
 
 #else
 
@@ -107,6 +129,23 @@ float folded(Vec v, F f) {
 inline float sum(Vec v) { return folded(v, [](float a, float b) { return a + b; }); }
 inline float largest(Vec v) { return folded(v, [](float a, float b) { return a > b ? a : b; }); }
 inline float smallest(Vec v) { return folded(v, [](float a, float b) { return a < b ? a : b; }); }
+inline Vec if_at_most(Vec a, Vec b, Vec v, Vec other) {  // a <= b ? v : other
+  return _mm256_blendv_ps(other, v, _mm256_cmp_ps(a, b, _CMP_LE_OQ));
+}
+inline void transpose(Vec (&v)[W]) {
+  Vec t[W];
+  for (int i = 0; i < 8; i += 2) t[i] = _mm256_unpacklo_ps(v[i], v[i + 1]), t[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; j++) {
+      v[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + 2 + j], 0x44);
+      v[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + 2 + j], 0xee);
+    }
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm256_permute2f128_ps(v[i], v[i + 4], 0x20);
+    t[i + 4] = _mm256_permute2f128_ps(v[i], v[i + 4], 0x31);
+  }
+  for (int i = 0; i < 8; i++) v[i] = t[i];
+}
 
 #endif
 
@@ -139,6 +178,19 @@ inline Vec exp(Vec x) {
   p = fma(p, r, splat(0.5f));
   p = fma(p, r, splat(1.0f));
   p = fma(p, r, splat(1.0f));
+  return times_power_of_2(p, n);
+}
+
+// 2^x, x < 128, within 2 units in the last place; 0 below 2^-149; nan stays nan
+inline Vec exp2(Vec x) {
+  x = larger(splat(-200.0f), x);
+  Vec n = whole(x), r = x - n;
+  Vec p = splat(0.00132764725f);  // minimax on |r| <= 1/2
+  p = fma(p, r, splat(0.00967554096f));
+  p = fma(p, r, splat(0.0555071309f));
+  p = fma(p, r, splat(0.240221202f));
+  p = fma(p, r, splat(0.693146944f));
+  p = fma(p, r, splat(1.00000012f));
   return times_power_of_2(p, n);
 }
 

@@ -42,14 +42,17 @@ def _check(valid: Tensor, front: bool = False) -> None:
 def _fake(valid: Tensor, front: bool = False) -> Index:
     B, S = valid.shape
     T = B * S if front else torch.library.get_ctx().new_dynamic_size(min=1)
-    long, int32 = ({"dtype": d} for d in (torch.int64, torch.int32))
+
+    def empty(dtype: torch.dtype, *shape: int | torch.SymInt) -> Tensor:
+        return valid.new_empty(shape, dtype=dtype)
+
     return (
-        valid.new_empty(T, **long),
-        valid.new_empty(B * S, **long),
-        valid.new_empty(T, **int32),
-        valid.new_empty(B + 1, **int32),
-        valid.new_empty((B * S // TILE + B, 2), **int32),
-        valid.new_empty(1, **int32),
+        empty(torch.int64, T),
+        empty(torch.int64, B * S),
+        empty(torch.int32, T),
+        empty(torch.int32, B + 1),
+        empty(torch.int32, B * S // TILE + B, 2),
+        empty(torch.int32, 1),
     )
 
 

@@ -59,7 +59,8 @@ def _check(
         checks.rows(op, name, t, (q.dtype,) if q.dtype in checks.FLOATS else checks.FLOATS)
         if t.dim() != 4:
             raise UnsupportedInputError(f"{op}: {name} has {t.dim()} dims, needs [1, H, T, D]")
-    (_, H, T, D), Hkv = q.shape, k.shape[1]
+    _, H, T, D = q.shape
+    Hkv = k.shape[1]
     checks.shape(op, "q", q, (1, H, T, D), "[1, H, T, D]")
     checks.nonempty(op, "k", k, 1, "Hkv >= 1")
     checks.shape(op, "k", k, (1, Hkv, T, D), "[1, Hkv, T, D] like q")
@@ -84,7 +85,7 @@ def _check(
     )
 
 
-def _fake(q: Tensor, *_: Any) -> Tensor:
+def _fake(q: Tensor, *rest: Any) -> Tensor:
     _, H, T, D = q.shape
     return q.new_empty((1, T, H, D)).transpose(1, 2)
 
@@ -125,9 +126,7 @@ def _float_form(
     float_form=_float_form,
     fake=_fake,
     check=_check,
-    kernels=(),
     in_rows=False,
-    cpu=False,
 )
 def varlen_attention(
     q: Tensor,
@@ -143,9 +142,10 @@ def varlen_attention(
     bias: Tensor | None = None,
 ) -> Tensor:
     y = _fake(q).zero_()
-    ends = cu_seqlens.tolist()
-    for start, end in itertools.pairwise(ends):
-        one = [t[:, :, start:end].float() for t in (q, k, v)]
-        within = cu_seqlens.new_tensor([0, end - start]), position[start:end], tiles
-        y[:, :, start:end] = _float_form(*one, *within, scale, max_length, causal, window, bias)
+    for start, end in itertools.pairwise(cu_seqlens.tolist()):
+        own = slice(start, end)
+        one = (t[:, :, own].float() for t in (q, k, v))
+        alone = cu_seqlens.new_tensor([0, end - start]), position[own], tiles
+        rest = scale, max_length, causal, window, bias
+        y[:, :, own] = varlen_attention.float_form(*one, *alone, *rest)
     return y
