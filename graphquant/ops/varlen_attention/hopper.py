@@ -14,12 +14,12 @@ from graphquant.ops.hopper.wgmma import shapes, wgmma_rs, wgmma_ss
 from graphquant.ops.runtime import nvrtc
 from graphquant.ops.runtime.device import gpu_properties
 from graphquant.ops.runtime.launch import ALIGNED, Param, launch, native
+from graphquant.ops.token_index.op import TILE  # rows of q, k and v that are multiplied at a time
 from graphquant.ops.varlen_attention.op import varlen_attention
 
 LOG2_E = 1.4426950408889634
 WIDEST = 128  # head
 STAGES = 4
-TILE = 64  # rows of q, k and v that are multiplied at a time
 NARROW = 32  # keys of a first block that is multiplied by itself
 PTX_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -123,9 +123,7 @@ def _function(variant: Variant, device: torch.device) -> int:
     """The handle of a loaded specialization. `device`: each has functions of its own."""
     code = variant.cubin()
     with torch.cuda.device(device):
-        function: int = native().load(
-            device.index, code, "varlen_attention_hopper", variant.shared
-        )
+        function: int = native().load(device.index, code, "varlen_attention_hopper", variant.shared)
     return function
 
 
@@ -150,7 +148,9 @@ def varlen_attention_hopper(
     if not y.numel() or not entries:
         return
     sm = gpu_properties(q.device).num_sms
-    variant = Variant(D, q.dtype, causal, window is not None, bias.dtype if bias is not None else None)
+    variant = Variant(
+        D, q.dtype, causal, window is not None, bias.dtype if bias is not None else None
+    )
     (q_head, q_row), (k_head, k_row), (v_head, v_row) = map(_strides, (q, k, v))
     launch(
         _function(variant, q.device),

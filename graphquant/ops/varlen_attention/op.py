@@ -126,6 +126,7 @@ def _float_form(
     float_form=_float_form,
     fake=_fake,
     check=_check,
+    kernels=("hopper", "triton"),
     in_rows=False,
 )
 def varlen_attention(
