@@ -13,7 +13,7 @@ from graphquant.ops.hopper import DTYPES, SM, compile_kernel
 from graphquant.ops.hopper.wgmma import shapes, wgmma_rs, wgmma_ss
 from graphquant.ops.runtime import nvrtc
 from graphquant.ops.runtime.device import gpu_properties
-from graphquant.ops.runtime.launch import ALIGNED, Param, launch, native
+from graphquant.ops.runtime.launch import ALIGNED, launch, native
 from graphquant.ops.token_index.op import TILE  # rows of q, k and v that are multiplied at a time
 from graphquant.ops.varlen_attention.op import varlen_attention
 
