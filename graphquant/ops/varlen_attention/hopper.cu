@@ -3,11 +3,11 @@
 //   y_i = sum_j softmax_j(scale q_i k_j + bias[p_i, p_j]) v_j      i, j in one sequence; for each head, with scores,
 //                                                                  softmax and accumulators in float32
 //
-// A team is two consumer warp groups of 64 queries each and two producer warps, of keys and of values. Teams, one or two in a CTA, are
-// persistent, over a grid-stride loop of items. An item is what both consumers compute at a time: two tiles of a
-// sequence for one head, which share its keys; or, of a sequence's last tile if it is the only one of its two, two
-// heads, each with keys of its own. Sequences are short, so latency counts: while an item is computed, the producer
-// loads the next ones, as many as fit the rings. Consumers overlap each other's products and softmax.
+// A team is two consumer warp groups of 64 queries each and two producer warps, of keys and of values. Teams, one or
+// two in a CTA, are persistent, over a grid-stride loop of items. An item is what both consumers compute at a time:
+// two tiles of a sequence for one head, which share its keys; or, of a tile that has no second one beside it, two
+// heads, each with keys of its own. Sequences are short, so latency counts: while an item is computed, the producers
+// load the next ones, as many as fit the rings. Consumers overlap each other's products and softmax.
 //
 // Rows are loaded by cp.async, not by TMA: a box of TMA has a fixed number of rows, so it would also read those of
 // the next sequence (from memory: it is computed at another time), and the last block of v would need zeros
@@ -198,7 +198,7 @@ __device__ __forceinline__ void copy_tile(u32 to, Bytes from, u32 row_bytes, int
     if (row >= filled) break;
     cp_async_16(to + row * SWIZZLE + ((column ^ (first + row)) & 7) * 16, from, left > 0);
     left -= STEP;
-    if (left > 0) from += STEP * row_bytes;
+    if (left > 0) from += (u64)row_bytes * STEP;
   }
 }
 

@@ -99,7 +99,7 @@ def _refuses(
     if D % 8 or D > WIDEST:
         return f"heads of {D}: needs a multiple of 8 up to {WIDEST}"
     for name, t in (("q", q), ("k", k), ("v", v)):
-        if t.stride(3) != 1 or any(n % ALIGNED or not 0 < n < 2**31 for n in _strides(t)):
+        if t.stride(3) != 1 or any(n % ALIGNED or n >= 2**31 for n in _strides(t)):
             return f"{name} with strides {tuple(t.stride())} is not tokens at multiples of 16 bytes"
     given = {"q": q, "k": k, "v": v, "bias": bias}
     given |= {"cu_seqlens": cu_seqlens, "position": position, "tiles": tiles}
