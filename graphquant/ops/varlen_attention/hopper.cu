@@ -393,7 +393,7 @@ __device__ __forceinline__ void normalizers(SoftmaxState& state) {
   for (int r = 0; r < 2; ++r) {
     state.row_sum[r] += __shfl_xor_sync(0xffffffff, state.row_sum[r], 1);
     state.row_sum[r] += __shfl_xor_sync(0xffffffff, state.row_sum[r], 2);
-    state.row_sum[r] = 1.0f / state.row_sum[r];
+    asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(state.row_sum[r]));
   }
 }
 
@@ -496,13 +496,17 @@ __device__ __forceinline__ void epilogue(
     stmatrix_x4((own + c / 8 * PART) ^ (c % 8 << 4), out);
   }
   __syncwarp();
-  constexpr int UNITS = D / 8;  // of 16 bytes, in a row
+  constexpr int UNITS = D / 8, EACH = (UNITS + 1) / 2;  // of 16 bytes: in a row, and of a lane
+  int4 unit[EACH];
 #pragma unroll
-  for (int i = lane; i < UNITS * WARP_ROWS; i += 32) {
-    const int row = i / UNITS, column = i % UNITS;
-    if (row < rows)
-      *(int4*)(to + (u64)row_bytes * (u32)row + column * 16) =
-          ld_shared_int4_ordered(q + column / 8 * PART + row * SWIZZLE + ((column ^ row) & 7) * 16);
+  for (int i = 0; i < EACH; ++i) {
+    const int row = (i * 32 + lane) / UNITS, column = (i * 32 + lane) % UNITS;
+    unit[i] = ld_shared_int4_ordered(q + column / 8 * PART + row % WARP_ROWS * SWIZZLE + ((column ^ row) & 7) * 16);
+  }
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) {
+    const int row = (i * 32 + lane) / UNITS, column = (i * 32 + lane) % UNITS;
+    if (row < min(rows, WARP_ROWS)) *(int4*)(to + (u64)row_bytes * (u32)row + column * 16) = unit[i];
   }
 }
 
