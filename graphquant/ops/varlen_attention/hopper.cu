@@ -247,7 +247,7 @@ __device__ __forceinline__ void load_blocks(u32 smem, const Problem& of, const I
 // Loads one consumer's queries, and keys or values.
 template <bool KEYS>
 __device__ __forceinline__ void produce(u32 smem, const Problem& of, u32 team, int lane) {
-  Ring ring = KEYS ? Ring{SMEM(k), SMEM(k_full), SMEM(k_empty)} : Ring{SMEM(v), SMEM(v_full), SMEM(v_empty)};
+  Ring ring = KEYS ? Ring{SMEM(k), SMEM(k_full), SMEM(k_empty), 0} : Ring{SMEM(v), SMEM(v_full), SMEM(v_empty), 0};
   u32 items = 0;  // so far
   for (u32 n = 0;; n += 32) {
     const Item mine = item_at(nth_item(n + lane, team), of);  // each lane looks up one
