@@ -9,10 +9,10 @@
 // heads, each with keys of its own. Sequences are short, so latency counts: while an item is computed, the producers
 // load the next ones, as many as fit the rings. Consumers overlap each other's products and softmax.
 //
-// Rows are loaded by cp.async, not by TMA: a box of TMA has a fixed number of rows, so it would also read those of
-// the next sequence (from memory: it is computed at another time), and the last block of v would need zeros
-// written over them. Blocks of keys go from the last to the first: with zeros behind the end and the diagonal, all
-// that a plain or causal mask hides is in the block that comes first.
+// The tensor memory accelerator (TMA) loads rows in boxes of 8, each lane of a producer one: larger boxes would also
+// read the next sequence, most of it from memory, since it is computed at another time. Blocks of keys go from the
+// last to the first. So all that a plain or causal mask hides is in the block that comes first, and only there rows
+// of v are missing, or another sequence's: they become zeros, as their probabilities are.
 //
 // Macros (hopper.py defines them):
 //   D             width of a head, a multiple of 8 up to 128
@@ -25,10 +25,13 @@
 //   SHARED_BYTES  dynamic shared memory of the launch
 // and wgmma_shapes.cuh has wgmma_ss for N of 64 and 32, wgmma_rs for N of D.
 //
-// Launch: varlen_attention_hopper(q, k, v, y, cu_seqlens, position, tiles, bias, head strides of q, k, v,
-//                                 strides of the bias, row strides of q, k, v, y, heads, sharing, entries, window, scale)
+// Launch: varlen_attention_hopper(q_map, k_map, v_map, y, cu_seqlens, position, tiles, bias, strides of the bias,
+//                                 heads, sharing, entries, window, scale)
+//   *_map        CUtensorMap by value: (D, heads, T, 1), boxes of 64 columns of one head by 8 rows. Zeros outside,
+//                swizzle of 128 bytes.
+//   y            [T, heads, D]
 //   cu_seqlens, position, tiles    int32, as in op.py. The first entry of -1 ends `tiles`.
-//   strides      in bytes: int64 (those of the bias: head, row, column), int32 for rows
+//   strides      int64, in bytes: head, row, column
 //   heads        H           sharing   so many share a head of k and v            entries   of `tiles`
 //   scale        of the scores, times log2(e)
 //   grid any, block 128 (2 TEAMS + 1). May be launched with programmatic stream serialization.
@@ -39,7 +42,6 @@
 #include "wgmma_shapes.cuh"
 
 using i64 = long long;
-using Bytes = const unsigned char*;
 
 // Enumerators, since NVRTC puts each constexpr variable into global memory.
 enum : int {
@@ -57,11 +59,12 @@ enum : int {
   K_STEPS = (D + 15) / 16,                 // wgmmas that sum q k^T over D
   PART = BM * SWIZZLE,                     // bytes
   TILE = PARTS * PART,                     // of q, k and v alike
+  BOX = 8,                                 // rows that TMA loads at a time
   WARP_ROWS = 16,                          // of a wgmma's 64
   POSITIONS = WINDOW || BIAS != NONE,      // Are positions read?
   // The producers' registers go to the consumers: multiples of 8, and all together no more than 65,536.
-  PRODUCER_REGISTERS = 64,
-  CONSUMER_REGISTERS = TEAMS == 2 ? 104 : 216
+  PRODUCER_REGISTERS = 32,
+  CONSUMER_REGISTERS = TEAMS == 2 ? 112 : 232
 };
 
 static_assert(BM == BN && D % 8 == 0 && D <= 128 && (STAGES & (STAGES - 1)) == 0, "tile");
@@ -81,21 +84,14 @@ struct __align__(SMEM_ALIGN) SharedStorage {  // of a team
 };
 static_assert(SMEM_ALIGN + TEAMS * sizeof(SharedStorage) == SHARED_BYTES, "Variant.shared in hopper.py");
 
-// q, k or v: where it begins, and bytes from head to head and row to row.
-struct Heads {
-  Bytes base;
-  i64 head;
-  u32 row;
-  __device__ __forceinline__ Bytes at(int h, int r) const { return base + h * head + (u64)row * (u32)r; }
-};
-
 struct Bias {
-  Bytes base;
+  const unsigned char* base;
   i64 head, row, column;
 };
 
 struct Problem {
-  Heads q, k, v, y;
+  const TensorMap *q, *k, *v;
+  unsigned char* y;
   const int* cu_seqlens;
   const int* position;
   const int2* tiles;
@@ -168,43 +164,41 @@ __device__ __forceinline__ u32 parity_of(u32 block) { return block / STAGES & 1;
 
 __device__ __forceinline__ void init_barriers(u32 smem) {
   for (int i = 0; i < 2; ++i) {
-    mbarrier_init(SMEM(q_full) + 8 * i, PRODUCERS * 32 + 1);  // lanes, and the item
+    mbarrier_init(SMEM(q_full) + 8 * i, PRODUCERS + (POSITIONS ? PRODUCERS * 32 : 0));  // lanes load positions
     mbarrier_init(SMEM(q_empty) + 8 * i, WARPS);
   }
   for (int i = 0; i < STAGES; ++i) {
-    mbarrier_init(SMEM(k_full) + 8 * i, 32);
+    mbarrier_init(SMEM(k_full) + 8 * i, 1 + (POSITIONS ? 32 : 0));
     mbarrier_init(SMEM(k_empty) + 8 * i, WARPS);
-    mbarrier_init(SMEM(v_full) + 8 * i, 32);
+    mbarrier_init(SMEM(v_full) + 8 * i, 1);
     mbarrier_init(SMEM(v_empty) + 8 * i, WARPS);
   }
   fence_mbarrier_init();
 }
 
 // Of bar.sync; 0 is __syncthreads.
-enum NamedBarrier : u32 { EPILOGUE = 1 };  // one for each consumer's own threads
+enum NamedBarrier : u32 {
+  CONSUMER = 1,  // one for each consumer's own threads
+  PING_PONG = 8  // one for each consumer: its turn to issue products
+};
 
 // ------------------------------------------------------------------------------------ producer
 
-// `filled` rows of a head; those from `rows` on, and columns from D on, are zeros.
-__device__ __forceinline__ void copy_tile(u32 to, Bytes from, u32 row_bytes, int rows, int filled, int lane) {
-  constexpr int UNITS = D <= 16 ? 2 : D <= 32 ? 4 : D <= 64 ? 8 : 16;  // of 16 bytes, in a row
-  constexpr int STEP = 32 / UNITS;                                     // rows at a time
-  const int first = lane / UNITS, column = lane % UNITS;
-  int left = column < D / 8 ? rows - first : 0;  // rows from this lane's own on
-  if (left > 0) from += (u64)row_bytes * (u32)first + column * 16;
-  to += column / 8 * PART + first * SWIZZLE;
-#pragma unroll 16
-  for (int row = 0; row < BN; row += STEP) {
-    if (row >= filled) break;
-    cp_async_16(to + row * SWIZZLE + ((column ^ (first + row)) & 7) * 16, from, left > 0);
-    left -= STEP;
-    if (left > 0) from += (u64)row_bytes * STEP;
-  }
+// Up to 64 rows of a head, of which there are `rows`.
+__device__ __forceinline__ void load_tile(u32 to, u32 full, const TensorMap* map, u32 head, int row, int rows, int lane) {
+  const int boxes = min((rows + BOX - 1) / BOX, BN / BOX);
+  if (lane == 0) mbarrier_arrive_expect_tx(full, boxes * (PARTS * BOX * SWIZZLE));
+  __syncwarp();
+  if (lane < boxes)
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part)
+      tma_load(to + part * PART + lane * (BOX * SWIZZLE), map, full, part * COLUMNS, head, row + lane * BOX, 0);
 }
 
-__device__ __forceinline__ void copy_positions(u32 to, const int* from, int rows, int lane) {
+__device__ __forceinline__ void load_positions(u32 to, u32 full, const int* from, int rows, int lane) {
 #pragma unroll
   for (int i = lane; i < BN; i += 32) cp_async(to + 4 * i, (const float*)from, i, rows);
+  mbarrier_arrive_cp_async(full);
 }
 
 // A producer's ring, of keys or of values.
@@ -213,33 +207,35 @@ struct Ring {
   u32 block;  // of all so far
 };
 
-__device__ __forceinline__ void load_queries(u32 smem, const Problem& of, const Item& item, u32 buffer, int consumer, int lane) {
-  const int row = item.row + (item.paired() ? consumer * BM : 0);
-  const u32 head = item.head() + (item.paired() ? 0 : consumer), at = buffer * CONSUMERS + consumer;
-  if (head >= of.heads) return;
-  const int rows = item.length - row;
-  copy_tile(SMEM(q) + at * TILE, of.q.at(head, item.start + row), of.q.row, rows, rows, lane);
-  if constexpr (POSITIONS) copy_positions(SMEM(q_position) + at * (4 * BM), of.position + item.start + row, rows, lane);
+// Tells consumers what comes next, and loads one's queries.
+template <bool KEYS>
+__device__ __forceinline__ void load_item(u32 smem, const Problem& of, const Item& item, u32 buffer, int lane) {
+  const u32 consumer = KEYS ? 0 : 1, full = SMEM(q_full) + 8 * buffer, at = buffer * CONSUMERS + consumer;
+  const int row = item.row + (item.paired() ? consumer * BM : 0), rows = item.length - row;
+  const u32 head = item.head() + (item.paired() ? 0 : consumer);
+  if (KEYS && lane == 0)
+    st_shared(SMEM(item) + 16 * buffer, make_int4(item.start, item.row, item.length, item.code));
+  if (head < of.heads && item.length)
+    load_tile(SMEM(q) + at * TILE, full, of.q, head, item.start + row, rows, lane);
+  else if (lane == 0)
+    mbarrier_arrive(full);
+  if constexpr (POSITIONS)
+    load_positions(SMEM(q_position) + at * (4 * BM), full, of.position + item.start + row, rows, lane);
 }
 
-// Values of the last keys are multiplied by zeros, so they have to be numbers.
 template <bool KEYS>
 __device__ __forceinline__ void load_blocks(u32 smem, const Problem& of, const Item& item, Ring& ring, int lane) {
-  const Heads& from = KEYS ? of.k : of.v;
   const Range blocks = item.blocks(of.window);
   const u32 loaded = item.loaded(of.heads), first = item.head() / of.sharing;
   const u32 second = first + (item.head() + 1 == (first + 1) * of.sharing);
   for (int block = blocks.high - 1; block >= blocks.low; --block) {
     const int row = item.start + block * BN, rows = item.length - block * BN;
     for (u32 i = 0; i < loaded; ++i, ++ring.block) {
-      const u32 stage = stage_of(ring.block);
+      const u32 stage = stage_of(ring.block), full = ring.full + 8 * stage;
       mbarrier_wait(ring.empty + 8 * stage, parity_of(ring.block) ^ 1);
-      __syncwarp();
-      copy_tile(ring.tiles + stage * TILE, from.at(i ? second : first, row), from.row, rows,
-                KEYS ? rows : rows <= NARROW ? NARROW : BN, lane);
+      load_tile(ring.tiles + stage * TILE, full, KEYS ? of.k : of.v, i ? second : first, row, rows, lane);
       if constexpr (KEYS && POSITIONS)
-        copy_positions(SMEM(k_position) + stage * (4 * BN), of.position + row, rows, lane);
-      mbarrier_arrive_cp_async(ring.full + 8 * stage);
+        load_positions(SMEM(k_position) + stage * (4 * BN), full, of.position + row, rows, lane);
     }
   }
 }
@@ -255,15 +251,9 @@ __device__ __forceinline__ void produce(u32 smem, const Problem& of, u32 team, i
     for (int i = 0; i < 32; ++i) {
       const Item item = from_lane(mine, i);
       if (item.head() >= of.heads) continue;  // the last pair of an odd number
-      const u32 buffer = items & 1, full = SMEM(q_full) + 8 * buffer;
+      const u32 buffer = items & 1;
       mbarrier_wait(SMEM(q_empty) + 8 * buffer, (items >> 1 & 1) ^ 1);
-      __syncwarp();
-      if (item.length) load_queries(smem, of, item, buffer, KEYS ? 0 : 1, lane);
-      if (KEYS && lane == 0) {
-        st_shared(SMEM(item) + 16 * buffer, make_int4(item.start, item.row, item.length, item.code));
-        mbarrier_arrive(full);
-      }
-      mbarrier_arrive_cp_async(full);
+      load_item<KEYS>(smem, of, item, buffer, lane);
       if (!item.length) return;
       load_blocks<KEYS>(smem, of, item, ring, lane);
       ++items;
@@ -306,7 +296,7 @@ __device__ __forceinline__ void hide_keys(
   }
 }
 
-__device__ __forceinline__ float load_bias(Bytes from) {
+__device__ __forceinline__ float load_bias(const unsigned char* from) {
   if constexpr (BIAS == FP32) return *(const float*)from;
   const u32 bits = *(const u16*)from;
   return BIAS == BF16 ? __uint_as_float(bits << 16) : half_to_float(bits);
@@ -316,7 +306,7 @@ __device__ __forceinline__ float load_bias(Bytes from) {
 template <int N>
 __device__ __forceinline__ void add_bias(float (&s)[N / 2], const Tile& tile, const Bias& bias, u32 positions, float scale) {
   const float log2_e = 1.4426950408889634f;
-  const Bytes row[2] = {bias.base + tile.head * bias.head + tile.position[0] * bias.row,
+  const unsigned char* const row[2] = {bias.base + tile.head * bias.head + tile.position[0] * bias.row,
                         bias.base + tile.head * bias.head + tile.position[1] * bias.row};
 #pragma unroll
   for (int c = 0; c < N / 8; ++c) {
@@ -406,22 +396,32 @@ __device__ __forceinline__ void to_operand(u32 (&p)[N / 4], const float (&s)[N /
 
 // ------------------------------------------------------------------------------------ consumers
 
-// Issues s = q k^T for N keys at address k.
+// A swizzled tile in shared memory as wgmma takes it: the low word of its descriptor, to which a multiple of 16 bytes
+// may be added. The leading dimension is read only where it is not the one that is summed over.
+struct Operand {
+  u32 low;
+  __device__ __forceinline__ explicit Operand(u32 address) : low((u32)wgmma_descriptor(address, PART, 1024)) {}
+  __device__ __forceinline__ u64 at(u32 bytes) const {
+    const u32 high = (u32)(wgmma_descriptor(0, PART, 1024) >> 32);
+    return (u64)high << 32 | (low + (bytes >> 4));
+  }
+};
+
+// Issues s = q k^T for N keys.
 template <int N>
 __device__ __forceinline__ void issue_scores(float (&s)[N / 2], u32 q, u32 k) {
+  const Operand queries(q), keys(k);
 #pragma unroll
   for (int i = 0; i < K_STEPS; ++i)
-    wgmma_ss<N>(s, wgmma_descriptor(q + i / 4 * PART + i % 4 * 32, 16, 1024),
-                 wgmma_descriptor(k + i / 4 * PART + i % 4 * 32, 16, 1024), i > 0);
+    wgmma_ss<N>(s, queries.at(i / 4 * PART + i % 4 * 32), keys.at(i / 4 * PART + i % 4 * 32), i > 0);
   wgmma_commit();
 }
 
-// Issues y += p v for N keys.
-template <int N>
-__device__ __forceinline__ void issue_output(float (&y)[D / 2], const u32 (&p)[N / 4], u32 v) {
+// Issues y += p v.
+__device__ __forceinline__ void issue_output(float (&y)[D / 2], const u32 (&p)[BN / 4], u32 v) {
+  const Operand values(v);
 #pragma unroll
-  for (int i = 0; i < N / 16; ++i)
-    wgmma_rs<D>(y, p + 4 * i, wgmma_descriptor(v + i * (16 * SWIZZLE), PART, 1024), 1);
+  for (int i = 0; i < BN / 16; ++i) wgmma_rs<D>(y, p + 4 * i, values.at(i * (16 * SWIZZLE)), 1);
   wgmma_commit();
 }
 
@@ -441,42 +441,83 @@ __device__ __forceinline__ void skip_blocks(u32 smem, u32& block, int n, int lan
   }
 }
 
-// Scores of N keys become probabilities, and y what it was relative to them.
+// Scores of N keys become probabilities. Returns the factors by which y has to be rescaled.
 template <int N, bool FIRST_BLOCK>
-__device__ __forceinline__ void probabilities(
-    float (&s)[N / 2], float (&y)[D / 2], SoftmaxState& state, const Problem& of, const Tile& tile, int block, u32 positions) {
+__device__ __forceinline__ float2 probabilities(
+    float (&s)[N / 2], SoftmaxState& state, const Problem& of, const Tile& tile, int block, u32 positions) {
   if constexpr (BIAS != NONE) add_bias<N>(s, tile, of.bias, positions, of.scale);
   if constexpr (FIRST_BLOCK || WINDOW) hide_keys<N, FIRST_BLOCK>(s, tile, block, positions, of.window);
-  const float2 factors = online_softmax<N, FIRST_BLOCK>(s, state, BIAS == NONE ? of.scale : 1.0f);
-  if constexpr (!FIRST_BLOCK) rescale(y, factors);
+  return online_softmax<N, FIRST_BLOCK>(s, state, BIAS == NONE ? of.scale : 1.0f);
 }
 
-// y += softmax(q k^T) v for N keys of a block, the one at `at` in the rings.
-template <int N, bool FIRST_BLOCK>
-__device__ __forceinline__ void next_block(
+// Zeros in place of rows of v that are not the sequence's, for products with probabilities of 0.
+__device__ __forceinline__ void clear_rows(u32 v, int rows, int thread, int group) {
+  if (rows >= BN) return;
+  constexpr int UNITS = PARTS * SWIZZLE / 16;  // in a row
+  for (int i = rows * UNITS + thread; i < BN * UNITS; i += WARP_GROUP)
+    st_shared(v + i % UNITS / 8 * PART + i / UNITS * SWIZZLE + i % 8 * 16, make_int4(0, 0, 0, 0));
+  fence_async_proxy();
+  named_barrier_sync<WARP_GROUP>(CONSUMER + group);
+}
+
+// Scores and probabilities of the first block, of N keys and zeros for the rest.
+template <int N>
+__device__ __forceinline__ void first_block(
     u32 smem, u32 q, u32 at, const Problem& of, const Tile& tile, int block, int lane, u32 arrivals, SoftmaxState& state,
-    float (&y)[D / 2]) {
-  const u32 stage = stage_of(at), parity = parity_of(at);
+    u32 (&p)[BN / 4]) {
+  const u32 stage = stage_of(at);
   float s[N / 2];
-  mbarrier_wait(SMEM(k_full) + 8 * stage, parity);
-  fence_async_proxy();  // cp.async writes as ordinary stores do
+  mbarrier_wait(SMEM(k_full) + 8 * stage, parity_of(at));
   wgmma_fence();
   issue_scores<N>(s, q, SMEM(k) + stage * TILE);
   wgmma_wait<0>();
   fence_accumulators(s);
   if constexpr (!POSITIONS) release(SMEM(k_empty) + 8 * stage, lane, arrivals);
-  if (tile.has_rows)
-    probabilities<N, FIRST_BLOCK>(s, y, state, of, tile, block, SMEM(k_position) + stage * (4 * BN));
+  if (tile.has_rows) probabilities<N, true>(s, state, of, tile, block, SMEM(k_position) + stage * (4 * BN));
   if constexpr (POSITIONS) __syncwarp(), release(SMEM(k_empty) + 8 * stage, lane, arrivals);
-  u32 p[N / 4];
-  to_operand<N>(p, s);
-  mbarrier_wait(SMEM(v_full) + 8 * stage, parity);
-  fence_async_proxy();
-  wgmma_fence();
-  issue_output<N>(y, p, SMEM(v) + stage * TILE);
+  u32 first_p[N / 4];
+  to_operand<N>(first_p, s);
+#pragma unroll
+  for (int i = 0; i < BN / 4; ++i) p[i] = i < N / 4 ? first_p[i] : 0;
+}
+
+// Scores and probabilities of the next block, and y of the block before it.
+__device__ __forceinline__ void next_block(
+    u32 smem, u32 q, u32 k, u32 v, const Problem& of, const Tile& tile, int block, int lane, u32 arrivals,
+    SoftmaxState& state, float (&y)[D / 2], u32 (&p)[BN / 4], int group) {
+  const u32 k_stage = stage_of(k), v_stage = stage_of(v);
+  float s[BN / 2];
+  mbarrier_wait(SMEM(k_full) + 8 * k_stage, parity_of(k));
+  mbarrier_wait(SMEM(v_full) + 8 * v_stage, parity_of(v));
+#if PINGPONG
+  if (arrivals == 1) named_barrier_sync<2 * WARP_GROUP>(PING_PONG + group);
+#endif
+  wgmma_fence();  // right before the products: with a loop in between, ptxas serializes them
+  issue_scores<BN>(s, q, SMEM(k) + k_stage * TILE);
+  issue_output(y, p, SMEM(v) + v_stage * TILE);
+#if PINGPONG
+  if (arrivals == 1) named_barrier_arrive<2 * WARP_GROUP>(PING_PONG + (group ^ 1));
+#endif
+#if OVERLAP
+  wgmma_wait<1>();
+#else
   wgmma_wait<0>();
   fence_accumulators(y);
-  release(SMEM(v_empty) + 8 * stage, lane, arrivals);
+  release(SMEM(v_empty) + 8 * v_stage, lane, arrivals);
+#endif
+  fence_accumulators(s);
+  if constexpr (!POSITIONS) release(SMEM(k_empty) + 8 * k_stage, lane, arrivals);
+  float2 factors = {1.0f, 1.0f};
+  if (tile.has_rows) factors = probabilities<BN, false>(s, state, of, tile, block, SMEM(k_position) + k_stage * (4 * BN));
+  if constexpr (POSITIONS) __syncwarp(), release(SMEM(k_empty) + 8 * k_stage, lane, arrivals);
+#if OVERLAP
+  wgmma_wait<0>();
+  fence_accumulators(y);
+  fence_accumulators(s);
+  release(SMEM(v_empty) + 8 * v_stage, lane, arrivals);
+#endif
+  to_operand<BN>(p, s);
+  rescale(y, factors);
 }
 
 // y of a warp's 16 rows, normalized, into the place of their q and from there to global memory, as far as there are
@@ -545,20 +586,35 @@ __device__ __forceinline__ void consume(u32 smem, const Problem& of, int group, 
     SoftmaxState state;
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) y[i] = 0.0f;
+    u32 p[BN / 4];
     int next = seen.high - 1;
-    if (item.length - next * BN <= NARROW)
-      next_block<NARROW, true>(smem, q, k, of, tile, next, lane, arrivals, state, y);
+    const int keys = item.length - next * BN;
+    if (keys <= NARROW)
+      first_block<NARROW>(smem, q, k, of, tile, next, lane, arrivals, state, p);
     else
-      next_block<BN, true>(smem, q, k, of, tile, next, lane, arrivals, state, y);
+      first_block<BN>(smem, q, k, of, tile, next, lane, arrivals, state, p);
+    mbarrier_wait(SMEM(v_full) + 8 * stage_of(k), parity_of(k));
+    clear_rows(SMEM(v) + stage_of(k) * TILE, keys, warp * 32 + lane, group);
 #pragma unroll 1
-    while (--next >= seen.low) next_block<BN, false>(smem, q, k += step, of, tile, next, lane, arrivals, state, y);
+    while (--next >= seen.low) {
+      next_block(smem, q, k + step, k, of, tile, next, lane, arrivals, state, y, p, group);
+      k += step;
+    }
+    mbarrier_wait(SMEM(v_full) + 8 * stage_of(k), parity_of(k));
+    wgmma_fence();
+    issue_output(y, p, SMEM(v) + stage_of(k) * TILE);
+    normalizers(state);
+    wgmma_wait<0>();
+    fence_accumulators(y);
+    release(SMEM(v_empty) + 8 * stage_of(k), lane, arrivals);
     if constexpr (WINDOW) skip_blocks(smem, ++k, seen.low - all.low, lane);
-    named_barrier_sync<WARP_GROUP>(EPILOGUE + group);  // all four warps have read q
+    named_barrier_sync<WARP_GROUP>(CONSUMER + group);  // all four warps have read q
     if (tile.has_rows) {
       const int row = first + warp * WARP_ROWS;
-      normalizers(state);
-      epilogue(y, state.row_sum, q + warp * (WARP_ROWS * SWIZZLE), (unsigned char*)of.y.at(head, item.start + row),
-               of.y.row, item.length - row, lane);
+      epilogue(y, state.row_sum, q + warp * (WARP_ROWS * SWIZZLE),
+               of.y + ((u64)(u32)(item.start + row) * of.heads + head) * (2 * D), of.heads * (2 * D), item.length - row,
+               lane);
+      fence_async_proxy();  // TMA loads over what was written
       __syncwarp();
     }
     release(q_empty, lane, 1);
@@ -566,31 +622,24 @@ __device__ __forceinline__ void consume(u32 smem, const Problem& of, int group, 
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    varlen_attention_hopper(Bytes q, Bytes k, Bytes v, Bytes y, const int* cu_seqlens, const int* position,
-                            const int2* tiles, Bytes bias, i64 q_head, i64 k_head, i64 v_head, i64 bias_head, i64 bias_row,
-                            i64 bias_column, u32 q_row, u32 k_row, u32 v_row, u32 y_row, u32 heads, u32 sharing,
-                            u32 entries, int window, float scale) {
+    varlen_attention_hopper(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
+                            const __grid_constant__ TensorMap v_map, unsigned char* y, const int* cu_seqlens,
+                            const int* position, const int2* tiles, const unsigned char* bias, i64 bias_head,
+                            i64 bias_row, i64 bias_column, u32 heads, u32 sharing, u32 entries, int window, float scale) {
   extern __shared__ unsigned char dynamic[];
   const u32 smem = smem_base(dynamic);
   const int thread = threadIdx.x, group = thread >> 7, warp = thread >> 5 & 3, lane = thread & 31;
-  if (thread == 0)
+  if (thread == 0) {
+    prefetch_tensor_map(&q_map);
+    prefetch_tensor_map(&k_map);
+    prefetch_tensor_map(&v_map);
     for (int team = 0; team < TEAMS; ++team) init_barriers(smem + team * (u32)sizeof(SharedStorage));
+  }
   __syncthreads();
   griddepcontrol_wait();  // all of the above overlaps with the kernel before
 
-  const Problem of = {{q, q_head, q_row},
-                      {k, k_head, k_row},
-                      {v, v_head, v_row},
-                      {y, 2 * D, y_row},
-                      cu_seqlens,
-                      position,
-                      tiles,
-                      {bias, bias_head, bias_row, bias_column},
-                      heads,
-                      sharing,
-                      entries,
-                      window,
-                      scale};
+  const Problem of = {&q_map, &k_map,   &v_map, y,      cu_seqlens, position, tiles, {bias, bias_head, bias_row, bias_column},
+                      heads,  sharing, entries, window, scale};
   if (group == TEAMS * CONSUMERS) {
     setmaxnreg_dec<PRODUCER_REGISTERS>();
     const int team = warp / PRODUCERS;

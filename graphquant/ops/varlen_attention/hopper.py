@@ -13,13 +13,14 @@ from graphquant.ops.hopper import DTYPES, SM, compile_kernel
 from graphquant.ops.hopper.wgmma import shapes, wgmma_rs, wgmma_ss
 from graphquant.ops.runtime import nvrtc
 from graphquant.ops.runtime.device import gpu_properties
-from graphquant.ops.runtime.launch import ALIGNED, launch, native
+from graphquant.ops.runtime.launch import ALIGNED, MAP_SWIZZLES, MAP_TYPES, Param, launch, native
 from graphquant.ops.token_index.op import TILE  # rows of q, k and v that are multiplied at a time
 from graphquant.ops.varlen_attention.op import varlen_attention
 
 LOG2_E = 1.4426950408889634
 WIDEST = 128  # head
 STAGES = 4
+COLUMNS, BOX = 64, 8  # of a head, and rows, that TMA loads at a time
 NARROW = 32  # keys of a first block that is multiplied by itself
 PTX_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -99,7 +100,7 @@ def _refuses(
     if D % 8 or D > WIDEST:
         return f"heads of {D}: needs a multiple of 8 up to {WIDEST}"
     for name, t in (("q", q), ("k", k), ("v", v)):
-        if t.stride(3) != 1 or any(n % ALIGNED or n >= 2**31 for n in _strides(t)):
+        if t.stride(3) != 1 or any(n % ALIGNED or not n for n in _strides(t)):
             return f"{name} with strides {tuple(t.stride())} is not tokens at multiples of 16 bytes"
     given = {"q": q, "k": k, "v": v, "bias": bias}
     given |= {"cu_seqlens": cu_seqlens, "position": position, "tiles": tiles}
@@ -151,22 +152,35 @@ def varlen_attention_hopper(
     variant = Variant(
         D, q.dtype, causal, window is not None, bias.dtype if bias is not None else None
     )
-    (q_head, q_row), (k_head, k_row), (v_head, v_row) = map(_strides, (q, k, v))
     launch(
         _function(variant, q.device),
         min(sm, entries * -(-H // 2)),
         variant.threads,
         variant.shared,
         (
-            *(("pointer", t) for t in (q, k, v, y, cu_seqlens, position, tiles)),
+            *map(_map, (q, k, v)),
+            *(("pointer", t) for t in (y, cu_seqlens, position, tiles)),
             ("null",) if bias is None else ("pointer", bias),
-            *(("i64", n) for n in (q_head, k_head, v_head, *_bias_strides(bias))),
-            *(("i32", n) for n in (q_row, k_row, v_row, H * D * y.itemsize)),
+            *(("i64", n) for n in _bias_strides(bias)),
             *(("i32", n) for n in (H, H // k.shape[1], entries)),
             ("i32", min(window or 0, max_length)),
             ("f32", scale * LOG2_E),
         ),
         pdl=True,
+    )
+
+
+def _map(t: Tensor) -> Param:
+    _, heads, T, D = t.shape
+    box = (COLUMNS, 1, BOX, 1)
+    return (
+        "map",
+        t,
+        MAP_TYPES[t.dtype],
+        (D, heads, T, 1),
+        (*_strides(t), ALIGNED),
+        box,
+        MAP_SWIZZLES[128],
     )
 
 
