@@ -342,7 +342,9 @@ def _calls(device: str) -> dict[str, tuple[Any, ...]]:
         program.module()(x.cpu())
     heads = [torch.randn(1, HEADS, TOKENS, 64, dtype=x.dtype) for _ in range(3)]
     calls.args.setdefault("attention", (*heads, 64**-0.5, next(iter(TILES))))
-    _, _, position, cu_seqlens, tiles, _ = token_index(torch.ones(1, TOKENS, dtype=torch.bool))
+    valid = torch.ones(1, TOKENS, dtype=torch.bool)
+    calls.args.setdefault("token_index", (valid, True))
+    _, _, position, cu_seqlens, tiles, _ = token_index(valid)
     packed = (*heads, cu_seqlens, position, tiles, 64**-0.5, TOKENS)
     calls.args.setdefault("varlen_attention", OPS["varlen_attention"].full(packed))
     norm, linear = calls.args["norm_quantize"], calls.args["int8_linear"]

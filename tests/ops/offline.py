@@ -30,6 +30,7 @@ load_kernels()
 from graphquant.ops.int8_linear.triton import int8_linear_kernel  # noqa: E402
 from graphquant.ops.int8_linear.triton_tma import int8_linear_tma_kernel  # noqa: E402
 from graphquant.ops.norm_quantize.triton import norm_quantize_kernel  # noqa: E402
+from graphquant.ops.token_index.triton import token_index_kernel  # noqa: E402
 from graphquant.ops.varlen_attention.triton import config, varlen_attention_kernel  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -64,6 +65,8 @@ def cases(sm: int) -> Iterator[Case]:
     for D, types in ((64, {}), (64, seen), (80, {}), (128, {})):
         for dtype in ("bf16", "fp32"):
             yield _varlen_case(f"varlen {D} {dtype} {', '.join(types)}", D, dtype, types)
+    for front in (False, True):
+        yield _index_case(f"index front={front}", front)
     for tile in tiles.POINTER:
         for tail in (False, True):
             for dtype in ("bf16", "fp32"):
@@ -97,6 +100,14 @@ def _row_case(
         **constants,
     }
     return name, kernel, base | {"up_row": "i32"} | types, constants, {"num_warps": warps}
+
+
+def _index_case(name: str, front: bool) -> Case:
+    types = {"valid_ptr": "*i1"} | dict.fromkeys(("index_ptr", "slot_ptr"), "*i64")
+    types |= {f"{t}_ptr": "*i32" for t in ("position", "cu_seqlens", "tiles", "count")}
+    types |= dict.fromkeys(("B", "S", "row", "n_tiles"), "i32")
+    constants = {"FRONT": front, "ROWS": 8, "BLOCK": 512}
+    return name, token_index_kernel, types, constants, {"num_warps": 8}
 
 
 def _varlen_case(name: str, D: int, dtype: str, types: dict[str, str]) -> Case:

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from graphquant.ops import token_index
+from graphquant.ops.define import Kernel, Op
 from graphquant.ops.token_index.op import TILE
+from tests.ops.bounds import implementations, kernels
 
 NAMES = ("index", "slot", "position", "cu_seqlens", "tiles", "count")
 INT32 = ("position", "cu_seqlens", "tiles", "count")
@@ -34,13 +36,16 @@ masks = st.builds(
 )
 
 
+@implementations(token_index)
 @given(valid=masks, front=st.booleans())
 @example(valid=torch.zeros(3, 4, dtype=torch.bool), front=False)
 @example(valid=torch.zeros(3, 4, dtype=torch.bool), front=True)
 @example(valid=torch.ones(1, 1, dtype=torch.bool), front=False)
-def test_every_result_is_what_it_says(valid: Tensor, front: bool, device: str) -> None:
+def test_every_result_is_what_it_says(
+    op: Op, kernel: Kernel, device: str, valid: Tensor, front: bool
+) -> None:
     B, S = valid.shape
-    got = dict(zip(NAMES, token_index(valid.to(device), front), strict=True))
+    got = dict(zip(NAMES, kernel.fn(valid.to(device), front), strict=True))
     for name, t in got.items():
         assert t.dtype == (torch.int32 if name in INT32 else torch.int64) and t.is_contiguous()
     found = {name: t.tolist() for name, t in got.items()}
@@ -57,6 +62,17 @@ def test_every_result_is_what_it_says(valid: Tensor, front: bool, device: str) -
     longest_first = sorted(range(B), key=lambda b: -lengths[b])
     used = [[b, first] for b in longest_first for first in range(0, lengths[b], TILE)]
     assert found["tiles"] == used + [[-1, -1]] * (len(found["tiles"]) - len(used))
+
+
+@kernels(token_index)
+@pytest.mark.parametrize("front", [False, True])
+def test_masks_of_any_size_and_stride_give_what_the_reference_gives(
+    op: Op, kernel: Kernel, device: str, front: bool, poisoned: None
+) -> None:
+    for B, S in ((1, 5000), (40, 30), (200, 2), (3, 200)):
+        valid = mask(B, S + 3, 0.5, 0).to(device)[:, 2:-1]
+        for got, want in zip(kernel.fn(valid, front), op.reference(valid, front), strict=True):
+            assert torch.equal(got, want)
 
 
 @given(valid=masks, front=st.booleans())
