@@ -38,7 +38,7 @@ from graphquant.cli.arguments import add_output, page, write_json
 from graphquant.errors import KernelBuildError
 from graphquant.exporters.program import unpack_weights
 from graphquant.metrics import Error
-from graphquant.ops import OPS, cpu, pack_weight
+from graphquant.ops import OPS, cpu, pack_weight, token_index
 from graphquant.ops.attention.hopper_tiles import TILES
 from graphquant.ops.define import Kernel, Op, load_cpu_kernels
 from graphquant.ops.define import missing as missing_kernels
@@ -342,6 +342,11 @@ def _calls(device: str) -> dict[str, tuple[Any, ...]]:
         program.module()(x.cpu())
     heads = [torch.randn(1, HEADS, TOKENS, 64, dtype=x.dtype) for _ in range(3)]
     calls.args.setdefault("attention", (*heads, 64**-0.5, next(iter(TILES))))
+    valid = torch.ones(1, TOKENS, dtype=torch.bool)
+    calls.args.setdefault("token_index", (valid, True))
+    _, _, position, cu_seqlens, tiles, _ = token_index(valid)
+    packed = (*heads, cu_seqlens, position, tiles, 64**-0.5, TOKENS)
+    calls.args.setdefault("varlen_attention", OPS["varlen_attention"].full(packed))
     norm, linear = calls.args["norm_quantize"], calls.args["int8_linear"]
     calls.args.setdefault("norm_quantize_keep", (*norm[:5], x.dtype, *norm[5:]))
     calls.args.setdefault("pack_weight", (linear[3],))

@@ -25,7 +25,7 @@ from graphquant._torch.inductor import (
 )
 from graphquant.ops import attention
 from graphquant.ops.define import Op, load_kernels
-from graphquant.ops.numerics import padded
+from graphquant.ops.numerics import padded, row_stride
 from graphquant.ops.runtime.launch import Blocks, TritonCall, recorded
 
 aten = torch.ops.aten
@@ -94,18 +94,31 @@ def _launch(call: TritonCall, boxes: dict[int, Any]) -> bool:
 
 
 def _rows(fake: Tensor) -> Any:
-    """A buffer for a result [..., K]: a matrix [M, K], or [M, padded(K)] of int8.
+    """A buffer for a result [..., K]: a matrix [M, K], or [M, padded(K)] of int8; or as the result
+    is, if it is no matrix.
 
     Inductor builds TMA descriptors of whole buffers only, not of views.
     """
+    if _is_no_matrix(fake):
+        size, stride = (list(map(expr, of)) for of in (fake.shape, fake.stride()))
+        return lowerings[aten.empty_strided.default](
+            size, stride, dtype=fake.dtype, device=fake.device
+        )
     K = fake.shape[-1]
     size = [expr(fake.numel() // K), padded(K) if fake.dtype == torch.int8 else K]
     stride = [size[1], 1]
     return lowerings[aten.empty_strided.default](size, stride, dtype=fake.dtype, device=fake.device)
 
 
+def _is_no_matrix(fake: Tensor) -> bool:
+    """Is a result [..., K] a vector, or are its rows in another order than they are in memory?"""
+    return fake.dim() == 1 or (fake.dtype != torch.int8 and row_stride(fake) is None)
+
+
 def _shaped(box: Any, fake: Tensor) -> Any:
     """The result [..., K] as a view of its matrix."""
+    if _is_no_matrix(fake):
+        return box
     K, row = fake.shape[-1], box.get_size()[-1]
     y = lowerings[aten.view.default](box, [*map(expr, fake.shape[:-1]), row])
     return y if row == K else lowerings[aten.slice.Tensor](y, -1, 0, K)

@@ -74,6 +74,8 @@ def _constrain(op: Op, node: Node, *args: Any) -> tuple[tuple[Any, ...], dict[st
 def _lower(op: Op, *args: Any) -> Any:
     results = V.graph.current_node.meta["val"]
     fakes = results if isinstance(results, tuple) else (results,)
+    if V.graph.current_node.meta.get("unbacked_bindings"):  # it says how large its results are
+        return fallback_handler(op.target, add_to_fallback_set=False)(*args)
     if V.graph.aot_mode:
         if fakes[0].device.type == "cuda":
             given = _as_read(op)
@@ -86,7 +88,8 @@ def _lower(op: Op, *args: Any) -> Any:
         made = _call_on_cpu(op, op.full(args), fakes)
         if made is not None:
             return tuple(made) if isinstance(results, tuple) else made[0]
-    if V.graph.cpp_wrapper or not _has_sites(fakes[0].device) or not all(map(_is_static, fakes)):
+    static = all(map(_is_static, fakes)) and not any(isinstance(a, sympy.Expr) for a in args)
+    if V.graph.cpp_wrapper or not _has_sites(fakes[0].device) or not static:
         return fallback_handler(op.target, add_to_fallback_set=False)(*args)
     over = _overlay(op, args[0], fakes[0])
     buffers = [_empty(f) for f in fakes] if over is None else [over, *map(_empty, fakes[1:])]
@@ -100,14 +103,14 @@ def _has_sites(device: torch.device) -> bool:
 
 
 def _as_read(op: Op) -> list[Any]:
-    """The current node's arguments as fake values with the layout that `_constrain` requires."""
+    """The current node's arguments, with fake tensors in the layout that `_constrain` requires."""
     node = V.graph.current_node
 
     def one(argument: Any) -> Any:
         if not isinstance(argument, Node):
             return argument
         value = argument.meta["val"]
-        if _in_place(op, operand(argument, node), value):
+        if not isinstance(value, Tensor) or _in_place(op, operand(argument, node), value):
             return value
         return aten.clone.default(value, memory_format=torch.contiguous_format)
 

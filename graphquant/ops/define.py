@@ -86,10 +86,15 @@ class Op:
     files: tuple[str, ...]  # CUDA kernel modules beside op.py, preferred first
     has_cpu_kernel: bool  # in cpu.py and cpu.cpp beside op.py
     in_rows: bool = True  # what kernels read in place: see `define`
+    sized: Callable[..., Any] | None = None  # see `define`
     kernels: list[Kernel] = field(default_factory=list)  # in order of preference
     cpu_kernels: list[CpuKernel] = field(default_factory=list)  # at most one
     torch_kernels: list[Kernel] = field(default_factory=list)  # for where that one refuses
     _sites: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def empty(self, *args: Any) -> Any:
+        """Results, uninitialized, for these arguments, which are not fake."""
+        return (self.sized or self.fake)(*args)
 
     @cached_property
     def target(self) -> OpOverload:
@@ -175,7 +180,7 @@ class Op:
             self._require_signature(name, fill)
 
             def fn(*args: Any) -> Any:
-                results = self.fake(*args)
+                results = self.empty(*args)
                 fill(*args, out=_as_tuple(results))
                 return results
 
@@ -308,7 +313,7 @@ class Op:
             if len(self._sites) >= MAX_SITES:
                 self._sites.clear()
             site = self._sites[key] = self.site(*self.split(args)[1])
-        results = self.fake(*args)
+        results = self.empty(*args)
         tensors = compress(args, self.tensors)
         site(stream_of(device), *tensors, *_as_tuple(results))
         return results
@@ -323,6 +328,7 @@ def define(
     kernels: tuple[str, ...] = ("triton",),
     cpu: bool = True,
     in_rows: bool = True,
+    sized: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Op]:
     """Decorator on the reference. `schema` is written by hand: it is the op's public contract.
 
@@ -336,13 +342,18 @@ def define(
     in_rows: CUDA kernels read tensors in place that are [M, K] in memory (numerics.row_stride); if
     False, any whose last stride is 1. Others are copied.
 
+    sized: results, uninitialized, if their sizes depend on the values of arguments; the fake has
+    symbols for those sizes.
+
     `check(*args)` raises UnsupportedInputError for invalid arguments. It runs before the fake, the
     reference and the kernels alike, so tracing raises what running would raise.
     No layout tag is set: torch's default, needs_exact_strides, keeps padded int8 rows as they are.
     """
 
     def make(reference: Callable[..., Any]) -> Op:
-        op = Op(reference.__name__, reference, float_form, check, fake, kernels, cpu, in_rows)
+        op = Op(
+            reference.__name__, reference, float_form, check, fake, kernels, cpu, in_rows, sized
+        )
         LIB.define(op.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         declared = [a.name for a in op.target._schema.arguments]
         if declared != _parameters(reference):

@@ -26,7 +26,13 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from triton.backends.compiler import GPUTarget
 
 import graphquant  # noqa: F401 - has Inductor know the ops
-from graphquant.ops import int8_linear, norm_quantize_keep, quantize
+from graphquant.ops import (
+    int8_linear,
+    norm_quantize_keep,
+    quantize,
+    token_index,
+    varlen_attention,
+)
 
 CUDA = torch.device("cuda", 0)
 BATCH, TOKENS, WIDTH = 2, 23, 64
@@ -81,6 +87,16 @@ def first(x: Tensor) -> Tensor:
     return linear(quantize(x.select(1, 0)), 32, None, None)
 
 
+def packed(x: Tensor) -> Tensor:
+    """Attention of packed sequences, of rows that only the device can count."""
+    valid = torch.empty(x.shape[:2], dtype=torch.bool, device=CUDA)
+    _, _, position, cu_seqlens, tiles, _ = token_index(valid, True)
+    qkv = x.view(1, -1, 4, 16).transpose(1, 2)
+    where = cu_seqlens, position, tiles
+    y: Tensor = varlen_attention(qkv, qkv * 2, qkv + 1, *where, 0.25, valid.shape[1], False, 9)
+    return y
+
+
 def launches(function: Callable[[Tensor], Any], how: DimDynamic) -> list[dict[str, Any]]:
     mode = FakeTensorMode(shape_env=ShapeEnv())
     sizes = StatelessSymbolicContext([how, how, DimDynamic.STATIC])
@@ -119,7 +135,7 @@ def main() -> None:
     torch.cuda.get_device_properties = lambda *_: gpu
     found = {
         f"{function.__name__} {sizes.name.lower()}": launches(function, sizes)
-        for function in (mlp, gated, transposed, part, first)
+        for function in (mlp, gated, transposed, part, first, packed)
         for sizes in (DimDynamic.STATIC, DimDynamic.DYNAMIC)
     }
     sys.stdout.write(json.dumps(found) + "\n")

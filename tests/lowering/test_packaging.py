@@ -129,3 +129,14 @@ def test_attention_is_torchs_in_packages_for_cuda_alone() -> None:
                 continue
             assert (y.shape, y.dtype, y.device.type) == (q.shape, q.dtype, "cuda")
             assert y.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("sizes", ["static", "dynamic"])
+def test_attention_of_packed_sequences_is_two_launches(
+    launches: dict[str, Launches], sizes: str
+) -> None:
+    index, attention = launches[f"packed {sizes}"]
+    assert (index["kernel"], index["written"]) == ("token_index_kernel", 6)
+    assert (attention["kernel"], attention["written"]) == ("varlen_attention_kernel", 1)
+    assert ("//64" in attention["grid"][0]) == (sizes == "dynamic")
+    assert attention["numbers"]["window"] == "9" and attention["numbers"]["GROUP"] == "1"

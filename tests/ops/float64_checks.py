@@ -22,6 +22,7 @@ from graphquant.ops import (
     norm_quantize,
     norm_quantize_keep,
     quantize,
+    varlen_attention,
 )
 from graphquant.ops.attention.hopper_tiles import TILES
 from graphquant.ops.define import Op
@@ -309,6 +310,56 @@ def _pack_weight(M: int, N: int, K: int, device: str, small: bool) -> Cases:
     yield f"{N} x {K}", make
 
 
+def _token_index(M: int, N: int, K: int, device: str, small: bool) -> Cases:
+    """Tokens in order, each where `slot` says that it is."""
+
+    def make() -> tuple[Args, Compare]:
+        valid = torch.rand(M, N, device=device) < 0.5
+
+        def compare(got: Any) -> str | None:
+            index, slot, position, cu_seqlens, tiles, count = (t.cpu() for t in got)
+            want = valid.cpu().flatten().nonzero().squeeze(1)
+            lengths = valid.cpu().sum(1)
+            found = {
+                "index": torch.equal(index, want),
+                "slot": torch.equal(slot[want], torch.arange(len(want))),
+                "position": torch.equal(position, (want % N).int()),
+                "cu_seqlens": torch.equal(cu_seqlens.diff(), lengths.int()),
+                "count": int(count) == len(want) == int(cu_seqlens[-1]),
+                "tiles": int((tiles[:, 0] >= 0).sum()) == int(((lengths + 63) // 64).sum()),
+            }
+            return ", ".join(f"{n} is off" for n, right in found.items() if not right) or None
+
+        return (valid,), compare
+
+    yield f"{M} x {N}", make
+
+
+def _varlen_attention(M: int, N: int, K: int, device: str, small: bool) -> Cases:
+    """Two sequences of M tokens at most, two heads, as views of one result."""
+    S = min(M, 577)
+    valid = torch.arange(S, device=device) < torch.tensor([[S], [S // 2 + 1]], device=device)
+    _, _, position, cu_seqlens, tiles, _ = OPS["token_index"].reference(valid)
+    for width, causal, window in ((64, False, None), (72, True, S // 3)):
+
+        def make(
+            width: int = width, causal: bool = causal, window: int | None = window
+        ) -> tuple[Args, Compare]:
+            qkv = torch.randn(3, 1, len(position), 2, width, device=device).to(DTYPE)
+            where = cu_seqlens, position, tiles
+            args = (*qkv.transpose(2, 3), *where, width**-0.5, S, causal, window)
+
+            def compare(got: Tensor) -> str | None:  # probabilities are rounded to bfloat16
+                want = meaning(varlen_attention, args)
+                off = _worst((got.double() - want) / (2**-7 * (want.abs() + 1)))
+                return f"y is off by {off:.3g} of what it may be" if off > 1 else None
+
+            return args, compare
+
+        if small or K < N:
+            yield f"{S} x {width} causal={causal} window={window}", make
+
+
 CASES: dict[str, Callable[[int, int, int, str, bool], Cases]] = {
     "quantize": _quantize,
     "quantize_weight": _quantize_weight,
@@ -317,4 +368,6 @@ CASES: dict[str, Callable[[int, int, int, str, bool], Cases]] = {
     "pack_weight": _pack_weight,
     "int8_linear": _int8_linear,
     "attention": _attention,
+    "token_index": _token_index,
+    "varlen_attention": _varlen_attention,
 }

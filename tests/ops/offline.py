@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -29,6 +30,8 @@ load_kernels()
 from graphquant.ops.int8_linear.triton import int8_linear_kernel  # noqa: E402
 from graphquant.ops.int8_linear.triton_tma import int8_linear_tma_kernel  # noqa: E402
 from graphquant.ops.norm_quantize.triton import norm_quantize_kernel  # noqa: E402
+from graphquant.ops.token_index.triton import token_index_kernel  # noqa: E402
+from graphquant.ops.varlen_attention.triton import config, varlen_attention_kernel  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 QPARAMS = {
@@ -58,6 +61,12 @@ def cases(sm: int) -> Iterator[Case]:
             yield _row_case(f"rows {K} {name}", quantize_rows_kernel, K, given, {"ACT": "gelu"})
             types = affine | given
             yield _row_case(f"norm {K} {name}", norm_quantize_kernel, K, types, {"RMS": False})
+    seen = {"window": "i32", "bias_ptr": "*bf16"}
+    for D, types in ((64, {}), (64, seen), (80, {}), (128, {})):
+        for dtype in ("bf16", "fp32"):
+            yield _varlen_case(f"varlen {D} {dtype} {', '.join(types)}", D, dtype, types)
+    for front in (False, True):
+        yield _index_case(f"index front={front}", front)
     for tile in tiles.POINTER:
         for tail in (False, True):
             for dtype in ("bf16", "fp32"):
@@ -91,6 +100,25 @@ def _row_case(
         **constants,
     }
     return name, kernel, base | {"up_row": "i32"} | types, constants, {"num_warps": warps}
+
+
+def _index_case(name: str, front: bool) -> Case:
+    types = {"valid_ptr": "*i1"} | dict.fromkeys(("index_ptr", "slot_ptr"), "*i64")
+    types |= {f"{t}_ptr": "*i32" for t in ("position", "cu_seqlens", "tiles", "count")}
+    types |= dict.fromkeys(("B", "S", "row", "n_tiles"), "i32")
+    constants = {"FRONT": front, "ROWS": 8, "BLOCK": 512}
+    return name, token_index_kernel, types, constants, {"num_warps": 8}
+
+
+def _varlen_case(name: str, D: int, dtype: str, types: dict[str, str]) -> Case:
+    base = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "y_ptr"), f"*{dtype}")
+    base |= dict.fromkeys(("cu_seqlens_ptr", "position_ptr", "tiles_ptr"), "*i32")
+    base |= dict.fromkeys((f"{t}_{of}" for t in "qkv" for of in ("head", "row")), "i32")
+    base |= dict.fromkeys(("bias_head", "bias_row", "bias_column"), "i32") | {"scale": "fp32"}
+    sizes = config(D, torch.float32 if dtype == "fp32" else torch.bfloat16)
+    options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
+    constants = {"H": 12, "GROUP": 1, "D": D, "CAUSAL": bool(types), "UNIT": 16, **sizes}
+    return name, varlen_attention_kernel, base | types, constants, options
 
 
 def _linear_case(

@@ -92,6 +92,14 @@ def _arguments(op: Op, x: Tensor, form: str = PLAIN) -> tuple[Any, ...]:
         return q, q.flip(2), q.flip(3), 0.5, "128x128"
     if op is ops.pack_weight:
         return (ops.quantize_weight(x.flatten(0, -2) if x.dim() > 1 else x[None])[0],)
+    if op is ops.token_index:
+        return (x.reshape(-1, K) if x.numel() else x.new_zeros(1, K)) > 0, True
+    if op is ops.varlen_attention:
+        heads = x.reshape(1, 1, -1, K)
+        T = heads.shape[2]
+        where = ([0, T], range(T), [[0, i] for i in range(0, T, 64)] or [[-1, -1]])
+        where = (torch.tensor(w, dtype=torch.int32, device=x.device) for w in where)
+        return heads, heads.flip(2), heads.flip(3), *where, 0.5, max(T, 1)
     assert op is ops.int8_linear
     w = torch.randn(24, K, generator=torch.Generator().manual_seed(1))
     quantized = ops.quantize.reference(x.cpu()), ops.quantize_weight.reference(w)
@@ -150,7 +158,8 @@ def test_a_dynamic_batch_gets_no_guard(call: Call) -> None:
     with mode:
         results = call.op.target(*args)
     results = results if isinstance(results, tuple) else (results,)
-    assert all(isinstance(r.shape[0], torch.SymInt) for r in results)
+    sized = results[:-1] if call.op is ops.token_index else results  # the last is one number
+    assert all(any(isinstance(n, torch.SymInt) for n in r.shape) for r in sized)
     assert not [str(g.expr) for g in env.guards]
 
 
@@ -166,7 +175,8 @@ def test_fullgraph_compile_keeps_the_padded_strides(call: Call) -> None:
 
 @pytest.mark.parametrize("op", ALL, ids=lambda op: op.name)
 def test_kernels_take_the_parameters_of_the_reference(op: Op) -> None:
-    once = (ops.quantize_weight, ops.pack_weight)  # per weight, by torch's own operators
+    # per weight, by torch's own operators
+    once = (ops.quantize_weight, ops.pack_weight)
     assert op.kernels or op in once
     with pytest.raises(TypeError, match=rf"{op.name}: kernel bad takes \['a'\], the reference"):
         op.kernel("bad")(lambda a: None)
@@ -181,7 +191,7 @@ def test_what_quantizers_return_is_what_int8_linear_takes() -> None:
         returns = [r.name for r in op.target._schema.returns]
         if op is ops.quantize_weight:
             assert returns == takes[3:6]
-        elif op not in (ops.int8_linear, ops.attention, ops.pack_weight):
+        elif op in QUANTIZERS:
             assert returns[-3:] == takes[:3]
             assert returns[:-3] == (["y"] if op is ops.norm_quantize_keep else [])
 
@@ -227,7 +237,7 @@ def test_the_reference_computes_the_float_form(call: Call) -> None:
     elif op is ops.quantize_weight:
         wq, w_scale, _ = results
         assert ((wq * w_scale[:, None] - want).abs() <= 0.501 * w_scale[:, None]).all()
-    if op.keeps or op in (ops.int8_linear, ops.attention):
+    if op.keeps or op in (ops.int8_linear, ops.attention, ops.varlen_attention):
         y = _as_tuple(results)[0]
         torch.testing.assert_close(y.double(), want, rtol=2**-7, atol=1e-3)
 
@@ -274,6 +284,9 @@ def _writes_every_byte(op: Op, kernel: Kernel, args: tuple[Any, ...]) -> None:
     if op is ops.quantize_weight:
         assert_weight(*results, *args)
         return
+    if op is ops.token_index:
+        assert all(torch.equal(got.cpu(), value) for got, value in zip(results, want, strict=True))
+        return
     kept = (results,) if isinstance(results, Tensor) else results[:-3]
     wanted = (want,) if isinstance(want, Tensor) else want[:-3]
     for got, value in zip(kept, wanted, strict=True):  # bfloat16: rounded, and cut by Triton's
@@ -311,8 +324,7 @@ def test_what_a_triton_kernel_would_launch_is_known_of_fake_tensors(
     args = _arguments(op, torch.randn(6, 48, device=device))
     mode = FakeTensorMode(shape_env=ShapeEnv())
     rows = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
-    (x, *_) = (a for a in args if isinstance(a, Tensor))
-    M = mode.from_tensor(x, symbolic_context=rows).shape[0]
+    M = mode.from_tensor(torch.empty(6, 48), symbolic_context=rows).shape[0]
 
     def faked(a: Any) -> Any:
         if not isinstance(a, Tensor):
@@ -327,6 +339,8 @@ def test_what_a_triton_kernel_would_launch_is_known_of_fake_tensors(
     out = _as_tuple(results)
     (call,) = recorded(partial(kernel.fill, *fakes, out=out))
     assert isinstance(call.grid[0], torch.SymInt)
+    if op is ops.varlen_attention:
+        return  # it reads the numbers of rows from cu_seqlens
     assert any(a is M or (isinstance(a, torch.SymInt) and str(a) == str(M)) for a in call.args)
     (real,) = recorded(partial(kernel.fill, *args, out=_as_tuple(op.fake(*args))))
     assert int(call.grid[0].node.hint) == real.grid[0]
@@ -356,6 +370,15 @@ def _attention_with(**changes: Any) -> tuple[Any, ...]:
     return tuple((args | changes).values())
 
 
+def _varlen_with(**changes: Any) -> tuple[Any, ...]:
+    where = {"cu_seqlens": torch.tensor([0, 3, 5]), "position": torch.arange(5)}
+    where["tiles"] = torch.tensor([[0, 0], [1, 0]])
+    args = {"q": torch.ones(1, 4, 5, 8), "k": torch.ones(1, 2, 5, 8), "v": torch.ones(1, 2, 5, 8)}
+    args |= {name: t.int() for name, t in where.items()}
+    args |= {"scale": 0.5, "max_length": 5, "causal": False, "window": None, "bias": None}
+    return tuple((args | changes).values())
+
+
 def _with(op: Op, **qparams: Any) -> tuple[Any, ...]:
     return op.quantizing(_arguments(op, x), QParams(**qparams))
 
@@ -377,6 +400,27 @@ NO_QPARAMS: dict[str, dict[str, Any]] = {
     "clip is given beside low and high": {"low": -1.0, "high": 1.0, "clip": 1.0},
 }
 heads = torch.ones(2, 3, 5, 32)
+tokens, square = torch.ones(1, 4, 5, 8), torch.ones(1, 4, 5, 5)
+NO_VARLEN: dict[str, dict[str, Any]] = {
+    "scale is inf, needs a finite number > 0": {"scale": torch.inf},
+    "scale is -1.0, needs a finite number > 0": {"scale": -1.0},
+    "window is -1, needs >= 0": {"window": -1},
+    "q is float64, needs float16": {"q": tokens.double()},
+    "k is float16, needs float32": {"k": tokens.half()},
+    r"v has 3 dims, needs \[1, H, T, D\]": {"v": tokens[0]},
+    r"q has shape \[2, 3, 5, 32\], needs \[1, 3, 5, 32\]": {"q": heads},
+    r"k has shape \[1, 4, 4, 8\], needs \[1, 4, 5, 8\]": {"k": tokens[:, :, 1:]},
+    r"k has shape \[1, 0, 5, 8\], needs Hkv >= 1": {"k": tokens[:, :0]},
+    r"v has shape \[1, 4, 5, 8\], needs \[1, 2, 5, 8\]: \[1, Hkv, T, D\] like k": {"v": tokens},
+    "q has 4 heads, needs a multiple of k's, 3": {"k": tokens[:, :3], "v": tokens[:, :3]},
+    "cu_seqlens is torch.int64, needs torch.int32": {"cu_seqlens": torch.arange(3)},
+    r"cu_seqlens has shape \[0\], needs \[B \+ 1\]": {"cu_seqlens": torch.arange(0).int()},
+    r"position has shape \[4\], needs \[5\]: \[T\] like q": {"position": torch.arange(4).int()},
+    r"tiles has shape \[2, 3\], needs \[2, 2\]": {"tiles": torch.zeros(2, 3).int()},
+    "bias is int32, needs float16": {"bias": square.int()},
+    r"bias has shape \[1, 3, 5, 5\], needs \[1, 4, 5, 5\]": {"bias": square[:, :3]},
+    r"bias has shape \[1, 4, 4, 4\], needs S >= max_length": {"bias": square[:, :, 1:, 1:]},
+}
 WRONG: list[tuple[Op, tuple[Any, ...], str]] = [
     (ops.quantize, (x.double(),), "quantize: x is float64, needs float16, bfloat16 or float32"),
     (ops.quantize, (torch.tensor(1.0),), "quantize: x is a scalar, needs at least one dim"),
@@ -457,6 +501,14 @@ WRONG: list[tuple[Op, tuple[Any, ...], str]] = [
     ),
     (ops.attention, _attention_with(scale=0.0), "attention: scale is 0.0, needs > 0"),
     (ops.attention, _attention_with(tile="8x8"), "attention: tile is '8x8', needs one of 192x96"),
+    (ops.token_index, (x,), "token_index: valid is float32, needs bool"),
+    (ops.token_index, (x[0] > 0,), r"token_index: valid has 1 dims, needs \[B, S\]"),
+    (ops.token_index, (x[:0] > 0,), r"token_index: valid has shape \[0, 32\], needs B >= 1"),
+    (ops.token_index, (x[:, :0] > 0, True), r"valid has shape \[4, 0\], needs K >= 1"),
+    *(
+        (ops.varlen_attention, _varlen_with(**changes), f"varlen_attention: {message}")
+        for message, changes in NO_VARLEN.items()
+    ),
     (
         ops.int8_linear,
         _linear_with(

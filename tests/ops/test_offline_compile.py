@@ -71,3 +71,10 @@ def test_int8_linear_multiplies_int8_on_tensor_cores(sm: int, instruction: str) 
     for k in linears:
         assert k["mma"] and all(m.startswith(instruction) for m in k["mma"]), k
         assert all("s8.s8" in m for m in k["mma"]), k
+
+
+def test_varlen_attention_multiplies_on_tensor_cores() -> None:
+    found = [k for k in _compiled(90) if k["name"].startswith("varlen") and "bf16" in k["name"]]
+    assert found
+    for k in found:
+        assert k["mma"] and all(m.startswith("wgmma.mma_async") for m in k["mma"]), k

@@ -473,7 +473,10 @@ def test_an_unwritten_row_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) 
     _break(monkeypatch, name, wrong)
 
 
-@pytest.mark.parametrize("name", sorted(set(OPS) - {"int8_linear", "attention"}))
+FLOATING = {"int8_linear", "attention", "varlen_attention"}  # of these, results are floats
+
+
+@pytest.mark.parametrize("name", sorted(set(OPS) - FLOATING - {"token_index"}))
 def test_a_value_one_step_off_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(op: Op, *args: Any) -> Any:
         results = _first(op, *args)

@@ -40,8 +40,16 @@ def _check(valid: Tensor, front: bool = False) -> None:
 
 
 def _fake(valid: Tensor, front: bool = False) -> Index:
+    T = valid.numel() if front else torch.library.get_ctx().new_dynamic_size(min=1)
+    return _empty(valid, T)
+
+
+def _sized(valid: Tensor, front: bool = False) -> Index:
+    return _empty(valid, valid.numel() if front else max(int(valid.sum()), 1))
+
+
+def _empty(valid: Tensor, T: int | torch.SymInt) -> Index:
     B, S = valid.shape
-    T = B * S if front else torch.library.get_ctx().new_dynamic_size(min=1)
 
     def empty(dtype: torch.dtype, *shape: int | torch.SymInt) -> Tensor:
         return valid.new_empty(shape, dtype=dtype)
@@ -62,8 +70,8 @@ def _fake(valid: Tensor, front: bool = False) -> Index:
     float_form=lambda valid, *_: valid,
     fake=_fake,
     check=_check,
-    kernels=(),
     cpu=False,
+    sized=_sized,
 )
 def token_index(valid: Tensor, front: bool = False) -> Index:
     S, flat = valid.shape[1], valid.flatten()

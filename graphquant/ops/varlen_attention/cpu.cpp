@@ -1,10 +1,12 @@
-// varlen_attention on the CPU: one tile of 64 queries of a head at a time, on any thread.
+// varlen_attention on the CPU: some tiles of 64 queries of a head at a time, on any thread.
 //
 // Scores are transposed, [keys][queries], so that lanes are queries: maxima and sums over keys need no step across
-// lanes, and both products take one operand as it is in memory. Keys are in blocks of KEYS from the first that the
-// tile's queries see, with an online softmax; so the arithmetic of a row depends on its own sequence alone.
+// lanes, and both products take one operand as it is in memory. Keys are in blocks of KEYS from their sequence's first,
+// with an online softmax. So the arithmetic of a row depends on its own sequence alone; how many tiles share a block of
+// keys, on the number of threads.
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "call.h"
 
@@ -13,6 +15,8 @@ namespace {
 
 constexpr int64_t TILE = 64;   // queries
 constexpr int64_t KEYS = 128;  // whose scores are held at once
+constexpr int64_t STEP = 32;   // keys that one AMX instruction takes
+constexpr int64_t SHARING = 4;  // tiles at most that share a block of keys
 constexpr float LOG2_E = 1.44269504f;
 constexpr float NOTHING = -1e38f;  // a row max that is subtracted where no key has been seen yet
 
@@ -36,17 +40,21 @@ struct Call {
   void* y;
 };
 
-struct Tile {  // of queries, and the keys that they see
-  int64_t head, kv_head, start, rows;  // start: of the queries, among all rows; so are the keys
-  int64_t from, to;
+struct Tile {  // of queries, and the keys that they see, as rows
+  int64_t start, rows, from, to;
 };
 
-Tile tile_of(const Call& c, int64_t sequence, int64_t first, int64_t head) {
-  int64_t begin = c.cu_seqlens[sequence], end = c.cu_seqlens[sequence + 1];
-  Tile t{head, head / (c.H / c.Hkv), begin + first, std::min(TILE, end - begin - first), begin, end};
+struct Block {  // of keys, as rows
+  int64_t kv_head, from, keys;
+};
+
+// `from` is a whole number of steps from the sequence's first row.
+Tile tile_of(const Call& c, int64_t begin, int64_t end, int64_t first) {
+  Tile t{begin + first, std::min(TILE, end - begin - first), begin, end};
   const int32_t *p = c.position, last = p[t.start + t.rows - 1];
   if (c.window >= 0) {
     t.from = std::lower_bound(p + begin, p + t.start, p[t.start] - c.window) - p;
+    t.from -= (t.from - begin) % STEP;
     t.to = std::upper_bound(p + t.start, p + end, last + c.window) - p;
   }
   if (c.causal) t.to = t.start + t.rows;
@@ -93,38 +101,41 @@ void product(const float* a, int64_t row, int64_t column, int64_t M, int64_t K, 
   }
 }
 
-// The two products of a tile in float32; other types are converted, a block of keys at a time.
+// The two products in float32; other types are converted, a block of keys at a time. Tiles are numbered.
 template <class T>
 class Floats {
  public:
-  explicit Floats(const Call& c) : c_(c) {
+  explicit Floats(const Call& c) : c_(c), width_(up(c.D, W)) {
     struct Queries;
-    struct Rows;
-    queries_ = scratch<float, Queries>(up(c.D, W) * TILE);
-    rows_ = scratch<float, Rows>(KEYS * up(c.D, W));
+    struct Keys;
+    struct Values;
+    queries_ = scratch<float, Queries>(SHARING * width_ * TILE);
+    keys_ = scratch<float, Keys>(KEYS * width_), values_ = scratch<float, Values>(KEYS * width_);
   }
 
-  void begin(const Tile& t) {
+  void queries(int64_t number, int64_t head, const Tile& t) {
+    float* to = queries_ + number * width_ * TILE;
     for (int64_t i = 0; i < t.rows; i += W)
       for (int64_t d = 0; d < c_.D; d += W) {
         Vec v[W];
-        for (int64_t r = 0; r < W; r++) v[r] = i + r < t.rows ? part(c_.q, t.head, t.start + i + r, d) : splat(0);
+        for (int64_t r = 0; r < W; r++) v[r] = i + r < t.rows ? part(c_.q, head, t.start + i + r, d) : splat(0);
         transpose(v);
-        for (int64_t r = 0; r < W; r++) store(queries_ + (d + r) * TILE + i, v[r]);
+        for (int64_t r = 0; r < W; r++) store(to + (d + r) * TILE + i, v[r]);
       }
   }
-  void scores(const Tile& t, int64_t from, int64_t keys, float* s) {
-    int64_t row;
-    const float* k = floats(c_.k, t.kv_head, from, keys, row);
-    product(k, row, 1, keys, c_.D, queries_, over(t.rows, W), s, false);
+  void keys(const Block& b) {
+    k_ = floats(c_.k, b, keys_, k_row_);
+    v_ = floats(c_.v, b, values_, v_row_);
+  }
+  // s [n][TILE] of the block's keys from number `skip` on
+  void scores(int64_t number, int64_t rows, int64_t skip, int64_t n, float* s) {
+    product(k_ + skip * k_row_, k_row_, 1, n, c_.D, queries_ + number * width_ * TILE, over(rows, W), s, false);
   }
   void probabilities(float* s, int64_t key, int64_t v, Vec p, Vec next) {
     store(s + key * TILE + v * W, p), store(s + (key + 1) * TILE + v * W, next);
   }
-  void values(const Tile& t, int64_t from, int64_t keys, const float* s, float* o, bool add) {
-    int64_t row;
-    const float* v = floats(c_.v, t.kv_head, from, keys, row);
-    product(v, 1, row, c_.D, keys, s, over(t.rows, W), o, add);
+  void values(int64_t rows, int64_t skip, int64_t n, const float* s, float* o, bool add) {
+    product(v_ + skip * v_row_, 1, v_row_, c_.D, n, s, over(rows, W), o, add);
   }
 
  private:
@@ -136,26 +147,27 @@ class Floats {
     for (int64_t k = 0; k < n; k++) some[k] = p[(d + k) * x.column];
     return load(some);
   }
-  const float* floats(const Heads& x, int64_t h, int64_t from, int64_t n, int64_t& row) {
+  const float* floats(const Heads& x, const Block& b, float* made, int64_t& row) {
     row = x.row;
     if constexpr (std::is_same_v<T, float>)
-      if (x.column == 1) return x.at<float>(h, from);
-    row = up(c_.D, W);
-    for (int64_t i = 0; i < n; i++)
-      for (int64_t d = 0; d < c_.D; d += W) store(rows_ + i * row + d, part(x, h, from + i, d));
-    return rows_;
+      if (x.column == 1) return x.at<float>(b.kv_head, b.from);
+    row = width_;
+    for (int64_t i = 0; i < b.keys; i++)
+      for (int64_t d = 0; d < c_.D; d += W) store(made + i * row + d, part(x, b.kv_head, b.from + i, d));
+    return made;
   }
   const Call& c_;
-  float *queries_, *rows_;
+  int64_t width_, k_row_ = 0, v_row_ = 0;
+  float *queries_, *keys_, *values_;
+  const float *k_ = nullptr, *v_ = nullptr;
 };
 
 // --- products of bfloat16 in AMX tiles -------------------------------------------------------------
 
 #if defined(__AMX_BF16__)
 
-constexpr int64_t PAIRS = 16, STEP = 32;         // rows of a tile that holds pairs of a dim; that dim's part
-constexpr int64_t CELL = 16 * PAIRS;             // 32-bit values in a tile
-constexpr int64_t ACROSS = TILE / 16;            // tiles of queries
+constexpr int64_t CELL = 16 * 16;     // 32-bit values, or pairs of bfloat16, in an AMX tile
+constexpr int64_t ACROSS = TILE / 16;  // AMX tiles of queries
 
 class Bfloat16Tiles {
  public:
@@ -164,8 +176,8 @@ class Bfloat16Tiles {
     struct Keys;
     struct Probabilities;
     struct Values;
-    queries_ = scratch<uint32_t, Queries>(depth_ * ACROSS * CELL);
-    keys_ = scratch<uint16_t, Keys>(16 * depth_ * STEP);
+    queries_ = scratch<uint32_t, Queries>(SHARING * depth_ * ACROSS * CELL);
+    keys_ = scratch<uint32_t, Keys>(KEYS / 16 * depth_ * CELL);
     probabilities_ = scratch<uint32_t, Probabilities>(KEYS / STEP * ACROSS * CELL);
     values_ = scratch<uint32_t, Values>(height_ * KEYS / STEP * CELL);
     struct alignas(64) {
@@ -180,35 +192,34 @@ class Bfloat16Tiles {
   ~Bfloat16Tiles() { _tile_release(); }
   Bfloat16Tiles(const Bfloat16Tiles&) = delete;
 
-  void begin(const Tile& t) {  // pairs of columns, [D / 32][queries / 16][16 pairs][16 queries]
+  void queries(int64_t number, int64_t head, const Tile& t) {  // [D / 32][queries / 16][16 pairs of columns][16 queries]
+    uint32_t* to = queries_ + number * depth_ * ACROSS * CELL;
     for (int64_t d = 0; d < depth_; d++)
       for (int64_t g = 0; g * 16 < t.rows; g++) {
         Vec v[16];
         for (int64_t r = 0; r < 16; r++)
-          v[r] = g * 16 + r < t.rows ? bits(part(c_.q, t.head, t.start + g * 16 + r, d)) : splat(0);
-        put(v, queries_ + (d * ACROSS + g) * CELL);
+          v[r] = g * 16 + r < t.rows ? bits(part(c_.q, head, t.start + g * 16 + r, d)) : splat(0);
+        put(v, to + (d * ACROSS + g) * CELL);
       }
   }
 
-  void scores(const Tile& t, int64_t from, int64_t keys, float* s) {
-    const uint16_t* k = c_.k.at<uint16_t>(t.kv_head, from);
-    bool whole = c_.D % STEP == 0;
-    for (int64_t j = 0; j < keys; j += 16, k += 16 * c_.k.row) {
-      if (whole && j + 16 <= keys)
-        score(k, c_.k.row, over(t.rows, 16), s + j * TILE);
-      else {
-        for (int64_t d = 0; d < depth_; d++)
-          for (int64_t r = 0; r < 16; r++)
-            _mm512_storeu_si512(keys_ + (r * depth_ + d) * STEP,
-                                j + r < keys ? part(c_.k, t.kv_head, from + j + r, d) : _mm512_setzero_si512());
-        score(keys_, depth_ * STEP, over(t.rows, 16), s + j * TILE);
-      }
-    }
-    int64_t end = up(keys, STEP);  // the last product takes all of its step
-    for (int64_t j = keys / STEP * STEP; j < end; j += STEP)
-      std::memset(probabilities_ + j / STEP * ACROSS * CELL, 0, ACROSS * CELL * sizeof(uint32_t));
+  void keys(const Block& b) {  // [keys / 16][D / 32][16 keys][32 columns]; of values, [D / 16][keys / 32][16 columns][32 keys]
+    for (int64_t j = 0; j < up(b.keys, 16); j++)
+      for (int64_t d = 0; d < depth_; d++)
+        _mm512_storeu_si512(keys_ + (j / 16 * depth_ + d) * CELL + j % 16 * 16,
+                            j < b.keys ? part(c_.k, b.kv_head, b.from + j, d) : _mm512_setzero_si512());
+    steps_ = over(b.keys, STEP);
+    for (int64_t h = 0; h < height_; h++)
+      for (int64_t k = 0; k < steps_; k++) pack_values(b, k, h, values_ + (h * steps_ + k) * CELL);
   }
 
+  void scores(int64_t number, int64_t rows, int64_t skip, int64_t n, float* s) {
+    const uint32_t* q = queries_ + number * depth_ * ACROSS * CELL;
+    for (int64_t j = 0; j < n; j += 16)
+      multiply(keys_ + (skip + j) / 16 * depth_ * CELL, q, depth_, over(rows, 16), s + j * TILE, false);
+    if (n % STEP)  // the last product takes all of its step
+      std::memset(probabilities_ + n / STEP * ACROSS * CELL, 0, ACROSS * CELL * sizeof(uint32_t));
+  }
   void probabilities(float*, int64_t key, int64_t v, Vec p, Vec next) {  // pairs of keys, rounded half up: p >= 0
     const __m512i half = _mm512_set1_epi32(0x8000);
     __m512i low = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(p), half), 16);
@@ -216,16 +227,10 @@ class Bfloat16Tiles {
     uint32_t* to = probabilities_ + (key / STEP * ACROSS + v) * CELL + key % STEP / 2 * 16;
     _mm512_storeu_si512(to, _mm512_mask_blend_epi16(0xaaaaaaaa, low, high));
   }
-
-  void values(const Tile& t, int64_t from, int64_t keys, const float*, float* o, bool add) {
-    int64_t steps = over(keys, STEP);
+  void values(int64_t rows, int64_t skip, int64_t n, const float*, float* o, bool add) {
     for (int64_t h = 0; h < height_; h++)
-      for (int64_t k = 0; k < steps; k++) pack(t, from + k * STEP, keys - k * STEP, h, values_ + (h * steps + k) * CELL);
-    for (int64_t h = 0; h < height_; h++) {
-      int64_t across = over(t.rows, 16);
-      for (int64_t g = 0; g < across; g += 2)
-        weigh(values_ + h * steps * CELL, probabilities_ + g * CELL, steps, g + 1 < across, o + h * 16 * TILE + g * 16, add);
-    }
+      multiply(values_ + (h * steps_ + skip / STEP) * CELL, probabilities_, over(n, STEP), over(rows, 16), o + h * 16 * TILE,
+               add);
   }
 
  private:
@@ -238,73 +243,59 @@ class Bfloat16Tiles {
     int64_t n = std::min(STEP, c_.D - step * STEP);
     return _mm512_maskz_loadu_epi16(0xffffffffu >> (STEP - n), x.at<uint16_t>(h, i) + step * STEP);
   }
-  // Values transposed, [16 columns][32 keys], 0 behind the last key
-  void pack(const Tile& t, int64_t from, int64_t keys, int64_t h, uint32_t* to) {
+  void pack_values(const Block& b, int64_t step, int64_t h, uint32_t* to) {
     __mmask16 columns = 0xffffu >> std::max<int64_t>(0, 16 * (h + 1) - c_.D);
-    auto row = [&](int64_t r) {
-      auto p = c_.v.at<uint16_t>(t.kv_head, from + r) + h * 16;
-      return _mm512_cvtepu16_epi32(r < keys ? _mm256_maskz_loadu_epi16(columns, p) : _mm256_setzero_si256());
+    auto row = [&](int64_t j) {  // 0 behind the last key
+      auto p = c_.v.at<uint16_t>(b.kv_head, b.from + j) + h * 16;
+      return _mm512_cvtepu16_epi32(j < b.keys ? _mm256_maskz_loadu_epi16(columns, p) : _mm256_setzero_si256());
     };
     Vec v[16];
-    for (int64_t r = 0; r < 16; r++) v[r] = bits(_mm512_or_si512(row(2 * r), _mm512_slli_epi32(row(2 * r + 1), 16)));
+    for (int64_t r = 0; r < 16; r++) {
+      int64_t j = step * STEP + 2 * r;
+      v[r] = bits(_mm512_or_si512(row(j), _mm512_slli_epi32(row(j + 1), 16)));
+    }
     put(v, to);
   }
-  // 16 keys times all queries: s [16][TILE]
-  void score(const uint16_t* k, int64_t row, int64_t across, float* s) {
-    const uint32_t* q = queries_;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t d = 0; d < depth_; d++, q += ACROSS * CELL) {
-      _tile_loadd(4, k + d * STEP, row * 2);
-      _tile_loadd(5, q, 64);
+  // c [16][TILE] = a [steps][16][32] b [steps][ACROSS][16][16][2], or added to it, `across` tiles of columns
+  static void multiply(const uint32_t* a, const uint32_t* b, int64_t steps, int64_t across, float* c, bool add) {
+    constexpr int64_t NEXT = TILE * sizeof(float);
+    if (add) {
+      _tile_loadd(0, c, NEXT);
+      _tile_loadd(1, c + 16, NEXT);
+      _tile_loadd(2, c + 32, NEXT);
+      _tile_loadd(3, c + 48, NEXT);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (int64_t k = 0; k < steps; k++, a += CELL, b += ACROSS * CELL) {
+      _tile_loadd(4, a, 64);
+      _tile_loadd(5, b, 64);
       _tile_dpbf16ps(0, 4, 5);
       if (across > 1) {
-        _tile_loadd(6, q + CELL, 64);
+        _tile_loadd(6, b + CELL, 64);
         _tile_dpbf16ps(1, 4, 6);
       }
       if (across > 2) {
-        _tile_loadd(5, q + 2 * CELL, 64);
+        _tile_loadd(5, b + 2 * CELL, 64);
         _tile_dpbf16ps(2, 4, 5);
       }
       if (across > 3) {
-        _tile_loadd(6, q + 3 * CELL, 64);
+        _tile_loadd(6, b + 3 * CELL, 64);
         _tile_dpbf16ps(3, 4, 6);
       }
     }
-    constexpr int64_t NEXT = TILE * sizeof(float);
-    _tile_stored(0, s, NEXT);
-    if (across > 1) _tile_stored(1, s + 16, NEXT);
-    if (across > 2) _tile_stored(2, s + 32, NEXT);
-    if (across > 3) _tile_stored(3, s + 48, NEXT);
-  }
-  // 16 columns of values times the probabilities of 16 or 32 queries
-  void weigh(const uint32_t* v, const uint32_t* p, int64_t steps, bool two, float* o, bool add) {
-    constexpr int64_t NEXT = TILE * sizeof(float);
-    _tile_zero(0);
-    _tile_zero(1);
-    if (add) {
-      _tile_loadd(0, o, NEXT);
-      if (two) _tile_loadd(1, o + 16, NEXT);
-    }
-    for (int64_t k = 0; k < steps; k++, v += CELL, p += ACROSS * CELL) {
-      _tile_loadd(4, v, 64);
-      _tile_loadd(5, p, 64);
-      _tile_dpbf16ps(0, 4, 5);
-      if (two) {
-        _tile_loadd(6, p + CELL, 64);
-        _tile_dpbf16ps(1, 4, 6);
-      }
-    }
-    _tile_stored(0, o, NEXT);
-    if (two) _tile_stored(1, o + 16, NEXT);
+    _tile_stored(0, c, NEXT);
+    if (across > 1) _tile_stored(1, c + 16, NEXT);
+    if (across > 2) _tile_stored(2, c + 32, NEXT);
+    if (across > 3) _tile_stored(3, c + 48, NEXT);
   }
 
   const Call& c_;
-  int64_t depth_, height_;  // of a head: in steps, and in tiles
-  uint32_t *queries_, *probabilities_, *values_;
-  uint16_t* keys_;
+  int64_t depth_, height_, steps_ = 0;  // steps of columns, AMX tiles of columns, steps of keys
+  uint32_t *queries_, *keys_, *probabilities_, *values_;
 };
 
 #endif
@@ -323,7 +314,7 @@ Vec gather(const T* p, const int64_t* at) {
 }
 
 // Adds the bias and hides keys: s [keys][TILE]. With a bias the scores are scaled, too.
-void adjust(const Call& c, const Tile& t, int64_t from, int64_t keys, const Rows& r, float* s) {
+void adjust(const Call& c, int64_t head, const Tile& t, int64_t from, int64_t keys, const Rows& r, float* s) {
   const int32_t *p = c.position, low = p[t.start], high = p[t.start + t.rows - 1];
   int64_t row[TILE];
   for (int64_t i = 0; i < up(t.rows, W); i++) row[i] = int64_t(r.position[i]) * c.bias.row;
@@ -337,7 +328,7 @@ void adjust(const Call& c, const Tile& t, int64_t from, int64_t keys, const Rows
       Vec x = load(s + j * TILE + i), query = load(r.position + i);
       if (c.bias.data)
         by_type(c.bias_type, [&](auto type) {
-          Vec b = gather(c.bias.at<decltype(type)>(t.head, 0) + at * c.bias.column, row + i);
+          Vec b = gather(c.bias.at<decltype(type)>(head, 0) + at * c.bias.column, row + i);
           x = fma(x, splat(c.scale), b * splat(LOG2_E));
         });
       if (!early) x = if_at_most(key, query, x, hidden);
@@ -379,7 +370,7 @@ void softmax(Engine& engine, float* s, int64_t keys, int64_t v, float unit, bool
 }
 
 template <class T>
-void write(const Call& c, const Tile& t, const float* o, const Rows& r) {
+void write(const Call& c, int64_t head, const Tile& t, const float* o, const Rows& r) {
   for (int64_t i = 0; i < t.rows; i += W) {
     Vec share = splat(1) / load(r.total + i);
     for (int64_t d = 0; d < c.D; d += W) {
@@ -387,34 +378,53 @@ void write(const Call& c, const Tile& t, const float* o, const Rows& r) {
       for (int64_t k = 0; k < W; k++) v[k] = load(o + (d + k) * TILE + i) * share;
       transpose(v);
       for (int64_t k = 0; k < std::min(W, t.rows - i); k++)
-        store(static_cast<T*>(c.y) + ((t.start + i + k) * c.H + t.head) * c.D + d, v[k], std::min(W, c.D - d));
+        store(static_cast<T*>(c.y) + ((t.start + i + k) * c.H + head) * c.D + d, v[k], std::min(W, c.D - d));
     }
   }
 }
 
-template <class T, class Engine>
-void attend(const Call& c, const Tile& t, Engine& engine) {
+// One tile and the block's keys among those that it sees
+template <class Engine>
+void attend_to(const Call& c, Engine& engine, int64_t head, int64_t number, const Tile& t, const Block& b, Rows& r, float* o) {
   struct Scores;
+  float* s = scratch<float, Scores>(KEYS * TILE);
+  int64_t from = std::max(t.from, b.from), keys = std::min(t.to, b.from + b.keys) - from;
+  if (keys <= 0) return;
+  int64_t vectors = over(t.rows, W), v = 0;
+  bool first = from == t.from;
+  engine.scores(number, t.rows, from - b.from, keys, s);
+  if (c.bias.data || c.causal || c.window >= 0) adjust(c, head, t, from, keys, r, s);
+  float unit = c.bias.data ? 1 : c.scale;
+  for (; v + 4 <= vectors; v += 4) softmax<4>(engine, s, keys, v, unit, first, r);
+  for (; v < vectors; v++) softmax<1>(engine, s, keys, v, unit, first, r);
+  if (!first)
+    for (int64_t d = 0; d < c.D; d++)
+      for (v = 0; v < vectors; v++) store(o + d * TILE + v * W, load(o + d * TILE + v * W) * load(r.shrink + v * W));
+  engine.values(t.rows, from - b.from, keys, s, o, !first);
+}
+
+// n tiles of one sequence and one head
+template <class T, class Engine>
+void attend(const Call& c, const int32_t (*tiles)[2], int64_t n, int64_t head) {
   struct Results;
-  float *s = scratch<float, Scores>(KEYS * TILE), *o = scratch<float, Results>(up(c.D, 16) * TILE);
-  Rows r;
-  for (int64_t i = 0; i < TILE; i++) r.position[i] = c.position[t.start + std::min(i, t.rows - 1)];
-  int64_t vectors = over(t.rows, W);
-  engine.begin(t);
-  for (int64_t from = t.from; from < t.to; from += KEYS) {
-    int64_t keys = std::min(KEYS, t.to - from), v = 0;
-    bool first = from == t.from;
-    engine.scores(t, from, keys, s);
-    if (c.bias.data || c.causal || c.window >= 0) adjust(c, t, from, keys, r, s);
-    float unit = c.bias.data ? 1 : c.scale;
-    for (; v + 4 <= vectors; v += 4) softmax<4>(engine, s, keys, v, unit, first, r);
-    for (; v < vectors; v++) softmax<1>(engine, s, keys, v, unit, first, r);
-    if (!first)
-      for (int64_t d = 0; d < c.D; d++)
-        for (v = 0; v < vectors; v++) store(o + d * TILE + v * W, load(o + d * TILE + v * W) * load(r.shrink + v * W));
-    engine.values(t, from, keys, s, o, !first);
+  int64_t begin = c.cu_seqlens[tiles[0][0]], end = c.cu_seqlens[tiles[0][0] + 1], each = up(c.D, 16) * TILE;
+  float* o = scratch<float, Results>(SHARING * each);
+  Rows r[SHARING];
+  Tile t[SHARING];
+  int64_t from = end, to = begin;
+  Engine engine(c);
+  for (int64_t i = 0; i < n; i++) {
+    t[i] = tile_of(c, begin, end, tiles[i][1]);
+    from = std::min(from, t[i].from), to = std::max(to, t[i].to);
+    for (int64_t q = 0; q < TILE; q++) r[i].position[q] = c.position[t[i].start + std::min(q, t[i].rows - 1)];
+    engine.queries(i, head, t[i]);
   }
-  write<T>(c, t, o, r);
+  for (int64_t at = from - (from - begin) % KEYS; at < to; at += KEYS) {
+    Block b{head / (c.H / c.Hkv), at, std::min(KEYS, to - at)};
+    engine.keys(b);
+    for (int64_t i = 0; i < n; i++) attend_to(c, engine, head, i, t[i], b, r[i], o + i * each);
+  }
+  for (int64_t i = 0; i < n; i++) write<T>(c, head, t[i], o + i * each, r[i]);
 }
 
 template <class T, class Engine>
@@ -422,10 +432,15 @@ void run_with(const Call& c) {
   constexpr int64_t GRAIN = 16384;  // elements of q below which another thread does not pay
   int64_t used = 0;
   while (used < c.n && c.tiles[used][0] >= 0) used++;
-  parallel_each(used * c.H, over(c.T * c.H * c.D, GRAIN), [&](int64_t i) {
-    const int32_t* tile = c.tiles[i / c.H];
-    Engine engine(c);
-    attend<T>(c, tile_of(c, tile[0], tile[1], i % c.H), engine);
+  int64_t sharing = std::clamp<int64_t>(used * c.H / (4 * threads()), 1, SHARING);
+  std::vector<int64_t> starts;
+  for (int64_t i = 0; i < used; i++)
+    if (starts.empty() || i - starts.back() == sharing || c.tiles[i][0] != c.tiles[i - 1][0]) starts.push_back(i);
+  int64_t parts = starts.size();
+  starts.push_back(used);
+  parallel_each(parts * c.H, over(c.T * c.H * c.D, GRAIN), [&](int64_t i) {
+    int64_t start = starts[i / c.H];
+    attend<T, Engine>(c, c.tiles + start, starts[i / c.H + 1] - start, i % c.H);
   });
 }
 

@@ -111,7 +111,7 @@ def config(D: int, dtype: torch.dtype) -> dict[str, int]:
     return {
         "BLOCK_D": max(16, triton.next_power_of_2(D)),
         "BLOCK": 16 if wide else 64,
-        "num_warps": 8 if wide else 4,
+        "num_warps": (16 if D > 64 else 8) if wide else 4,
         "num_stages": 1 if wide else 2,
     }
 
