@@ -23,7 +23,7 @@
 //   WINDOW        1: a query sees keys whose positions are at most `window` away
 //   BIAS          NONE or the dtype of the bias
 //   SHARED_BYTES  dynamic shared memory of the launch
-// and wgmma_shapes.cuh has wgmma_ss for N of 64 and 32, wgmma_rs for N of D.
+// and wgmma_shapes.cuh has wgmma_ss for N of 16, 32, 48 and 64, wgmma_rs for N of D.
 //
 // Launch: varlen_attention_hopper(q_map, k_map, v_map, y, cu_seqlens, position, tiles, bias, strides of the bias,
 //                                 heads, sharing, entries, window, scale)
@@ -51,8 +51,7 @@ enum : int {
   WARPS = 4 * CONSUMERS,                   // of a team's consumers
   THREADS = (TEAMS * CONSUMERS + 1) * WARP_GROUP,
   BM = 64,                                 // queries of a tile: rows of a wgmma
-  BN = 64,                                 // keys of a block,
-  NARROW = 32,                             // or of the first one, if that suffices
+  BN = 64,                                 // keys of a block
   SWIZZLE = 128,                           // bytes of a row of a swizzled tile,
   COLUMNS = 64,                            // of a head in it,
   PARTS = (D + COLUMNS - 1) / COLUMNS,     // and such tiles side by side hold a head
@@ -63,8 +62,8 @@ enum : int {
   WARP_ROWS = 16,                          // of a wgmma's 64
   POSITIONS = WINDOW || BIAS != NONE,      // Are positions read?
   // The producers' registers go to the consumers: multiples of 8, and all together no more than 65,536.
-  PRODUCER_REGISTERS = 32,
-  CONSUMER_REGISTERS = TEAMS == 2 ? 112 : 232
+  PRODUCER_REGISTERS = TEAMS == 2 ? 32 : 64,
+  CONSUMER_REGISTERS = TEAMS == 2 ? 112 : 216
 };
 
 static_assert(BM == BN && D % 8 == 0 && D <= 128 && (STAGES & (STAGES - 1)) == 0, "tile");
@@ -177,10 +176,7 @@ __device__ __forceinline__ void init_barriers(u32 smem) {
 }
 
 // Of bar.sync; 0 is __syncthreads.
-enum NamedBarrier : u32 {
-  CONSUMER = 1,  // one for each consumer's own threads
-  PING_PONG = 8  // one for each consumer: its turn to issue products
-};
+enum NamedBarrier : u32 { CONSUMER = 1 };  // one for each consumer's own threads
 
 // ------------------------------------------------------------------------------------ producer
 
@@ -240,16 +236,18 @@ __device__ __forceinline__ void load_blocks(u32 smem, const Problem& of, const I
   }
 }
 
-// Loads one consumer's queries, and keys or values.
+// Loads one consumer's queries, and keys or values. A second team takes its items from the last to the first: long
+// sequences wait for products, short ones for memory, so both are computed at the same time.
 template <bool KEYS>
 __device__ __forceinline__ void produce(u32 smem, const Problem& of, u32 team, int lane) {
   Ring ring = KEYS ? Ring{SMEM(k), SMEM(k_full), SMEM(k_empty), 0} : Ring{SMEM(v), SMEM(v_full), SMEM(v_empty), 0};
   u32 items = 0;  // so far
   for (u32 n = 0;; n += 32) {
     const Item mine = item_at(nth_item(n + lane, team), of);  // each lane looks up one
+    const int found = __popc(__ballot_sync(0xffffffff, mine.length));
 #pragma unroll 1
-    for (int i = 0; i < 32; ++i) {
-      const Item item = from_lane(mine, i);
+    for (int i = 0; i <= min(found, 31); ++i) {
+      const Item item = from_lane(mine, team && i < found ? found - 1 - i : i);
       if (item.head() >= of.heads) continue;  // the last pair of an odd number
       const u32 buffer = items & 1;
       mbarrier_wait(SMEM(q_empty) + 8 * buffer, (items >> 1 & 1) ^ 1);
@@ -484,38 +482,22 @@ __device__ __forceinline__ void first_block(
 // Scores and probabilities of the next block, and y of the block before it.
 __device__ __forceinline__ void next_block(
     u32 smem, u32 q, u32 k, u32 v, const Problem& of, const Tile& tile, int block, int lane, u32 arrivals,
-    SoftmaxState& state, float (&y)[D / 2], u32 (&p)[BN / 4], int group) {
+    SoftmaxState& state, float (&y)[D / 2], u32 (&p)[BN / 4]) {
   const u32 k_stage = stage_of(k), v_stage = stage_of(v);
   float s[BN / 2];
   mbarrier_wait(SMEM(k_full) + 8 * k_stage, parity_of(k));
   mbarrier_wait(SMEM(v_full) + 8 * v_stage, parity_of(v));
-#if PINGPONG
-  if (arrivals == 1) named_barrier_sync<2 * WARP_GROUP>(PING_PONG + group);
-#endif
   wgmma_fence();  // right before the products: with a loop in between, ptxas serializes them
   issue_scores<BN>(s, q, SMEM(k) + k_stage * TILE);
   issue_output(y, p, SMEM(v) + v_stage * TILE);
-#if PINGPONG
-  if (arrivals == 1) named_barrier_arrive<2 * WARP_GROUP>(PING_PONG + (group ^ 1));
-#endif
-#if OVERLAP
-  wgmma_wait<1>();
-#else
   wgmma_wait<0>();
   fence_accumulators(y);
   release(SMEM(v_empty) + 8 * v_stage, lane, arrivals);
-#endif
   fence_accumulators(s);
   if constexpr (!POSITIONS) release(SMEM(k_empty) + 8 * k_stage, lane, arrivals);
   float2 factors = {1.0f, 1.0f};
   if (tile.has_rows) factors = probabilities<BN, false>(s, state, of, tile, block, SMEM(k_position) + k_stage * (4 * BN));
   if constexpr (POSITIONS) __syncwarp(), release(SMEM(k_empty) + 8 * k_stage, lane, arrivals);
-#if OVERLAP
-  wgmma_wait<0>();
-  fence_accumulators(y);
-  fence_accumulators(s);
-  release(SMEM(v_empty) + 8 * v_stage, lane, arrivals);
-#endif
   to_operand<BN>(p, s);
   rescale(y, factors);
 }
@@ -589,15 +571,19 @@ __device__ __forceinline__ void consume(u32 smem, const Problem& of, int group, 
     u32 p[BN / 4];
     int next = seen.high - 1;
     const int keys = item.length - next * BN;
-    if (keys <= NARROW)
-      first_block<NARROW>(smem, q, k, of, tile, next, lane, arrivals, state, p);
+    if (keys <= 16)
+      first_block<16>(smem, q, k, of, tile, next, lane, arrivals, state, p);
+    else if (keys <= 32)
+      first_block<32>(smem, q, k, of, tile, next, lane, arrivals, state, p);
+    else if (keys <= 48)
+      first_block<48>(smem, q, k, of, tile, next, lane, arrivals, state, p);
     else
       first_block<BN>(smem, q, k, of, tile, next, lane, arrivals, state, p);
     mbarrier_wait(SMEM(v_full) + 8 * stage_of(k), parity_of(k));
     clear_rows(SMEM(v) + stage_of(k) * TILE, keys, warp * 32 + lane, group);
 #pragma unroll 1
     while (--next >= seen.low) {
-      next_block(smem, q, k + step, k, of, tile, next, lane, arrivals, state, y, p, group);
+      next_block(smem, q, k + step, k, of, tile, next, lane, arrivals, state, y, p);
       k += step;
     }
     mbarrier_wait(SMEM(v_full) + 8 * stage_of(k), parity_of(k));

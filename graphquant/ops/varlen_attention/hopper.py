@@ -21,7 +21,7 @@ LOG2_E = 1.4426950408889634
 WIDEST = 128  # head
 STAGES = 4
 COLUMNS, BOX = 64, 8  # of a head, and rows, that TMA loads at a time
-NARROW = 32  # keys of a first block that is multiplied by itself
+KEYS = (16, 32, 48, TILE)  # that are multiplied at a time: the first block may be narrow
 PTX_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -68,7 +68,7 @@ class Variant:
     def cubin(self) -> bytes:
         """The compiled kernel."""
         ptx = PTX_NAMES[self.dtype]
-        scores = (wgmma_ss(n, ptx) for n in (TILE, NARROW))
+        scores = (wgmma_ss(n, ptx) for n in KEYS)
         products = shapes(*scores, wgmma_rs(self.D, ptx))
         return compile_kernel(Path(__file__).with_suffix(".cu"), self.defines(), products)
 
