@@ -33,6 +33,8 @@ PACKED, PRODUCTS = "tests/weights/test_packed.py", "tests/passes/test_products.p
 FILES, HISTOGRAM = "tests/calibration/test_files.py", "tests/calibration/test_histogram.py"
 CALIBRATE, BUDGET = "tests/calibration/test_calibrate.py", "tests/accuracy/test_budget.py"
 CACHE, TIMING = "tests/ops/runtime/test_cache.py", "tests/ops/runtime/test_timing.py"
+INDEX = "tests/ops/test_token_index.py"
+VARLEN = "tests/ops/test_varlen_attention.py -k 'float64 and"
 GRADIENTS = "tests/test_gradients.py"
 
 
@@ -240,6 +242,32 @@ MUTANTS: Sequence[Mutant] = (
         ("integer(MIN_EXPONENT, MAX_EXPONENT)", "integer(-(10**9), 10**9)", "exponents", FILES),
         ("empty | finite", "empty | ~empty", "nan and inf in ranges", FILES),
         ("inside.all()", "True", "rows that were never seen", FILES),
+    ),
+    # --- packed sequences ----------------------------------------------------------------------
+    *_in(
+        "ops/token_index/op.py",
+        ("so_far[-1] + at - so_far", "so_far[-1]", "pads behind the tokens", INDEX),
+        ("else index.new_zeros(1)", "else index", "a batch of pads alone", INDEX),
+        ("descending=True", "descending=False", "the longest sequence first", INDEX),
+    ),
+    *_in(
+        "ops/token_index/triton.py",
+        ("other < b, n, 0", "other <= b, n, 0", "the first row of a sequence", INDEX),
+        ("(n == own) & (other < b)", "n == own", "tiles of equal lengths", INDEX),
+    ),
+    *_in(
+        "ops/varlen_attention/op.py",
+        ("seen & (p <= p[:, None])", "seen", "causal", f"{VARLEN} reference'"),
+    ),
+    *_in(
+        "ops/varlen_attention/triton.py",
+        ("seen = key[None, :]", "seen = key[None, :] | True", "the next one's keys",
+         f"{VARLEN} triton'"),
+    ),
+    *_in(
+        "ops/varlen_attention/cpu.cpp",
+        ("if (!near) x = ", "if (false) x = ", "windows", f"{VARLEN} cpu'"),
+        ("if (!first)", "if (false)", "several blocks of keys", f"{VARLEN} cpu'"),
     ),
     # --- files and caches ----------------------------------------------------------------------
     *_in(

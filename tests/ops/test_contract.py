@@ -416,6 +416,7 @@ NO_VARLEN: dict[str, dict[str, Any]] = {
     "cu_seqlens is torch.int64, needs torch.int32": {"cu_seqlens": torch.arange(3)},
     r"cu_seqlens has shape \[0\], needs \[B \+ 1\]": {"cu_seqlens": torch.arange(0).int()},
     r"position has shape \[4\], needs \[5\]: \[T\] like q": {"position": torch.arange(4).int()},
+    r"tiles has shape \[0, 2\], needs n >= 1": {"tiles": torch.zeros(0, 2).int()},
     r"tiles has shape \[2, 3\], needs \[2, 2\]": {"tiles": torch.zeros(2, 3).int()},
     "bias is int32, needs float16": {"bias": square.int()},
     r"bias has shape \[1, 3, 5, 5\], needs \[1, 4, 5, 5\]": {"bias": square[:, :3]},

@@ -179,6 +179,7 @@ def batches(draw: st.DrawFn) -> Batch:
 @example(Batch((0, 0), 3))  # nothing is valid: one row of no sequence
 @example(Batch((0, 0), 3, front=True))
 @example(Batch((1,), 1, 1, 1, 1))
+@example(Batch(window=2**31 - 1))
 @example(Batch((300, 140), 300, 1, 1, 64, torch.bfloat16))  # several blocks of keys
 @example(Batch((300, 140), 300, 1, 1, 64, holes=True, front=True))
 @example(Batch((300,), 300, 1, 1, 32, torch.bfloat16, window=40))

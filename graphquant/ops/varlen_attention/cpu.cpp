@@ -306,31 +306,44 @@ struct Rows {  // of each query
   float position[TILE], top[TILE], total[TILE], shrink[TILE];
 };
 
+// The bias of the tile's queries and n keys, [keys][TILE], transposed in registers if the keys have no gaps
 template <class T>
-Vec gather(const T* p, const int64_t* at) {
-  T some[W];
-  for (int64_t i = 0; i < W; i++) some[i] = p[at[i]];
-  return load(some);
+void transpose_bias(const Call& c, int64_t head, int64_t rows, const int32_t* p, int64_t n, const Rows& r, float* to) {
+  bool dense = c.bias.column == 1 && p[n - 1] - p[0] == n - 1;
+  for (int64_t i = 0; i < rows; i += W) {
+    const T* row[W];
+    for (int64_t k = 0; k < W; k++) row[k] = c.bias.at<T>(head, static_cast<int64_t>(r.position[i + k]));
+    for (int64_t j = 0; dense && j < n; j += W) {
+      int64_t columns = std::min(W, n - j);
+      Vec v[W];
+      for (int64_t k = 0; k < W; k++) v[k] = load(row[k] + p[j], columns);
+      transpose(v);
+      for (int64_t k = 0; k < columns; k++) store(to + (j + k) * TILE + i, v[k]);
+    }
+    for (int64_t j = 0; !dense && j < n; j++) {
+      T some[W];
+      for (int64_t k = 0; k < W; k++) some[k] = row[k][p[j] * c.bias.column];
+      store(to + j * TILE + i, load(some));
+    }
+  }
 }
 
 // Adds the bias and hides keys: s [keys][TILE]. With a bias the scores are scaled, too.
 void adjust(const Call& c, int64_t head, const Tile& t, int64_t from, int64_t keys, const Rows& r, float* s) {
+  struct Bias;
   const int32_t *p = c.position, low = p[t.start], high = p[t.start + t.rows - 1];
-  int64_t row[TILE];
-  for (int64_t i = 0; i < up(t.rows, W); i++) row[i] = int64_t(r.position[i]) * c.bias.row;
+  float* bias = c.bias.data ? scratch<float, Bias>(KEYS * TILE) : nullptr;
+  if (bias)
+    by_type(c.bias_type, [&](auto type) { transpose_bias<decltype(type)>(c, head, t.rows, p + from, keys, r, bias); });
   const Vec hidden = splat(-std::numeric_limits<float>::infinity());
   for (int64_t j = 0; j < keys; j++) {
     int64_t at = p[from + j];
     bool early = !c.causal || at <= low, near = c.window < 0 || std::max(high - at, at - low) <= c.window;
-    if (!c.bias.data && early && near) continue;
+    if (!bias && early && near) continue;
     Vec key = splat(at);
     for (int64_t i = 0; i < t.rows; i += W) {
       Vec x = load(s + j * TILE + i), query = load(r.position + i);
-      if (c.bias.data)
-        by_type(c.bias_type, [&](auto type) {
-          Vec b = gather(c.bias.at<decltype(type)>(head, 0) + at * c.bias.column, row + i);
-          x = fma(x, splat(c.scale), b * splat(LOG2_E));
-        });
+      if (bias) x = fma(x, splat(c.scale), load(bias + j * TILE + i) * splat(LOG2_E));
       if (!early) x = if_at_most(key, query, x, hidden);
       if (!near) x = if_at_most(magnitude(query - key), splat(c.window), x, hidden);
       store(s + j * TILE + i, x);

@@ -71,9 +71,10 @@ def _check(
         if t.dtype != torch.int32:
             raise UnsupportedInputError(f"{op}: {name} is {t.dtype}, needs torch.int32")
     checks.shape(op, "cu_seqlens", cu_seqlens, cu_seqlens.shape[-1:], "[B + 1]")
-    checks.nonempty(op, "cu_seqlens", cu_seqlens, 0, "[B + 1]")
+    checks.at_least(op, "cu_seqlens", cu_seqlens, 0, 2, "[B + 1], B >= 1")
     checks.shape(op, "position", position, (T,), "[T] like q")
     checks.shape(op, "tiles", tiles, (*tiles.shape[:1], 2), "[n, 2]")
+    checks.nonempty(op, "tiles", tiles, 0, "n >= 1")
     if bias is not None:
         S = bias.shape[-1]
         heads = H if bias.dim() > 1 and bias.shape[1] != 1 else 1

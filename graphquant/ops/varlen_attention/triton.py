@@ -20,6 +20,7 @@ from graphquant.ops.triton_util import overlap, unit_of, wait_for_inputs
 from graphquant.ops.varlen_attention.op import varlen_attention
 
 WIDEST = 128  # columns of a head that registers and shared memory have room for
+FARTHEST = 2**30  # of windows: sums with it are int32
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _TILE = tl.constexpr(TILE)
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -160,7 +161,8 @@ def varlen_attention_triton(
     launch_triton(
         varlen_attention_kernel, (n * H,),
         q, k, v, cu_seqlens, position, tiles, bias, y,
-        *(n // unit for n in strides), *_of_bias(bias), scale, window,
+        *(n // unit for n in strides), *_of_bias(bias), scale,
+        None if window is None else min(window, FARTHEST),
         H=H, GROUP=H // k.shape[1], D=D, CAUSAL=causal, UNIT=unit,
         **config(D, q.dtype),
         **overlap(q.device),
