@@ -253,7 +253,3 @@ __device__ __forceinline__ void cp_async(u32 to, const float* from, int i, int e
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from + (i < end ? i : 0)), "r"(i < end ? 4 : 0)
                : "memory");
 }
-// 16 bytes, or zeros, past the first-level cache. `from` is an address of global memory in either case.
-__device__ __forceinline__ void cp_async_16(u32 to, const void* from, bool inside) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
-}

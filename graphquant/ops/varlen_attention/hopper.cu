@@ -423,7 +423,7 @@ __device__ __forceinline__ void issue_output(float (&y)[D / 2], const u32 (&p)[B
   wgmma_commit();
 }
 
-// What consumers read, one lane of each warp frees: `warps` more of them do not read it.
+// What consumers have read, one lane of each warp frees: with 2 arrivals, also for the consumer that does not read it.
 __device__ __forceinline__ void release(u32 empty, int lane, u32 arrivals) {
   if (lane == 0) mbarrier_arrive(empty, arrivals);
 }
@@ -522,7 +522,7 @@ __device__ __forceinline__ void epilogue(
   constexpr int UNITS = D / 8, EACH = (UNITS + 1) / 2;  // of 16 bytes: in a row, and of a lane
   int4 unit[EACH];
 #pragma unroll
-  for (int i = 0; i < EACH; ++i) {
+  for (int i = 0; i < EACH; ++i) {  // all loads before the first store, since each of these waits for its own
     const int row = (i * 32 + lane) / UNITS, column = (i * 32 + lane) % UNITS;
     unit[i] = ld_shared_int4_ordered(q + column / 8 * PART + row % WARP_ROWS * SWIZZLE + ((column ^ row) & 7) * 16);
   }
