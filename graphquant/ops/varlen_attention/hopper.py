@@ -102,13 +102,13 @@ def _refuses(
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.stride(3) != 1 or any(n % ALIGNED or not n for n in _strides(t)):
             return f"{name} with strides {tuple(t.stride())} is not tokens at multiples of 16 bytes"
-    given = {"q": q, "k": k, "v": v, "bias": bias}
-    given |= {"cu_seqlens": cu_seqlens, "position": position, "tiles": tiles}
-    for name, x in given.items():
+    ints = {"cu_seqlens": cu_seqlens, "position": position, "tiles": tiles}
+    for name, t in ints.items():
+        if not t.is_contiguous():
+            return f"{name} is not contiguous"
+    for name, x in {"q": q, "k": k, "v": v, "bias": bias, **ints}.items():
         if x is not None and x.data_ptr() % ALIGNED:
             return f"{name} does not start at a multiple of {ALIGNED} bytes"
-        if name in ("cu_seqlens", "position", "tiles") and not x.is_contiguous():
-            return f"{name} is not contiguous"
     return None
 
 
