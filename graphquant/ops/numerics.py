@@ -183,8 +183,10 @@ def quantize_rows(x: Tensor, qparams: QParams = DYNAMIC) -> tuple[Tensor, Tensor
     """Int8 over the last dim with a scale and a shift, as defined at the top of this module.
 
     x [..., K] float, K >= 1  ->  xq [..., K] int8,  x_scale, x_shift [..., 1] float32
+
+    All rows, whatever num_rows is.
     """
-    factor, low, high, clip = qparams
+    factor, low, high, clip, _ = qparams
     x = x.float()
     if factor is not None:
         x = x * factor

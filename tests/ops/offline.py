@@ -35,6 +35,7 @@ QPARAMS = {
     "factor": {"factor_ptr": "*fp32"},
     "range": {"low": "fp32", "high": "fp32"},
     "clip": {"clip": "fp32"},
+    "num_rows": {"num_rows_ptr": "*i32"},
 }
 Case = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]
 
@@ -63,9 +64,12 @@ def cases(sm: int) -> Iterator[Case]:
             for dtype in ("bf16", "fp32"):
                 name = f"pointer {tile} {dtype} tail={tail}"
                 yield _linear_case(name, tile, dtype, {"TAIL": tail})
+        yield _linear_case(f"pointer num_rows {tile}", tile, "bf16", {"TAIL": True}, num_rows=True)
     if sm >= 90:
         for tile in tiles.TMA:
             yield _linear_case(f"tma {tile}", tile, "bf16", None, by_tma=True)
+            name = f"tma num_rows {tile}"
+            yield _linear_case(name, tile, "bf16", None, by_tma=True, num_rows=True)
         for tile in tiles.TMA_FLOAT32:
             yield _linear_case(f"tma fp32 {tile}", tile, "fp32", None, by_tma=True)
         for tile in tiles.TMA_ODD_N:
@@ -94,7 +98,12 @@ def _row_case(
 
 
 def _linear_case(
-    name: str, tile: tiles.Tile, dtype: str, tail: dict[str, bool] | None, by_tma: bool = False
+    name: str,
+    tile: tiles.Tile,
+    dtype: str,
+    tail: dict[str, bool] | None,
+    by_tma: bool = False,
+    num_rows: bool = False,
 ) -> Case:
     types = dict.fromkeys(("M", "N", "K", "K_pad", "x_row", "w_row", "residual_row"), "i32")
     types |= dict.fromkeys(("x_scale_ptr", "x_shift_ptr", "w_scale_ptr", "w_sum_ptr"), "*fp32")
@@ -102,6 +111,8 @@ def _linear_case(
     types |= {"xq_ptr": "*i8", "wq_ptr": "*i8"}
     types |= {"x_desc": f"tensordesc<i8[{tile.m}, {tile.k}]>"}
     types |= {"w_desc": f"tensordesc<i8[{tile.n}, {tile.k}]>"}
+    if num_rows:
+        types["num_rows_ptr"] = "*i32"
     if by_tma:
         types["y_desc"] = f"tensordesc<{dtype}[{tile.m}, {tile.n}]>"
     constants = {"BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": tiles.GROUP}
