@@ -181,6 +181,11 @@ MUTANTS: Sequence[Mutant] = (
         ("std::clamp<int64_t>(*some, 0, all)", "*some", "more rows than there are", ROWS),
     ),
     *_in(
+        "ops/numerics.py",
+        ("isinstance(first, int) and first >= K", "False", "one row is another program",
+         "tests/ops/test_rows_alone.py -k program"),
+    ),
+    *_in(
         "ops/int8_linear/op.py",
         ("EXACT_K = 1024", "EXACT_K = 4096", "sums are not exact", SURVIVORS),
         (".addcmul(x_shift, w_sum)", "", "the shift", "tests/ops/test_int8_linear.py -k 'float64'"),

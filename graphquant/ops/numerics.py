@@ -148,7 +148,10 @@ def row_stride(x: Tensor) -> int | None:
             return None
         rows = rows * size if rows is not None and isinstance(size, int) else None
         span = size * stride
-    return row if rows is None or rows > 1 else padded(K)
+    if rows is None or rows > 1:
+        return row
+    first = x.stride(0) if x.dim() > 1 else 0
+    return first if isinstance(first, int) and first >= K else padded(K)
 
 
 def empty_rows(like: Tensor, shape: Sequence[int]) -> Tensor:

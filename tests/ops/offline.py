@@ -1,6 +1,7 @@
 """Compile every kernel for one architecture, without a GPU: `python -m tests.ops.offline 90`.
 
-Prints one JSON object per kernel: name, stack (bytes spilled), shared (bytes), mma (instructions).
+Prints one JSON object per kernel: name, stack (bytes spilled), shared (bytes), mma (instructions),
+sums (the layouts of what is added up).
 Runs in a process of its own because under TRITON_INTERPRET nothing compiles.
 """
 
@@ -59,6 +60,9 @@ def cases(sm: int) -> Iterator[Case]:
             yield _row_case(f"rows {K} {name}", quantize_rows_kernel, K, given, {"ACT": "gelu"})
             types = affine | given
             yield _row_case(f"norm {K} {name}", norm_quantize_kernel, K, types, {"RMS": False})
+    for unit in (1, 4, 16):
+        x = {"RMS": False, "X_UNIT": unit}
+        yield _row_case(f"sums 1004 unit={unit}", norm_quantize_kernel, 1004, affine, x)
     for tile in tiles.POINTER:
         for tail in (False, True):
             for dtype in ("bf16", "fp32"):
@@ -157,7 +161,15 @@ def compiled(case: Case, sm: int) -> dict[str, Any]:
         "local": len(re.findall(r"\b(?:ld|st)\.local", binary.asm["ptx"])),
         "shared": binary.metadata.shared,
         "mma": sorted(set(re.findall(mma, binary.asm["ptx"]))),
+        "sums": _sums(binary.asm["ttgir"]),
     }
+
+
+def _sums(ir: str) -> list[str]:
+    """The types of the floats that are added up, with their layouts: the order of the sums."""
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ir, re.MULTILINE))
+    types = re.findall(r"\}\) : \((tensor<\w+xf32, #\w+>)\)", ir)
+    return [re.sub(r"#\w+", lambda m: layouts[m[0]], t) for t in types]
 
 
 if __name__ == "__main__":
