@@ -29,6 +29,7 @@ RULES = "tests/passes/rules/test_"
 STACK, ACT, NORM = f"{RULES}stack_siblings.py", f"{RULES}act_linear.py", f"{RULES}norm_linear.py"
 RESIDUAL, SCALE, LINEAR = (f"{RULES}{name}.py" for name in ("residual", "layer_scale", "linear"))
 QUANTIZE = "tests/ops/test_quantize.py -k reference"
+ROWS = "tests/ops/test_num_rows.py -k 'leading or behind'"
 PACKED, PRODUCTS = "tests/weights/test_packed.py", "tests/passes/test_products.py -k addmm"
 FILES, HISTOGRAM = "tests/calibration/test_files.py", "tests/calibration/test_histogram.py"
 CALIBRATE, BUDGET = "tests/calibration/test_calibrate.py", "tests/accuracy/test_budget.py"
@@ -170,6 +171,21 @@ MUTANTS: Sequence[Mutant] = (
         ("torch.fmax(x, least)", "torch.maximum(x, least)", "nan in a static range", QUANTIZE),
         ("most - shift, shift - least)", "most - shift, most - shift)", "rounded shifts", QUANTIZE),
         ("1.702 * x", "1.7 * x", "quick GELU", "tests/ops/test_quantize.py -k activation"),
+    ),
+    *_in(
+        "ops/triton_rows.py",
+        ("* ROWS >= tl.load(num_rows_ptr)", "< 0", "all rows are computed", ROWS),
+        ("* ROWS >= tl.load(num_rows_ptr)", ">= tl.load(num_rows_ptr)", "half of them are", ROWS),
+    ),
+    *_in(
+        "ops/cpu/call.h",
+        ("some ? std::clamp<int64_t>(*some, 0, all) : all", "all", "all are computed", ROWS),
+        ("std::clamp<int64_t>(*some, 0, all)", "*some", "more rows than there are", ROWS),
+    ),
+    *_in(
+        "ops/numerics.py",
+        ("isinstance(first, int) and first >= K", "False", "one row is another program",
+         "tests/ops/test_rows_alone.py -k program"),
     ),
     *_in(
         "ops/int8_linear/op.py",

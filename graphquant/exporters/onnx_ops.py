@@ -113,6 +113,7 @@ class _Translation:
         bias: Value | None,
         residual: Value | None,
         dtype: int,
+        num_rows: Value | None,
     ) -> Value:
         op, added = self.op, None if bias is None else self._float(bias)
         wT, w_scale, w_sum = self._weight(wq, w_scale, w_sum)
@@ -141,7 +142,7 @@ class _Translation:
     def _quantized(self, x: Value, qparams: QParams) -> tuple[Value, Value, Value]:
         """numerics.quantize_rows: (xq, x_scale, x_shift)."""
         op = self.op
-        factor, low, high, clip = qparams
+        factor, low, high, clip, _ = qparams
         if factor is not None:
             x = op.Mul(x, factor)
         if low is not None and high is not None:

@@ -78,7 +78,7 @@ def _int8_linear(products: str | None, xq: Tensor, *args: Any) -> Tensor:
 def by_int_mm(xq: Tensor, x_scale: Tensor, x_shift: Tensor, wq: Tensor, *args: Any) -> Tensor:
     """int8_linear.reference with one int8 GEMM."""
     acc = int_mm(xq.reshape(-1, xq.shape[-1]), wq).float()
-    return epilogue(acc, xq, x_scale, x_shift, wq, *args)
+    return epilogue(acc, xq, x_scale, x_shift, wq, *args[:5])  # num_rows: all are computed
 
 
 def int_mm(xq: Tensor, wq: Tensor) -> Tensor:

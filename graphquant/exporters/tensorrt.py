@@ -154,7 +154,7 @@ class _Floats:
         return (y.to(op.named(args)[DTYPE]), *rows) if op.keeps else rows
 
     def rows(self, x: Tensor, qparams: QParams) -> tuple[Tensor, Tensor, Tensor]:
-        factor, low, high, _ = qparams
+        factor, low, high = qparams[:3]
         assert low is not None and high is not None  # checked by `qdq`
         if factor is not None:
             x = (x * factor).to(x.dtype)
@@ -172,6 +172,7 @@ class _Floats:
         bias: Tensor | None,
         residual: Tensor | None,
         dtype: torch.dtype,
+        num_rows: Tensor | None = None,
     ) -> Tensor:
         if x.dtype == torch.int8:  # a constant, quantized when the program was packed
             x = x * x_scale + x_shift

@@ -55,10 +55,15 @@ def arguments(node: Node) -> SimpleNamespace:
 
 
 def with_arguments(node: Node, **changed: Any) -> tuple[Any, ...]:
-    """All arguments in schema order, with these replaced."""
-    named = vars(arguments(node))
+    """All arguments in schema order, with these replaced. The last ones are left out where their
+    default is None and stands, as torch does."""
+    assert isinstance(node.target, OpOverload), node
+    schema, named = node.target._schema.arguments, vars(arguments(node))
     assert changed.keys() <= named.keys(), f"{node.target} has no {changed.keys() - named.keys()}"
-    return tuple((named | changed).values())
+    args = list((named | changed).values())
+    while args[-1] is None and schema[len(args) - 1].has_default_value():
+        args.pop()
+    return tuple(args)
 
 
 def operand(value: Node, reader: Node) -> str:

@@ -71,7 +71,8 @@ def _tune(gm: GraphModule) -> None:
     """Autotune the tiles of every distinct int8 product on CUDA."""
     problems = {}
     for node in gm.graph.find_nodes(op="call_function", target=int8_linear.target):
-        *operands, dtype = (a.meta["val"] if isinstance(a, Node) else a for a in full_args(node))
+        args = [a.meta["val"] if isinstance(a, Node) else a for a in full_args(node)]
+        operands, (dtype,) = int8_linear.split(args)
         o = Operands(*operands)
         if o.xq.device.type == "cuda" and isinstance(o.xq.numel(), int):
             problems[Problem.of(o, dtype)] = o.xq.device

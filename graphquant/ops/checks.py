@@ -73,7 +73,7 @@ def vector(op: str, name: str, x: Tensor | None, length: int, why: str) -> None:
 
 def qparams(op: str, x: Tensor, qparams: QParams) -> None:
     """Quantization parameters of x [..., K]."""
-    factor, low, high, clip = qparams
+    factor, low, high, clip, count = qparams
     if factor is not None:
         float32(op, "factor", factor)
         shape(op, "factor", factor, x.shape[-1:], "[K] like x [..., K]")
@@ -89,6 +89,16 @@ def qparams(op: str, x: Tensor, qparams: QParams) -> None:
         raise UnsupportedInputError(f"{op}: clip is {clip}, needs > 0")
     if clip is not None and low is not None:
         raise UnsupportedInputError(f"{op}: clip is given beside low and high, which clip as well")
+    num_rows(op, count)
+    one_device(op, x=x, num_rows=count)
+
+
+def num_rows(op: str, x: Tensor | None) -> None:
+    """None, or how many rows are computed, as a tensor."""
+    if x is not None:
+        if x.dtype != torch.int32:
+            raise UnsupportedInputError(f"{op}: num_rows is {_short(x.dtype)}, needs int32")
+        shape(op, "num_rows", x, (1,), "one number")
 
 
 def activation(op: str, act: str | None) -> None:

@@ -148,7 +148,10 @@ def row_stride(x: Tensor) -> int | None:
             return None
         rows = rows * size if rows is not None and isinstance(size, int) else None
         span = size * stride
-    return row if rows is None or rows > 1 else padded(K)
+    if rows is None or rows > 1:
+        return row
+    first = x.stride(0) if x.dim() > 1 else 0
+    return first if isinstance(first, int) and first >= K else padded(K)
 
 
 def empty_rows(like: Tensor, shape: Sequence[int]) -> Tensor:
@@ -183,8 +186,10 @@ def quantize_rows(x: Tensor, qparams: QParams = DYNAMIC) -> tuple[Tensor, Tensor
     """Int8 over the last dim with a scale and a shift, as defined at the top of this module.
 
     x [..., K] float, K >= 1  ->  xq [..., K] int8,  x_scale, x_shift [..., 1] float32
+
+    All rows, whatever num_rows is.
     """
-    factor, low, high, clip = qparams
+    factor, low, high, clip, _ = qparams
     x = x.float()
     if factor is not None:
         x = x * factor

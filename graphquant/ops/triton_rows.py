@@ -321,6 +321,7 @@ def activate(x, ACT: tl.constexpr):
 @triton.jit(do_not_specialize=["M"])
 def quantize_rows_kernel(
     x_ptr, up_ptr, xq_ptr, scale_ptr, shift_ptr, M, x_row, up_row, factor_ptr, low, high, clip,
+    num_rows_ptr,
     K: tl.constexpr, K_PAD: tl.constexpr, XQ_ROW: tl.constexpr,
     X_UNIT: tl.constexpr, UP_UNIT: tl.constexpr,
     ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
@@ -328,6 +329,9 @@ def quantize_rows_kernel(
 ):  # fmt: skip
     """xq, x_scale, x_shift = quantize_rows(act(x) [* up], ...), ROWS rows a program."""
     wait_for_inputs(OVERLAP)
+    if num_rows_ptr is not None:
+        if tl.program_id(0) * ROWS >= tl.load(num_rows_ptr):
+            return
     row = rows_of(M, ROWS)
     x_ptr += (row * x_row * X_UNIT)[:, None]
     if up_ptr is not None:

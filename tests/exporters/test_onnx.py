@@ -204,6 +204,7 @@ class Quantized(nn.Module):
             self.register_buffer("factor", torch.rand(K) + 0.5)
             self.register_buffer("gamma", torch.randn(K))
             self.register_buffer("beta", torch.randn(K))
+            self.register_buffer("rows", torch.tensor([10**6], dtype=torch.int32))
             constant = ops.quantize(torch.randn(1, K) + 1)
             for name, value in zip(("cq", "c_scale", "c_shift"), constant, strict=True):
                 self.register_buffer(name, value.contiguous())
@@ -216,6 +217,7 @@ class Quantized(nn.Module):
             "static": (None, -0.5, 2.0),
             "factor, static": (self.factor, -1.0, 1.0),
             "clip": (None, None, None, 0.7),
+            "num_rows": (None, None, None, None, self.rows),
         }
         norms: dict[str, tuple[Any, ...]] = {
             "layer norm": (self.gamma, self.beta, 1e-5, False),
@@ -251,7 +253,9 @@ class Quantized(nn.Module):
         }
         y, *kept = self.keep(x)
         out["kept"] = y
-        out["kept, residual"] = ops.int8_linear(*kept, *weight, self.beta, x, torch.float32)
+        out["kept, residual"] = ops.int8_linear(
+            *kept, *weight, self.beta, x, torch.float32, self.rows
+        )
         constant = self.cq, self.c_scale, self.c_shift
         out["constant"] = x + ops.int8_linear(*constant, *weight, self.beta, None, torch.float32)
         return out

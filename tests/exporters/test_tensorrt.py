@@ -138,10 +138,11 @@ def test_nodes_and_op_differ_by_half_a_step_of_each(
     wider = data.draw(st.tuples(st.floats(0, 3), st.floats(0, 3)), label="wider than the data by")
     low, high = float(v.min()), float(v.max())
     low, high = low - wider[0] * abs(low), high + wider[1] * abs(high)
-    qparams = (factor, low, high)
+    num_rows = torch.tensor([M], dtype=torch.int32)
+    qparams = (factor, low, high, None, num_rows)
 
     def linear(rows: Any, int8_linear: Any) -> Tensor:
-        rest = (also if residual else None, torch.float32)
+        rest = (also if residual else None, torch.float32, num_rows)
         result: Tensor = int8_linear(*rows[-3:], wq, w_scale, w_sum, bias, *rest)
         return result
 

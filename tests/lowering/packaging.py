@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 import graphquant  # noqa: F401 - has Inductor know the ops
 from graphquant.ops import (
     int8_linear,
+    norm_quantize,
     norm_quantize_keep,
     quantize,
     token_index,
@@ -47,12 +48,18 @@ class Driver:
         return GPUTarget("cuda", 90, 32)
 
 
-def linear(x: tuple[Tensor, ...], N: int, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+def linear(
+    x: tuple[Tensor, ...],
+    N: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    num_rows: Tensor | None = None,
+) -> Tensor:
     K = x[0].shape[-1]
     row = -(-K // 16) * 16
     wq = torch.empty_strided((N, K), (row, 1), dtype=torch.int8, device=CUDA)
     w_scale, w_sum = (torch.empty(N, device=CUDA) for _ in range(2))
-    y: Tensor = int8_linear(*x, wq, w_scale, w_sum, bias, residual, torch.bfloat16)
+    y: Tensor = int8_linear(*x, wq, w_scale, w_sum, bias, residual, torch.bfloat16, num_rows)
     return y
 
 
@@ -68,6 +75,13 @@ def gated(x: Tensor) -> Tensor:
     both = linear(quantize(x.narrow(-1, 0, 60)), 76, None, None)
     gate, up = both.narrow(-1, 0, 38), both.narrow(-1, 38, 38)
     return linear(quantize(gate, up, "silu"), 27, None, None)
+
+
+def counted(x: Tensor) -> Tensor:
+    """The first rows, as many as a tensor says."""
+    n = torch.empty(1, dtype=torch.int32, device=CUDA)
+    hidden = linear(norm_quantize(x, None, None, 1e-5, True, num_rows=n), 32, None, None, n)
+    return linear(quantize(hidden, num_rows=n), 33, None, None, n)
 
 
 def transposed(x: Tensor) -> Tensor:
@@ -135,7 +149,7 @@ def main() -> None:
     torch.cuda.get_device_properties = lambda *_: gpu
     found = {
         f"{function.__name__} {sizes.name.lower()}": launches(function, sizes)
-        for function in (mlp, gated, transposed, part, first, packed)
+        for function in (mlp, gated, counted, transposed, part, first, packed)
         for sizes in (DimDynamic.STATIC, DimDynamic.DYNAMIC)
     }
     sys.stdout.write(json.dumps(found) + "\n")

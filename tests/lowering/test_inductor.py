@@ -181,44 +181,45 @@ def test_arguments_arrive_in_the_order_of_the_schema(sites: Sites) -> None:
     assert rms_norm.constants == (1e-3, True, *dynamic)
     assert attended.constants == (None, *dynamic) and attended.given[1] is None
     assert gated.constants == ("silu", *dynamic)
-    gate, up, factor = gated.given
-    assert gate is not None and up is not None and factor is None
+    gate, up, factor, num_rows = gated.given
+    assert gate is not None and up is not None and factor is None and num_rows is None
     assert gate.shape == up.shape == (3, 5, 72) and gate.data_ptr() != up.data_ptr()
     assert qkv.constants == out.constants == (torch.float32,)
-    _, gamma, beta, factor = layer_norm.given
-    assert factor is None
+    _, gamma, beta, factor, num_rows = layer_norm.given
+    assert factor is None and num_rows is None
     assert gamma is not None and torch.equal(gamma, model[0].norm1.weight)
     assert beta is not None and torch.equal(beta, model[0].norm1.bias)
     assert rms_norm.given[2] is None
-    xq, x_scale, _, wq, _, _, bias, residual = out.given
+    xq, x_scale, _, wq, _, _, bias, residual, num_rows = out.given
     assert xq is not None and xq.shape == (3, 5, K) and xq.dtype == torch.int8
     assert x_scale is not None and x_scale.shape == (3, 5, 1)
     assert wq is not None and wq.shape == (K, K)
     assert bias is not None and torch.equal(bias, model[0].out.bias)
     assert residual is not None and residual.shape == (3, 5, K)
-    assert qkv.given[7] is None
+    assert qkv.given[7] is None and num_rows is None
     last = sites.calls[-1]
     assert last.given[6] is None and last.given[7] is None
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_qparams_arrive(sites: Sites, name: str) -> None:
-    factor, *numbers = RECIPES[name].on(K, "cpu")
+    factor, *numbers, _ = RECIPES[name].on(K, "cpu")
     factor = None if factor is None else factor.contiguous()  # strided ones are copied
 
-    def fn(x: Tensor, factor: Tensor | None) -> Any:
-        kept = ops.norm_quantize_keep(x, None, None, 1e-5, True, x.dtype, factor, *numbers)
-        return *kept, *ops.quantize(x, None, "gelu", factor, *numbers)
+    def fn(x: Tensor, factor: Tensor | None, n: Tensor) -> Any:
+        kept = ops.norm_quantize_keep(x, None, None, 1e-5, True, x.dtype, factor, *numbers, n)
+        return *kept, *ops.quantize(x, None, "gelu", factor, *numbers, n)
 
-    x = torch.randn(3, 5, K)
-    got = by_inductor(fn)(x, factor)
+    x, n = torch.randn(3, 5, K), torch.tensor([15], dtype=torch.int32)
+    got = by_inductor(fn)(x, factor, n)
     norm, act = sites.calls
     assert norm.constants == (1e-5, True, torch.float32, *numbers)
     assert act.constants == ("gelu", *numbers)
-    for given in (norm.given[-1], act.given[-1]):
+    for *_, given, num_rows in (norm.given, act.given):
+        assert num_rows is not None and num_rows.data_ptr() == n.data_ptr()
         assert (given is None) == (factor is None)
         assert given is None or factor is None or given.data_ptr() == factor.data_ptr()
-    assert all(map(torch.allclose, got, fn(x, factor)))
+    assert all(map(torch.allclose, got, fn(x, factor, n)))
 
 
 # Layouts -----------------------------------------------------------------------------------------
@@ -278,8 +279,8 @@ def test_rows_are_read_in_place_and_all_else_is_made_contiguous(sites: Sites, na
     x = make()
     got = by_inductor(lambda x: ops.quantize(x))(x)
     (call,) = sites.calls
-    given, up, factor = call.given
-    assert up is None and factor is None
+    given, *others = call.given
+    assert others == [None] * 3
     assert given is not None and row_stride(given) is not None
     assert (given.data_ptr() == x.data_ptr()) == in_place
     assert given.is_contiguous() or (in_place and given.stride() == x.stride())

@@ -92,6 +92,19 @@ def test_the_arguments_of_the_op_arrive(launches: dict[str, Launches]) -> None:
     assert norm["warps"] == 2
 
 
+@pytest.mark.parametrize("sizes", ["static", "dynamic"])
+def test_the_number_of_rows_arrives_as_a_tensor_that_is_read(
+    launches: dict[str, Launches], sizes: str
+) -> None:
+    counted = launches[f"counted {sizes}"]
+    linear = "int8_linear_tma_kernel"
+    assert kernels(counted) == ["norm_quantize_kernel", linear, "quantize_rows_kernel", linear]
+    assert [launch["written"] for launch in counted] == [3, 1, 3, 1]
+    assert not any("num_rows_ptr" in launch["numbers"] for launch in counted)
+    without = launches[f"mlp {sizes}"]
+    assert all(launch["numbers"]["num_rows_ptr"] == "None" for launch in without)
+
+
 def test_rows_are_copied_if_their_distance_is_a_symbol(launches: dict[str, Launches]) -> None:
     """The kernel is compiled for what divides it."""
     static, dynamic = (launches[f"first {sizes}"][0]["numbers"] for sizes in ("static", "dynamic"))

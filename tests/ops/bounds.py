@@ -157,7 +157,7 @@ def assert_means(
     assert ((xq == 0) | finite).all()
     assert ((xq * s + c).isnan() | finite).all()
     assert (~finite | ((y - (xq * s + c)).abs() <= s * HALF + noise)).all()  # (4)
-    _, low, high, _ = qparams
+    _, low, high, *_ = qparams
     if low is not None and high is not None:
         middle, want = (low + high) / 2, max((high - low) / 2, MIN_ABSMAX) / 127
         assert ((c - middle).abs() <= U * abs(middle) + TINY).all()  # (1)

@@ -1,6 +1,7 @@
 """Compile every kernel for one architecture, without a GPU: `python -m tests.ops.offline 90`.
 
-Prints one JSON object per kernel: name, stack (bytes spilled), shared (bytes), mma (instructions).
+Prints one JSON object per kernel: name, stack (bytes spilled), shared (bytes), mma (instructions),
+sums (the layouts of what is added up).
 Runs in a process of its own because under TRITON_INTERPRET nothing compiles.
 """
 
@@ -38,6 +39,7 @@ QPARAMS = {
     "factor": {"factor_ptr": "*fp32"},
     "range": {"low": "fp32", "high": "fp32"},
     "clip": {"clip": "fp32"},
+    "num_rows": {"num_rows_ptr": "*i32"},
 }
 Case = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]
 
@@ -67,14 +69,20 @@ def cases(sm: int) -> Iterator[Case]:
             yield _varlen_case(f"varlen {D} {dtype} {', '.join(types)}", D, dtype, types)
     for front in (False, True):
         yield _index_case(f"index front={front}", front)
+    for unit in (1, 4, 16):
+        x = {"RMS": False, "X_UNIT": unit}
+        yield _row_case(f"sums 1004 unit={unit}", norm_quantize_kernel, 1004, affine, x)
     for tile in tiles.POINTER:
         for tail in (False, True):
             for dtype in ("bf16", "fp32"):
                 name = f"pointer {tile} {dtype} tail={tail}"
                 yield _linear_case(name, tile, dtype, {"TAIL": tail})
+        yield _linear_case(f"pointer num_rows {tile}", tile, "bf16", {"TAIL": True}, num_rows=True)
     if sm >= 90:
         for tile in tiles.TMA:
             yield _linear_case(f"tma {tile}", tile, "bf16", None, by_tma=True)
+            name = f"tma num_rows {tile}"
+            yield _linear_case(name, tile, "bf16", None, by_tma=True, num_rows=True)
         for tile in tiles.TMA_FLOAT32:
             yield _linear_case(f"tma fp32 {tile}", tile, "fp32", None, by_tma=True)
         for tile in tiles.TMA_ODD_N:
@@ -122,7 +130,12 @@ def _varlen_case(name: str, D: int, dtype: str, types: dict[str, str]) -> Case:
 
 
 def _linear_case(
-    name: str, tile: tiles.Tile, dtype: str, tail: dict[str, bool] | None, by_tma: bool = False
+    name: str,
+    tile: tiles.Tile,
+    dtype: str,
+    tail: dict[str, bool] | None,
+    by_tma: bool = False,
+    num_rows: bool = False,
 ) -> Case:
     types = dict.fromkeys(("M", "N", "K", "K_pad", "x_row", "w_row", "residual_row"), "i32")
     types |= dict.fromkeys(("x_scale_ptr", "x_shift_ptr", "w_scale_ptr", "w_sum_ptr"), "*fp32")
@@ -130,6 +143,8 @@ def _linear_case(
     types |= {"xq_ptr": "*i8", "wq_ptr": "*i8"}
     types |= {"x_desc": f"tensordesc<i8[{tile.m}, {tile.k}]>"}
     types |= {"w_desc": f"tensordesc<i8[{tile.n}, {tile.k}]>"}
+    if num_rows:
+        types["num_rows_ptr"] = "*i32"
     if by_tma:
         types["y_desc"] = f"tensordesc<{dtype}[{tile.m}, {tile.n}]>"
     constants = {"BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": tiles.GROUP}
@@ -174,7 +189,15 @@ def compiled(case: Case, sm: int) -> dict[str, Any]:
         "local": len(re.findall(r"\b(?:ld|st)\.local", binary.asm["ptx"])),
         "shared": binary.metadata.shared,
         "mma": sorted(set(re.findall(mma, binary.asm["ptx"]))),
+        "sums": _sums(binary.asm["ttgir"]),
     }
+
+
+def _sums(ir: str) -> list[str]:
+    """The types of the floats that are added up, with their layouts: the order of the sums."""
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ir, re.MULTILINE))
+    types = re.findall(r"\}\) : \((tensor<\w+xf32, #\w+>)\)", ir)
+    return [re.sub(r"#\w+", lambda m: layouts[m[0]], t) for t in types]
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def meant(y: Tensor, noise: Tensor, qparams: QParams = DYNAMIC) -> tuple[Tensor,
     A product is off by U of itself, besides |factor| times the noise. Clamping brings no two values
     further apart; it makes an infinity exact, and a static range also a nan.
     """
-    factor, low, high, clip = qparams
+    factor, low, high, clip, _ = qparams
     known = y.isfinite()
     if factor is not None:
         f = factor.cpu().double()

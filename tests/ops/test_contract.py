@@ -186,7 +186,7 @@ def test_kernels_take_the_parameters_of_the_reference(op: Op) -> None:
 def test_what_quantizers_return_is_what_int8_linear_takes() -> None:
     """In name and order: int8_linear(*quantize(x), *quantize_weight(w), ...)."""
     takes = [a.name for a in ops.int8_linear.target._schema.arguments]
-    assert takes[6:] == ["bias", "residual", "dtype"]
+    assert takes[6:] == ["bias", "residual", "dtype", "num_rows"]
     for op in ALL:
         returns = [r.name for r in op.target._schema.returns]
         if op is ops.quantize_weight:
@@ -201,10 +201,11 @@ def test_every_op_that_quantizes_ends_with_qparams() -> None:
         "quantize_weight"
     }
     for op in QUANTIZERS:
-        last = op.target._schema.arguments[-4:]
-        assert [a.name for a in last] == ["factor", "low", "high", "clip"]
-        assert [str(a.type) for a in last] == ["Optional[Tensor]", *["Optional[float]"] * 3]
-        assert [a.default_value for a in last] == [None] * 4
+        last = op.target._schema.arguments[-5:]
+        assert [a.name for a in last] == ["factor", "low", "high", "clip", "num_rows"]
+        tensor, number = "Optional[Tensor]", "Optional[float]"
+        assert [str(a.type) for a in last] == [tensor, number, number, number, tensor]
+        assert [a.default_value for a in last] == [None] * 5
 
 
 @pytest.mark.parametrize("op", QUANTIZERS, ids=lambda op: op.name)
@@ -212,12 +213,12 @@ def test_arguments_that_are_left_out_are_none(op: Op) -> None:
     """torch hands an op's code no last arguments that are defaults; sites have a place for all."""
     args = _arguments(op, torch.randn(3, 40))
     optional = len(op.target._schema.arguments) - len(args)
-    assert optional == (6 if op is ops.quantize else 4)
+    assert optional == (7 if op is ops.quantize else 5)
     full = (*args, *[None] * optional)
     assert op.full(args) == op.full(full[:-2]) == full
-    assert op.quantizing(args, QParams()) == op.quantizing(full[:-4], QParams()) == args
-    assert op.quantizing(args, QParams(clip=1.0)) == (*full[:-1], 1.0)
-    assert op.quantizing(args, QParams(low=0.0, high=1.0)) == (*full[:-3], 0.0, 1.0)
+    assert op.quantizing(args, QParams()) == op.quantizing(full[:-5], QParams()) == args
+    assert op.quantizing(args, QParams(clip=1.0)) == (*full[:-2], 1.0)
+    assert op.quantizing(args, QParams(low=0.0, high=1.0)) == (*full[:-4], 0.0, 1.0)
     tensors, constants = op.split(args)
     assert (tensors, constants) == op.split(full)
     assert len(tensors) == sum(op.tensors) and op.join(tensors, constants) == list(full)

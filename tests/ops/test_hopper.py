@@ -5,31 +5,38 @@ from __future__ import annotations
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from graphquant.errors import KernelBuildError
 from graphquant.ops.int8_linear import hopper, hopper_tiles
 from graphquant.ops.int8_linear.hopper_tiles import SHARED, TILES, HopperTile, choose, descriptors
+from graphquant.ops.int8_linear.tiled import Problem, _random
 from graphquant.ops.numerics import padded
 from tests.ops.bounds import needs_nvrtc
 from tests.ops.offline import CUOBJDUMP
 
+CPU = torch.device("cpu")
 PROCESSORS = 132
 SPILLED = 48  # bytes: a constant or a few that are saved outside of the main loop
 sizes = st.integers(1, 70_000)
 
 
 @needs_nvrtc
-@pytest.mark.parametrize(("y", "bias"), [("bfloat16", "bfloat16"), ("float32", "none")])
+@pytest.mark.parametrize(
+    ("y", "bias", "num_rows"),
+    [("bfloat16", "bfloat16", False), ("float32", "none", False), ("bfloat16", "float32", True)],
+)
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_every_tile_compiles_to_int8_tensor_core_instructions(
-    tile: HopperTile, y: str, bias: str, tmp_path: Path
+    tile: HopperTile, y: str, bias: str, num_rows: bool, tmp_path: Path
 ) -> None:
     file = tmp_path / "tile.cubin"
-    file.write_bytes(hopper.cubin(tile, y, bias, residual=y == "bfloat16"))
+    file.write_bytes(hopper.cubin(tile, y, bias, y == "bfloat16", num_rows))
 
     def said(what: str) -> str:
         command = [str(CUOBJDUMP), what, str(file)]
@@ -39,6 +46,24 @@ def test_every_tile_compiles_to_int8_tensor_core_instructions(
     assert "int8_linear_hopper" in usage
     assert sum(map(int, re.findall(r"STACK:(\d+)", usage))) <= SPILLED
     assert sum(map(int, re.findall(r"REG:(\d+)", usage))) * tile.threads <= 65_536
+
+
+def test_the_number_of_rows_is_one_argument_more_of_another_specialization(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without it, the launch is what it would be if there were none."""
+    launched: list[Any] = []
+    monkeypatch.setattr(hopper, "launch", lambda *args, **options: launched.append(args))
+    monkeypatch.setattr(hopper, "_function", lambda *key: key)
+    o, y = _random(Problem(300, 128, 64, torch.bfloat16, None, True), CPU), torch.empty(300, 128)
+    n = torch.tensor([7], dtype=torch.int32)
+    for num_rows in (None, n):
+        hopper._run(TILES[1], o._replace(num_rows=num_rows), y.bfloat16())
+    (key, *shape, params), (key_n, *shape_n, params_n) = launched
+    assert key == (TILES[1], "bfloat16", "none", True, False, CPU)
+    assert key_n == (TILES[1], "bfloat16", "none", True, True, CPU) and shape_n == shape
+    assert params_n[-1] == ("pointer", n) and len(params_n) == len(params) + 1
+    assert params_n[4:-1] == params[4:] and len(params) == 15
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)

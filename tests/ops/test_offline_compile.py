@@ -57,6 +57,14 @@ def test_rows_meet_in_shared_memory_for_nothing_but_their_sums_and_ranges(sm: in
         assert k["shared"] <= most or k["name"] == "norm 20000 keep=True", k
 
 
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+def test_the_order_of_a_rows_sums_does_not_depend_on_where_rows_start(sm: int) -> None:
+    """Rows of one width have several alignments: in slices, and as one row of a larger tensor."""
+    sums = [k["sums"] for k in _compiled(sm) if k["name"].startswith("sums")]
+    assert len(sums) == 3 and len(sums[0]) == 2, "the mean and the variance"
+    assert sums[0] == sums[1] == sums[2]
+
+
 @pytest.mark.parametrize(
     ("sm", "instruction"),
     [

@@ -32,7 +32,7 @@ one, none = torch.ones(9, 1), torch.zeros(9, 1)
 y = int8_linear(x, one, none, w, one[:5, 0], none[:5, 0], None, None, torch.float32)
 print("/nonexistent/c++" in cpu.missing(), onednn.missing())
 exact = torch.equal(y.double(), x.double() @ w.double().T)
-print(int8_linear.in_torch(*[None] * 9).__name__, exact)
+print(int8_linear.in_torch(*[None] * 10).__name__, exact)
 """
 
 

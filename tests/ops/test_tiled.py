@@ -10,7 +10,7 @@ import torch
 from graphquant.ops import int8_linear
 from graphquant.ops.define import load_kernels
 from graphquant.ops.int8_linear import tiled
-from graphquant.ops.int8_linear.tiled import KERNELS, Problem, Tiled, _random, _tile, tune
+from graphquant.ops.int8_linear.tiled import KERNELS, Operands, Problem, Tiled, _random, _tile, tune
 
 CPU = torch.device("cpu")
 PROBLEM = Problem(6, 24, 40, torch.bfloat16, torch.float32, True)
@@ -24,6 +24,10 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Tiled:
     made = Tiled(lambda o, dtype: None, lambda p, d: ["guess", "other", "third"], ran.append)
     monkeypatch.setitem(KERNELS, "made", made)
     return made
+
+
+def arguments(o: Operands, problem: Problem) -> list[Any]:
+    return int8_linear.join(o, (problem.dtype,))
 
 
 def known(monkeypatch: pytest.MonkeyPatch, answer: dict[str, float] | None) -> None:
@@ -56,7 +60,7 @@ def test_each_kernel_and_each_product_is_a_question_of_its_own() -> None:
 def test_a_problem_is_read_off_its_operands(problem: Problem) -> None:
     o = _random(problem, CPU)
     assert Problem.of(o, problem.dtype) == problem
-    int8_linear.check(*o, problem.dtype)
+    int8_linear.check(*arguments(o, problem))
 
 
 @pytest.mark.parametrize("name", ["triton", "triton_tma", "hopper"])
@@ -82,7 +86,7 @@ def test_tuning_runs_every_tile_of_the_kernel_that_the_product_gets(
     monkeypatch.setattr(tiled, "times", times)
     found = tune(PROBLEM, where)
     ((question, ran),) = asked
-    kernel = int8_linear.choose(*_random(PROBLEM, where), PROBLEM.dtype).name
+    kernel = int8_linear.choose(*arguments(_random(PROBLEM, where), PROBLEM)).name
     assert question == PROBLEM.question(kernel)
     assert list(found) == list(ran) and len(found) > 1
 
@@ -93,10 +97,10 @@ def test_what_was_tuned_is_what_runs(tmp_path: Any, monkeypatch: pytest.MonkeyPa
     problem, device = Problem(300, 256, 512, torch.bfloat16, None, True), torch.device("cuda:0")
     found = {name: us for name, us in tune(problem, device).items() if us > 0}
     o = _random(problem, device)
-    name = int8_linear.choose(*o, problem.dtype).name
+    name = int8_linear.choose(*arguments(o, problem)).name
     tile = _tile(name, KERNELS[name], problem, device)
     assert len(found) > 2 and found[str(tile)] == min(found.values())
-    y = int8_linear(*o, problem.dtype)
+    y = int8_linear(*arguments(o, problem))
     for other in KERNELS[name].tiles(problem, device):
         again = torch.empty_like(y)
         KERNELS[name].run(other, o, again)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +127,11 @@ def refuses(*args: Any) -> str | None:
     return missing()
 
 
+def rows(x: Tensor, num_rows: Tensor | None) -> tuple[Any, ...]:
+    """How many rows of x [..., K] to compute, as `rows` in call.h reads it."""
+    return math.prod(x.shape[:-1]), num_rows
+
+
 def stride(x: Tensor) -> Any:
     """Elements from row to row of x [..., K], which is [M, K] in memory."""
     found = row_stride(x)
@@ -210,7 +216,7 @@ def _wrong_sums(module: ModuleType) -> str | None:
     ones, zeros = torch.ones(max(M, N)), torch.zeros(max(M, N))
     y = torch.full((M, N), torch.nan)
     module.int8_linear(
-        *(M, N, K, K, x, ones, zeros, K, w, ones, zeros),
+        *(M, None, N, K, K, x, ones, zeros, K, w, ones, zeros),
         *(0, None, 0, 0, None, TYPES[y.dtype], y),
     )
     if torch.equal(y.double(), x.double() @ w.double().T):

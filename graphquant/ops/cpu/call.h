@@ -44,6 +44,11 @@ class Arguments {
     Py_DECREF(number);
     return static_cast<T*>(found);
   }
+  int64_t rows() {  // all there are; how many of them to compute, or None
+    int64_t all = integer();
+    auto some = address<int32_t>();
+    return some ? std::clamp<int64_t>(*some, 0, all) : all;
+  }
   Matrix matrix() {  // type, row stride, tensor
     int64_t type = integer(), stride = integer();
     return {address(), type, stride};

@@ -34,10 +34,10 @@ PyCFunction fast(F* f) {
 }
 
 PyMethodDef functions[] = {
-    {"quantize", fast(quantize), METH_FASTCALL, "M, K, act, x, up, qparams, results"},
-    {"norm_quantize", fast(norm_quantize), METH_FASTCALL, "M, K, rms, eps, x, gamma, beta, y, qparams, results"},
+    {"quantize", fast(quantize), METH_FASTCALL, "M, num_rows, K, act, x, up, qparams, results"},
+    {"norm_quantize", fast(norm_quantize), METH_FASTCALL, "M, num_rows, K, rms, eps, x, gamma, beta, y, qparams, results"},
     {"int8_linear", fast(int8_linear), METH_FASTCALL,
-     "M, N, K, x stride, xq, x_scale, x_shift, w stride (0: packed), wq, w_scale, w_sum, bias, residual, y"},
+     "M, num_rows, N, K, x stride, xq, x_scale, x_shift, w stride (0: packed), wq, w_scale, w_sum, bias, residual, y"},
     {"pack_weight", fast(pack_weight), METH_FASTCALL, "N, K, stride, wq, packed"},
     {"varlen_attention", fast(varlen_attention), METH_FASTCALL,
      "type, H, Hkv, D, T, n, (head, row, column strides, tensor) of q, k and v, cu_seqlens, position, tiles, scale, causal, "

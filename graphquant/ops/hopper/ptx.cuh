@@ -191,6 +191,16 @@ __device__ __forceinline__ float2 unpack(u32 packed) {
   }
 }
 
+// ------------------------------------------------------------------------------------ global memory
+
+// Of what the kernel before may have written: not through the cache for constants, and not before
+// griddepcontrol_wait.
+__device__ __forceinline__ int ld_global(const int* from) {
+  int v;
+  asm volatile("ld.global.s32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
+  return v;
+}
+
 // ------------------------------------------------------------------------------------ shared memory
 
 // Four 8 x 8 matrices of 16 bits; each lane gives the address of one row.

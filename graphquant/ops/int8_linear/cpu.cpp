@@ -169,7 +169,7 @@ void run(const Operands& o, Y* y, const R* residual, int64_t residual_stride) {
 PyObject* int8_linear(PyObject*, PyObject* const* values, Py_ssize_t n) {
   Arguments given(values, n);
   Operands o{};
-  o.M = given.integer(), o.N = given.integer(), o.K = given.integer();
+  o.M = given.rows(), o.N = given.integer(), o.K = given.integer();
   o.x_stride = given.integer(), o.x = given.address<int8_t>();
   o.x_scale = given.address<float>(), o.x_shift = given.address<float>();
   int64_t w_stride = given.integer();  // 0: packed

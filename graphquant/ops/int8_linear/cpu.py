@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -25,13 +24,14 @@ def arguments(
     bias: Tensor | None,
     residual: Tensor | None,
     dtype: torch.dtype,
+    num_rows: Tensor | None = None,
+    *,
     out: tuple[Tensor, ...],
 ) -> tuple[Any, ...]:
-    *lead, K = xq.shape
-    N = w_scale.shape[0]
+    N, K = w_scale.shape[0], xq.shape[-1]
     bias_type, _, bias = cpu.vector(bias)
     return (
-        *(math.prod(lead), N, K),
+        *(*cpu.rows(xq, num_rows), N, K),
         *(cpu.stride(xq), xq, x_scale, x_shift),
         *(0 if is_packed(wq, N, K) else cpu.stride(wq), wq, w_scale, w_sum),
         *(bias_type, bias),

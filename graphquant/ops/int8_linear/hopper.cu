@@ -27,18 +27,20 @@
 //   Y             BF16, FP16 or FP32: type of y and residual
 //   BIAS          NONE, BF16, FP16 or FP32
 //   RESIDUAL      0 or 1
+//   NUM_ROWS      0 or 1: is num_rows given?
 //   SHARED_BYTES  dynamic shared memory of the launch
 // and wgmma_shapes.cuh has wgmma_ss for N of BN.
 //
 // Launch (hopper_tiles.py has the numbers: `descriptors` and HopperTile's cover, grid, threads and shared):
 //   int8_linear_hopper(x_map, w_map, y_map, residual_map, x_scale, x_shift, w_scale, w_sum, bias,
-//                      M, N, down, right, height, steps)
+//                      M, N, down, right, height, steps[, num_rows])
 //   *_map     CUtensorMap by value (128 bytes, aligned to 64). uint8 [M, K] and [N, K], boxes of BK columns;
 //             y's type [M, N] twice, boxes of a warp's chunk. Zeros outside, no interleave, L2 promotion of
 //             128 bytes: with 256, rows that do not start at multiples of 128 bytes cost 16 % at K = 4304.
 //             Without RESIDUAL the fourth is not read.
 //   pointers  float32, contiguous, bias as BIAS says (not read without); aligned to their elements
 //   integers  32 bits: M, N; clusters' tiles down and right; tiles down before one right; BKs of a CTA's share of K
+//   num_rows  with NUM_ROWS: int32 on the device; tiles that begin behind so many rows are neither computed nor written
 //   grid (clusters * CTAS, 1, 1), block (384, 1, 1). The cluster size is compiled in. Dynamic shared memory is over
 //   48 KiB: raise the function's limit first. May be launched with programmatic stream serialization (saves 1 us a
 //   launch): nothing is read or written before griddepcontrol.wait.
@@ -491,7 +493,12 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map,
         const __grid_constant__ TensorMap y_map, const __grid_constant__ TensorMap residual_map,
         const float* __restrict__ x_scale, const float* __restrict__ x_shift, const float* __restrict__ w_scale,
-        const float* __restrict__ w_sum, const void* __restrict__ bias, int M, int N, u32 down, u32 right, u32 height, int steps) {
+        const float* __restrict__ w_sum, const void* __restrict__ bias, int M, int N, u32 down, u32 right, u32 height, int steps
+#if NUM_ROWS
+        ,
+        const int* num_rows
+#endif
+    ) {
   extern __shared__ unsigned char dynamic[];
   const Addresses smem = addresses(smem_base(dynamic));
   const int thread = threadIdx.x, group = thread >> 7, lane = thread & 31;
@@ -511,6 +518,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     __syncthreads();
   }
   griddepcontrol_wait();  // all of the above overlaps with the kernel before
+#if NUM_ROWS
+  down = min(down, (max(ld_global(num_rows), 0) + BM * CLUSTER_M - 1u) / (BM * CLUSTER_M));
+#endif
 
   const Work work = {down, right, height, down * right, blockIdx.x / CTAS, gridDim.x / CTAS, sharer, share, steps};
 

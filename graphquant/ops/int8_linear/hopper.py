@@ -63,16 +63,18 @@ def _name(of: Tensor | torch.dtype | None) -> str:
     return str(of.dtype if isinstance(of, Tensor) else of).removeprefix("torch.")
 
 
-def cubin(tile: HopperTile, y: str, bias: str, residual: bool) -> bytes:
-    """The kernel for these types of y and bias, with or without a residual."""
+def cubin(tile: HopperTile, y: str, bias: str, residual: bool, num_rows: bool = False) -> bytes:
+    """The kernel for these types of y and bias, with or without a residual and num_rows."""
     source = Path(__file__).with_suffix(".cu")
-    return compile_kernel(source, tile.defines(y, bias, residual), tile.wgmma_shapes())
+    return compile_kernel(source, tile.defines(y, bias, residual, num_rows), tile.wgmma_shapes())
 
 
 @functools.cache
-def _function(tile: HopperTile, y: str, bias: str, residual: bool, device: torch.device) -> int:
+def _function(
+    tile: HopperTile, y: str, bias: str, residual: bool, num_rows: bool, device: torch.device
+) -> int:
     """The handle of a loaded specialization. `device`: each has functions of its own."""
-    code = cubin(tile, y, bias, residual)
+    code = cubin(tile, y, bias, residual, num_rows)
     with torch.cuda.device(device):
         function: int = native().load(device.index, code, "int8_linear_hopper", tile.shared)
     return function
@@ -84,8 +86,9 @@ def _run(tile: HopperTile, o: Operands, y: Tensor) -> None:
     maps = hopper_tiles.descriptors(tile, M, N, K, _name(y))
     matrices = (o.xq, o.wq, y, y if o.residual is None else o.residual)
     vectors = (o.x_scale, o.x_shift, o.w_scale, o.w_sum)
+    given = (o.residual is not None, o.num_rows is not None)
     launch(
-        _function(tile, _name(y), _name(o.bias), o.residual is not None, device),
+        _function(tile, _name(y), _name(o.bias), *given, device),
         tile.grid(M, N, gpu_properties(device).num_sms),
         tile.threads,
         tile.shared,
@@ -94,6 +97,7 @@ def _run(tile: HopperTile, o: Operands, y: Tensor) -> None:
             *(("pointer", v) for v in vectors),
             ("null",) if o.bias is None else ("pointer", o.bias),
             *(("i32", n) for n in (M, N, *tile.cover(M, N, K))),
+            *(() if o.num_rows is None else (("pointer", o.num_rows),)),
         ),
         pdl=True,
     )

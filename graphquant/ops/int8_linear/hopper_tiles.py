@@ -1,10 +1,11 @@
 """Tiles of hopper.cu, how to launch them, and which one to take by M, N, K and the GPU.
 
-One launch, in the order of the kernel's arguments (14 in all, see the head of hopper.cu):
+One launch, in the order of the kernel's arguments (see the head of hopper.cu):
 
     descriptors(tile, M, N, K, y)                    four CUtensorMap: xq, wq, y, residual
     x_scale, x_shift, w_scale, w_sum, bias           pointers
     M, N, *tile.cover(M, N, K)                       int32: M, N, down, right, height, steps
+    num_rows                                         pointer, if it is given
 
     grid (tile.grid(M, N, num_sms), 1, 1), block (tile.threads, 1, 1), tile.shared bytes
 """
@@ -68,7 +69,7 @@ class HopperTile:
         barriers = 8 * (2 * self.stages + 10 + 8 * self.buffers)
         return 1024 + ring + chunks + sums + vectors + barriers  # 1024: to align the ring
 
-    def defines(self, y: str, bias: str, residual: bool) -> dict[str, int | str]:
+    def defines(self, y: str, bias: str, residual: bool, num_rows: bool) -> dict[str, int | str]:
         """Macros that specialize hopper.cu; y and bias are keys of DTYPES."""
         return {
             "BM": self.m,
@@ -83,6 +84,7 @@ class HopperTile:
             "Y": DTYPES[y],
             "BIAS": DTYPES[bias],
             "RESIDUAL": int(residual),
+            "NUM_ROWS": int(num_rows),
             "SHARED_BYTES": self.shared,
         }
 

@@ -45,6 +45,7 @@ def int8_linear_onednn(
     bias: Tensor | None,
     residual: Tensor | None,
     dtype: torch.dtype,
+    num_rows: Tensor | None = None,
 ) -> Tensor:
     N, K = w_scale.shape[0], xq.shape[-1]
     if is_packed(wq, N, K):

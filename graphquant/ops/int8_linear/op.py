@@ -12,6 +12,8 @@
     w_sum     [N]       float32                 w_scale * sum_k wq
     bias      [N]       float16 | bfloat16 | float32, or None
     residual  [..., N]  float16 | bfloat16 | float32, or None
+    num_rows  [1]       int32, or None for all: how many leading rows of xq [M, K] have to be
+                        computed; those behind are unspecified in y
     -> y      [..., N]  `dtype` (float16 | bfloat16 | float32), contiguous
 
 The layouts that `quantize` writes are the fastest; results are correct for any strides.
@@ -45,6 +47,7 @@ def _check(
     bias: Tensor | None,
     residual: Tensor | None,
     dtype: torch.dtype,
+    num_rows: Tensor | None = None,
 ) -> None:
     op, int8 = "int8_linear", (torch.int8,)
     checks.rows(op, "xq", xq, int8)
@@ -72,6 +75,7 @@ def _check(
         checks.floating(op, "residual", residual)
         checks.shape(op, "residual", residual, (*xq.shape[:-1], N), "[..., N], the result's shape")
     checks.result_dtype(op, dtype)
+    checks.num_rows(op, num_rows)
     checks.one_device(
         op,
         xq=xq,
@@ -82,6 +86,7 @@ def _check(
         w_sum=w_sum,
         bias=bias,
         residual=residual,
+        num_rows=num_rows,
     )
 
 
@@ -95,6 +100,7 @@ def _fake(
     bias: Tensor | None,
     residual: Tensor | None,
     dtype: torch.dtype,
+    num_rows: Tensor | None = None,
 ) -> Tensor:
     return xq.new_empty((*xq.shape[:-1], _channels(wq, w_scale)), dtype=dtype)
 
@@ -140,6 +146,7 @@ def _float_form(
     bias: Tensor | None,
     residual: Tensor | None,
     dtype: torch.dtype,
+    num_rows: Tensor | None = None,
 ) -> Tensor:
     return linear(xq * x_scale + x_shift, wq * w_scale[:, None], bias, residual, dtype)
 
@@ -154,7 +161,7 @@ def linear(
 
 @define(
     "(Tensor xq, Tensor x_scale, Tensor x_shift, Tensor wq, Tensor w_scale, Tensor w_sum,"
-    " Tensor? bias, Tensor? residual, ScalarType dtype) -> Tensor",
+    " Tensor? bias, Tensor? residual, ScalarType dtype, Tensor? num_rows=None) -> Tensor",
     float_form=_float_form,
     fake=_fake,
     check=_check,
@@ -170,6 +177,7 @@ def int8_linear(
     bias: Tensor | None,
     residual: Tensor | None,
     dtype: torch.dtype,
+    num_rows: Tensor | None = None,
 ) -> Tensor:
     N, K = w_scale.shape[0], xq.shape[-1]
     if is_packed(wq, N, K):

@@ -30,6 +30,7 @@ class Operands(NamedTuple):
     w_sum: Tensor
     bias: Tensor | None
     residual: Tensor | None
+    num_rows: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def tiled(name: str, kernel: Tiled) -> None:
     KERNELS[name] = kernel
 
     def refuses(*args: Any) -> str | None:
-        *operands, dtype = args
+        operands, (dtype,) = int8_linear.split(args)
         return kernel.refuses(Operands(*operands), dtype)
 
     @int8_linear.kernel(name, refuses=refuses)
@@ -86,11 +87,13 @@ def tiled(name: str, kernel: Tiled) -> None:
         bias: Tensor | None,
         residual: Tensor | None,
         dtype: torch.dtype,
+        num_rows: Tensor | None = None,
+        *,
         out: tuple[Tensor],
     ) -> None:
         (y,) = out
         if y.numel():
-            o = Operands(xq, x_scale, x_shift, wq, w_scale, w_sum, bias, residual)
+            o = Operands(xq, x_scale, x_shift, wq, w_scale, w_sum, bias, residual, num_rows)
             kernel.run(_tile(name, kernel, Problem.of(o, dtype), xq.device), o, y)
 
 
@@ -107,7 +110,7 @@ def tune(problem: Problem, device: torch.device) -> dict[str, float]:
     load_kernels()
     o = _random(problem, device)
     y = torch.empty(problem.M, problem.N, dtype=problem.dtype, device=device)
-    name = int8_linear.choose(*o, problem.dtype).name
+    name = int8_linear.choose(*int8_linear.join(o, (problem.dtype,))).name
     kernel = KERNELS[name]
 
     def call(tile: Any) -> Callable[[], None]:
@@ -132,4 +135,5 @@ def _random(problem: Problem, device: torch.device) -> Operands:
         normal(N),
         None if problem.bias is None else normal(N).to(problem.bias),
         normal(M, N).to(problem.dtype) if problem.residual else None,
+        None,
     )

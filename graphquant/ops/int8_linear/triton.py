@@ -25,7 +25,7 @@ OLDEST = 80  # Ampere: int8 tensor cores with asynchronous copies
 @triton.jit(do_not_specialize=["M"])
 def int8_linear_kernel(
     xq_ptr, x_scale_ptr, x_shift_ptr, wq_ptr, w_scale_ptr, w_sum_ptr, bias_ptr, residual_ptr, y_ptr,
-    M, N, K, K_pad, x_row, w_row, residual_row,
+    M, N, K, K_pad, x_row, w_row, residual_row, num_rows_ptr,
     RESIDUAL_UNIT: tl.constexpr, TAIL: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -35,6 +35,9 @@ def int8_linear_kernel(
     the pads hold does not matter.
     """
     m0, n0 = tile_of(tl.program_id(0), M, N, BM, BN, GROUP)
+    if num_rows_ptr is not None:
+        if m0 >= tl.load(num_rows_ptr):
+            return
     m, n, k = m0 + tl.arange(0, BM), n0 + tl.arange(0, BN), tl.arange(0, BK)
     # rows past the end read row 0 and are never stored: no mask in the main loop
     x_at = xq_ptr + (tl.where(m < M, m, 0).to(tl.int64) * x_row)[:, None] + k[None, :]
@@ -91,7 +94,7 @@ def _run(tile: Tile, o: Operands, y: Tensor) -> None:
         xq, o.x_scale.contiguous(), o.x_shift.contiguous(),
         wq, o.w_scale.contiguous(), o.w_sum.contiguous(),
         None if o.bias is None else o.bias.contiguous(), residual, y,
-        M, N, K, vectors(K), x_row, w_row, residual_row // unit,
+        M, N, K, vectors(K), x_row, w_row, residual_row // unit, o.num_rows,
         RESIDUAL_UNIT=unit, TAIL=K % tile.k != 0,
         BM=tile.m, BN=tile.n, BK=tile.k, GROUP=tiles.GROUP,
         num_warps=tile.warps, num_stages=tile.stages,

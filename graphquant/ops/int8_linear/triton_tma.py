@@ -27,12 +27,15 @@ OLDEST = 90  # Hopper: the first with TMA
 def int8_linear_tma_kernel(
     x_desc, x_scale_ptr, x_shift_ptr, w_desc, w_scale_ptr, w_sum_ptr, bias_ptr, residual_ptr,
     y_ptr, y_desc,
-    M, N, K, residual_row,
+    M, N, K, residual_row, num_rows_ptr,
     RESIDUAL_UNIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One [BM, BN] tile of y, stored through y_desc, or through y_ptr where y_desc is None."""
     m0, n0 = tile_of(tl.program_id(0), M, N, BM, BN, GROUP)
+    if num_rows_ptr is not None:
+        if m0 >= tl.load(num_rows_ptr):
+            return
     acc = tl.zeros((BM, BN), tl.int32)
     for step in range(tl.cdiv(K, BK)):
         x = x_desc.load([m0, step * BK])
@@ -87,7 +90,7 @@ def _run(tile: Tile, o: Operands, y: Tensor) -> None:
         Blocks(wq, (N, K), w_row, (tile.n, tile.k)),
         o.w_scale.contiguous(), o.w_sum.contiguous(),
         None if o.bias is None else o.bias.contiguous(), residual, y, y_desc,
-        M, N, K, residual_row // unit,
+        M, N, K, residual_row // unit, o.num_rows,
         RESIDUAL_UNIT=unit, BM=tile.m, BN=tile.n, BK=tile.k, GROUP=tiles.GROUP,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -57,7 +57,7 @@ void run(int64_t M, int64_t K, Matrix x, const Norm& norm, Matrix y, const QPara
 
 PyObject* norm_quantize(PyObject*, PyObject* const* values, Py_ssize_t n) {
   Arguments given(values, n);
-  int64_t M = given.integer(), K = given.integer();
+  int64_t M = given.rows(), K = given.integer();
   bool rms = given.integer();
   float eps = static_cast<float>(given.number());
   Matrix x = given.matrix(), gamma = given.matrix(), beta = given.matrix(), y = given.matrix();

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -50,13 +49,13 @@ def _arguments(
     qparams: tuple[Any, ...],
     triple: tuple[Tensor, ...],
 ) -> tuple[Any, ...]:
-    *lead, K = x.shape
+    given = QParams(*qparams)
     return (
-        *(math.prod(lead), K, int(rms), eps),
+        *(*cpu.rows(x, given.num_rows), x.shape[-1], int(rms), eps),
         *cpu.matrix(x),
         *cpu.vector(gamma),
         *cpu.vector(beta),
         *cpu.matrix(y),
-        *cpu.qparams(QParams(*qparams)),
+        *cpu.qparams(given),
         *cpu.quantized(*triple),
     )

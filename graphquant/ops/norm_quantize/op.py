@@ -8,7 +8,7 @@
     gamma       [K]       float16 | bfloat16 | float32, or None for ones
     beta        [K]       float16 | bfloat16 | float32, or None for zeros
     eps         float     in units of x squared
-    qparams     factor, low, high, clip, of y (qparams.py)
+    qparams     factor, low, high, clip, of y; num_rows (qparams.py)
     -> xq       [..., K]  int8 in [-127, 127], row stride padded(K) bytes
     -> x_scale  [..., 1]  float32 > 0
     -> x_shift  [..., 1]  float32

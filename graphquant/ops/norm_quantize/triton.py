@@ -87,7 +87,7 @@ def _deviations(x, K: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):
 @triton.jit(do_not_specialize=["M"])
 def norm_quantize_kernel(
     x_ptr, gamma_ptr, beta_ptr, y_ptr, xq_ptr, scale_ptr, shift_ptr, M, x_row, eps,
-    factor_ptr, low, high, clip,
+    factor_ptr, low, high, clip, num_rows_ptr,
     K: tl.constexpr, K_PAD: tl.constexpr, XQ_ROW: tl.constexpr,
     X_UNIT: tl.constexpr, RMS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, LANES: tl.constexpr,
@@ -96,6 +96,9 @@ def norm_quantize_kernel(
     """xq, x_scale, x_shift = quantize_rows(y, ...), y = norm(x), ROWS rows a program."""
     wait_for_inputs(OVERLAP)
     eps = tl.cast(eps, tl.float32)  # Inductor passes float64
+    if num_rows_ptr is not None:
+        if tl.program_id(0) * ROWS >= tl.load(num_rows_ptr):
+            return
     row = rows_of(M, ROWS)
     x_ptr += (row * x_row * X_UNIT)[:, None]
     xq_ptr += (row * XQ_ROW)[:, None]

@@ -24,7 +24,7 @@ void run(int64_t M, int64_t K, Matrix x, Matrix up, int64_t act, const QParams& 
 
 PyObject* quantize(PyObject*, PyObject* const* values, Py_ssize_t n) {
   Arguments given(values, n);
-  int64_t M = given.integer(), K = given.integer(), act = given.integer();
+  int64_t M = given.rows(), K = given.integer(), act = given.integer();
   Matrix x = given.matrix(), up = given.matrix();
   QParams p = given.qparams();
   Quantized out = given.quantized();

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor
@@ -22,11 +21,11 @@ def _refuses(
 def arguments(
     x: Tensor, up: Tensor | None, act: str | None, *qparams: Any, out: tuple[Tensor, ...]
 ) -> tuple[Any, ...]:
-    *lead, K = x.shape
+    given = QParams(*qparams)
     return (
-        *(math.prod(lead), K, cpu.activation(act)),
+        *(*cpu.rows(x, given.num_rows), x.shape[-1], cpu.activation(act)),
         *cpu.matrix(x),
         *cpu.matrix(up),
-        *cpu.qparams(QParams(*qparams)),
+        *cpu.qparams(given),
         *cpu.quantized(*out),
     )

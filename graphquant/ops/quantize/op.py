@@ -10,7 +10,7 @@
     x           [..., K]  float16 | bfloat16 | float32, any strides
     up          [..., K]  float16 | bfloat16 | float32, any strides; None for ones
     act         a name in numerics.ACTIVATIONS; None: x as it is
-    qparams     factor, low, high, clip, of act(x) * up (qparams.py)
+    qparams     factor, low, high, clip, of act(x) * up; num_rows (qparams.py)
     -> xq       [..., K]  int8 in [-127, 127], row stride padded(K) bytes
     -> x_scale  [..., 1]  float32 > 0
     -> x_shift  [..., 1]  float32

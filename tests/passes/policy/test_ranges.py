@@ -90,7 +90,7 @@ def test_without_options_graphs_are_what_they_were(op: str) -> None:
     plain = rewritten(model, x)
     node = quantizer(plain, op)
     schema = len(node.target._schema.arguments)  # type: ignore[union-attr]
-    assert len(node.args) == (1 if op == "quantize" else schema - 4)
+    assert len(node.args) == (1 if op == "quantize" else schema - 5)  # without its QParams
     assert len(plain.one("quantize_weight").args) == 1
     known = rewritten(model, x, calibration=Seen({"fc": RANGE}))
     assert [str(n) for n in known.graph.nodes] == [str(n) for n in plain.graph.nodes]
