@@ -259,7 +259,7 @@ MUTANTS: Sequence[Mutant] = (
         ("os.O_DIRECTORY | os.O_NOFOLLOW", "os.O_DIRECTORY", "a linked directory", CACHE),
     ),
     *_in(
-        "ops/runtime/timing.py",
+        "ops/timing.py",
         ("or len(answer) != len(found)", "", "times that are none", TIMING),
         ("asked != (question, machine(device)) or", "", "another question's times", TIMING),
         ('".py", ".cu", ".cuh", ".c", ', '".py", ".cuh", ".c", ', "another kernel's times", TIMING),
