@@ -32,7 +32,7 @@ QUANTIZE = "tests/ops/test_quantize.py -k reference"
 PACKED, PRODUCTS = "tests/weights/test_packed.py", "tests/passes/test_products.py -k addmm"
 FILES, HISTOGRAM = "tests/calibration/test_files.py", "tests/calibration/test_histogram.py"
 CALIBRATE, BUDGET = "tests/calibration/test_calibrate.py", "tests/accuracy/test_budget.py"
-CACHE, TIMING = "tests/ops/runtime/test_cache.py", "tests/ops/runtime/test_timing.py"
+CACHE, TIMING = "tests/ops/runtime/test_cache.py", "tests/ops/test_timing.py"
 GRADIENTS = "tests/test_gradients.py"
 
 
