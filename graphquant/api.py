@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import replace
 from itertools import chain, count
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from graphquant._torch import original
 from graphquant.accuracy.budget import Budget, LeftInFloat, goal
 from graphquant.accuracy.calls import copies, each_call, preserve_rng
 from graphquant.accuracy.compare import Comparison, FloatRun, Int8Run
-from graphquant.accuracy.counted import Counted
+from graphquant.accuracy.counted import Counted, PaddingMask
 from graphquant.accuracy.pair import Pair
 from graphquant.accuracy.report import AccuracyReport
 from graphquant.accuracy.search import Trials
@@ -153,7 +153,7 @@ def compare(
     batches: Iterable[Any],
     *,
     options: Mapping[str, Any] | None = None,
-    mask: Tensor | str | Callable[..., Tensor] | Literal[False] | None = None,
+    mask: PaddingMask | None = None,
     of: Callable[..., Any] | None = None,
 ) -> AccuracyReport:
     """Compare a model in int8 with float: at every int8 linear, and in its outputs.
@@ -235,7 +235,7 @@ def calibrate(
     percentile: float = 99.99,
     progress: bool = True,
     resume: Calibration | None = None,
-    mask: Tensor | str | Callable[..., Tensor] | Literal[False] | None = None,
+    mask: PaddingMask | None = None,
 ) -> Calibration:
     """Collect statistics of all linear inputs: absmax per channel, histogram, sampled rows.
 
@@ -308,7 +308,7 @@ def fit_budget(
     sqnr: float | None = None,
     options: Mapping[str, Any] | None = None,
     progress: bool = True,
-    mask: Tensor | str | Callable[..., Tensor] | Literal[False] | None = None,
+    mask: PaddingMask | None = None,
     of: Callable[..., Any] | None = None,
 ) -> Budget:
     """Find options that meet an accuracy budget, by leaving the worst linears in float.

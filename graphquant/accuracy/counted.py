@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -14,6 +14,8 @@ from graphquant.accuracy.outputs import copy_outputs
 from graphquant.accuracy.report import Padding
 from graphquant.errors import OptionError
 from graphquant.ir.tokens import Mask, Masks
+
+PaddingMask = Tensor | str | Callable[..., Tensor] | Literal[False]
 
 # Inputs that are padding masks by their names: 1 or True is a token, or it is padding.
 _TOKEN_MASKS = (
