@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from dataclasses import replace
 from itertools import chain, count
 from typing import Any
 
@@ -17,7 +18,7 @@ from graphquant._torch import original
 from graphquant.accuracy.budget import Budget, LeftInFloat, goal
 from graphquant.accuracy.calls import copies, each_call, preserve_rng
 from graphquant.accuracy.compare import Comparison, FloatRun, Int8Run
-from graphquant.accuracy.outputs import copy_outputs
+from graphquant.accuracy.counted import Counted, PaddingMask
 from graphquant.accuracy.pair import Pair
 from graphquant.accuracy.report import AccuracyReport
 from graphquant.accuracy.search import Trials
@@ -32,6 +33,7 @@ from graphquant.exporters.standalone import PRODUCTS, without_ops
 from graphquant.failure import raise_failures, stage
 from graphquant.ir.captured import Captured
 from graphquant.ir.interpret import Paths
+from graphquant.ir.tokens import Masks, counted
 from graphquant.passes.attention_dtype import with_bfloat16_attention
 from graphquant.passes.notes import with_cpu_notes
 from graphquant.passes.pipeline import rewrite
@@ -147,7 +149,12 @@ def standalone(program: ExportedProgram, *, products: str | None = None) -> Expo
 
 
 def compare(
-    model: Callable[..., Any], batches: Iterable[Any], *, options: Mapping[str, Any] | None = None
+    model: Callable[..., Any],
+    batches: Iterable[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mask: PaddingMask | None = None,
+    of: Callable[..., Any] | None = None,
 ) -> AccuracyReport:
     """Compare a model in int8 with float: at every int8 linear, and in its outputs.
 
@@ -156,6 +163,16 @@ def compare(
              arguments, a dict of keyword arguments, or the tuple (tuple or list of arguments, dict
              of keyword arguments)
     options  as for `torch.compile(model, backend="graphquant", options=options)`
+    mask     which rows are padding and do not count: a tensor [B, S] of 0 (padding) and 1 (token),
+             the name of the input that is one, or a function from a call's inputs to one. By
+             default the inputs named `attention_mask`, `padding_mask` or `key_padding_mask` (there
+             True is padding), also in a mapping. False: every row counts
+    of       a function from the model's result to what counts of it, such as a pooled embedding;
+             of(result, mask=mask) with a [B, S] bool, True for a token, if it has that parameter.
+             By default every floating-point tensor in the result
+
+    A mask describes values with rows [B, S, ...], [S, B, ...], [B * S, D] or [B, H, S, D]; all
+    rows of others count, such as those of a pooled [B, D].
 
     Every batch runs twice, in float and in int8, under torch.no_grad(), without Inductor or packed
     weights. The float results of all int8 linears are kept in between. Compared are the result of
@@ -169,13 +186,15 @@ def compare(
     model that changes its own buffers when called sees two calls per batch.
 
     Raises UnsupportedInputError if the model is not a module or is in training mode, if there are
-    no batches, and for a batch of another type; OptionError for invalid options; GraphquantError if
+    no batches, and for a batch of another type; OptionError for invalid options, for a `mask` that
+    is no padding mask or describes nothing, and for an `of` that is no function; GraphquantError if
     the model takes another path in int8 than in float (its control flow or its sizes depend on
     values that int8 has changed).
     """
     model = _callable("compare", model)
     config = Config.of(options or {})
     paths = Paths(root_of(model))
+    counts = Counted(model, mask, of)
     comparison, active = Comparison(), list[FloatRun | Int8Run]()
 
     def take(captured: Captured, gm: GraphModule) -> tuple[Report, Callable[..., Any]]:
@@ -192,17 +211,20 @@ def compare(
     report = None
     with torch.no_grad(), reset_dynamo_afterwards(trace.observe):
         for args, kwargs in each_call(batches, model):
-            floats = FloatRun()
-            want = copy_outputs(run(floats, args, kwargs))
+            masks = counts.masks(args, kwargs)
+            floats = FloatRun(masks)
+            want = counts.outputs(run(floats, args, kwargs), masks)
             report = report or trace.report(model)
             int8 = Int8Run(floats.values)
             got = run(int8, args, kwargs)
             int8.check()
             comparison.linears(floats, int8)
-            comparison.outputs(got, want)
+            comparison.outputs(counts.outputs(got, masks), want, masks)
+            counts.add(masks)
     if report is None:
         raise UnsupportedInputError("compare needs at least one batch, got none")
-    return comparison.result(report)
+    report = replace(report, notes=(*report.notes, *counts.notes))
+    return comparison.result(report, counts.padding)
 
 
 def calibrate(
@@ -213,17 +235,20 @@ def calibrate(
     percentile: float = 99.99,
     progress: bool = True,
     resume: Calibration | None = None,
+    mask: PaddingMask | None = None,
 ) -> Calibration:
     """Collect statistics of all linear inputs: absmax per channel, histogram, sampled rows.
 
     model       a torch.nn.Module in eval mode, compiled or not; it is not changed
-    batches     inputs as for `compare`; padding is included
+    batches     inputs as for `compare`
     method      how Calibration.range chooses a static range: "absmax", "percentile" or "mse";
                 `Calibration.using` can change it later, without new data
     percentile  of |x|, for method "percentile"
     progress    show a progress bar
     resume      a Calibration of this model to add the data to; it is not changed, and its method is
                 not used
+    mask        which rows are padding and do not count, as for `compare`; INFO in the log says how
+                many they were
 
     The float model runs once per batch under torch.no_grad(), without Inductor. Linears that no
     batch reaches, or that torch.compile does not capture (a warning says how many), are not in the
@@ -234,7 +259,7 @@ def calibrate(
     own results may depend on the batching.
 
     Raises UnsupportedInputError if the model is not a module or is in training mode, if there are
-    no batches, and for a batch of another type; OptionError for an unknown method;
+    no batches, and for a batch of another type; OptionError for an unknown method or a bad `mask`;
     CalibrationError if `resume` is of another model.
     """
     model = _callable("calibrate", model)
@@ -242,13 +267,15 @@ def calibrate(
     if resume is not None:
         calibration = calibration.merge(resume)
     paths = Paths(root_of(model))
+    counts, masks = Counted(model, mask), Masks()
 
-    def add(readers: Sequence[str], x: Tensor) -> None:
-        calibration.add(readers, Record.of(x))
+    def add(readers: Sequence[str], x: Tensor, rows: Tensor | None) -> None:
+        calibration.add(readers, Record.of(counted(x, rows)))
 
     def take(captured: Captured, gm: GraphModule) -> tuple[Report, Callable[..., Any]]:
         with stage("normalize"):
-            return Report(()), Observed(captured, paths, add).run
+            observed = Observed(captured, paths, add)
+        return Report(()), lambda *args: observed.run(args, masks)
 
     trace = Trace(take, "calibrate")
     before = calibration.batches
@@ -258,13 +285,17 @@ def calibrate(
             each_call(batches, model), "calibrate", total, unit="batch", disable=not progress
         )
         for args, kwargs in calls:
+            masks = counts.masks(args, kwargs)
             with preserve_rng():
                 trace(model, *copies(args, kwargs))
+            counts.add(masks)
             calibration.batches += 1
     if calibration.batches == before:
         raise UnsupportedInputError("calibrate needs at least one batch, got none")
-    for warning in (*trace.report(model).notes, *calibration.warnings()):
+    for warning in (*trace.report(model).notes, *calibration.warnings(), *counts.notes):
         log.warning("%s", warning)
+    for padding in counts.padding:
+        log.info("%s", padding)
     return calibration
 
 
@@ -277,6 +308,8 @@ def fit_budget(
     sqnr: float | None = None,
     options: Mapping[str, Any] | None = None,
     progress: bool = True,
+    mask: PaddingMask | None = None,
+    of: Callable[..., Any] | None = None,
 ) -> Budget:
     """Find options that meet an accuracy budget, by leaving the worst linears in float.
 
@@ -287,11 +320,11 @@ def fit_budget(
     sqnr          minimum SQNR of the outputs, in dB
     options       as for `torch.compile(model, backend="graphquant", options=options)`
     progress      show a progress bar
+    mask, of      as for `compare`: the rows that are padding, and what of the outputs counts
 
-    Give exactly one of the three budgets. Every floating-point output must meet it: wrap the model
-    in a module that returns only what matters, such as its pooled embeddings. With a `calibration`
-    and without `smooth` in the options, smooth="auto" is tried first, and kept if it brings the
-    outputs closer.
+    Give exactly one of the three budgets. Every floating-point output must meet it: `of` says what
+    matters, such as a pooled embedding. With a `calibration` and without `smooth` in the options,
+    smooth="auto" is tried first, and kept if it brings the outputs closer.
 
     First the outputs are compared with each linear alone in int8. The linears with the most error
     per time saved (measured on CUDA; else per FLOP) are left in float, as few as suffice in runs of
@@ -309,23 +342,27 @@ def fit_budget(
     metric, least = goal(cosine=cosine, worst_cosine=worst_cosine, sqnr=sqnr)
     calls = list(each_call(batches, model))
     chosen = dict(options or {})
-    report = compare(model, calls, options=chosen)
+
+    def compared(options: Mapping[str, Any]) -> AccuracyReport:
+        return compare(model, calls, options=options, mask=mask, of=of)
+
+    report = compared(chosen)
     before = after = metric(report.outputs)
     if after < least and chosen.get("calibration") is not None and "smooth" not in chosen:
         smoothed = {**chosen, "smooth": "auto"}
-        tried = compare(model, calls, options=smoothed)
+        tried = compared(smoothed)
         if (reached := metric(tried.outputs)) > after:
             chosen, report, after = smoothed, tried, reached
     left: list[LeftInFloat] = []
     if after < least:
-        trials = Trials(model, calls, Config.of(chosen))
+        trials = Trials(model, calls, Config.of(chosen), Counted(model, mask, of))
         with reset_dynamo_afterwards(trials.trace.observe):
             found = trials.search(metric, least, progress=progress)
         every = sum(o.flops for o in report.report.linears) or 1
         paths, more = found.left, found.others
         for step in count():  # one step, if the result holds when compiled
             fitted = {**chosen, "exclude": _excluded(chosen, paths)}
-            report = compare(model, calls, options=fitted)
+            report = compared(fitted)
             if (after := metric(report.outputs)) >= least or not more:
                 break
             paths, more = paths + more[: 2**step], more[2**step :]

@@ -33,7 +33,7 @@ ROWS = "tests/ops/test_num_rows.py -k 'leading or behind'"
 PACKED, PRODUCTS = "tests/weights/test_packed.py", "tests/passes/test_products.py -k addmm"
 FILES, HISTOGRAM = "tests/calibration/test_files.py", "tests/calibration/test_histogram.py"
 CALIBRATE, BUDGET = "tests/calibration/test_calibrate.py", "tests/accuracy/test_budget.py"
-CACHE, TIMING = "tests/ops/runtime/test_cache.py", "tests/ops/runtime/test_timing.py"
+CACHE, TIMING = "tests/ops/runtime/test_cache.py", "tests/ops/test_timing.py"
 INDEX = "tests/ops/test_token_index.py"
 VARLEN = "tests/ops/test_varlen_attention.py -k 'float64 and"
 GRADIENTS = "tests/test_gradients.py"
@@ -303,7 +303,7 @@ MUTANTS: Sequence[Mutant] = (
         ("os.O_DIRECTORY | os.O_NOFOLLOW", "os.O_DIRECTORY", "a linked directory", CACHE),
     ),
     *_in(
-        "ops/runtime/timing.py",
+        "ops/timing.py",
         ("or len(answer) != len(found)", "", "times that are none", TIMING),
         ("asked != (question, machine(device)) or", "", "another question's times", TIMING),
         ('".py", ".cu", ".cuh", ".c", ', '".py", ".cuh", ".c", ', "another kernel's times", TIMING),

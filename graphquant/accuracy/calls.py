@@ -31,7 +31,7 @@ def each_call(batches: Iterable[Any], model: Callable[..., Any] | None = None) -
         raise UnsupportedInputError(
             f"batches is a {type(batches).__name__}, needs an iterable of batches, such as [batch]"
         )
-    takes = _signature(model)
+    takes = signature(model)
     return (_call(i, batch, takes) for i, batch in enumerate(batches))
 
 
@@ -58,7 +58,8 @@ def _is_keywords(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(k, str) for k in value)
 
 
-def _signature(model: Callable[..., Any] | None) -> Signature | None:
+def signature(model: Callable[..., Any] | None) -> Signature | None:
+    """Of a function, a method, or a module's forward; None if it cannot be inspected."""
     called = model.forward if isinstance(model, nn.Module) else model
     if called is None:
         return None

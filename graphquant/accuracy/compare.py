@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from graphquant.accuracy.outputs import copy_outputs
 from graphquant.accuracy.pair import Pair
-from graphquant.accuracy.report import AccuracyReport, OutputAccuracy, SiteAccuracy
+from graphquant.accuracy.report import AccuracyReport, OutputAccuracy, Padding, SiteAccuracy
 from graphquant.errors import GraphquantError
+from graphquant.ir.tokens import Masks, counted
 from graphquant.metrics import Error, RowCosines
 from graphquant.report import Outcome, Report
 
@@ -20,16 +21,31 @@ Key = tuple[
 ]  # a linear's path, and the number of its earlier runs in this call of the model
 
 
+class Value(NamedTuple):
+    """The float result of a linear.
+
+    y      the rows that count
+    rows   [...] bool, which those are; None for all
+    shape  of the whole result
+    """
+
+    y: Tensor
+    rows: Tensor | None
+    shape: torch.Size
+
+
 class FloatRun:
     """One call of the model in float, which also runs each int8 linear on the float inputs.
 
+    masks   of this call
     values  the float result of each linear
     local   the error of its int8 result on the float input
     """
 
-    def __init__(self) -> None:
+    def __init__(self, masks: Masks) -> None:
         self.linears: dict[Key, Outcome] = {}  # in execution order
-        self.values: dict[Key, Tensor] = {}
+        self.values: dict[Key, Value] = {}
+        self._masks = masks
         self.local: dict[Key, Error] = {}
         self._keys = _Keys()
 
@@ -39,11 +55,13 @@ class FloatRun:
         keys = [self._keys.of(linear) for linear in linears]
         self.linears |= dict(zip(keys, linears, strict=True))
 
-        def found(i: int, y: Tensor, y8: Tensor) -> None:
-            self.local[keys[i]] = Error.of(y8, y)
-            self.values[keys[i]] = y.clone()  # the model may write to it later
+        def found(i: int, y: Tensor, y8: Tensor, rows: Tensor | None) -> None:
+            counts = counted(y, rows)
+            self.local[keys[i]] = Error.of(counted(y8, rows), counts)
+            kept = counts.clone() if rows is None else counts  # the model may write to y later
+            self.values[keys[i]] = Value(kept, rows, y.shape)
 
-        return pair.run_float(args, found)
+        return pair.run_float(args, found, self._masks)
 
 
 class Int8Run:
@@ -53,7 +71,7 @@ class Int8Run:
     accumulated  the error of each int8 linear on the int8 model's input
     """
 
-    def __init__(self, values: dict[Key, Tensor]) -> None:
+    def __init__(self, values: dict[Key, Value]) -> None:
         self.accumulated: dict[Key, Error] = {}
         self._values = values
         self._mismatched: list[str] = []  # linears without a float result of their shape
@@ -64,11 +82,11 @@ class Int8Run:
         keys = [self._keys.of(linear) for linear in pair.linears(args)]
 
         def found(i: int, y8: Tensor) -> None:
-            y = self._values.pop(keys[i], None)
-            if y is None or y.shape != y8.shape:
+            value = self._values.pop(keys[i], None)
+            if value is None or value.shape != y8.shape:
                 self._mismatched.append(keys[i][0])
             else:
-                self.accumulated[keys[i]] = Error.of(y8, y)
+                self.accumulated[keys[i]] = Error.of(counted(y8, value.rows), value.y)
 
         return pair.run_int8(args, found)
 
@@ -111,26 +129,26 @@ class Comparison:
             for key, error in found.items():
                 total[key] = total.get(key, Error()) + error
 
-    def outputs(self, got: Any, want: Mapping[str, Tensor]) -> None:
-        """Add the errors of the int8 result `got` against `copy_outputs` of the float one."""
+    def outputs(self, got: Mapping[str, Tensor], want: Mapping[str, Tensor], masks: Masks) -> None:
+        """Add the errors of the int8 outputs of one batch against the float ones."""
         self._batches += 1
-        ours = copy_outputs(got)
-        if ours.keys() != want.keys():
+        if got.keys() != want.keys():
             raise _diverged("its outputs")
         for name, y in want.items():
-            y8 = ours[name]
-            if y8.shape != y.shape:
+            if got[name].shape != y.shape:
                 raise _diverged(f"its output {name}")
+            rows = masks.rows(y)
+            y8, y = counted(got[name], rows), counted(y, rows)
             error, cosines = self._outputs.get(name, (Error(), RowCosines()))
             self._outputs[name] = error + Error.of(y8, y), cosines + RowCosines.of(y8, y)
 
-    def result(self, report: Report) -> AccuracyReport:
+    def result(self, report: Report, padding: tuple[Padding, ...] = ()) -> AccuracyReport:
         sites = tuple(
             SiteAccuracy(linear, key[1], self._local[key], self._accumulated[key])
             for key, linear in self._linears.items()
         )
         outputs = tuple(OutputAccuracy(name, *sums) for name, sums in self._outputs.items())
-        return AccuracyReport(sites, outputs, report, self._batches)
+        return AccuracyReport(sites, outputs, report, self._batches, padding)
 
 
 def _diverged(where: str) -> GraphquantError:

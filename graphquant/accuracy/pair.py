@@ -32,6 +32,7 @@ from graphquant.ir.constants import Constants
 from graphquant.ir.evaluate import evaluate
 from graphquant.ir.graph import LITERAL, arguments, calls, with_arguments
 from graphquant.ir.interpret import Caller, ObservingInterpreter, Paths
+from graphquant.ir.tokens import Masks, TokenRows
 from graphquant.ops import int8_linear
 from graphquant.passes.attention_dtype import with_bfloat16_attention
 from graphquant.passes.normalize import normalize
@@ -183,9 +184,15 @@ class Pair:
     def _named(self, part: _Part, args: Sequence[Any]) -> Outcome:
         return replace(part.outcome, path=self._paths.of(part.caller, args)[0])
 
-    def run_float(self, args: Sequence[Any], found: Callable[[int, Tensor, Tensor], None]) -> Any:
-        """Run the float graph. Calls found(i, y, local y8) for the i-th of `linears`."""
-        return self._run(args, self._products, found)
+    def run_float(
+        self,
+        args: Sequence[Any],
+        found: Callable[[int, Tensor, Tensor, Tensor | None], None],
+        masks: Masks,
+    ) -> Any:
+        """Run the float graph. Calls found(i, y, local y8, rows) for the i-th of `linears`, with
+        rows [...] bool, True for those of y that are tokens by these masks; None if all count."""
+        return self._run(args, self._products, found, masks)
 
     def run_mixed(self, args: Sequence[Any], int8: Callable[[Outcome], bool]) -> Any:
         """Run the float graph with the linears in int8 for which int8(outcome) is true. Stacked
@@ -193,32 +200,44 @@ class Pair:
         chosen = {i for i, part in enumerate(self._parts) if int8(part.outcome)}
         parts = {self._parts[i].node for i in chosen}
         products = [p for p in self._products if any(part.node in parts for part in p.parts)]
-        return self._run(args, products, lambda i, y, y8: y8.clone() if i in chosen else None)
+
+        def instead(i: int, y: Tensor, y8: Tensor, rows: Tensor | None) -> Tensor | None:
+            return y8.clone() if i in chosen else None
+
+        return self._run(args, products, instead, Masks())
 
     def _run(
         self,
         args: Sequence[Any],
         products: Sequence[_Product],
-        found: Callable[[int, Tensor, Tensor], Tensor | None],
+        found: Callable[[int, Tensor, Tensor, Tensor | None], Tensor | None],
+        masks: Masks,
     ) -> Any:
-        """Run the float graph. What found(i, y, y8) returns, if not None, replaces y."""
+        """Run the float graph. What found(i, y, y8, rows) returns, if not None, replaces y."""
         to_come = list(products)
         layer = tuple(id(args[self._inputs[root]]) for root in self._constants.roots)
         known: dict[Node, Any] = {}  # leaves, until their last product
-        made: dict[Node, list[tuple[_Part, Tensor]]] = {}  # y8, until y is computed
+        # y8 and the rows of tokens, until y is computed
+        made: dict[Node, list[tuple[_Part, Tensor, Tensor | None]]] = {}
+        tokens = TokenRows(masks)
 
         def after(node: Node, value: Any, env: Mapping[Node, Any]) -> Tensor | None:
+            tokens.after(node, value, env)
             for product in [p for p in to_come if p.first is node]:
                 y8 = self._local(product, known, layer)
+                x = arguments(node).input
+                rows = tokens.of(x, env[x])
+                if rows is not None and rows.shape != y8.shape[:-1]:
+                    rows = None
                 for part in product.parts:
-                    made.setdefault(part.value, []).append((part, y8[..., part.columns]))
+                    made.setdefault(part.value, []).append((part, y8[..., part.columns], rows))
                 to_come.remove(product)
                 for leaf in product.leaves:
                     if not any(leaf in p.leaves for p in to_come):
                         del known[leaf]
             instead = None
-            for part, y8 in made.pop(node, ()):
-                instead = found(self._parts.index(part), value, y8)
+            for part, y8, rows in made.pop(node, ()):
+                instead = found(self._parts.index(part), value, y8, rows)
             if any(node in p.leaves for p in to_come):
                 known[node] = value if instead is None else instead
             return instead

@@ -67,6 +67,23 @@ class OutputAccuracy:
 
 
 @dataclass(frozen=True)
+class Padding:
+    """The rows that do not count, because a mask says that they are padding.
+
+    mask     the name of the input, or "mask" for the argument
+    ignored  rows that are padding, in all batches
+    rows     rows that the mask describes: B * S of each batch
+    """
+
+    mask: str
+    ignored: int
+    rows: int
+
+    def __str__(self) -> str:
+        return f"{self.ignored} of {self.rows} rows are padding by {self.mask} and do not count"
+
+
+@dataclass(frozen=True)
 class AccuracyReport:
     """The int8 errors of a model, by linear and by output.
 
@@ -74,12 +91,14 @@ class AccuracyReport:
     outputs  every floating-point tensor in the model's result
     report   of the rewrite, at the first batch
     batches  the number of batches compared
+    padding  the rows that do not count, by mask
     """
 
     sites: tuple[SiteAccuracy, ...]
     outputs: tuple[OutputAccuracy, ...]
     report: Report
     batches: int
+    padding: tuple[Padding, ...] = ()
 
     @property
     def ranked(self) -> tuple[SiteAccuracy, ...]:
@@ -122,8 +141,9 @@ class AccuracyReport:
             rows = (f"{c:.5f}" for c in (o.cosines.mean, o.cosines.worst))
             outputs.add_row(escape(o.name), *_cells(o.error), *rows)
         left = (f"in float: {o.path or o.node}: {o.refused or 'stacked only'}" for o in self.left)
+        padding = (str(p) for p in self.padding if p.ignored)
         notes = (f"note: {n}" for n in self.report.notes)
-        return Group(sites, outputs, *map(escape, (self.summary(), *left, *notes)))
+        return Group(sites, outputs, *map(escape, (self.summary(), *padding, *left, *notes)))
 
     def __rich__(self) -> RenderableType:
         return self.table()
@@ -143,6 +163,7 @@ class AccuracyReport:
         return json.dumps(
             {
                 "batches": self.batches,
+                "padding": [asdict(p) for p in self.padding],
                 "sites": [
                     {
                         **{k: v for k, v in asdict(s.outcome).items() if k in _OUTCOME_KEYS},

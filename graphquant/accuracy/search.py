@@ -22,7 +22,7 @@ from tqdm import tqdm
 from graphquant.accuracy.budget import Metric
 from graphquant.accuracy.calls import Call, copies, preserve_rng
 from graphquant.accuracy.compare import Comparison
-from graphquant.accuracy.outputs import copy_outputs
+from graphquant.accuracy.counted import Counted
 from graphquant.accuracy.pair import Pair
 from graphquant.capture.tracing import Trace, root_of
 from graphquant.config import Config
@@ -92,8 +92,16 @@ class Trials:
     which is close to the final result.
     """
 
-    def __init__(self, model: Callable[..., Any], calls: Sequence[Call], config: Config) -> None:
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        calls: Sequence[Call],
+        config: Config,
+        counted: Counted | None = None,
+    ) -> None:
         self._model, self._calls, self._config = model, calls, config
+        self._counted = counted or Counted(model)
+        self._masks = [self._counted.masks(*call) for call in calls]
         self._paths = Paths(root_of(model))
         self._sites: dict[
             str, list[tuple[Outcome, float]]
@@ -114,19 +122,19 @@ class Trials:
             self._sites.setdefault(path, outcomes)
         return pair.report, lambda *args: pair.run_mixed(args, lambda o: o.path in self._int8)
 
-    def _run(self, int8: Collection[str]) -> Iterator[Any]:
-        """The result of each call."""
+    def _run(self, int8: Collection[str]) -> Iterator[dict[str, Tensor]]:
+        """What counts in the result of each call."""
         self._int8 = int8
-        for args, kwargs in self._calls:
+        for (args, kwargs), masks in zip(self._calls, self._masks, strict=True):
             with torch.no_grad(), preserve_rng():
                 result = self.trace(self._model, *copies(args, kwargs))
-            yield result
+            yield self._counted.outputs(result, masks)
 
     def costs(self) -> dict[str, float]:
         """Path -> cost of leaving its linears in float: measured microseconds if all of the model's
         int8 linears were measured, else FLOPs."""
         if not self._wanted:
-            self._wanted = [copy_outputs(result) for result in self._run(())]
+            self._wanted = list(self._run(()))
         every = [outcome for site in self._sites.values() for outcome, _ in site]
         timed = all(outcome.float_us > 0 for outcome in every)
 
@@ -141,8 +149,9 @@ class Trials:
     def quality(self, metric: Metric, in_float: frozenset[str]) -> float:
         """The metric of the outputs with these linears in float and all others in int8."""
         comparison = Comparison()
-        for got, want in zip(self._run(self._sites.keys() - in_float), self._wanted, strict=True):
-            comparison.outputs(got, want)
+        runs = self._run(self._sites.keys() - in_float)
+        for got, want, masks in zip(runs, self._wanted, self._masks, strict=True):
+            comparison.outputs(got, want, masks)
         return metric(comparison.result(Report(())).outputs)
 
     def search(self, metric: Metric, goal: float, *, progress: bool) -> Found:

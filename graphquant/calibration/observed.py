@@ -13,19 +13,21 @@ from graphquant.ir.captured import Captured
 from graphquant.ir.constants import Constants
 from graphquant.ir.graph import LINEAR, arguments, calls, dtype, full_args
 from graphquant.ir.interpret import Caller, ObservingInterpreter, Paths
+from graphquant.ir.tokens import Masks, TokenRows
 from graphquant.passes.eligibility import path_of
 from graphquant.passes.normalize import normalize
 
-OnInput = Callable[[Sequence[str], Tensor], None]
+OnInput = Callable[[Sequence[str], Tensor, Tensor | None], None]
 
 
 class Observed:
     """The normalized float graph, before any rule.
 
-    on_input(paths, x) is called once for every value x [..., K] that linears read, with the module
-    paths of all these linears. Only linears with a floating-point input and a weight that is
-    computed from parameters count. If x is written in place, its readers may see different values:
-    then it is called for each of them.
+    on_input(paths, x, rows) is called once for every value x [..., K] that linears read, with the
+    module paths of all these linears, and with rows [...] bool, True for the tokens of x by the
+    masks of the call; None if all count. Only linears with a floating-point input and a weight that
+    is computed from parameters count. If x is written in place, its readers may see different
+    values: then it is called for each of them.
     """
 
     def __init__(self, captured: Captured, paths: Paths, on_input: OnInput) -> None:
@@ -48,12 +50,15 @@ class Observed:
                 at = node if x in written else first.setdefault(x, node)
                 self._readers.setdefault(at, []).append(reader)
 
-    def run(self, *args: Any) -> Any:
+    def run(self, args: Sequence[Any], masks: Masks) -> Any:
         """Run the float graph; returns its results."""
+        tokens = TokenRows(masks)
 
         def after(node: Node, value: Any, env: Mapping[Node, Any]) -> None:
+            tokens.after(node, value, env)
             if readers := self._readers.get(node):
                 paths = [p for reader in readers for p in self._paths.of(reader, args)]
-                self._on_input(paths, env[arguments(node).input])
+                x = arguments(node).input
+                self._on_input(paths, env[x], tokens.of(x, env[x]))
 
         return ObservingInterpreter(self._gm, after).run(*args)

@@ -40,11 +40,11 @@ from graphquant.exporters.program import unpack_weights
 from graphquant.metrics import Error
 from graphquant.ops import OPS, cpu, pack_weight, token_index
 from graphquant.ops.attention.hopper_tiles import TILES
+from graphquant.ops.cpu import ISA_VARIABLE
 from graphquant.ops.define import Kernel, Op, load_cpu_kernels
 from graphquant.ops.define import missing as missing_kernels
 from graphquant.ops.runtime import build, cache, nvrtc
 from graphquant.ops.runtime.device import processor
-from graphquant.ops.runtime.timing import ISA_VARIABLE
 from graphquant.passes.notes import without_kernels
 from graphquant.passes.policy.speed import slow_on_cpu
 

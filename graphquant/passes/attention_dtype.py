@@ -29,7 +29,7 @@ from graphquant.ir.contexts import regions
 from graphquant.ir.graph import SDPA, arguments, aten, calls, fake_result, with_arguments
 from graphquant.ir.rows import ROW_VIEWS
 from graphquant.ops import int8_linear, norm_quantize, quantize
-from graphquant.ops.runtime.timing import times
+from graphquant.ops.timing import times
 from graphquant.passes.attention_kernels import pinned_by_model
 from graphquant.passes.policy.speed import cut_out
 from graphquant.passes.record import MAX_TIME_RATIO

@@ -1,7 +1,7 @@
 """Autotunes attention, which stays in float: on CUDA, calls the fastest kernel for its shapes.
 
 The candidates are torch's kernels (cuDNN, flash, efficient) and graphquant's. Each combination of
-shapes is measured once per GPU (ops/runtime/timing.py).
+shapes is measured once per GPU (ops/timing.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from graphquant.ir.graph import SDPA, aten, calls, full_args
 from graphquant.ops import attention
 from graphquant.ops.attention.hopper_tiles import ONLY, TILES
 from graphquant.ops.runtime.device import gpu_properties
-from graphquant.ops.runtime.timing import times
+from graphquant.ops.timing import times
 from graphquant.passes.layout import inherit_layout
 from graphquant.passes.policy.speed import random_like
 

@@ -17,9 +17,9 @@ import torch
 from graphquant import cli
 from graphquant.cli import doctor
 from graphquant.ops import OPS, cpu, load_kernels
+from graphquant.ops.cpu import ISA_VARIABLE
 from graphquant.ops.define import Kernel
 from graphquant.ops.int8_linear import onednn
-from graphquant.ops.runtime.timing import ISA_VARIABLE
 from tests.processes import ROOT
 
 

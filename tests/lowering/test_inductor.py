@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from graphquant import ops
 from graphquant.lowering import inductor
-from graphquant.ops import define
+from graphquant.ops import cpu, define
 from graphquant.ops.define import Op
 from graphquant.ops.numerics import padded, row_stride
 from tests.ops.qparams import RECIPES
+from tests.processes import in_a_new_process
 from tests.small import NEAR, error, seeded
 
 K, N = 40, 24
@@ -286,6 +287,25 @@ def test_rows_are_read_in_place_and_all_else_is_made_contiguous(sites: Sites, na
     assert given.is_contiguous() or (in_place and given.stride() == x.stride())
     assert torch.equal(given, x)
     assert all(map(torch.equal, got, ops.quantize(x)))
+
+
+def test_the_first_op_that_a_process_lowers_reads_part_of_a_row_in_place() -> None:
+    """What a CPU kernel reads in place is known before one is called."""
+    if (why := cpu.missing()) is not None:
+        pytest.skip(f"NOT RUN: {why}")
+    done = in_a_new_process(
+        """
+import torch, graphquant
+from torch._inductor.utils import run_and_get_code
+torch._inductor.config.force_disable_caches = True  # code of an earlier process proves nothing
+fn = torch.compile(lambda x: graphquant.ops.quantize(x[..., 40:80]))
+print("\\n".join(run_and_get_code(fn, torch.randn(3, 5, 120))[1]))
+"""
+    )
+    assert done.returncode == 0, done.stderr
+    assert "graphquant_quantize(" in done.stdout  # called as a kernel
+    assert "reinterpret_tensor(arg0_1, (3, 5, 40), (600, 120, 1), 40)" in done.stdout
+    assert "cpp_fused" not in done.stdout and "copy" not in done.stdout
 
 
 def test_attention_reads_heads_in_place_and_writes_them_side_by_side(sites: Sites) -> None:

@@ -187,7 +187,7 @@ def test_one_process_at_a_time_measures(tmp_path: Path, monkeypatch: pytest.Monk
 
     from torch._inductor.runtime.benchmarking import benchmarker
 
-    from graphquant.ops.runtime import timing
+    from graphquant.ops import timing
 
     lock, seen = tmp_path / "lock", []
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from graphquant.ops.runtime import timing
+from graphquant.ops import timing
 from tools.bench.encoders import Limit, Row, compiling
 from tools.bench.models import MODELS, build, inputs
 from tools.bench.packages import PACKAGES

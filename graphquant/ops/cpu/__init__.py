@@ -23,11 +23,11 @@ from graphquant.errors import KernelBuildError, OptionError, UnsupportedInputErr
 from graphquant.ops.numerics import row_stride
 from graphquant.ops.qparams import QParams
 from graphquant.ops.runtime.build import extension
-from graphquant.ops.runtime.timing import ISA_VARIABLE
 
 log = logging.getLogger(__name__)
 
 OPS = Path(__file__).parents[1]
+ISA_VARIABLE = "GRAPHQUANT_CPU_ISA"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `Type` in rows.h
 NO_DOT = "this processor has no int8 dot product"
 
@@ -120,6 +120,12 @@ def missing() -> str | None:
 def without_dot() -> str | None:
     """Why int8 is not fast on this processor, or None."""
     return NO_DOT if missing() is None and not library().isa.has_dot else missing()
+
+
+def in_use() -> str:
+    """What computes int8 on the CPU, in words: the kernels for an instruction set, which are built
+    if need be, or torch."""
+    return "oneDNN" if missing() is not None else f"kernels for {library().isa.name}"
 
 
 def refuses(*args: Any) -> str | None:

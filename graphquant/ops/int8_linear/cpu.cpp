@@ -3,7 +3,7 @@
 // A block is 32 rows times one panel of 32 channels, over all of K. Its int32 sums stay in the L1 cache, and while the
 // next block is multiplied its epilogue is computed, a few rows after each step of K, so that AMX and the vector units
 // work at once. Panels are taken in groups that stay in the L2 cache while all rows go by; the next group is
-// prefetched meanwhile.
+// prefetched meanwhile, the first one, or the only one of a single block of rows, shortly before it is read.
 #include "dot.h"
 
 #include <type_traits>
@@ -13,7 +13,10 @@
 namespace graphquant {
 namespace {
 
-constexpr int64_t GROUP = (UNSIGNED ? 1536 : 576) << 10;  // bytes of panels in the L2 cache
+constexpr int64_t AHEAD = 32 << 10;  // bytes that the first group is prefetched ahead
+
+// Bytes of panels in the L2 cache. Many rows do not stay there themselves: they are read once for each group.
+constexpr int64_t group_bytes(int64_t blocks) { return (UNSIGNED ? 1536 : blocks < 16 ? 576 : 1024) << 10; }
 
 struct Operands {
   int64_t M, N, K;
@@ -86,9 +89,10 @@ class Reader {
 template <class Done>
 void multiply(const Operands& o, int64_t m0, int64_t m1, int64_t p0, int64_t p1, Done done) {
   int64_t bytes = panel_bytes(o.K), steps = over(o.K, STEP), blocks = over(m1 - m0, ROWS);
-  int64_t most = std::clamp<int64_t>(GROUP / bytes, 1, UNSIGNED ? p1 - p0 : 2 * blocks);
-  int64_t group = over(p1 - p0, over(p1 - p0, most));
+  int64_t most = std::clamp<int64_t>(group_bytes(blocks) / bytes, 1, UNSIGNED ? p1 - p0 : 2 * blocks);
+  int64_t group = blocks == 1 ? p1 - p0 : over(p1 - p0, over(p1 - p0, most));
   int64_t fetched = up(over(bytes, blocks * steps), 64);  // bytes to prefetch in each step
+  int64_t streamed = up(over(bytes, steps), 64);          // the same in the first group
   int64_t finished = over(ROWS, steps);                   // rows whose epilogue is computed in each step
   alignas(64) int32_t sums[2][ROWS * PANEL];
   Block waiting;
@@ -101,11 +105,13 @@ void multiply(const Operands& o, int64_t m0, int64_t m1, int64_t p0, int64_t p1,
   Reader reader(o);
   Dot dot;
   int count = 0;
+  const int8_t* next = o.panels + p0 * bytes + AHEAD;  // to prefetch
   for (int64_t g = p0; g < p1; g += group) {
     int64_t end = std::min(p1, g + group);
-    const int8_t *next = o.panels + end * bytes, *last = o.panels + std::min(p1, end + group) * bytes;
+    const int8_t *first = o.panels + end * bytes, *last = o.panels + std::min(p1, end + group) * bytes;
     auto between = [&] {
-      for (int64_t i = 0; i < fetched && next < last; i += 64, next += 64)
+      int64_t now = next < first ? streamed : fetched;
+      for (int64_t i = 0; i < now && next < last; i += 64, next += 64)
         _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
       finish(finished);
     };

@@ -16,7 +16,7 @@ from torch import Tensor
 from graphquant.ops.define import load_kernels
 from graphquant.ops.int8_linear.op import int8_linear
 from graphquant.ops.numerics import quantize_rows, quantize_symmetric
-from graphquant.ops.runtime.timing import recall, times
+from graphquant.ops.timing import recall, times
 
 
 class Operands(NamedTuple):

@@ -1,7 +1,7 @@
 """Speed gate: an int8 rewrite is kept only if it was measured to be faster.
 
 The replaced and the new subgraph are extracted, run alternately on random values of the sizes seen
-at compile time, and timed (ops/runtime/timing.py). Results are cached by subgraph and sizes, also
+at compile time, and timed (ops/timing.py). Results are cached by subgraph and sizes, also
 across processes. Host time is not measured on CUDA. On a CPU our kernels are called as Inductor's
 code calls them, and torch's ops as in eager mode.
 """
@@ -25,7 +25,7 @@ from graphquant.ops import OPS, cpu, int8_linear, pack_weight
 from graphquant.ops.define import recorded
 from graphquant.ops.int8_linear import onednn
 from graphquant.ops.numerics import padded, row_stride
-from graphquant.ops.runtime.timing import times
+from graphquant.ops.timing import times
 from graphquant.passes.pack_weights import is_packed_for
 from graphquant.passes.policy.gate import Candidate, Verdict
 from graphquant.passes.record import Times
@@ -87,15 +87,10 @@ def measure(
         return None  # sizes that depend on data
     with unset_fake_temporarily(), torch.inference_mode():
         both = {"float": before.bind(), "int8": after.bind()}
-        found = times(f"{before.text}\n->\n{after.text}{_kernels(device)}", device, both)
+        found = times(f"{before.text}\n->\n{after.text}", device, both)
     if found is None or len(found) != len(both):
         return None
     return Times(found["float"], found["int8"])
-
-
-def _kernels(device: torch.device) -> str:
-    """What computes int8, in a cache key: a compiler may be installed, or removed."""
-    return "\nwithout CPU kernels" if device.type == "cpu" and cpu.missing() is not None else ""
 
 
 class Region(NamedTuple):

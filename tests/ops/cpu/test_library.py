@@ -13,8 +13,8 @@ import torch
 
 from graphquant.errors import KernelBuildError, OptionError, UnsupportedInputError
 from graphquant.ops import cpu
+from graphquant.ops.cpu import ISA_VARIABLE
 from graphquant.ops.numerics import ACTIVATIONS
-from graphquant.ops.runtime.timing import ISA_VARIABLE
 
 Patch = pytest.MonkeyPatch
 NAMES = [isa.name for isa in cpu.INSTRUCTION_SETS]

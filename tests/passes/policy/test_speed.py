@@ -17,6 +17,7 @@ from graphquant.ir.captured import Captured
 from graphquant.ops import cpu
 from graphquant.ops.int8_linear import onednn
 from graphquant.ops.numerics import padded, with_pads
+from graphquant.ops.timing import _key
 from graphquant.passes.pipeline import rewrite
 from graphquant.passes.policy import speed
 from graphquant.passes.policy.speed import Region, random_like
@@ -347,7 +348,7 @@ def test_without_a_compiler_what_onednn_computes_is_measured(
     calls: list[int] = []
 
     def times(question: str, device: torch.device, both: Any) -> dict[str, float]:
-        asked.append(question)
+        asked.append(_key(question, device))
         product = onednn._product
         with monkeypatch.context() as patch:
             patch.setattr(onednn, "_product", lambda *a: calls.append(1) or product(*a))

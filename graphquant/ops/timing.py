@@ -1,8 +1,8 @@
 """Times of candidate implementations on this machine: measured once, then read from disk.
 
-Answers are cached (cache.py) in one file per question and combination of GPU or processor and its
-threads, torch, Triton and the sources of graphquant's kernels: times of an older kernel are never
-used.
+Answers are cached (runtime/cache.py) in one file per question and combination of GPU, or processor,
+its threads and what computes int8 on it, torch, Triton and the sources of graphquant's kernels:
+times of an older kernel are never used.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import importlib.metadata
 import json
 import logging
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from graphquant.ops import cpu
 from graphquant.ops.runtime import cache
 from graphquant.ops.runtime.device import processor
 from graphquant.ops.runtime.launch import unwatched
@@ -29,8 +29,7 @@ from graphquant.utils.serialization import as_float
 log = logging.getLogger(__name__)
 
 FILE = "times.json"
-ISA_VARIABLE = "GRAPHQUANT_CPU_ISA"
-KERNELS = Path(__file__).parents[1]  # with the code that tiles, compiles and launches them
+KERNELS = Path(__file__).parent  # with the code that tiles, compiles and launches them
 
 ROUNDS = 7  # the result is their median on a GPU, their minimum on a CPU, which others use too
 ROUND_US = 300.0  # at least, of one candidate's calls in one round
@@ -101,9 +100,8 @@ def machine(device: torch.device) -> str:
 def _on(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    isa = os.environ.get(ISA_VARIABLE) or "best instruction set"
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{processor()}, {torch.get_num_threads()} threads, {isa}, {capability}"
+    return f"{processor()}, {torch.get_num_threads()} threads, {cpu.in_use()}, {capability}"
 
 
 @functools.cache

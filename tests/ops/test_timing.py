@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from graphquant.ops.runtime import launch, timing
-from graphquant.ops.runtime.timing import recall, times
+from graphquant.ops import cpu, timing
+from graphquant.ops.runtime import launch
+from graphquant.ops.timing import recall, times
 
 GPU = torch.device("cuda", 0)
 QUESTION = "linear 128x64x32"
@@ -128,6 +129,33 @@ def test_the_machine_is_gpu_versions_and_kernels(
     assert of(torch.device("cuda", 1)).startswith("GPU 1, ")
     del versions["triton"]
     assert of(GPU) == "GPU 0, torch 2.1, triton unknown, kernels ab12"
+
+
+def test_a_processor_is_known_by_what_computes_int8_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the variable that asks for an instruction set: without a compiler it changes nothing,
+    and the best one may not be the one that is used."""
+    here = torch.device("cpu")
+    monkeypatch.setattr(cpu, "missing", lambda: None)
+    found = {}
+    for isa in cpu.INSTRUCTION_SETS[:2]:
+        library = cpu.Library(isa, timing)
+        monkeypatch.setattr(cpu, "library", lambda library=library: library)
+        found[isa.name] = timing.machine(here)
+        assert f"kernels for {isa.name}, " in found[isa.name]
+    before = found[isa.name]
+    monkeypatch.setenv(cpu.ISA_VARIABLE, "amx")
+    assert timing.machine(here) == before
+    monkeypatch.setattr(cpu, "missing", lambda: "no compiler")
+    found["none"] = timing.machine(here)
+    assert ", oneDNN, " in found["none"] and len(set(found.values())) == 3
+
+
+def test_a_question_to_a_gpu_builds_no_cpu_kernels(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+    monkeypatch.setattr(cpu, "missing", lambda: pytest.fail("asked for them"))
+    assert recall(QUESTION, GPU) is None
 
 
 @pytest.mark.parametrize(
