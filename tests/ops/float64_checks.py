@@ -320,6 +320,7 @@ def _token_index(M: int, N: int, K: int, device: str, small: bool) -> Cases:
             index, slot, position, cu_seqlens, tiles, count = (t.cpu() for t in got)
             want = valid.cpu().flatten().nonzero().squeeze(1)
             lengths = valid.cpu().sum(1)
+            index, position = index[: len(want)], position[: len(want)]  # then rows of pads
             found = {
                 "index": torch.equal(index, want),
                 "slot": torch.equal(slot[want], torch.arange(len(want))),

@@ -67,8 +67,7 @@ def cases(sm: int) -> Iterator[Case]:
     for D, types in ((64, {}), (64, seen), (80, {}), (128, {})):
         for dtype in ("bf16", "fp32"):
             yield _varlen_case(f"varlen {D} {dtype} {', '.join(types)}", D, dtype, types)
-    for front in (False, True):
-        yield _index_case(f"index front={front}", front)
+    yield _index_case("index")
     for unit in (1, 4, 16):
         x = {"RMS": False, "X_UNIT": unit}
         yield _row_case(f"sums 1004 unit={unit}", norm_quantize_kernel, 1004, affine, x)
@@ -110,11 +109,11 @@ def _row_case(
     return name, kernel, base | {"up_row": "i32"} | types, constants, {"num_warps": warps}
 
 
-def _index_case(name: str, front: bool) -> Case:
+def _index_case(name: str) -> Case:
     types = {"valid_ptr": "*i1"} | dict.fromkeys(("index_ptr", "slot_ptr"), "*i64")
     types |= {f"{t}_ptr": "*i32" for t in ("position", "cu_seqlens", "tiles", "count")}
-    types |= dict.fromkeys(("B", "S", "row", "n_tiles"), "i32")
-    constants = {"FRONT": front, "ROWS": 8, "BLOCK": 512}
+    types |= dict.fromkeys(("B", "S", "T", "row", "n_tiles"), "i32")
+    constants = {"ROWS": 8, "BLOCK": 512}
     return name, token_index_kernel, types, constants, {"num_warps": 8}
 
 

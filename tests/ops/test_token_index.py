@@ -12,7 +12,7 @@ from torch import Tensor
 
 from graphquant.ops import token_index
 from graphquant.ops.define import Kernel, Op
-from graphquant.ops.token_index.op import TILE
+from graphquant.ops.token_index.op import SIZES, TILE, exact_rows, rounded
 from tests.ops.bounds import implementations, kernels
 
 NAMES = ("index", "slot", "position", "cu_seqlens", "tiles", "count")
@@ -52,7 +52,9 @@ def test_every_result_is_what_it_says(
     tokens = [b * S + s for b in range(B) for s in range(S) if valid[b, s]]
     pads = [i for i in range(B * S) if i not in tokens]
     assert found["count"] == [len(tokens)]
-    assert found["index"] == (tokens + pads if front else tokens or [0])
+    where = "cpu" if kernel.name == "reference" else device  # it does not round
+    T = B * S if front else rounded(len(tokens), B * S, torch.device(where))
+    assert found["index"] == (tokens + pads)[:T] and max(len(tokens), 1) <= T
     assert found["position"] == [i % S for i in found["index"]]
     assert [found["slot"][i] for i in tokens] == list(range(len(tokens)))
     assert all(0 <= found["slot"][i] < len(found["index"]) for i in pads)
@@ -72,7 +74,22 @@ def test_masks_of_any_size_and_stride_give_what_the_reference_gives(
     for B, S in ((1, 5000), (40, 30), (200, 2), (3, 200)):
         valid = mask(B, S + 3, 0.5, 0).to(device)[:, 2:-1]
         for got, want in zip(kernel.fn(valid, front), op.reference(valid, front), strict=True):
-            assert torch.equal(got, want)
+            assert torch.equal(got[: len(want)], want)
+
+
+def test_there_are_few_sizes_on_a_gpu() -> None:
+    cuda = torch.device("cuda")
+    for positions in (1, 63, 64, 1000, 8192, 100_000):
+        sizes = {n: rounded(n, positions, cuda) for n in range(0, positions + 1, 7)}
+        assert len(set(sizes.values())) <= SIZES + 1
+        assert all(max(n, 1) <= T <= positions for n, T in sizes.items())
+
+
+def test_rows_can_be_exact_on_a_gpu_too(device: str) -> None:
+    valid = mask(7, 100, 0.3, 0).to(device)
+    with exact_rows():
+        assert len(token_index(valid)[0]) == int(valid.sum())
+    assert rounded(5, 640, torch.device("cuda")) == 64
 
 
 @given(valid=masks, front=st.booleans())

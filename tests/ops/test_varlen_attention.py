@@ -96,9 +96,9 @@ def taken_by(kernel: Kernel, batch: Batch) -> Batch:
 
 
 def packing(valid: Tensor, front: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """cu_seqlens, position, tiles"""
-    _, _, position, cu_seqlens, tiles, _ = token_index(valid, front)
-    return cu_seqlens, position, tiles
+    """cu_seqlens, position, tiles; not front: without rows of pads, which a GPU has"""
+    _, _, position, cu_seqlens, tiles, count = token_index(valid, front)
+    return cu_seqlens, position if front else position[: int(count)].clone(), tiles
 
 
 def sequences(cu_seqlens: Tensor) -> Iterator[slice]:

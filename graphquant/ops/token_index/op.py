@@ -4,12 +4,12 @@ packed = x.flatten(0, 1)[index]        [B, S, ...] -> [T, ...], sequence after s
 padded = packed[slot].unflatten(0, (B, S))             and back; pads hold any row
 
 valid          [B, S]  bool, B S >= 1
-front          False: T is the number of valid tokens, which a GPU must tell the host. True: T
-               is B S, valid tokens stand in front, and only the device knows how many there
-               are; nothing waits for it, so CUDA graphs can record the op.
--> index       [T]     int64, b S + s of each valid token, in row-major order; with `front`,
-               those of the pads follow. [0] where nothing is valid, a row of no sequence, so
-               that T >= 1.
+front          False: T is the number of valid tokens, which a GPU must tell the host; on CUDA
+               it is rounded up, so that there are few sizes (`rounded`). True: T is B S, valid
+               tokens stand in front, and only the device knows how many there are; nothing
+               waits for it, so CUDA graphs can record the op.
+-> index       [T]     int64, b S + s of each valid token, in row-major order; then those of the
+               first pads, up to T. T >= 1: where nothing is valid, there is a row of a pad.
 -> slot        [B S]   int64, the packed row of each token; at pads, any row
 -> position    [T]     int32, index % S
 -> cu_seqlens  [B + 1] int32, the first packed row of each sequence, and the number of tokens
@@ -20,6 +20,10 @@ front          False: T is the number of valid tokens, which a GPU must tell the
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,7 +32,9 @@ from graphquant.errors import UnsupportedInputError
 from graphquant.ops import checks
 from graphquant.ops.define import define
 
+_exact = threading.local()
 TILE = 64  # rows of queries that are computed together
+SIZES = 128  # different numbers of rows on CUDA, for one size of the mask
 Index = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -45,7 +51,17 @@ def _fake(valid: Tensor, front: bool = False) -> Index:
 
 
 def _sized(valid: Tensor, front: bool = False) -> Index:
-    return _empty(valid, valid.numel() if front else max(int(valid.sum()), 1))
+    positions = valid.numel()
+    return _empty(valid, positions if front else rounded(int(valid.sum()), positions, valid.device))
+
+
+def rounded(tokens: int, positions: int, device: torch.device) -> int:
+    """T for this many tokens of B S positions: at least 1, on CUDA one of SIZES at most. A kernel
+    is launched for the first time for each size, which takes longer than later launches."""
+    if device.type != "cuda" or getattr(_exact, "on", False):
+        return max(tokens, 1)
+    unit = max(TILE, -(-positions // SIZES))
+    return min(max(-(-tokens // unit), 1) * unit, positions)
 
 
 def _empty(valid: Tensor, T: int | torch.SymInt) -> Index:
@@ -64,6 +80,17 @@ def _empty(valid: Tensor, T: int | torch.SymInt) -> Index:
     )
 
 
+@contextmanager
+def exact_rows() -> Iterator[None]:
+    """Context in which there is a row for each token and no other, on CUDA as well: for callers
+    that look at every row."""
+    before, _exact.on = getattr(_exact, "on", False), True
+    try:
+        yield
+    finally:
+        _exact.on = before
+
+
 @define(
     "(Tensor valid, bool front=False) -> (Tensor index, Tensor slot, Tensor position,"
     " Tensor cu_seqlens, Tensor tiles, Tensor count)",
@@ -80,20 +107,20 @@ def token_index(valid: Tensor, front: bool = False) -> Index:
     so_far = flat.cumsum(0)
     index = _valid_first(flat, so_far) if front else _valid_alone(flat)
     position = (index % S).to(torch.int32)
-    slot = (so_far - 1).clamp_(min=0)
+    slot = (so_far - 1).clamp(min=0)
     return index, slot, position, cu_seqlens, _tiles(lengths, flat.numel()), cu_seqlens[-1:].clone()
 
 
 def _valid_alone(flat: Tensor) -> Tensor:
-    index = flat.nonzero().squeeze(1)
-    return index if index.numel() else index.new_zeros(1)
+    first = flat[:1] | ~flat.any()  # a row for nothing, without a branch on data
+    return torch.cat((first, flat[1:])).nonzero().squeeze(1)
 
 
 def _valid_first(flat: Tensor, so_far: Tensor) -> Tensor:
     """The permutation of all positions that puts the valid ones first, each kind in its order."""
     at = torch.arange(flat.numel(), device=flat.device)
     row = torch.where(flat, so_far - 1, so_far[-1] + at - so_far)
-    return torch.empty_like(at).scatter_(0, row, at)
+    return torch.empty_like(at).scatter(0, row, at)
 
 
 def _tiles(lengths: Tensor, positions: int) -> Tensor:

@@ -17,11 +17,11 @@ READ = 4096  # elements of the mask that a program reads together
 _TILE = tl.constexpr(TILE)
 
 
-@triton.jit(do_not_specialize=["B", "S", "row", "n_tiles"])
+@triton.jit(do_not_specialize=["B", "S", "T", "row", "n_tiles"])
 def token_index_kernel(
     valid_ptr, index_ptr, slot_ptr, position_ptr, cu_seqlens_ptr, tiles_ptr, count_ptr,
-    B, S, row, n_tiles,
-    FRONT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    B, S, T, row, n_tiles,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(OVERLAP)
     b = tl.program_id(0)
@@ -50,9 +50,6 @@ def token_index_kernel(
     if b == 0:
         tl.store(cu_seqlens_ptr, 0)
         tl.store(count_ptr, total)
-        if (not FRONT) and total == 0:
-            tl.store(index_ptr, tl.cast(0, tl.int64))
-            tl.store(position_ptr, 0)
 
     tiles = (own + _TILE - 1) // _TILE
     for start in range(0, tiles, BLOCK):
@@ -72,7 +69,7 @@ def token_index_kernel(
         so_far += tl.sum(valid)
         to = tl.where(valid != 0, behind - 1, total + at - behind)
         tl.store(slot_ptr + at, tl.maximum(behind - 1, 0).to(tl.int64), s < S)
-        kept = (s < S) if FRONT else (valid != 0)
+        kept = (s < S) & (to < T)
         tl.store(index_ptr + to, at, kept)
         tl.store(position_ptr + to, s, kept)
 
@@ -83,7 +80,7 @@ def token_index_triton(valid: Tensor, front: bool = False, *, out: Index) -> Non
     valid, row = as_rows(valid)
     block = min(READ, triton.next_power_of_2(S)) if isinstance(S, int) else 512
     launch_triton(
-        token_index_kernel, (B,), valid, *out, B, S, row, out[4].shape[0],
-        FRONT=front, ROWS=READ // block, BLOCK=block, num_warps=8,
+        token_index_kernel, (B,), valid, *out, B, S, out[0].shape[0], row, out[4].shape[0],
+        ROWS=READ // block, BLOCK=block, num_warps=8,
         **overlap(valid.device),
     )  # fmt: skip

@@ -806,6 +806,42 @@ def test_eager_calls_of_equal_shapes_share_a_site(driver: Driver) -> None:
 
 
 @on_stub_with_graphquant
+def test_results_of_another_size_have_a_site_of_their_own(driver: Driver) -> None:
+    """Where sizes depend on values: a kernel may be launched with them."""
+    import torch
+
+    from graphquant.ops import define
+
+    launch, (x, *_) = watching()
+    driver.sizes(8, 8)
+    define.stream_of = launch.stream_of
+    torch.cuda.current_device = lambda: None
+    runs: list[int] = []
+
+    @define.define(
+        "(Tensor x) -> Tensor y",
+        fake=lambda x: x.new_empty(x.shape),
+        check=lambda x: None,
+        float_form=lambda x: x,
+        kernels=(),
+        sized=lambda x: x.new_empty(int(x[0])),
+    )
+    def demo_of_sizes(x: Any) -> Any:
+        return x
+
+    @demo_of_sizes.kernel("only")
+    def only(x: Any, out: Any) -> None:
+        (y,) = out
+        runs.append(len(y))
+        launch.launch(0xF00, 1, 32, 0, [("pointer", x), ("pointer", y)])
+
+    op: Any = demo_of_sizes
+    for first in (3, 3, 5, 3):
+        assert len(op._on_cuda(x.fill_(first))) == first
+    assert runs == [3, 5] and len(driver.launched) == 4
+
+
+@on_stub_with_graphquant
 def test_last_arguments_that_torch_leaves_out_have_their_places(driver: Driver) -> None:
     """It hands over (x,) for (x, None, None), and (x, None, 2.0) as it is."""
     import torch
