@@ -36,6 +36,7 @@ from graphquant._torch.inductor import (
 from graphquant.ir.graph import arguments, operand
 from graphquant.lowering import aoti
 from graphquant.lowering.aoti import boxes_of, expr
+from graphquant.lowering.version import version
 from graphquant.ops import attention, int8_linear, quantize
 from graphquant.ops.define import OPS, Op, load_cpu_kernels
 from graphquant.ops.numerics import OVERLAID, padded, row_stride
@@ -275,3 +276,5 @@ class _CudaCall(_Call):
 
 
 register()
+# also for programs that are compiled without our backend
+torch.compiler.config.cache_key_tag += version()

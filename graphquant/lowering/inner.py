@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +13,9 @@ from graphquant._torch.dynamo import lookup_backend
 from graphquant.config import Config
 from graphquant.ir.graph import calls, full_args
 from graphquant.lowering import torch_tensorrt
+from graphquant.lowering.version import version
 from graphquant.ops import int8_linear
 from graphquant.ops.int8_linear.tiled import Operands, Problem, tune
-from graphquant.ops.runtime.cache import source_digest
 from graphquant.passes.policy.speed import cut_out
 
 
@@ -37,7 +36,7 @@ def compile_graph(
     if mode.startswith("max-autotune"):
         _tune(gm)
     options = {**mode_options(mode), **config.inductor}
-    tag = torch.compiler.config.cache_key_tag + _version()
+    tag = torch.compiler.config.cache_key_tag + version()
     with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
         return compile_by_inductor(gm, example_inputs, options)
 
@@ -59,12 +58,6 @@ def _is_our_kernel(node: Node) -> bool:
         return False
     first = node.all_input_nodes[0].meta["val"]
     return isinstance(first, torch.Tensor) and first.device.type == "cuda"
-
-
-def _version() -> str:
-    """Hash of graphquant's source, for the key of Inductor's disk cache: compiled code calls our
-    functions, so code that another version left there must not be reused."""
-    return f"graphquant {source_digest(Path(__file__).parents[1], '.py', '.cpp', '.h')}"
 
 
 def _tune(gm: GraphModule) -> None:

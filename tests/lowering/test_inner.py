@@ -28,7 +28,7 @@ def test_compiled_code_is_found_again_by_the_same_graphquant_only(
     with fresh_inductor_cache():
         assert _compiles()["fxgraph_cache_miss"] == 1
         assert _compiles()["fxgraph_cache_hit"] == 1
-        monkeypatch.setattr(inner, "_version", lambda: "another graphquant")
+        monkeypatch.setattr(inner, "version", lambda: "another graphquant")
         assert _compiles()["fxgraph_cache_miss"] == 1
         assert _compiles()["fxgraph_cache_hit"] == 1
 
