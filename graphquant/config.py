@@ -23,6 +23,7 @@ SELECTS = ("faster", "always")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 ACTIVATIONS = ("dynamic", "static")
 WEIGHT_SCALES = ("absmax", "mse")
+PADDINGS = ("keep", "remove")
 ATTENTION_DTYPES = ("auto", "float32")
 
 
@@ -81,6 +82,10 @@ class Config:
     """Scales of weights per output channel: "absmax", or "mse" (least squared rounding error)."""
     wbits: int = 8
     """Bits of a weight. Only 8 is supported."""
+    padding: str = "keep"
+    """"remove": compute the tokens that the attention mask marks as valid only, where the results
+    for them stay the same; results at padding are zero. "keep": compute padding as the model
+    does."""
     attention_dtype: str = "auto"
     """Of attention in a float32 model, between int8 linears on a CPU: "auto" is bfloat16 where the
     processor multiplies it and it was measured to be faster, "float32" never bfloat16."""
@@ -110,6 +115,7 @@ class Config:
         if not self.select:
             object.__setattr__(self, "select", os.environ.get("GRAPHQUANT_SELECT") or "faster")
         _one_of("select", self.select, SELECTS)
+        _one_of("padding", self.padding, PADDINGS)
         if not isinstance(self.quantize, bool):
             raise OptionError(f"quantize must be True or False, got {self.quantize!r}")
         if not isinstance(self.free_weights, bool) and self.free_weights != "host":

@@ -20,7 +20,9 @@ Attributes of torch's objects that are read where they are needed, all seen in 2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -105,6 +107,20 @@ def forward_ad_is_on() -> bool:
 
 # 2.11 to 2.13: a context in which forward-mode AD computes no tangents
 set_forward_grad: Callable[[bool], Any] = forward_ad._set_fwd_grad_enabled
+
+
+@contextmanager
+def allow_unbacked_sizes(mode: FakeTensorMode) -> Iterator[None]:
+    """Context for ops whose results have sizes that depend on data, which Dynamo does not allow by
+    default; from then on they may be traced again. 2.11 to 2.13."""
+    shapes = mode.shape_env
+    if shapes is None:
+        yield
+        return
+    shapes.settings = dataclasses.replace(shapes.settings, allow_dynamic_output_shape_ops=True)
+    with shapes.ignore_fresh_unbacked_symbols():
+        yield
+
 
 # Compiled modules ---------------------------------------------------------------------------------
 

@@ -34,9 +34,9 @@ from graphquant.ir.graph import LITERAL, arguments, calls, with_arguments
 from graphquant.ir.interpret import Caller, ObservingInterpreter, Paths
 from graphquant.ir.tokens import Masks, TokenRows
 from graphquant.ops import int8_linear
+from graphquant.ops.token_index.op import exact_rows
 from graphquant.passes.attention_dtype import with_bfloat16_attention
-from graphquant.passes.normalize import normalize
-from graphquant.passes.pipeline import rewrite
+from graphquant.passes.pipeline import prepare, rewrite
 from graphquant.report import Outcome
 
 
@@ -87,7 +87,9 @@ class Pair:
     """
 
     def __init__(self, captured: Captured, config: Config, paths: Paths) -> None:
-        normalize(captured)  # before the copy: `rewrite` would rename linears here
+        # before the copy, in which linears have the same names; without padding if asked to
+        # each in a row of its own, whatever the mode: what is behind the tokens is no result
+        notes = prepare(captured, replace(config, mode=None, inductor={}))
         copies: dict[Node, Node] = {}
         graph = Graph()
         graph.output(graph.graph_copy(captured.gm.graph, copies))
@@ -102,7 +104,7 @@ class Pair:
             if n in captured.parameters
         }
         self._paths = paths
-        self._rewritten = rewrite(captured, config)
+        self._rewritten = rewrite(captured, config, notes)
         self._int8 = captured.gm
         self._weights = Constants(captured.parameters)
         self._packed: dict[tuple[Node, tuple[int, ...]], dict[Node, Any]] = {}
@@ -206,6 +208,7 @@ class Pair:
 
         return self._run(args, products, instead, Masks())
 
+    @exact_rows()
     def _run(
         self,
         args: Sequence[Any],
@@ -244,6 +247,7 @@ class Pair:
 
         return ObservingInterpreter(self._float, after).run(*args)
 
+    @exact_rows()
     def run_int8(self, args: Sequence[Any], found: Callable[[int, Tensor], None]) -> Any:
         """Run the int8 graph. Calls found(i, y8) for the i-th of `linears`."""
         products = {p.node: p for p in self._products}

@@ -57,6 +57,7 @@ from graphquant.capture.sources import (
     _is_parameter,
     _real,
     _source_name,
+    input_name,
 )
 from graphquant.capture.transformer_layer import _encoder_layer
 from graphquant.errors import CaptureError
@@ -109,6 +110,9 @@ def from_dynamo(
         value = _real(old, value)
         if not isinstance(value, Tensor):
             continue
+        captured.inputs[new] = input_name(old)
+        if not isinstance(value, FakeTensor):
+            captured.examples[new] = value
         if value.requires_grad:
             captured.differentiable.add(new)
         if _is_parameter(value):
@@ -232,7 +236,9 @@ def from_export(program: ExportedProgram) -> Captured | None:
     for node, value in attributes.items():
         node.meta.setdefault("val", fake_mode.from_tensor(value, static_shapes=True))
     Places(None).mark(gm)
-    return Captured(gm, fake_mode, attributes, {n: str(n.target) for n in attributes})
+    inputs = {n: n.name for n in gm.graph.find_nodes(op="placeholder")}
+    names = {n: str(n.target) for n in attributes}
+    return Captured(gm, fake_mode, attributes, names, inputs=inputs)
 
 
 def without_checks(program: ExportedProgram) -> GraphModule:

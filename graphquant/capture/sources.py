@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -79,6 +80,12 @@ def _source_name(placeholder: Node) -> str:
         return placeholder.name
     name = argument.source.name
     return name() if callable(name) else str(name)
+
+
+def input_name(placeholder: Node) -> str:
+    """What the model calls an input: "attention_mask" for the source "L['attention_mask']"."""
+    words = re.findall(r"\b[a-zA-Z_]\w*", _source_name(placeholder).removeprefix("L"))
+    return words[-1] if words else placeholder.name
 
 
 def _being_compiled() -> torch.nn.Module | None:

@@ -28,7 +28,7 @@ from graphquant._torch import (
     tree_unflatten,
 )
 from graphquant._torch import int_mm as int8_mm
-from graphquant.ops import OPS, attention, int8_linear
+from graphquant.ops import OPS, attention, int8_linear, varlen_attention
 from graphquant.ops.int8_linear.op import epilogue
 
 # Requirements of torch._int_mm on CUDA for [M, K] @ [K, N].
@@ -46,6 +46,7 @@ def without_ops(program: ExportedProgram, products: str | None = None) -> Export
     """
     table = {op.target: op.reference for op in OPS.values()}
     table |= {int8_linear.target: partial(_int8_linear, products), attention.target: _attention}
+    table[varlen_attention.target] = varlen_attention.float_form  # the reference's loop reads data
     done: ExportedProgram = program.run_decompositions(table)
     signature = done.module_call_graph[0].signature
     if signature is not None:

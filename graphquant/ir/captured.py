@@ -24,6 +24,8 @@ class Captured:
     grad_enabled    whether autograd is on where the graph begins
     training        the paths of the model's modules in training mode, "" is the model itself
     elsewhere       paths of the model's linears that may be in other graphs
+    inputs          the names of the model's inputs, "attention_mask"
+    examples        values of inputs at compile time, where they are known
     inferred        cache of passes/verify.py: what it last inferred for a node, and from what
     """
 
@@ -35,4 +37,6 @@ class Captured:
     grad_enabled: bool = False
     training: tuple[str, ...] = ()
     elsewhere: frozenset[str] = frozenset()
+    inputs: dict[Node, str] = field(default_factory=dict)
+    examples: dict[Node, Tensor] = field(default_factory=dict, repr=False)
     inferred: dict[Node, tuple[Any, Any, Any]] = field(default_factory=dict, repr=False)

@@ -7,11 +7,13 @@ every node carries a fake tensor in `meta["val"]`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any, TypeGuard
+from weakref import WeakKeyDictionary
 
+import sympy
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
@@ -22,6 +24,7 @@ from graphquant._torch import (
     HigherOrderOperator,
     OpOverload,
     enable_python_dispatcher,
+    statically_known_true,
 )
 from graphquant.ir.contexts import region_of, sets_state
 
@@ -100,23 +103,49 @@ def shape(node: Node) -> tuple[Any, ...]:
     return tuple(node.meta["val"].shape)
 
 
+def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Are these sizes equal? Sizes that depend on data are if that is known without looking."""
+
+    def same(m: Any, n: Any) -> bool:
+        unknown = any(isinstance(s, torch.SymInt) and s.node.hint is None for s in (m, n))
+        return statically_known_true(m == n) if unknown else bool(m == n)
+
+    return len(a) == len(b) and all(map(same, a, b))
+
+
 def dtype(node: Node) -> torch.dtype:
     result: torch.dtype = node.meta["val"].dtype
     return result
 
 
 def hint(size: int | torch.SymInt) -> int:
-    """The size seen at compile time. Adds no guard; 0 where torch has none (unbacked or ragged)."""
-    if isinstance(size, torch.SymInt):
-        seen = size.node.hint
-        return seen if isinstance(seen, int) else 0  # the ragged size of a nested tensor is none
-    return int(size)
+    """The size seen at compile time. Adds no guard; 0 where there is none (unbacked or ragged)."""
+    return int(_hint(size) or 0) if isinstance(size, torch.SymInt) else int(size)
 
 
 def has_hints(value: object) -> bool:
     """Was every size of this value seen at compile time? For numbers: the number itself."""
     sizes = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
-    return all(not isinstance(n, torch.SymInt) or isinstance(n.node.hint, int) for n in sizes)
+    return all(not isinstance(n, torch.SymInt) or _hint(n) is not None for n in sizes)
+
+
+def set_hint(size: torch.SymInt, seen: int) -> None:
+    """Tell `hint` a size that depends on data."""
+    _told.setdefault(size.node.shape_env, {})[size.node.expr] = sympy.Integer(seen)
+
+
+# of sizes that depend on data: torch has no hints of those
+_told: WeakKeyDictionary[Any, dict[Any, int]] = WeakKeyDictionary()
+
+
+def _hint(size: torch.SymInt) -> int | None:
+    if isinstance(seen := size.node.hint, int):
+        return seen
+    known = _told.get(size.node.shape_env) if hasattr(size.node, "shape_env") else None
+    if not known:
+        return None  # also the ragged size of a nested tensor
+    value = size.node.expr.xreplace(known)
+    return int(value) if value.is_number else None
 
 
 def between(out: Node, x: Node) -> list[Node]:

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from graphquant._torch import DispatchKey, OpOverload, tree_leaves, tree_map_only
 from graphquant.ir.constants import Constants
 from graphquant.ir.graph import LINEAR, SDPA, aten, hint, is_call, is_tensor
+from graphquant.ops import varlen_attention
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ def other_products(graph: Graph, constants: Constants) -> Iterator[tuple[Node, O
 def _flops(node: Node, known: dict[Any, int]) -> int:
     if is_call(node, SDPA) or _name(node) == "flex_attention":
         return _attention_flops(*(v.meta["val"] for v in node.args[:3]))  # type: ignore[union-attr]
+    if is_call(node, varlen_attention.target):
+        return _varlen_flops(*(v.meta["val"] for v in node.args[:4]))  # type: ignore[union-attr]
     if not isinstance(node.target, OpOverload) or not is_tensor(node):
         return 0
     if not _may_multiply(node):
@@ -102,6 +105,13 @@ def _to_meta(node: Node) -> Any:
 def _attention_flops(q: Tensor, k: Tensor, v: Tensor) -> int:
     """FLOPs of q k^T and of the probabilities times v. GQA saves none."""
     scores = math.prod(map(hint, q.shape[:-1])) * hint(k.shape[-2])
+    return 2 * scores * (hint(q.shape[-1]) + hint(v.shape[-1]))
+
+
+def _varlen_flops(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> int:
+    """As for sequences of equal lengths."""
+    sequences = max(hint(cu_seqlens.shape[0]) - 1, 1)
+    scores = math.prod(map(hint, q.shape[:-1])) * hint(k.shape[-2]) // sequences
     return 2 * scores * (hint(q.shape[-1]) + hint(v.shape[-1]))
 
 

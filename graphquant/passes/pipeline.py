@@ -31,6 +31,8 @@ from graphquant.passes.layout import restore_layouts
 from graphquant.passes.masks import drop_empty_masks
 from graphquant.passes.normalize import merge_equal_views, normalize
 from graphquant.passes.notes import may_match_elsewhere, notes_of, patterns_of, training_notes
+from graphquant.passes.padding.limit_rows import limit_rows, shares_of_rows
+from graphquant.passes.padding.remove import remove_padding
 from graphquant.passes.policy.accuracy import AccuracyGate
 from graphquant.passes.policy.gate import Gate
 from graphquant.passes.policy.ranges import static_ranges
@@ -76,26 +78,45 @@ class Rewritten:
     linears: Mapping[Node, tuple[RecordedLinear, ...]]
 
 
-def rewrite(captured: Captured, config: Config) -> Rewritten:
+def prepare(captured: Captured, config: Config) -> tuple[str, ...]:
+    """Bring the captured graph into the form that `rewrite` takes, in place; its results for tokens
+    stay the same. Returns notes for the report."""
+    verify = verifier(captured)
+    with stage("normalize"):
+        normalize(captured)
+        verify("normalize")
+    with stage("empty masks"):
+        drop_empty_masks(captured.gm.graph)
+        verify("empty masks")
+    if config.padding == "keep":
+        return ()
+    with stage("the removal of padding"):
+        notes = remove_padding(captured, config)
+        verify("the removal of padding")
+    return notes
+
+
+def rewrite(
+    captured: Captured, config: Config, padding: tuple[str, ...] | None = None
+) -> Rewritten:
     """Rewrite the captured graph in place. Weights stay expressions of parameters (prepack.py).
+
+    padding  notes of `prepare`, if that was called already
 
     Raises RuleError for a rule that breaks its contract, OptionError for a calibration whose ranges
     are invalid.
     """
     gm = captured.gm
+    if padding is None:
+        padding = prepare(captured, config)
     verify = verifier(captured)
 
     @contextmanager
     def step(name: str) -> Iterator[None]:
         with stage(name):
             yield
-            verify(name, state.record if state is not None else None)
+            verify(name, state.record)
 
-    state: RewriteState | None = None
-    with step("normalize"):
-        normalize(captured)
-    with step("empty masks"):
-        drop_empty_masks(gm.graph)
     with stage("recognize"):
         state = _state(captured, config)
         accuracy, gates = _gates(state, captured)
@@ -108,6 +129,8 @@ def rewrite(captured: Captured, config: Config) -> Rewritten:
     for rule in INT8_RULES if config.quantize else FLOAT_RULES:
         with step(f"rule {rule.name}"):
             apply(state, rule, gates)
+    with step("the number of tokens"):
+        limit_rows(gm.graph)
     if config.select == "faster" and missing() is None:
         with step("the choice of attention kernels"):
             choose_kernels(gm.graph, state.needs_gradient)
@@ -124,6 +147,7 @@ def rewrite(captured: Captured, config: Config) -> Rewritten:
         notes = (
             *notes_of(state, accuracy),
             *training_notes(captured),
+            *padding,
             *(p.note for p in missed),
         )
         report = Report(state.record.outcomes(), 1, notes, products, patterns)
@@ -151,8 +175,9 @@ def _state(captured: Captured, config: Config) -> RewriteState:
 def _gates(state: RewriteState, captured: Captured) -> tuple[AccuracyGate, tuple[Gate, ...]]:
     """The accuracy gate, and all gates in order: accuracy before speed."""
     config, constants = state.config, state.constants
+    speed = SpeedGate(constants, shares_of_rows(captured.gm.graph))
     accuracy = AccuracyGate(config, state.record, state.ranges, constants, captured.parameters)
-    return accuracy, (accuracy, SpeedGate(constants)) if config.select == "faster" else (accuracy,)
+    return accuracy, (accuracy, speed) if config.select == "faster" else (accuracy,)
 
 
 def _without_written(found: Recognized, written: set[Node]) -> Recognized:

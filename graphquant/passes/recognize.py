@@ -22,7 +22,17 @@ from torch.fx.node import map_arg
 
 from graphquant._torch import unset_fake_temporarily
 from graphquant.ir.constants import Constants
-from graphquant.ir.graph import arguments, aten, calls, dtype, full_args, is_call, is_tensor, shape
+from graphquant.ir.graph import (
+    arguments,
+    aten,
+    calls,
+    dtype,
+    full_args,
+    is_call,
+    is_tensor,
+    same_sizes,
+    shape,
+)
 from graphquant.ir.rows import CASTS, is_float_cast, is_widening
 from graphquant.ops.checks import FLOATS
 from graphquant.ops.numerics import ACTIVATIONS
@@ -254,11 +264,11 @@ def _spelled_norm(
         if len(region.parameters) > 2 or not any(n.target in _SIGNS_OF_NORM for n in region.nodes):
             continue
         size = shape(region.x)
-        if not size or not isinstance(size[-1], int) or shape(out)[-1:] != size[-1:]:
+        width = size[-1:]
+        if not size or not isinstance(size[-1], int) or not same_sizes(shape(out)[-1:], width):
             continue
         if any(
-            p.meta["val"].numel() != size[-1] or shape(p)[-1:] != size[-1:]
-            for p in region.parameters
+            p.meta["val"].numel() != size[-1] or shape(p)[-1:] != width for p in region.parameters
         ):
             continue
         if (text := region.text) not in known:

@@ -100,7 +100,13 @@ def same_statistics(got: Calibration, want: Calibration) -> None:
 # Found by its name ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+SIDES = [
+    pytest.param(False, id="right"),
+    pytest.param(True, id="left", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("left", SIDES)
 def test_padding_changes_no_number_of_compare(model: BertModel, left: bool) -> None:
     sentences = Sentences(left)
     want = graphquant.compare(model, sentences.alone)
@@ -112,7 +118,7 @@ def test_padding_changes_no_number_of_compare(model: BertModel, left: bool) -> N
     assert every.sites[0].local.signal > 1.2 * got.sites[0].local.signal
 
 
-@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("left", SIDES)
 def test_padding_changes_no_range_of_a_calibration(model: BertModel, left: bool) -> None:
     sentences = Sentences(left)
     want = graphquant.calibrate(model, sentences.alone, progress=False)
@@ -383,7 +389,9 @@ def test_tokens_are_followed_through_views(square: bool) -> None:
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("length", [S, B], ids=["", "as many sentences as tokens"])
+@pytest.mark.parametrize(
+    "length", [S, pytest.param(B, id="as many sentences as tokens", marks=pytest.mark.slow)]
+)
 def test_torchs_own_encoder(batch_first: bool, length: int) -> None:
     """Its attention computes with [S, B, D] and [S * B, D] either way."""
     layer = seeded(lambda: nn.TransformerEncoderLayer(D, 2, 96, batch_first=batch_first))

@@ -36,10 +36,14 @@ NO_KERNELS = "graphquant's CPU kernels cannot run on this machine"
 
 
 class SpeedGate:
-    """Refuses an int8 rewrite that is not faster than the float nodes on random inputs."""
+    """Refuses an int8 rewrite that is not faster than the float nodes on random inputs.
 
-    def __init__(self, constants: Constants) -> None:
+    shares  of rows that int8 will compute, of the nodes to be replaced; 1 for those not in it
+    """
+
+    def __init__(self, constants: Constants, shares: Mapping[Node, float] | None = None) -> None:
         self._constants = constants
+        self._shares = shares or {}
 
     def __call__(self, candidate: Candidate) -> Verdict:
         site, rewrite, made = candidate
@@ -47,7 +51,11 @@ class SpeedGate:
         if is_int8 and _device(site.outputs).type == "cpu" and (why := slow_on_cpu()):
             return Verdict(why, final=True)
         times = measure(site.outputs, rewrite.values, made, self._constants)
-        return Verdict() if times is None else Verdict(times.refusal, times)
+        if times is None:
+            return Verdict()
+        share = max(self._shares.get(n, 1.0) for n in site.outputs)
+        times = times._replace(int8_us=share * times.int8_us)
+        return Verdict(times.refusal, times)
 
 
 def slow_on_cpu() -> str | None:
@@ -212,7 +220,8 @@ def _number(value: object) -> object:
 def random_like(
     value: Tensor, sizes: Sequence[int] | None = None, strides: Sequence[int] | None = None
 ) -> Tensor:
-    """Random values in this tensor's layout; not zeros, which a GPU multiplies faster."""
+    """Random values in this tensor's layout; not zeros, which a GPU multiplies faster. No int32,
+    with which kernels address memory (token_index)."""
     if sizes is None or strides is None:
         sizes, strides = ([hint(s) for s in of] for of in (value.shape, value.stride()))
     # filled as flat memory, since expanded tensors cannot be written
@@ -224,6 +233,8 @@ def random_like(
         memory.normal_(generator=random)
     elif value.dtype == torch.bool:
         memory.bernoulli_(generator=random)
+    elif value.dtype == torch.int32:  # where rows and sequences are: kernels find none
+        memory.fill_(-1)
     else:
         memory.random_(-127, 128, generator=random)
     return memory.as_strided(sizes, strides)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from graphquant.ir.graph import aten, dtype, is_call, is_tensor, readers, shape
+from graphquant.ir.graph import aten, dtype, is_call, is_tensor, readers, same_sizes, shape
 from graphquant.ir.rows import leads_only_to, origin, overflowing
 from graphquant.ops import quantize
 from graphquant.ops.numerics import ACTIVATIONS
@@ -88,6 +88,10 @@ def _activation(view: View, out: Node) -> tuple[Activation, Node, Node | None] |
                 continue
             result, views = origin(gate, view.activation)
             act = view.activation(result)
-            if act is not None and not views and shape(gate) == shape(up) == shape(out):
+            if (
+                act is not None
+                and not views
+                and all(same_sizes(shape(n), shape(out)) for n in (gate, up))
+            ):
                 return act, gate, up
     return None

@@ -21,6 +21,7 @@ from graphquant.ir.graph import (
     is_call,
     is_tensor,
     only_user,
+    same_sizes,
     shape,
     with_arguments,
 )
@@ -58,9 +59,9 @@ class Residual:
         if total in view.needs_gradient:
             return Refuse("the residual needs a gradient", site.residual)
         end = site.views[-1] if site.views else site.linear
-        if shape(end) != shape(total):
+        if not same_sizes(shape(end), shape(total)):
             return Refuse(f"the linear's result is broadcast from {shape(end)}", total)
-        if shape(site.residual) != shape(total):
+        if not same_sizes(shape(site.residual), shape(total)):
             return Refuse(f"the residual is broadcast from {shape(site.residual)}", site.residual)
         if not dtype(site.linear) == dtype(site.residual) == dtype(total):
             return Refuse(f"the sum mixes {dtype(site.linear)} and {dtype(site.residual)}", total)

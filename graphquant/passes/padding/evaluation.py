@@ -1,0 +1,133 @@
+"""Values of a graph's nodes on small inputs, to prove what masks and readers of padding do."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+from graphquant.ir.captured import Captured
+from graphquant.ir.evaluate import evaluate
+from graphquant.ir.graph import SDPA, arguments, described, hint, is_random, is_tensor
+
+_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, AssertionError)
+Sizes = Mapping[sympy.Symbol, int]
+
+
+class Kept(Exception):
+    """Why padding is kept."""
+
+
+class CannotEvaluate(Kept):
+    """An op failed, such as one with a size that is not the one given."""
+
+
+class Evaluation:
+    """Values of nodes on the CPU, computed when they are asked for.
+
+    given  values of some nodes
+    sizes  values of symbolic sizes; those at compile time by default
+
+    Raises Kept for a value that depends on an input that is not given, or that is random;
+    CannotEvaluate if an op fails.
+    """
+
+    def __init__(
+        self, captured: Captured, given: Mapping[Node, Any], sizes: Sizes | None = None
+    ) -> None:
+        self._captured = captured
+        self._sizes = sizes or {}
+        self._values = dict(given)
+
+    def __call__(self, node: Node) -> Any:
+        missing = ancestors([node], self._values)
+        order = sorted(n for n in missing if n not in self._values)
+        calls = [n for n in order if not self._is_leaf(n)]
+        try:
+            evaluate(calls, self._values, self._on_cpu)
+        except _FAILURES as why:
+            failed = next(n for n in calls if n not in self._values)
+            raise CannotEvaluate(f"{self._told(failed)} cannot be evaluated: {why}") from why
+        return self._values[node]
+
+    def given(self, more: Mapping[Node, Any]) -> Evaluation:
+        """The same with more values given, of nodes that nothing computed so far reads."""
+        return Evaluation(self._captured, {**self._values, **more}, self._sizes)
+
+    def only(self, values: Mapping[Node, Any]) -> Evaluation:
+        """The same with only these values given."""
+        return Evaluation(self._captured, values, self._sizes)
+
+    def _is_leaf(self, node: Node) -> bool:
+        """Parameters, constants and sizes, which are added to the values."""
+        value = node.meta.get("val")
+        if isinstance(value, (torch.SymInt, torch.SymFloat)):
+            self._values[node] = self._number(value)
+        elif node in self._captured.parameters:
+            self._values[node] = self._captured.parameters[node].detach().cpu()
+        elif node.op == "get_attr":
+            held = operator.attrgetter(str(node.target))(self._captured.gm)
+            self._values[node] = held.cpu() if isinstance(held, torch.Tensor) else held
+        elif node.op == "placeholder":
+            if isinstance(value, torch.Tensor):
+                raise Kept(f"it depends on {self._told(node)}")
+            self._values[node] = value
+        elif is_random(node) and not draws_nothing(node):
+            raise Kept(f"{self._told(node)} is random")
+        else:
+            return False
+        return True
+
+    def _number(self, value: Any) -> Any:
+        expr = value.node.expr
+        known = {s: self._sizes[s] for s in expr.free_symbols if s in self._sizes}
+        if len(known) < len(expr.free_symbols):
+            return hint(value) if isinstance(value, torch.SymInt) else value.node.hint
+        return int(expr.xreplace({s: sympy.Integer(n) for s, n in known.items()}))
+
+    def _on_cpu(self, argument: Any) -> Any:
+        return torch.device("cpu") if isinstance(argument, torch.device) else argument
+
+    def _told(self, node: Node) -> str:
+        return told(self._captured, node)
+
+
+def told(captured: Captured, node: Node) -> str:
+    """What a value is, for a message."""
+    return described(node, {**captured.inputs, **captured.names})
+
+
+def draws_nothing(node: Node) -> bool:
+    """Attention without dropout, although its op is tagged as random."""
+    return node.target is SDPA and not arguments(node).dropout_p
+
+
+def ancestors(nodes: Iterable[Node], cut: Collection[Node] = ()) -> set[Node]:
+    """These nodes and all that they are computed from, back to those in `cut`."""
+    found: set[Node] = set()
+    edge = list(nodes)
+    while edge:
+        node = edge.pop()
+        if node not in found:
+            found.add(node)
+            if node not in cut:
+                edge += node.all_input_nodes
+    return found
+
+
+def inputs_of(captured: Captured, nodes: Iterable[Node], cut: Collection[Node] = ()) -> list[Node]:
+    """The model's tensor inputs, without parameters, that these are computed from, in order."""
+    return sorted(n for n in ancestors(nodes, cut) if n not in cut and is_input(captured, n))
+
+
+def is_input(captured: Captured, node: Node) -> bool:
+    return (
+        node.op == "placeholder"
+        and node not in captured.parameters
+        and is_tensor(node)
+        and node.meta["val"].dim() > 0
+    )

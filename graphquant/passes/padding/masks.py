@@ -1,0 +1,437 @@
+"""Understands attention masks by evaluating them on sample padding.
+
+A mask is understood if, for every sample of valid tokens [B, S], a token sees
+
+    the valid tokens of its own sentence, that its causal order and its window allow,
+
+with a bias that depends on positions alone. Then attention over packed tokens computes the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from graphquant.ir.captured import Captured
+from graphquant.ir.graph import aten, dtype, hint, is_tensor, shape
+from graphquant.passes.padding.attention import Attention, is_pointwise
+from graphquant.passes.padding.evaluation import (
+    CannotEvaluate,
+    Evaluation,
+    Kept,
+    Sizes,
+    ancestors,
+    inputs_of,
+    told,
+)
+
+BLOCKED = -9e3  # an additive mask below this blocks: some models add -10000
+MAX_LENGTH = 2**12  # at which masks of dynamic lengths are evaluated
+MAX_ELEMENTS = 2**28  # of a mask
+FEW = 4  # sentences that are compared: one of each kind of padding
+NO_MASK = "attention reads no padding mask"
+
+
+@dataclass(frozen=True)
+class PaddingMask:
+    """The value [B, S] that says which tokens are valid: those that are not 0, or if inverted those
+    that are 0.
+
+    exact  every number but 0 is the same to the model; else only 0 and 1 were tried
+    """
+
+    node: Node
+    inverted: bool
+    exact: bool = True
+
+
+@dataclass(frozen=True)
+class Form:
+    """What an attention computes besides the padding mask: scale q k^T + bias, for the keys that
+    are not later than the query (causal) and not further away than `window` positions."""
+
+    scale: float
+    causal: bool = False
+    window: int | None = None
+    bias: Node | None = (
+        None  # [B or 1, H or 1, S, S], equal for all sentences, or [H, S, S], [S, S]
+    )
+
+    def __str__(self) -> str:
+        window = [] if self.window is None else [f"window {self.window}"]
+        return ", ".join(["causal"] * self.causal + window + ["bias"] * (self.bias is not None))
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """Sizes at which a mask is evaluated."""
+
+    B: int
+    S: int
+    sizes: Sizes | None = None
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Sample padding of B sentences, and what a mask makes of it.
+
+    valid  [B, S] bool
+    full   a sentence without padding, if there is one
+    """
+
+    valid: Tensor
+    full: int | None
+    at: Evaluation
+
+
+class Masks:
+    """The padding masks and forms of a graph's attentions. Equal masks are evaluated once.
+
+    To be used without fake mode and without gradients.
+    """
+
+    def __init__(self, captured: Captured) -> None:
+        self._captured = captured
+        self._forms: dict[Any, tuple[PaddingMask, Form] | Kept] = {}
+        self._few: dict[Node, int] = {}
+        self._samples: dict[Any, list[_Sample]] = {}
+
+    def understand(self, attention: Attention) -> tuple[PaddingMask, Form]:
+        """Raises Kept if this attention is more than its form."""
+        key = self._key(attention)
+        if key not in self._forms:
+            try:
+                self._forms[key] = self._find(attention)
+            except Kept as why:
+                self._forms[key] = why
+        found = self._forms[key]
+        if isinstance(found, Kept):
+            raise Kept(*found.args)
+        mask, form = found
+        if not form.scale > 0:
+            raise Kept(f"attention with a scale of {form.scale:g}")
+        return mask, form if attention.score is not None else replace(form, scale=attention.scale)
+
+    def _key(self, attention: Attention) -> Any:
+        """Equal for attentions whose logits are computed alike from the same operands."""
+
+        def text(node: Node) -> str:
+            if node is attention.score:
+                return "score"
+            if node not in attention.inner:
+                return node.name
+            read = torch.fx.node.map_arg((node.args, node.kwargs), text)
+            return f"{node.target}{read}"
+
+        logits, mask = attention.logits, attention.mask
+        own = text(logits) if logits is not None else mask and mask.name
+        return own, attention.is_causal, *map(str, (*shape(attention.q)[:3], shape(attention.k)[1]))
+
+    def _find(self, attention: Attention) -> tuple[PaddingMask, Form]:
+        """The first [B, S] value that alone decides the mask, exactly if there is one."""
+        operands = attention.operands
+        read = inputs_of(self._captured, operands)
+        if not read:
+            raise Kept(NO_MASK)
+        inexact: tuple[PaddingMask, Form] | None = None
+        why: Kept | None = None
+        for node in self._candidates(attention):
+            for inverted in (False, True):
+                mask = PaddingMask(node, inverted)
+                try:
+                    form = self._form(attention, mask)
+                except Kept as reason:
+                    why = why or reason
+                    continue
+                if self._is_same(attention, mask, "mixed"):
+                    return mask, form
+                if self._is_same(attention, mask, "one number"):  # of documents in a sentence
+                    why = why or Kept("an attention mask tells tokens apart by their numbers")
+                elif inexact is None and not _is_index(node):
+                    inexact = replace(mask, exact=False), form
+        if inexact is not None:
+            return inexact
+        if why is not None:
+            raise why
+        names = ", ".join(told(self._captured, n) for n in read)
+        raise Kept(f"an attention mask is computed from {names}, not from one padding mask [B, S]")
+
+    def _candidates(self, attention: Attention) -> Iterator[Node]:
+        B, _, S, _ = map(hint, shape(attention.q))
+        operands = attention.operands
+        for node in sorted(ancestors(operands)):
+            if (
+                is_tensor(node)
+                and tuple(map(hint, shape(node))) == (B, S)
+                and node not in self._captured.parameters
+                and not inputs_of(self._captured, operands, cut={node})
+                and self._is_pointwise(node)
+            ):
+                yield node
+
+    def _is_pointwise(self, node: Node) -> bool:
+        """Does each of its numbers depend on those of inputs at the same place only?"""
+        read = inputs_of(self._captured, [node])
+        sizes = tuple(map(hint, shape(node)))
+        return bool(read) and all(
+            n in read or (is_pointwise(n) and tuple(map(hint, shape(n))) == sizes)
+            for n in ancestors([node])
+            if inputs_of(self._captured, [n])
+        )
+
+    def _form(self, attention: Attention, mask: PaddingMask) -> Form:
+        """Raises Kept if the mask is not that of a form."""
+        settings = self._settings(attention, mask)
+        forms = [self._form_at(attention, mask, setting) for setting in settings]
+        first, *others = forms
+        for other in others:  # a window wider than the length seen shows at the longer one only
+            same = replace(other, window=first.window) == first
+            if not same or first.window not in (None, other.window):
+                raise Kept("an attention mask has another form at other lengths")
+            first = other
+        return first
+
+    def _sentences(self, attention: Attention, mask: PaddingMask) -> int:
+        """How many sentences to evaluate: all, if the graph names their number."""
+        B, _, S, _ = map(hint, shape(attention.q))
+        if B <= FEW:
+            return B
+        if mask.node not in self._few:
+            few = torch.zeros(FEW, S, dtype=dtype(mask.node))
+            try:
+                _seen(attention, Evaluation(self._captured, {mask.node: few}), S)
+                self._few[mask.node] = FEW
+            except CannotEvaluate:
+                self._few[mask.node] = B
+        return self._few[mask.node]
+
+    def _settings(self, attention: Attention, mask: PaddingMask) -> Iterator[_Setting]:
+        """The sizes at compile time. If the length is dynamic also a length beyond every number
+        that the mask's nodes name, so that a window shows."""
+        B, _, S, _ = shape(attention.q)
+        if (rows := self._sentences(attention, mask)) * hint(S) ** 2 > MAX_ELEMENTS:
+            raise Kept("an attention mask is too large to be evaluated")
+        yield _Setting(rows, hint(S))
+        if isinstance(S, torch.SymInt):
+            nodes = ancestors(attention.operands) | attention.inner
+            named = [a for n in nodes for a in n.args if isinstance(a, int) and a < MAX_LENGTH]
+            longest = max(named, default=0) + hint(S) + 2
+            if longest > MAX_LENGTH:
+                raise Kept("an attention mask names a length that is too long to be evaluated")
+            few = 2 if isinstance(B, torch.SymInt) else B
+            if few * longest**2 > MAX_ELEMENTS // 4:
+                raise Kept("an attention mask is too large to be evaluated")
+            values = [n.meta["val"] for n in nodes if is_tensor(n)]
+            sizes = {
+                s: few if hint(n) == hint(B) else longest
+                for value in (*values, attention.q.meta["val"])
+                for n in value.shape
+                if isinstance(n, torch.SymInt) and hint(n) in (hint(B), hint(S))
+                for s in n.node.expr.free_symbols
+            }
+            sizes |= dict.fromkeys(S.node.expr.free_symbols, longest)
+            yield _Setting(few, longest, sizes)
+
+    def _form_at(self, attention: Attention, mask: PaddingMask, setting: _Setting) -> Form:
+        samples = self._sampled(mask, setting)
+        base: Tensor | None = None  # bias of a sentence without padding
+        P = torch.empty(0)  # which keys it sees
+        whole = next(s for s in samples if s.full is not None)
+        for sample in samples:
+            seen, bias = _seen(attention, sample.at, setting.S)
+            if sample.full is not None and base is None:
+                P, base = _row(seen, sample.full), _row(bias, sample.full)
+            assert base is not None
+            if why := _difference(seen, bias, P, base, sample.valid):
+                raise Kept(why)
+        assert base is not None
+        if not torch.equal(P, P[:1].expand_as(P)):
+            raise Kept("attention heads have masks of their own")
+        causal, window = _order(P[0])
+        found = None
+        if bool((base.expand(*P.shape).masked_fill(~P, 0) != 0).any()):
+            found = self._bias(attention, mask, whole.at, base, P)
+        scale = 1.0 if attention.score is None else _scale(attention, whole, base, P)
+        return Form(scale, causal, window, found)
+
+    def _is_same(self, attention: Attention, mask: PaddingMask, numbers: str) -> bool:
+        """Is the mask the same with other numbers than 0 and 1?"""
+        if dtype(mask.node) == torch.bool:
+            return True
+        setting = next(self._settings(attention, mask))
+        ones, others = (self._sampled(mask, setting, n)[0] for n in ("", numbers))
+        seen, then = (_seen(attention, s.at, setting.S) for s in (ones, others))
+        for b, valid in enumerate(ones.valid[:FEW]):
+            (a, x), (c, y) = ([_row(t, b)[:, valid] for t in one] for one in (seen, then))
+            if not torch.equal(a, c) or not torch.equal(x.masked_fill(~a, 0), y.masked_fill(~a, 0)):
+                return False
+        return True
+
+    def _sampled(self, mask: PaddingMask, setting: _Setting, numbers: str = "") -> list[_Sample]:
+        """Samples of padding, with other `numbers` than 1: "mixed", or "one number"."""
+        key = (mask.node, mask.inverted, setting.B, setting.S, numbers)
+        if key not in self._samples:
+            made = self._samples[key] = []
+            for valid, full in _paddings(setting.B, setting.S):
+                nonzero = ~valid if mask.inverted else valid
+                value = nonzero.to(dtype(mask.node))
+                if numbers:
+                    value = value * _other_numbers(value, mixed=numbers == "mixed")
+                at = Evaluation(self._captured, {mask.node: value}, setting.sizes)
+                made.append(_Sample(valid, full, at))
+        return self._samples[key]
+
+    def _bias(
+        self, attention: Attention, mask: PaddingMask, at: Evaluation, base: Tensor, P: Tensor
+    ) -> Node:
+        """The smallest value of the graph that is the bias and does not depend on the mask."""
+        best: Node | None = None
+        for node in ancestors(attention.operands):
+            if not is_tensor(node) or mask.node in ancestors([node]):
+                continue
+            value = node.meta["val"]
+            if not 2 <= value.dim() <= 4 or not value.is_floating_point():
+                continue
+            value = at(node)[:FEW] if value.dim() == 4 else at(node)
+            value = value.reshape(*(1,) * (4 - value.dim()), *value.shape)
+            if value.shape[-2:] != base.shape[-2:] or value.shape[1] not in (1, base.shape[0]):
+                continue
+            if not torch.equal(value, value[:1].expand_as(value)):
+                continue
+            h = max(base.shape[0], value.shape[1], P.shape[0])
+            seen = P.expand(h, -1, -1)
+            ours, theirs = (t.expand(h, -1, -1)[seen].double() for t in (value[0], base))
+            if torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5) and (
+                best is None or value.numel() < at(best).numel()
+            ):
+                best = node
+        if best is None:
+            raise Kept("an attention bias is not a value of the graph")
+        return best
+
+
+def _is_index(node: Node) -> bool:
+    """Token ids, which are not 0 and 1."""
+    return any(u.target is aten.embedding.default for u in node.users)
+
+
+def _paddings(B: int, S: int) -> Iterator[tuple[Tensor, int | None]]:
+    """Samples of valid tokens [B, S]: in each, sentences without padding, padded on the right, on
+    the left, and with holes; in the last, none without padding."""
+    random = torch.Generator().manual_seed(0)
+    t = torch.arange(S)
+
+    def sentence(kind: int) -> Tensor:
+        if kind == 0:
+            return torch.ones(S, dtype=torch.bool)
+        n = int(torch.randint(1, S, (1,), generator=random))
+        if kind == 3:
+            holes = torch.rand(S, generator=random) < 0.6
+            holes[n] = True
+            return holes
+        return t < n if kind == 1 else t >= S - n
+
+    for shift in range(2 if B >= 4 else 4):
+        kinds = [(b + shift) % 4 for b in range(B)]
+        full = kinds.index(0) if 0 in kinds else None
+        yield torch.stack([sentence(kind) for kind in kinds]), full
+    yield torch.stack([sentence(1 + b % 3) for b in range(B)]), None
+
+
+def _other_numbers(like: Tensor, *, mixed: bool) -> Tensor:
+    if not mixed:
+        return torch.full_like(like, 2)
+    random = torch.Generator().manual_seed(0)
+    numbers = torch.randint(2, 10, like.shape, generator=random).to(like.dtype)
+    return numbers / 4 if like.is_floating_point() else numbers
+
+
+def _seen(attention: Attention, at: Evaluation, S: int) -> tuple[Tensor, Tensor]:
+    """(which keys are seen, bias), [b, h, S, S], of the first FEW sentences; b and h may be 1."""
+    bias: Tensor
+    if attention.score is not None:
+        bias = _logits(attention, at, torch.zeros(1, 1, S, S))
+    elif attention.mask is not None:
+        bias = at(attention.mask)
+    else:
+        bias = torch.ones(1, 1, S, S, dtype=torch.bool)
+    if bias.dim() < 4:
+        bias = bias.reshape(*(1,) * (4 - bias.dim()), *bias.shape)
+    bias = bias[:FEW].expand(-1, -1, S, S)
+    seen = bias if bias.dtype == torch.bool else bias > BLOCKED
+    if bias.dtype == torch.bool:
+        bias = torch.zeros(1, 1, 1, 1).expand(1, 1, S, S)
+    if attention.is_causal:
+        seen = seen & torch.ones(S, S, dtype=torch.bool).tril()
+    return seen, bias
+
+
+def _logits(attention: Attention, at: Evaluation, score: Tensor) -> Tensor:
+    """The logits of a written-out attention, of the first FEW sentences if they can be apart."""
+    assert attention.score is not None and attention.logits is not None
+    given = {attention.score: score.to(dtype(attention.score))}
+    operands = {n: at(n) for n in attention.operands}
+    logits: Tensor
+    try:
+        few = {n: v[:FEW] if is_tensor(n) and v.dim() == 4 else v for n, v in operands.items()}
+        logits = at.only({**few, **given})(attention.logits)
+    except CannotEvaluate:  # a size [B, ...] is written in it
+        logits = at.given(given)(attention.logits)
+    return logits
+
+
+def _row(value: Tensor, b: int) -> Tensor:
+    return value[b if value.shape[0] > 1 else 0]
+
+
+def _difference(seen: Tensor, bias: Tensor, P: Tensor, base: Tensor, valid: Tensor) -> str | None:
+    """How a mask differs from `P[i, j] and valid[b, j]` and from the bias without padding, where
+    the query i is valid; None if it does not."""
+    for b in range(min(len(valid), FEW)):
+        ours = _row(seen, b)[:, valid[b]]
+        want = P[:, valid[b]] & valid[b]
+        if not torch.equal(*torch.broadcast_tensors(ours, want)):
+            return "an attention mask is not a padding mask"
+        mine, theirs = (t[:, valid[b]].masked_fill(~want, 0) for t in (_row(bias, b), base))
+        if not torch.allclose(mine, theirs, rtol=1e-6, atol=1e-6):
+            return "an attention bias depends on the padding"
+    return None
+
+
+def _order(P: Tensor) -> tuple[bool, int | None]:
+    """(causal, window) of which keys each query sees, [S, S]."""
+    S = len(P)
+    i, j = torch.arange(S)[:, None], torch.arange(S)[None]
+    causal = S > 1 and not bool(P.triu(1).any())
+    reach = int((i - j).abs()[P].max()) if bool(P.any()) else 0
+    full = j <= i if causal else torch.ones(S, S, dtype=torch.bool)
+    if torch.equal(P, full):
+        return causal, None
+    if torch.equal(P, full & ((i - j).abs() <= reach)):
+        return causal, reach
+    raise Kept("an attention mask is neither full, nor causal, nor a window")
+
+
+def _scale(attention: Attention, sample: _Sample, base: Tensor, P: Tensor) -> float:
+    """The factor of q k^T in the logits of a written-out attention."""
+    assert attention.score is not None and attention.logits is not None
+    assert sample.full is not None
+    random = torch.Generator().manual_seed(1)
+    S = P.shape[-1]
+    score = torch.randn(1, 1, S, S, generator=random)
+    logits = _logits(attention, sample.at, score)
+    logits = _row(logits.expand(-1, -1, S, S), sample.full).double()
+    seen = P.expand_as(logits)
+    bias = base.double().expand_as(logits)
+    change = (logits - bias)[seen] / score[0].double().expand_as(logits)[seen]
+    scale = float(change.median())
+    found = bias + scale * score[0].double()
+    near = 1e-4 if base.dtype == torch.float32 else 1e-2
+    if not torch.allclose(logits[seen], found[seen], rtol=near, atol=near):
+        raise Kept("attention logits are not scale q k^T + bias")
+    return scale

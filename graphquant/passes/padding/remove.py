@@ -1,0 +1,114 @@
+"""The pass that removes padding: `options={"padding": "remove"}`.
+
+It runs after normalization and before recognition, so that the int8 rules see a graph of tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+
+from graphquant._torch import unset_fake_temporarily
+from graphquant.config import Config, strict
+from graphquant.failure import what_failed, what_to_do
+from graphquant.ir.captured import Captured
+from graphquant.ir.graph import LINEAR, hint, shape
+from graphquant.passes.padding.attention import Attention, find_attentions
+from graphquant.passes.padding.evaluation import Evaluation, Kept, told
+from graphquant.passes.padding.masks import Form, Masks, PaddingMask
+from graphquant.passes.padding.plan import Plan, guess_mask, make_plan
+from graphquant.passes.padding.readers import check_readers
+from graphquant.passes.padding.rewrite import pack_tokens
+from graphquant.report import Quiet
+
+log = logging.getLogger(__name__)
+
+CUDA_GRAPHS = "triton.cudagraphs"  # Inductor's option
+
+
+def remove_padding(captured: Captured, config: Config) -> tuple[str, ...]:
+    """Compute the graph for valid tokens only, in place, if its results for them stay the same.
+    Returns notes for the report."""
+    try:
+        with unset_fake_temporarily(), torch.no_grad():
+            found = list(_plans(captured))
+    except Kept as why:
+        return (f"padding kept: {why}",)
+    except Exception as error:
+        if strict():
+            raise
+        return (f"padding kept: {what_failed(error)}. {what_to_do(error)}",)
+    notes: list[str] = []
+    front = config.mode == "reduce-overhead" or bool(config.inductor.get(CUDA_GRAPHS))
+    for plan, more in found:
+        with unset_fake_temporarily(), torch.no_grad():
+            tokens = _tokens(captured, plan.mask)
+        notes += (Quiet(_done(captured, plan)), *more)
+        pack_tokens(captured, plan, tokens, front=front)
+    return tuple(notes)
+
+
+def _plans(captured: Captured) -> Iterator[tuple[Plan, tuple[str, ...]]]:
+    """A plan for each padding mask of the graph, with notes."""
+    graph = captured.gm.graph
+    masks = Masks(captured)
+    understood: dict[PaddingMask, list[tuple[Attention, Form]]] = {}
+    reasons: list[str] = []
+    for attention in find_attentions(graph):
+        try:
+            mask, form = masks.understand(attention)
+        except Kept as why:
+            reasons.append(str(why))
+            continue
+        understood.setdefault(mask, []).append((attention, form))
+    if not understood:
+        guess = guess_mask(captured)
+        if guess is None:
+            raise Kept(reasons[0] if reasons else "no attention with a padding mask was found")
+        understood[guess] = []
+    planned: list[Plan] = []
+    for mask, attentions in understood.items():
+        if any(hint(n) < 2 for n in shape(mask.node)[1:]) or hint(shape(mask.node)[0]) < 1:
+            raise Kept("sentences have one token at most")
+        plan = make_plan(captured, mask, attentions)
+        if any(not plan.packed.isdisjoint(other.packed) for other in planned):
+            raise Kept("attentions have different padding masks")
+        planned.append(plan)
+        padded = [
+            Quiet(f"attention stays padded ({n}): {why}") for why, n in Counter(reasons).items()
+        ]
+        yield plan, (*_inexact(captured, mask), *padded, *check_readers(captured, plan))
+
+
+def _inexact(captured: Captured, mask: PaddingMask) -> tuple[str, ...]:
+    """Masks that the model adds after arithmetic, so that it sees a 2 differently than a 1."""
+    if mask.exact:
+        return ()
+    return (Quiet(f"{told(captured, mask.node)} is taken to hold only 0 and 1"),)
+
+
+def _done(captured: Captured, plan: Plan) -> str:
+    """What the pass did, for the report."""
+    forms = Counter(str(form) for _, form in plan.attentions.values())
+    kinds = ", ".join(f"{n} with {form}" if form else f"{n} full" for form, n in forms.items())
+    linears = sum(n.target is LINEAR for n in plan.packed)
+    every = len(captured.gm.graph.find_nodes(op="call_function", target=LINEAR))
+    by = told(captured, plan.mask.node)
+    attention = f"{len(plan.attentions)} attentions ({kinds})" if forms else "no attention"
+    return (
+        f"padding removed by {by}: {linears} of {every} linears and {attention} compute tokens "
+        "only; results at padding are zero"
+    )
+
+
+def _tokens(captured: Captured, mask: PaddingMask) -> int:
+    """How many tokens the inputs seen at compile time have; all if they were not seen."""
+    everything = hint(shape(mask.node)[0]) * hint(shape(mask.node)[1])
+    try:
+        value = Evaluation(captured, captured.examples)(mask.node)
+    except Kept:
+        return everything
+    return int((value == 0 if mask.inverted else value != 0).sum())
