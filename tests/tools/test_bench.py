@@ -1080,6 +1080,9 @@ def test_models_have_the_tokens_they_claim(name: str) -> None:
     model = MODELS[name].cut(1)
     with torch.device("meta"):
         net = models.build(model, "meta")
-    kwargs = {k: v.to("meta") for k, v in models.inputs(model, 2, "cpu").items()}
+    given = models.inputs(model, 2, "cpu")
+    if (mask := given.pop("attention_mask", None)) is not None:  # transformers looks into it
+        assert mask[0].all() and mask.shape == (2, model.tokens)
+    kwargs = {k: v.to("meta") for k, v in given.items()}
     with torch.inference_mode():
         assert net(**kwargs)[0].shape == (2, model.tokens, model.hidden)

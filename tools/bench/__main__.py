@@ -147,7 +147,7 @@ def _rows(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Row
         if args.models or args.batch or args.variants:
             parser.error("--preset names models, batches and variants itself")
         rows = list(PRESETS[args.preset])
-        if args.time_limit is None and args.preset != "cpu":
+        if args.time_limit is None and not _is_for_cpu(args.preset):
             args.time_limit = PRESET_LIMIT
     else:
         usual = CPU_USUAL if args.device == "cpu" else USUAL
@@ -162,15 +162,19 @@ def _rows(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Row
 
 
 def _timers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Timer]:
-    """Those of --device and --threads. All presets but "cpu" are for a GPU."""
+    """Those of --device and --threads."""
     if args.device is None:
-        on_gpu = args.preset != "cpu" if args.preset else torch.cuda.is_available()
+        on_gpu = not _is_for_cpu(args.preset) if args.preset else torch.cuda.is_available()
         args.device = "cuda" if on_gpu else "cpu"
     if args.device == "cuda":
         return [Timer()]
     if args.jobs:
         parser.error("--jobs is for a GPU: on a CPU, processes would disturb each other's times")
     return [CpuTimer(n) for n in dict.fromkeys(args.threads or (1, torch.get_num_threads()))]
+
+
+def _is_for_cpu(preset: str) -> bool:
+    return preset.startswith("cpu")
 
 
 def _done(row: Row, layers: int | None, timer: Timer, runs: Sequence[Run]) -> bool:

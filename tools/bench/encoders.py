@@ -37,6 +37,9 @@ class Row:
 
 _BASE = ("bf16-max-autotune", "graphquant")
 _ALL = ("bf16-max-autotune", "torchao-int8", "graphquant")
+_PACKED = ("float-packed", "graphquant-packed")
+_FULL = ("graphquant-reduce-overhead", "graphquant-packed-reduce-overhead")
+_RAGGED = ("graphquant", *_PACKED)
 _GRAPHS = ("bf16-reduce-overhead", "graphquant-reduce-overhead")
 
 # In order of interest: a time limit cuts the end off.
@@ -56,7 +59,18 @@ PRESETS: dict[str, tuple[Row, ...]] = {
         Row(model, batch, ("bf16-default", "graphquant"))
         for batch in (64, 8, 1)
         for model in MODELS
-        if model not in ("bert-base-32", "minilm-l6")
+        if model not in ("bert-base-32", "minilm-l6") and not MODELS[model].mean
+    ),
+    "ragged": (
+        Row("bert-base-ragged", 256, ("bf16-default", *_RAGGED)),
+        Row("minilm-l6-ragged", 1024, (*_GRAPHS, "graphquant-packed-reduce-overhead")),
+        Row("bge-large-ragged", 256, ("bf16-default", *_PACKED)),
+        Row("modernbert-ragged", 32, ("bf16-default", *_PACKED)),
+        Row("bert-base-full", 64, ("bf16-default", "graphquant", "graphquant-packed", *_FULL)),
+    ),
+    "cpu-ragged": (
+        Row("bert-base-ragged-128", 32, ("bf16-default", *_RAGGED), 4),
+        Row("minilm-l6-ragged", 64, ("bf16-default", *_RAGGED)),
     ),
     "cpu": (
         Row("bert-base-128", 8, CPU_USUAL, 4),
@@ -171,6 +185,8 @@ def _ready(
             got = call()[0]
             timer.wait()
             took = time.perf_counter() - start
+            if (mask := kwargs.get("attention_mask")) is not None:
+                got, want = got[mask.bool()], want[mask.bool()]
             cosine, worst = cosines(got, want)
             del got
             peaks = [timer.peak(call) for _ in range(PEAK_CALLS)]

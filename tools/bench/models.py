@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+SHORTEST = 5  # sentence
+
 
 @dataclass(frozen=True)
 class Model:
@@ -18,6 +20,7 @@ class Model:
     cls: str
     sizes: Mapping[str, Any]
     tokens: int  # of one image or text
+    mean: int = 0  # number of tokens of sentences that are padded to `tokens`; 0: no mask
 
     @property
     def settings(self) -> Any:
@@ -51,6 +54,7 @@ def _vit(hidden: int, mlp: int, layers: int, heads: int, image: int, patch: int)
 
 _DINOV2_L = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
 _SO400M, _CLIP_L = _vit(1152, 4304, 27, 16, 378, 14), _vit(1024, 4096, 24, 16, 336, 14)
+_MINILM = _sizes(384, 1536, 6, 12)
 MODELS = {
     "siglip-so400m": Model("SiglipVisionConfig", "SiglipVisionModel", _SO400M, 729),
     "clip-l-336": Model("CLIPVisionConfig", "CLIPVisionModel", _CLIP_L, 577),
@@ -60,7 +64,13 @@ MODELS = {
     "bert-base-512": Model("BertConfig", "BertModel", {}, 512),
     "dinov2-l": Model("Dinov2Config", "Dinov2Model", {**_DINOV2_L, "image_size": 224}, 257),
     "bert-base-32": Model("BertConfig", "BertModel", {}, 32),
-    "minilm-l6": Model("BertConfig", "BertModel", _sizes(384, 1536, 6, 12), 48),
+    "minilm-l6": Model("BertConfig", "BertModel", _MINILM, 48),
+    "bert-base-ragged": Model("BertConfig", "BertModel", {}, 512, mean=120),
+    "bert-base-ragged-128": Model("BertConfig", "BertModel", {}, 128, mean=40),
+    "bert-base-full": Model("BertConfig", "BertModel", {}, 512, mean=512),
+    "bge-large-ragged": Model("BertConfig", "BertModel", _sizes(1024, 4096, 24, 16), 512, mean=120),
+    "minilm-l6-ragged": Model("BertConfig", "BertModel", _MINILM, 128, mean=40),
+    "modernbert-ragged": Model("ModernBertConfig", "ModernBertModel", {}, 512, mean=256),
 }
 
 
@@ -81,10 +91,23 @@ def inputs(model: Model, batch: int, device: str) -> dict[str, Tensor]:
     side = getattr(config, "image_size", None)
     if side is None:
         words = min(30_000, config.vocab_size)
-        return {"input_ids": torch.randint(0, words, size, device=device, generator=random)}
+        ids = torch.randint(0, words, size, device=device, generator=random)
+        if not model.mean:
+            return {"input_ids": ids}
+        mask = _lengths(model, batch, random)[:, None] > torch.arange(model.tokens, device=device)
+        return {"input_ids": ids, "attention_mask": mask.long()}
     side = side if isinstance(side, int) else side[0]
     pixels = torch.randn(batch, 3, side, side, device=device, generator=random)
     return {"pixel_values": pixels.to(torch.bfloat16)}
+
+
+def _lengths(model: Model, batch: int, random: torch.Generator) -> Tensor:
+    """Numbers of tokens of sentences, [batch]: many short ones, from SHORTEST to model.tokens."""
+    room = model.tokens - SHORTEST
+    power = room / (model.mean - SHORTEST) - 1  # the mean of u^power is 1 / (1 + power)
+    u = torch.rand(batch, device=random.device, generator=random)
+    u[0] = 1
+    return SHORTEST + (room * u**power).round().long()
 
 
 def widened(kwargs: Mapping[str, Tensor]) -> dict[str, Tensor]:

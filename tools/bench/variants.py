@@ -29,12 +29,20 @@ MODES = {
     "fp32-default": "default",
 }
 TORCHAO = ("torchao-int8", "torchao-fp8")
-_MODES = {"graphquant-reduce-overhead": "reduce-overhead"}
-GRAPHQUANT: dict[str, str | None] = {"graphquant": None, "graphquant-fp32": None, **_MODES}
+_GRAPHS = {"mode": "reduce-overhead"}
+_PACKED = {"padding": "remove"}
+GRAPHQUANT: dict[str, dict[str, Any]] = {
+    "graphquant": {},
+    "graphquant-fp32": {},
+    "graphquant-reduce-overhead": _GRAPHS,
+    "graphquant-packed": _PACKED,
+    "graphquant-packed-reduce-overhead": {**_PACKED, **_GRAPHS},
+    "float-packed": {**_PACKED, "quantize": False},
+}
 FLOAT = ("eager", *MODES, *FLOAT_PACKAGES)  # what a speed-up may be measured against
 VARIANTS = (*FLOAT, *TORCHAO, *GRAPHQUANT, *INT8_PACKAGES, *RUNTIMES)
 FP32 = ("fp32-default", "graphquant-fp32", *RUNTIMES)  # the others run the bfloat16 model
-USUAL = ("eager", *list(MODES)[:3], *TORCHAO, "graphquant", *_MODES)
+USUAL = ("eager", *list(MODES)[:3], *TORCHAO, "graphquant", "graphquant-reduce-overhead")
 CPU_USUAL = ("fp32-default", "bf16-default", "torchao-int8", *RUNTIMES, *list(GRAPHQUANT)[:2])
 
 
@@ -78,7 +86,7 @@ def _prepare(variant: str, model: nn.Module, on_cpu: bool) -> Prepared:
         torch._inductor.config.freezing = on_cpu  # its int8 GEMMs on a CPU need constant weights
         return Prepared(torch.compile(module, fullgraph=True), module, reports)
     if variant in GRAPHQUANT:
-        options: dict[str, Any] = {"mode": GRAPHQUANT[variant], "on_report": reports.append}
+        options = {**GRAPHQUANT[variant], "on_report": reports.append}
         # what backend="graphquant" finds, but also where the package is not installed
         run = torch.compile(model, fullgraph=True, backend=graphquant_backend, options=options)
         return Prepared(run, model, reports)
