@@ -50,15 +50,27 @@ def test_bfloat16_is_shown_where_it_is_of_use(example, monkeypatch):
     slow = {"float32": 30.0, "bfloat16": 60.0, "int8": 10.0}
     has = {"avx2": True}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
-    lines = example.time_lines(slow, "inductor")
+    lines = example.time_lines(slow, "inductor", 84)
     assert [line.partition(",")[0] for line in lines[:-1]] == ["float32", "int8"]
-    assert lines[-1].startswith("speed-up of int8       3.00x float32; ")
-    fast = example.time_lines({**slow, "bfloat16": 20.0}, "inductor")
-    assert "bfloat16, inductor        20.0 ms" in fast
-    assert "3.00x float32, 2.00x bfloat16;" in fast[-1]
+    assert lines[-1].startswith("speed-up                 int8: 3.00x float32; ")
+    fast = example.time_lines({**slow, "bfloat16": 20.0}, "inductor", 84)
+    assert "int8, inductor              10.0 ms    8,400 sentences/s" in fast
+    assert (
+        "3.00x float32, 2.00x bfloat16;"
+        in example.time_lines({"float32": 30.0, "bfloat16": 20.0, "int8": 10.0}, "inductor", 84)[-1]
+    )
     has["avx512_bf16"] = True
-    assert len(example.time_lines(slow, "inductor")) == 4
-    assert len(example.time_lines({"float16": 3.0, "int8": 2.0}, "inductor")) == 3  # a GPU
+    assert len(example.time_lines(slow, "inductor", 84)) == 4
+    assert len(example.time_lines({"float16": 3.0, "int8": 2.0}, "inductor", 84)) == 3  # a GPU
+
+
+def test_a_histogram_of_lengths(example):
+    assert example.histogram([1, 8, 9, 24, 17]) == [
+        "  1 to   8 tokens  ██ 2",
+        "  9 to  16 tokens  █ 1",
+        " 17 to  24 tokens  ██ 2",
+    ]
+    assert max(map(len, example.histogram([5] * 1000))) < 70
 
 
 def test_int8_embeddings_of_real_sentences_are_close_to_the_float_ones(example):
