@@ -96,6 +96,9 @@ class _Spread:
             for reader in node.users:
                 if reader not in self._packed and reader not in self._inner:
                     exits[node].append(reader)
+        for node in (*exits, *self._entries):
+            if not all(map(_is_foldable, self._layouts[node])):
+                raise Kept(f"{self._told(node)} mixes tokens with other dims")
         operands = {n: self._operands(n) for n in sorted(self._packed)}
         for node, inputs in operands.items():
             self._check_operands(node, inputs)
@@ -211,8 +214,6 @@ class _Spread:
         for node in packed:
             if is_tensor(node) and not is_static(node, self._layouts[node]):
                 raise Kept(f"{self._told(node)} has a dynamic size besides batch and length")
-            if not all(map(_is_foldable, self._layouts[node])):
-                raise Kept(f"{self._told(node)} mixes tokens with other dims")
 
     def _operands(self, node: Node) -> dict[Node, Layout]:
         """The inputs of a packed node that have a layout in it."""
@@ -278,6 +279,6 @@ def _is_float(node: Node) -> bool:
 
 
 def _is_foldable(dim: tuple[int | str, ...]) -> bool:
-    """At most one of B and S in a dim, or both next to each other: views can take it apart."""
+    """At most one of B and S in a dim, or B and then S: rows are gathered in this order."""
     at = [i for i, f in enumerate(dim) if isinstance(f, str)]
-    return len(at) < 2 or at[1] - at[0] == 1
+    return len(at) < 2 or (at[1] - at[0] == 1 and dim[at[0]] == BATCH)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import torch
+from torch.fx import Node
 
 from graphquant._torch import unset_fake_temporarily
 from graphquant.config import Config, strict
@@ -55,7 +56,8 @@ def _plans(captured: Captured) -> Iterator[tuple[Plan, tuple[str, ...]]]:
     """A plan for each padding mask of the graph, with notes."""
     graph = captured.gm.graph
     masks = Masks(captured)
-    understood: dict[PaddingMask, list[tuple[Attention, Form]]] = {}
+    understood: dict[tuple[Node, bool], list[tuple[Attention, Form]]] = {}
+    exact: dict[tuple[Node, bool], bool] = {}
     reasons: list[str] = []
     for attention in find_attentions(graph):
         try:
@@ -63,14 +65,18 @@ def _plans(captured: Captured) -> Iterator[tuple[Plan, tuple[str, ...]]]:
         except Kept as why:
             reasons.append(str(why))
             continue
-        understood.setdefault(mask, []).append((attention, form))
+        key = mask.node, mask.inverted
+        understood.setdefault(key, []).append((attention, form))
+        exact[key] = mask.exact and exact.get(key, True)
     if not understood:
         guess = guess_mask(captured)
         if guess is None:
             raise Kept(reasons[0] if reasons else "no attention with a padding mask was found")
-        understood[guess] = []
+        understood[guess.node, guess.inverted] = []
+        exact[guess.node, guess.inverted] = guess.exact
     planned: list[Plan] = []
-    for mask, attentions in understood.items():
+    for key, attentions in understood.items():
+        mask = PaddingMask(*key, exact[key])
         if any(hint(n) < 2 for n in shape(mask.node)[1:]) or hint(shape(mask.node)[0]) < 1:
             raise Kept("sentences have one token at most")
         plan = make_plan(captured, mask, attentions)

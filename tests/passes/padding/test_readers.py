@@ -162,6 +162,38 @@ def test_what_computes_tokens_or_masked_values_between_layers(between: Reader) -
             same_tokens(run, model, ids, mask)
 
 
+@pytest.mark.parametrize(
+    "pool",
+    [
+        lambda x, mask: x.transpose(0, 1).reshape(-1, WIDTH),
+        lambda x, mask: x.transpose(0, 1).flatten(0, 1)[:: x.shape[0]],
+        lambda x, mask: x.transpose(0, 1).contiguous(),
+        lambda x, mask: x.flatten(0, 1),
+        lambda x, mask: x.mT.flatten(1),
+    ],
+)
+def test_other_orders_of_tokens(pool: Reader) -> None:
+    """Sentences inside of positions: their rows are not in the order of packed ones."""
+    ids, mask = batch()
+    run, _ = removed(Encoder(pool=pool), ids, mask)
+    zeros = Encoder(pool=lambda x, mask: pool(torch.where(mask[..., None].bool(), x, 0.0), mask))
+    with torch.inference_mode():
+        ours, *either = (f(ids, mask) for f in (run, zeros, Encoder(pool=pool)))
+    assert any(close(ours, one) for one in either)  # removed, or kept
+
+
+def test_rows_in_another_order_between_layers() -> None:
+    def between(x: Tensor, mask: Tensor) -> Tensor:
+        rows = F.gelu(x.transpose(0, 1).reshape(-1, WIDTH) * 2)
+        return rows.view(x.shape[1], x.shape[0], WIDTH).transpose(0, 1) + x
+
+    model = Encoder(between=between)
+    ids, mask = batch()
+    run, reports = removed(model, ids, mask)
+    assert is_removed(reports), notes(reports)
+    same_tokens(run, model, ids, mask)
+
+
 def test_batch_norm_in_eval_mode() -> None:
     norm = nn.BatchNorm1d(WIDTH).eval()
     norm.running_mean.normal_()  # type: ignore[union-attr]
