@@ -215,3 +215,14 @@ def near(ours: Tensor, theirs: Tensor, mask: Tensor, most: float = 0.03) -> Any:
     valid = mask.bool()
     assert not ours[~valid].any()
     assert (ours[valid] - theirs[valid]).norm() <= most * theirs[valid].norm()
+
+
+@pytest.mark.parametrize("size", [(4, 4), (8, 8), (32, 32), (4, 8), (32, 8), (1, 12), (8, 2)])
+def test_sizes_that_coincide_with_those_of_the_model(size: tuple[int, int]) -> None:
+    """4 heads of 8 channels, 32 in all: which dim is which is not told by its size."""
+    n, length = size
+    lengths = [1 + (7 * i) % length for i in range(n)]
+    for model in (Encoder(), Encoder(between=lambda x, mask: x * mask[..., None])):
+        run, reports = removed(model, *batch(lengths, length))
+        assert is_removed(reports), notes(reports)
+        same_tokens(run, model, *batch(lengths, length))
