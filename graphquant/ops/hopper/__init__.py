@@ -1,7 +1,7 @@
 """What the CUDA C++ kernels for Hopper (sm_90a) have in common: headers, and how one is compiled.
 
 ptx.cuh has the instructions that C++ has no functions for, wgmma.cuh and wgmma.py the warp group's
-matrix multiplication, smem.cuh the layout of shared memory.
+matrix multiplication, softmax.cuh the online softmax, smem.cuh the layout of shared memory.
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@
 
 #include "hopper/ptx.cuh"
 #include "hopper/smem.cuh"
+#include "hopper/softmax.cuh"
 #include "hopper/wgmma.cuh"
 #include "wgmma_shapes.cuh"
 
@@ -318,78 +319,13 @@ __device__ __forceinline__ void add_bias(float (&s)[N / 2], const Tile& tile, co
 
 // ------------------------------------------------------------------------------------ softmax
 
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// Of the two rows of scores that a thread has a part of. row_sum is of this thread's columns alone.
-struct SoftmaxState {
-  float row_max[2];  // what exponentials are relative to: the maximum so far or a little less
-  float row_sum[2];
-};
-
-// Online softmax: turns scores of a block into probabilities that are not normalized yet, relative to row_max, and
-// returns the factors by which earlier results of each row have to be rescaled.
-template <int N, bool FIRST_BLOCK>
-__device__ __forceinline__ float2 online_softmax(float (&s)[N / 2], SoftmaxState& state, float scale) {
-  const float minus_infinity = __int_as_float(0xff800000);
-  float rescale[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    // Two chains of maxima, and below of sums, for instruction-level parallelism.
-    float partial_max[2] = {fmaxf(s[2 * r], s[2 * r + 1]), FIRST_BLOCK ? minus_infinity : state.row_max[r]};
-#pragma unroll
-    for (int c = 1; c < N / 8; ++c)
-      partial_max[c & 1] = fmaxf(partial_max[c & 1], fmaxf(s[c * 4 + 2 * r], s[c * 4 + 2 * r + 1]));
-    float row_max = fmaxf(partial_max[0], partial_max[1]);
-    row_max = fmaxf(row_max, __shfl_xor_sync(0xffffffff, row_max, 1));
-    row_max = fmaxf(row_max, __shfl_xor_sync(0xffffffff, row_max, 2));
-    // Lazy rescaling: a maximum that is only a little higher is not taken over. y seldom has to be rescaled then,
-    // and probabilities stay below 2^8, which neither float16 nor the sum minds.
-    if (!FIRST_BLOCK && !((row_max - state.row_max[r]) * scale > 8.0f)) row_max = state.row_max[r];
-    // A row may see no key of a block.
-    const float base = POSITIONS && row_max == minus_infinity ? 0.0f : row_max;
-    rescale[r] = FIRST_BLOCK ? 0.0f : exp2_approx((state.row_max[r] - base) * scale);
-    state.row_max[r] = row_max;
-    const float scaled_max = base * scale;
-    float partial_sum[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int c = 0; c < N / 8; ++c)
-#pragma unroll
-      for (int i = 2 * r; i < 2 * r + 2; ++i) {
-        s[c * 4 + i] = exp2_approx(__fmaf_rn(s[c * 4 + i], scale, -scaled_max));
-        partial_sum[i & 1] += s[c * 4 + i];
-      }
-    const float sum = partial_sum[0] + partial_sum[1];
-    state.row_sum[r] = FIRST_BLOCK ? sum : __fmaf_rn(state.row_sum[r], rescale[r], sum);
-  }
-  return make_float2(rescale[0], rescale[1]);
-}
-
-// Most blocks change no row_max: then the whole warp skips it.
-__device__ __forceinline__ void rescale(float (&y)[D / 2], float2 factors) {
-  if (__any_sync(0xffffffff, factors.x != 1.0f || factors.y != 1.0f))
-#pragma unroll
-    for (int i = 0; i < D / 2; ++i) y[i] *= i & 2 ? factors.y : factors.x;
-}
-
-// 1 / row_sum of all columns, which four lanes share.
+// 1 / row_sum.
 __device__ __forceinline__ void normalizers(SoftmaxState& state) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    state.row_sum[r] += __shfl_xor_sync(0xffffffff, state.row_sum[r], 1);
-    state.row_sum[r] += __shfl_xor_sync(0xffffffff, state.row_sum[r], 2);
+    sum_lanes(state, r);
     asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(state.row_sum[r]));
   }
-}
-
-// Scores as wgmma leaves them are, as probabilities, in the order in which wgmma takes A from registers.
-template <int N>
-__device__ __forceinline__ void to_operand(u32 (&p)[N / 4], const float (&s)[N / 2]) {
-#pragma unroll
-  for (int i = 0; i < N / 4; ++i) p[i] = pack<DTYPE>(s[2 * i], s[2 * i + 1]);
 }
 
 // ------------------------------------------------------------------------------------ consumers
@@ -445,7 +381,7 @@ __device__ __forceinline__ float2 probabilities(
     float (&s)[N / 2], SoftmaxState& state, const Problem& of, const Tile& tile, int block, u32 positions) {
   if constexpr (BIAS != NONE) add_bias<N>(s, tile, of.bias, positions, of.scale);
   if constexpr (FIRST_BLOCK || WINDOW) hide_keys<N, FIRST_BLOCK>(s, tile, block, positions, of.window);
-  return online_softmax<N, FIRST_BLOCK>(s, state, BIAS == NONE ? of.scale : 1.0f);
+  return online_softmax<N, FIRST_BLOCK, POSITIONS>(s, state, BIAS == NONE ? of.scale : 1.0f);
 }
 
 // Zeros in place of rows of v that are not the sequence's, for products with probabilities of 0.
@@ -474,7 +410,7 @@ __device__ __forceinline__ void first_block(
   if (tile.has_rows) probabilities<N, true>(s, state, of, tile, block, SMEM(k_position) + stage * (4 * BN));
   if constexpr (POSITIONS) __syncwarp(), release(SMEM(k_empty) + 8 * stage, lane, arrivals);
   u32 first_p[N / 4];
-  to_operand<N>(first_p, s);
+  to_operand<DTYPE, N>(first_p, s);
 #pragma unroll
   for (int i = 0; i < BN / 4; ++i) p[i] = i < N / 4 ? first_p[i] : 0;
 }
@@ -498,7 +434,7 @@ __device__ __forceinline__ void next_block(
   float2 factors = {1.0f, 1.0f};
   if (tile.has_rows) factors = probabilities<BN, false>(s, state, of, tile, block, SMEM(k_position) + k_stage * (4 * BN));
   if constexpr (POSITIONS) __syncwarp(), release(SMEM(k_empty) + 8 * k_stage, lane, arrivals);
-  to_operand<BN>(p, s);
+  to_operand<DTYPE, BN>(p, s);
   rescale(y, factors);
 }
 
