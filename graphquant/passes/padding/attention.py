@@ -116,7 +116,10 @@ def _fused(node: Node) -> Attention | None:
 
 
 def _written_out(softmax: Node) -> Attention | None:
-    """matmul(softmax(f(matmul(q, k^T))), v) with a pointwise f, which may read a mask."""
+    """matmul(softmax(f(matmul(q, k^T))), v) with a pointwise f, which may read a mask.
+
+    None if anything else reads a value in between, which is not computed any more then.
+    """
     if softmax.meta["val"].dim() != 4 or softmax.args[1] not in (-1, 3):
         return None
     logits = softmax.args[0]
@@ -130,14 +133,15 @@ def _written_out(softmax: Node) -> Attention | None:
         return None
     assert isinstance(logits, Node)
     score = _score(logits, inner)
-    if score is None:
+    inner |= {out} if score is None else {out, score}
+    if score is None or any(not inner.issuperset(n.users) for n in inner - {out}):
         return None
     q, k, v = score.args[0], score.args[1], out.args[1]
     assert isinstance(q, Node) and isinstance(k, Node) and isinstance(v, Node)
     swapped = is_call(k, aten.transpose.int) and {d % 4 for d in k.args[1:]} == {2, 3}  # type: ignore[operator]
     if swapped:
         k = k.all_input_nodes[0]
-    return Attention(out, q, k, v, not swapped, score, logits, frozenset({*inner, out, score}))
+    return Attention(out, q, k, v, not swapped, score, logits, frozenset(inner))
 
 
 def _score(node: Node, inner: set[Node]) -> Node | None:

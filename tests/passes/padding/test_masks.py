@@ -203,6 +203,32 @@ def test_a_mask_that_is_written_in_place() -> None:
     assert "in place" in notes(reports)[0]
 
 
+def test_scores_that_are_returned() -> None:
+    """They are computed from padded q and k, so that attention stays padded."""
+
+    class Scores(Encoder):
+        def forward(self, ids: Tensor, mask: Tensor) -> Any:
+            kept: list[Tensor] = []
+
+            def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+                kept.append(q @ k.transpose(-1, -2) / 3.0 + mask)
+                return kept[-1].softmax(-1) @ v
+
+            self.see, self.attend = additive, attend
+            return super().forward(ids, mask), kept[0]
+
+    model = Scores()
+    ids, mask = batch()
+    run, reports = removed(model, ids, mask)
+    assert "1 attentions" in notes(reports)[0] or notes(reports)[0].startswith("padding kept")
+    with torch.inference_mode():
+        ours, theirs = run(ids, mask), model(ids, mask)
+    valid = mask.bool()
+    assert torch.allclose(ours[0][valid], theirs[0][valid], rtol=1e-4, atol=2e-5)
+    seen = (valid[:, None, :, None] & valid[:, None, None]).expand_as(ours[1])
+    assert torch.allclose(ours[1][seen], theirs[1][seen], rtol=1e-4, atol=2e-5)
+
+
 def test_a_window_wider_than_the_length_seen() -> None:
     """The length is dynamic, so that the window shows at longer ones."""
 
