@@ -23,7 +23,7 @@ from graphquant.config import Config
 from graphquant.errors import ReleasedWeightError
 from graphquant.failure import stage
 from graphquant.ir.captured import Captured
-from graphquant.ir.graph import readers
+from graphquant.ir.graph import draws_nothing, readers
 from graphquant.lowering.inner import build_kernels, compile_graph
 from graphquant.passes.attention_dtype import with_bfloat16_attention
 from graphquant.passes.notes import with_cpu_notes
@@ -163,15 +163,14 @@ _PURE = {
     *(operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.pow),
     *(torch.sym_int, torch.sym_float, torch.sym_max, torch.sym_min, torch.sym_not),
 }
-_SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def _is_pure(node: Node) -> bool:
     op = node.target
     if not isinstance(op, OpOverload):
         return False
-    if op is _SDPA:  # random only with a dropout_p
-        return not (node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0))
+    if draws_nothing(node):
+        return True
     name = op._schema.name
     return (
         op.namespace in ("aten", "prims", "graphquant")

@@ -7,7 +7,7 @@ every node carries a fake tensor in `meta["val"]`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any, TypeGuard
@@ -123,6 +123,11 @@ def hint(size: int | torch.SymInt) -> int:
     return int(_hint(size) or 0) if isinstance(size, torch.SymInt) else int(size)
 
 
+def hints(node: Node) -> tuple[int, ...]:
+    """The sizes of the node's value that were seen at compile time."""
+    return tuple(map(hint, shape(node)))
+
+
 def has_hints(value: object) -> bool:
     """Was every size of this value seen at compile time? For numbers: the number itself."""
     sizes = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
@@ -163,6 +168,19 @@ def between(out: Node, x: Node) -> list[Node]:
     return [n for n, is_ in found.items() if is_ and n is not x]
 
 
+def ancestors(nodes: Iterable[Node], cut: Collection[Node] = ()) -> set[Node]:
+    """These nodes and all that they are computed from, back to those in `cut`."""
+    found: set[Node] = set()
+    edge = list(nodes)
+    while edge:
+        node = edge.pop()
+        if node not in found:
+            found.add(node)
+            if node not in cut:
+                edge += node.all_input_nodes
+    return found
+
+
 def only_user(node: Node) -> Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
@@ -184,6 +202,11 @@ def drops_nothing(node: Node) -> bool:
 
 def is_random(node: Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def draws_nothing(node: Node) -> bool:
+    """Attention without dropout, although its op is tagged as random."""
+    return node.target is SDPA and not arguments(node).dropout_p
 
 
 def autocast_at(node: Node) -> ExitStack:

@@ -28,14 +28,21 @@ ROUND_FINELY = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.fl
 SIZED_VIEWS = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
 
 
-# Views that may keep every row (last dim) whole; `keeps_rows` decides for one node.
-ROW_VIEWS = SIZED_VIEWS | frozenset(
+# Views of the same values in the same order, with other sizes.
+RESHAPES = SIZED_VIEWS | frozenset(
     {
         aten.flatten.using_ints,
         aten.unflatten.int,
         aten.unsqueeze.default,
         aten.squeeze.dim,
         aten.squeeze.dims,
+    }
+)
+
+
+# Views that may keep every row (last dim) whole; `keeps_rows` decides for one node.
+ROW_VIEWS = RESHAPES | frozenset(
+    {
         aten.transpose.int,
         aten.permute.default,
         aten.contiguous.default,

@@ -34,7 +34,7 @@ from graphquant.ir.graph import (
     is_tensor,
     shape,
 )
-from graphquant.ir.rows import SIZED_VIEWS
+from graphquant.ir.rows import RESHAPES
 
 
 def make_functional(captured: Captured) -> None:
@@ -235,13 +235,8 @@ _SCATTERS: dict[Any, Any] = {
     aten.diagonal.default: aten.diagonal_scatter.default,
 }
 
-_RESHAPES = SIZED_VIEWS | {
-    aten.flatten.using_ints,
-    aten.unflatten.int,
+_RESHAPES = RESHAPES | {
     aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.unsqueeze.default,
     aten.view_as.default,
     aten.contiguous.default,
     aten.alias.default,

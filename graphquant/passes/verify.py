@@ -37,7 +37,7 @@ from graphquant.errors import VerifyError
 from graphquant.ir.aliases import writes
 from graphquant.ir.captured import Captured
 from graphquant.ir.contexts import regions
-from graphquant.ir.graph import LINEAR, arguments, drops_nothing
+from graphquant.ir.graph import LINEAR, ancestors, arguments, drops_nothing
 from graphquant.ops import int8_linear
 from graphquant.passes.layout import EAGER
 from graphquant.passes.record import Record
@@ -270,7 +270,7 @@ def _check_constants(
         return
     weights = {n: _weights(n) for n in graph.nodes}
     for reader, read in (*weights.items(), *((n, [n]) for n in taken)):
-        for value in _made_from(read):
+        for value in sorted(ancestors(read)):
             if by := next((written[m] for m in _memories(values[value]) if m in written), None):
                 raise VerifyError(
                     f"after {name}: {reader.name} takes {value.name} for constant, which "
@@ -305,14 +305,6 @@ def _weights(linear: Node) -> list[Node]:
     else:
         return []
     return [v for v in values if isinstance(v, Node)]
-
-
-def _made_from(values: Iterable[Node]) -> list[Node]:
-    """These values and all their ancestors."""
-    found = list(values)
-    for value in found:
-        found += [i for i in value.all_input_nodes if i not in found]
-    return found
 
 
 def _check_linears(graph: Graph, record: Record, name: str) -> None:

@@ -12,7 +12,14 @@ from torch.fx import Node
 
 from graphquant.ir.captured import Captured
 from graphquant.ir.evaluate import evaluate
-from graphquant.ir.graph import SDPA, arguments, described, hint, is_random, is_tensor
+from graphquant.ir.graph import (
+    ancestors,
+    described,
+    draws_nothing,
+    hint,
+    is_random,
+    is_tensor,
+)
 
 _FAILURES = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, AssertionError)
 Sizes = Mapping[sympy.Symbol, int]
@@ -99,24 +106,6 @@ class Evaluation:
 def told(captured: Captured, node: Node) -> str:
     """What a value is, for a message."""
     return described(node, {**captured.inputs, **captured.names})
-
-
-def draws_nothing(node: Node) -> bool:
-    """Attention without dropout, although its op is tagged as random."""
-    return node.target is SDPA and not arguments(node).dropout_p
-
-
-def ancestors(nodes: Iterable[Node], cut: Collection[Node] = ()) -> set[Node]:
-    """These nodes and all that they are computed from, back to those in `cut`."""
-    found: set[Node] = set()
-    edge = list(nodes)
-    while edge:
-        node = edge.pop()
-        if node not in found:
-            found.add(node)
-            if node not in cut:
-                edge += node.all_input_nodes
-    return found
 
 
 def inputs_of(captured: Captured, nodes: Iterable[Node], cut: Collection[Node] = ()) -> list[Node]:

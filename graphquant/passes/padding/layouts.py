@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from graphquant._torch import OpOverload
-from graphquant.ir.graph import LINEAR, arguments, aten, hint, is_tensor, shape
-from graphquant.ir.rows import CASTS
+from graphquant.ir.graph import LINEAR, arguments, aten, hint, hints, is_tensor, shape
+from graphquant.ir.rows import CASTS, RESHAPES
 from graphquant.passes.padding.attention import SOFTMAX, is_pointwise
 
 BATCH: Final = "B"
@@ -29,10 +29,6 @@ Layout = tuple[Factors, ...]
 def factors(size: Any) -> Factors:
     n = hint(size)
     return (n,) if n != 1 else ()
-
-
-def hints(node: Node) -> tuple[int, ...]:
-    return tuple(map(hint, shape(node)))
 
 
 def letters(dims: Sequence[Factors]) -> set[str]:
@@ -354,7 +350,6 @@ class _Reduce(_Rule):
         return {inputs[0]: tuple(made)}
 
 
-VIEWS_WITH_SIZES = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
 _SPLITS = frozenset(
     {
         aten.chunk.default,
@@ -366,13 +361,6 @@ _SPLITS = frozenset(
     }
 )
 _OF_FIRST = CASTS | {aten.expand_as.default}
-RESHAPES = VIEWS_WITH_SIZES | {
-    aten.flatten.using_ints,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.unflatten.int,
-    aten.unsqueeze.default,
-}
 _RULES: dict[Any, _Rule] = {
     **dict.fromkeys(RESHAPES, _Reshape()),
     **dict.fromkeys((aten.transpose.int, aten.permute.default), _Permute()),

@@ -6,12 +6,13 @@ given it leave early; what they write behind the tokens is never read.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator
 
 from torch.fx import Graph, Node
 
-from graphquant.ir.graph import hint, shape, with_arguments
+from graphquant.ir.graph import hints, with_arguments
 from graphquant.ir.rows import rows
 from graphquant.ops import int8_linear, norm_quantize, norm_quantize_keep, quantize
 from graphquant.passes.padding.rewrite import PACKED, SCATTERED, TOKENS
@@ -55,5 +56,4 @@ def _packed(graph: Graph) -> Iterator[tuple[Node, Node]]:
 
 
 def _total(index: Node) -> int:
-    B, S = shape(index.all_input_nodes[0])
-    return hint(B) * hint(S)
+    return math.prod(hints(index.all_input_nodes[0]))

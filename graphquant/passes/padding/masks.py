@@ -18,14 +18,13 @@ from torch import Tensor
 from torch.fx import Node
 
 from graphquant.ir.captured import Captured
-from graphquant.ir.graph import aten, dtype, hint, is_tensor, shape
+from graphquant.ir.graph import ancestors, aten, dtype, hint, hints, is_tensor, shape
 from graphquant.passes.padding.attention import Attention, is_pointwise
 from graphquant.passes.padding.evaluation import (
     CannotEvaluate,
     Evaluation,
     Kept,
     Sizes,
-    ancestors,
     inputs_of,
     told,
 )
@@ -53,14 +52,15 @@ class PaddingMask:
 @dataclass(frozen=True)
 class Form:
     """What an attention computes besides the padding mask: scale q k^T + bias, for the keys that
-    are not later than the query (causal) and not further away than `window` positions."""
+    are not later than the query (causal) and not further away than `window` positions.
+
+    bias  [B or 1, H or 1, S, S], equal for all sentences; or [H, S, S], or [S, S]
+    """
 
     scale: float
     causal: bool = False
     window: int | None = None
-    bias: Node | None = (
-        None  # [B or 1, H or 1, S, S], equal for all sentences, or [H, S, S], [S, S]
-    )
+    bias: Node | None = None
 
     def __str__(self) -> str:
         window = [] if self.window is None else [f"window {self.window}"]
@@ -82,6 +82,7 @@ class _Sample:
 
     valid  [B, S] bool
     full   a sentence without padding, if there is one
+    at     values of the graph for it
     """
 
     valid: Tensor
@@ -162,12 +163,12 @@ class Masks:
         raise Kept(f"an attention mask is computed from {names}, not from one padding mask [B, S]")
 
     def _candidates(self, attention: Attention) -> Iterator[Node]:
-        B, _, S, _ = map(hint, shape(attention.q))
+        B, _, S, _ = hints(attention.q)
         operands = attention.operands
         for node in sorted(ancestors(operands)):
             if (
                 is_tensor(node)
-                and tuple(map(hint, shape(node))) == (B, S)
+                and hints(node) == (B, S)
                 and node not in self._captured.parameters
                 and not inputs_of(self._captured, operands, cut={node})
                 and self._is_pointwise(node)
@@ -177,9 +178,9 @@ class Masks:
     def _is_pointwise(self, node: Node) -> bool:
         """Does each of its numbers depend on those of inputs at the same place only?"""
         read = inputs_of(self._captured, [node])
-        sizes = tuple(map(hint, shape(node)))
+        sizes = hints(node)
         return bool(read) and all(
-            n in read or (is_pointwise(n) and tuple(map(hint, shape(n))) == sizes)
+            n in read or (is_pointwise(n) and hints(n) == sizes)
             for n in ancestors([node])
             if inputs_of(self._captured, [n])
         )
@@ -198,7 +199,7 @@ class Masks:
 
     def _sentences(self, attention: Attention, mask: PaddingMask) -> int:
         """How many sentences to evaluate: all, if the graph names their number."""
-        B, _, S, _ = map(hint, shape(attention.q))
+        B, _, S, _ = hints(attention.q)
         if B <= FEW:
             return B
         if mask.node not in self._few:
@@ -297,6 +298,7 @@ class Masks:
             value = node.meta["val"]
             if not 2 <= value.dim() <= 4 or not value.is_floating_point():
                 continue
+            size = at(node).numel()
             value = at(node)[:FEW] if value.dim() == 4 else at(node)
             value = value.reshape(*(1,) * (4 - value.dim()), *value.shape)
             if value.shape[-2:] != base.shape[-2:] or value.shape[1] not in (1, base.shape[0]):
@@ -307,7 +309,7 @@ class Masks:
             seen = P.expand(h, -1, -1)
             ours, theirs = (t.expand(h, -1, -1)[seen].double() for t in (value[0], base))
             if torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5) and (
-                best is None or value.numel() < at(best).numel()
+                best is None or size < at(best).numel()
             ):
                 best = node
         if best is None:

@@ -17,9 +17,20 @@ from torch.fx import Graph, Node
 from graphquant.ir.aliases import written_in_place
 from graphquant.ir.captured import Captured
 from graphquant.ir.gradients import needs_gradient
-from graphquant.ir.graph import LINEAR, SDPA, aten, dtype, is_random, is_tensor, shape
+from graphquant.ir.graph import (
+    LINEAR,
+    SDPA,
+    ancestors,
+    aten,
+    draws_nothing,
+    dtype,
+    hints,
+    is_random,
+    is_tensor,
+    shape,
+)
 from graphquant.passes.padding.attention import SOFTMAX, Attention
-from graphquant.passes.padding.evaluation import Kept, ancestors, is_input, told
+from graphquant.passes.padding.evaluation import Kept, is_input, told
 from graphquant.passes.padding.layouts import (
     BATCH,
     LENGTH,
@@ -27,7 +38,6 @@ from graphquant.passes.padding.layouts import (
     Layouts,
     dim_of,
     factors,
-    hints,
     is_of_tokens,
     is_static,
     letters,
@@ -202,7 +212,7 @@ class _Spread:
             raise Kept(f"the padding mask is computed from {self._told(min(mixed))}")
         if written := written_in_place(self._graph) & (packed | used):
             raise Kept(f"{self._told(min(written))} is written in place")
-        if random := [n for n in packed if is_random(n) and n not in self._attentions]:
+        if random := [n for n in packed if is_random(n) and not draws_nothing(n)]:
             raise Kept(f"{self._told(min(random))} is random")
         captured = self._captured
         grad = needs_gradient(self._graph, captured.differentiable, captured.grad_enabled)
@@ -228,16 +238,13 @@ class _Spread:
         for i, given in inputs.items():
             if i in self._packed or i in self._entries:
                 continue
-            there = self._letters(given)
+            there = letters_of(given, self._sizes)
             if there == {LENGTH} and given[dim_of(given, LENGTH)] == (LENGTH,):
                 continue
             if there == {BATCH} and rows_dim(given, layout) is not None:
                 continue
             if there:
                 raise Kept(f"{self._told(i)} has a layout of its own")
-
-    def _letters(self, layout: Layout) -> set[str]:
-        return letters_of(layout, self._sizes)
 
     def _told(self, node: Node) -> str:
         return told(self._captured, node)

@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.fx import Node
 
 from graphquant.ir.captured import Captured
-from graphquant.ir.graph import arguments, aten, dtype, hint, is_tensor, shape
+from graphquant.ir.graph import arguments, aten, dtype, hints, is_tensor, shape
+from graphquant.ir.rows import RESHAPES
 from graphquant.passes.padding.attention import is_pointwise
 from graphquant.passes.padding.evaluation import Evaluation, Kept, inputs_of, told
 from graphquant.passes.padding.layouts import (
     BATCH,
     LENGTH,
-    RESHAPES,
     Layout,
     Layouts,
     is_of_tokens,
@@ -147,7 +147,7 @@ class _Readers:
         return value.double()
 
     def _valid(self, kind: str) -> Tensor:
-        B, S = (hint(n) for n in shape(self.plan.mask.node))
+        B, S = hints(self.plan.mask.node)
         lengths = torch.randint(1, S + 1, (B, 1), generator=self._random)
         lengths[-1] = 1
         t = torch.arange(S)
@@ -168,7 +168,7 @@ class _Readers:
         return found
 
     def _like(self, node: Node) -> Tensor:
-        sizes = [hint(n) for n in shape(node)]
+        sizes = hints(node)
         kind = dtype(node)
         if kind == torch.bool:
             return torch.randint(0, 2, sizes, generator=self._random).bool()

@@ -6,6 +6,7 @@ It runs after normalization and before recognition, so that the int8 rules see a
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator
 
@@ -16,7 +17,7 @@ from graphquant._torch import unset_fake_temporarily
 from graphquant.config import Config, strict
 from graphquant.failure import what_failed, what_to_do
 from graphquant.ir.captured import Captured
-from graphquant.ir.graph import LINEAR, hint, shape
+from graphquant.ir.graph import LINEAR, hints
 from graphquant.passes.padding.attention import Attention, find_attentions
 from graphquant.passes.padding.evaluation import Evaluation, Kept, told
 from graphquant.passes.padding.masks import Form, Masks, PaddingMask
@@ -77,7 +78,8 @@ def _plans(captured: Captured) -> Iterator[tuple[Plan, tuple[str, ...]]]:
     planned: list[Plan] = []
     for key, attentions in understood.items():
         mask = PaddingMask(*key, exact[key])
-        if any(hint(n) < 2 for n in shape(mask.node)[1:]) or hint(shape(mask.node)[0]) < 1:
+        B, S = hints(mask.node)
+        if B < 1 or S < 2:
             raise Kept("sentences have one token at most")
         plan = make_plan(captured, mask, attentions)
         if any(not plan.packed.isdisjoint(other.packed) for other in planned):
@@ -112,9 +114,8 @@ def _done(captured: Captured, plan: Plan) -> str:
 
 def _tokens(captured: Captured, mask: PaddingMask) -> int:
     """How many tokens the inputs seen at compile time have; all if they were not seen."""
-    everything = hint(shape(mask.node)[0]) * hint(shape(mask.node)[1])
     try:
         value = Evaluation(captured, captured.examples)(mask.node)
     except Kept:
-        return everything
+        return math.prod(hints(mask.node))
     return int((value == 0 if mask.inverted else value != 0).sum())

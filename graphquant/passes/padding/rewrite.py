@@ -20,15 +20,14 @@ from graphquant._torch import allow_unbacked_sizes
 from graphquant.ir.aliases import same_layout
 from graphquant.ir.captured import Captured
 from graphquant.ir.contexts import regions, sets_state
-from graphquant.ir.graph import aten, drop_dead_code, fake_result, set_hint, shape
+from graphquant.ir.graph import ancestors, aten, drop_dead_code, fake_result, set_hint, shape
+from graphquant.ir.rows import SIZED_VIEWS
 from graphquant.ops import token_index, varlen_attention
 from graphquant.passes.layout import EAGER
 from graphquant.passes.padding.attention import Attention
-from graphquant.passes.padding.evaluation import ancestors
 from graphquant.passes.padding.layouts import (
     BATCH,
     LENGTH,
-    VIEWS_WITH_SIZES,
     Factors,
     Layout,
     dim_of,
@@ -51,7 +50,8 @@ def pack_tokens(captured: Captured, plan: Plan, tokens: int, *, front: bool) -> 
     tokens  how many there are at compile time
     front   keep B * S rows, tokens first; else there are T of them, a size that depends on data
     """
-    _Rewrite(captured, plan, tokens, front=front).run()
+    with allow_unbacked_sizes(captured.fake_mode):
+        _Rewrite(captured, plan, tokens, front=front).run()
 
 
 class _Rewrite:
@@ -92,7 +92,7 @@ class _Rewrite:
         target = node.target
         first = node.args[0]
         assert isinstance(first, (Node, list, tuple))
-        if target in VIEWS_WITH_SIZES or target is aten.unflatten.int:
+        if target in SIZED_VIEWS or target is aten.unflatten.int:
             assert isinstance(first, Node)
             node.target = aten.reshape.default
             node.args, node.kwargs = (inputs[first], packed_sizes(layout)), {}
@@ -107,7 +107,7 @@ class _Rewrite:
             node.args, node.kwargs = map_arg(
                 (node.args, node.kwargs), lambda i: inputs.get(i, self._now.get(i, i))
             )
-        self._infer(node)
+        _infer(self._captured, node)
         self._now[node] = node
 
     def _pack_attention(self, node: Node, attention: Attention, form: Form) -> None:
@@ -138,27 +138,17 @@ class _Rewrite:
         if not there and i not in self._plan.entries:
             return i
         rows = rows_dim(given, layout) if there == {BATCH} else None
+        how: tuple[Any, ...]
         if is_of_tokens(given) and i in self._plan.entries:
-            key: Any = (i, given)
+            how = self._tokens.gather, i, given
         elif rows is not None:
-            key = (i, *rows)
+            how = self._tokens.gather_rows, i, *rows
         else:
-            key = (i, dim_of(given, LENGTH))
-        if key not in self._gathered:
+            how = self._tokens.gather_positions, i, dim_of(given, LENGTH)
+        if how not in self._gathered:
             with self._graph.inserting_after(self._tokens.after(i)):
-                if is_of_tokens(given) and i in self._plan.entries:
-                    made = self._tokens.gather(i, given)
-                elif rows is not None:
-                    made = self._tokens.gather_rows(i, *rows)
-                else:
-                    made = self._tokens.gather_positions(i, dim_of(given, LENGTH))
-            self._gathered[key] = made
-        return self._gathered[key]
-
-    def _infer(self, node: Node) -> None:
-        mode = self._captured.fake_mode
-        with allow_unbacked_sizes(mode):
-            node.meta["val"] = fake_result(mode, node.target, node.args, node.kwargs)
+                self._gathered[how] = how[0](*how[1:])
+        return self._gathered[how]
 
 
 class _Tokens:
@@ -170,23 +160,19 @@ class _Tokens:
     def __init__(self, captured: Captured, mask: PaddingMask, tokens: int, *, front: bool) -> None:
         self._captured = captured
         self._graph: Graph = captured.gm.graph
-        self._length = shape(mask.node)[1]
         with self._graph.inserting_after(self._hoist(mask.node)):
             compare = aten.eq.Scalar if mask.inverted else aten.ne.Scalar
             self._valid = self.call(compare, mask.node, 0)
             self.index = self.call(token_index.target, self._valid, front)
             self.index.meta[TOKENS] = max(tokens, 1)
             parts = [self.call(operator.getitem, self.index, i) for i in range(5)]
-            index, slot, self._position, self._ends, self._tiles = parts
+            self._index, slot, self._position, self._ends, self._tiles = parts
             if not front:
-                set_hint(index.meta["val"].shape[0], max(tokens, 1))
-            self._slot = self.call(aten.view_as.default, slot, self._valid)
-            self._index = index
-            self._last = self._slot
-            self._max_length = self._length
-            if isinstance(self._length, torch.SymInt):
-                self._max_length = self.call(aten.sym_size.int, self._valid, 1)
-                self._last = self._max_length
+                set_hint(self._index.meta["val"].shape[0], max(tokens, 1))
+            self._last = self._slot = self.call(aten.view_as.default, slot, self._valid)
+            self._max_length: Any = shape(mask.node)[1]
+            if isinstance(self._max_length, torch.SymInt):
+                self._last = self._max_length = self.call(aten.sym_size.int, self._valid, 1)
         self._row: Node | None = None
 
     def _hoist(self, mask: Node) -> Node:
@@ -205,9 +191,7 @@ class _Tokens:
 
     def call(self, target: Any, *args: Any) -> Node:
         node = self._graph.call_function(target, args)
-        mode = self._captured.fake_mode
-        with allow_unbacked_sizes(mode):
-            node.meta["val"] = fake_result(mode, target, node.args, node.kwargs)
+        _infer(self._captured, node)
         self._graph.inserting_after(node)
         return node
 
@@ -299,6 +283,10 @@ class _Tokens:
             if (n := len(_units(factors))) > 1:
                 x = self.call(aten.flatten.using_ints, x, d, d + n - 1)
         return x
+
+
+def _infer(captured: Captured, node: Node) -> None:
+    node.meta["val"] = fake_result(captured.fake_mode, node.target, node.args, node.kwargs)
 
 
 def _units(factors: Factors) -> list[Any]:
