@@ -44,6 +44,7 @@ from graphquant.passes.padding.layouts import (
     normal,
 )
 from graphquant.passes.padding.masks import Form, PaddingMask
+from graphquant.passes.padding.op_layouts import layout_after, layouts_before
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ class _Spread:
             node = self._todo.pop()
             layout = self._layouts[node]
             if node not in self._attentions:
-                inputs = self._sizes.before(node, layout)
+                inputs = layouts_before(self._sizes, node, layout)
                 if inputs is None or node in self._inner or not _is_float(node):
                     self._entries.add(node)  # ids stay padded, they are small
                     continue
@@ -177,7 +178,7 @@ class _Spread:
                     continue
                 if reader not in before_attention and reads_mask(reader):
                     continue  # masked pooling: tokens have to be back in their places
-                after = self._sizes.after(reader, node, layout)
+                after = layout_after(self._sizes, reader, node, layout)
                 if after is not None and is_of_tokens(after):
                     self._give(reader, after)
 
@@ -230,7 +231,7 @@ class _Spread:
         if node in self._attentions:
             attention, _ = self._attentions[node]
             return {i: self._layouts[i] for i in (attention.q, attention.k, attention.v)}
-        return self._sizes.before(node, self._layouts[node]) or {}
+        return layouts_before(self._sizes, node, self._layouts[node]) or {}
 
     def _check_operands(self, node: Node, inputs: Mapping[Node, Layout]) -> None:
         """Raises Kept for an input that is neither packed, gathered nor the same for all tokens."""

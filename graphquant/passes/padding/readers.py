@@ -27,6 +27,7 @@ from graphquant.passes.padding.layouts import (
     Layouts,
     is_of_tokens,
 )
+from graphquant.passes.padding.op_layouts import layout_after
 from graphquant.passes.padding.plan import Plan
 from graphquant.report import Quiet
 
@@ -114,7 +115,7 @@ class _Readers:
         for node in sorted(self._below):
             for i in node.all_input_nodes:
                 if node not in found and i in found:
-                    after = self.plan.sizes.after(node, i, found[i])
+                    after = layout_after(self.plan.sizes, node, i, found[i])
                     if after is not None:
                         found[node] = after
         return found
