@@ -6,17 +6,21 @@ width is not a power of two: 1152 = 4 * 256 + 128. Rows longer than WHOLE_ROW ar
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from graphquant.ops.numerics import ALIGN, MIN_ABSMAX, QMAX, row_stride, vectors
 from graphquant.ops.qparams import QParams
+from graphquant.ops.runtime.device import gpu_properties
 from graphquant.ops.runtime.launch import launch_triton
 from graphquant.ops.triton_util import as_rows, overlap, unit_of, wait_for_inputs
 
 WHOLE_ROW = 16_384  # float32 elements of one row that one program's registers can hold
 CHUNK = 4096  # elements of a longer row that are processed together
+THREADS = 2048  # that an SM runs at a time
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _WHOLE_ROW = tl.constexpr(WHOLE_ROW)
@@ -77,10 +81,23 @@ def to_float32(x):
 
 
 @triton.jit
-def rows_of(M, ROWS: tl.constexpr):
-    """The program's rows, [ROWS]. Beyond the last it repeats the last: no mask, same result."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+def rows_of(part, M, ROWS: tl.constexpr):
+    """ROWS rows, number part. Beyond the last row it repeats the last: no mask, same result."""
+    row = part * ROWS + tl.arange(0, ROWS)
     return tl.minimum(row, M - 1).to(tl.int64)
+
+
+def programs(M: int, K: int, config: Mapping[str, int], num_rows: Tensor | None) -> int:
+    """How many programs compute M rows, of which only the device may know how many count.
+
+    Each computes its ROWS rows, or with `num_rows` every so many: a program for each of M rows
+    would cost its start, 0.64 ns, also where there is nothing to do.
+    """
+    parts = triton.cdiv(M, config["ROWS"])
+    if num_rows is None or K > WHOLE_ROW:
+        return parts
+    each = THREADS // (32 * config["num_warps"])
+    return min(parts, gpu_properties(num_rows.device).num_sms * each)
 
 
 @triton.jit
@@ -327,33 +344,33 @@ def quantize_rows_kernel(
     ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
     LANES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """xq, x_scale, x_shift = quantize_rows(act(x) [* up], ...), ROWS rows a program."""
+    """xq, x_scale, x_shift = quantize_rows(act(x) [* up], ...), see `programs`."""
     wait_for_inputs(OVERLAP)
-    if num_rows_ptr is not None:
-        if tl.program_id(0) * ROWS >= tl.load(num_rows_ptr):
-            return
-    row = rows_of(M, ROWS)
-    x_ptr += (row * x_row * X_UNIT)[:, None]
-    if up_ptr is not None:
-        up_ptr += (row * up_row * UP_UNIT)[:, None]
-    xq_ptr += (row * XQ_ROW)[:, None]
+    first = tl.program_id(0)
     if K <= _WHOLE_ROW:
-        each = tl.zeros((ROWS, 1), tl.int32)
-        v = ()
-        for i in tl.static_range(0, (K + BLOCK - 1) // BLOCK):
-            block = activate(load_block(x_ptr, i, K, BLOCK, TAIL, ""), ACT)
-            if up_ptr is not None:
-                block = block * load_block(up_ptr, i, K, BLOCK, TAIL, "")
-            if factor_ptr is not None:
-                block = block * load_block(factor_ptr + each, i, K, BLOCK, TAIL, "evict_last")
-            v = with_block(v, clamped(block, low, high, clip))
-        if low is not None:
-            shift, absmax = static_shift_and_absmax(low, high, ROWS)
+        if num_rows_ptr is None:
+            _quantize_whole(
+                x_ptr, up_ptr, xq_ptr, scale_ptr, shift_ptr, first, M,
+                x_row, up_row, factor_ptr, low, high, clip,
+                K, K_PAD, XQ_ROW, X_UNIT, UP_UNIT, ACT, ROWS, BLOCK, TAIL, LANES,
+            )  # fmt: skip
         else:
-            least, most = range_of_blocks(v, LANES)
-            shift, absmax = shift_and_absmax(least, most)
-        store_blocks_int8(xq_ptr, v, shift, absmax, K_PAD, BLOCK, TAIL)
+            parts = tl.cdiv(tl.load(num_rows_ptr), ROWS)
+            for part in range(first, parts, tl.num_programs(0)):
+                _quantize_whole(
+                    x_ptr, up_ptr, xq_ptr, scale_ptr, shift_ptr, part, M,
+                    x_row, up_row, factor_ptr, low, high, clip,
+                    K, K_PAD, XQ_ROW, X_UNIT, UP_UNIT, ACT, ROWS, BLOCK, TAIL, LANES,
+                )  # fmt: skip
     else:
+        if num_rows_ptr is not None:
+            if first * ROWS >= tl.load(num_rows_ptr):
+                return
+        row = rows_of(first, M, ROWS)
+        x_ptr += (row * x_row * X_UNIT)[:, None]
+        if up_ptr is not None:
+            up_ptr += (row * up_row * UP_UNIT)[:, None]
+        xq_ptr += (row * XQ_ROW)[:, None]
         k = tl.arange(0, BLOCK)[None, :]
         if low is not None:
             shift, absmax = static_shift_and_absmax(low, high, ROWS)
@@ -368,6 +385,40 @@ def quantize_rows_kernel(
         for start in range(0, K_PAD, BLOCK):
             v = _chunk(x_ptr, up_ptr, factor_ptr, start + k, low, high, clip, K, ACT)
             store_int8(xq_ptr, start + k, v, shift, absmax, K_PAD, True)
+        store_of_rows(scale_ptr, row, scale_of(absmax), LANES)
+        store_of_rows(shift_ptr, row, shift, LANES)
+
+
+@triton.jit
+def _quantize_whole(
+    x_ptr, up_ptr, xq_ptr, scale_ptr, shift_ptr, part, M,
+    x_row, up_row, factor_ptr, low, high, clip,
+    K: tl.constexpr, K_PAD: tl.constexpr, XQ_ROW: tl.constexpr,
+    X_UNIT: tl.constexpr, UP_UNIT: tl.constexpr,
+    ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """quantize_rows_kernel for rows of at most WHOLE_ROW elements: ROWS of them, number part."""
+    row = rows_of(part, M, ROWS)
+    x_ptr += (row * x_row * X_UNIT)[:, None]
+    if up_ptr is not None:
+        up_ptr += (row * up_row * UP_UNIT)[:, None]
+    xq_ptr += (row * XQ_ROW)[:, None]
+    each = tl.zeros((ROWS, 1), tl.int32)
+    v = ()
+    for i in tl.static_range(0, (K + BLOCK - 1) // BLOCK):
+        block = activate(load_block(x_ptr, i, K, BLOCK, TAIL, ""), ACT)
+        if up_ptr is not None:
+            block = block * load_block(up_ptr, i, K, BLOCK, TAIL, "")
+        if factor_ptr is not None:
+            block = block * load_block(factor_ptr + each, i, K, BLOCK, TAIL, "evict_last")
+        v = with_block(v, clamped(block, low, high, clip))
+    if low is not None:
+        shift, absmax = static_shift_and_absmax(low, high, ROWS)
+    else:
+        least, most = range_of_blocks(v, LANES)
+        shift, absmax = shift_and_absmax(least, most)
+    store_blocks_int8(xq_ptr, v, shift, absmax, K_PAD, BLOCK, TAIL)
     store_of_rows(scale_ptr, row, scale_of(absmax), LANES)
     store_of_rows(shift_ptr, row, shift, LANES)
 
@@ -420,7 +471,7 @@ def launch_quantize_rows(
     x_unit, up_unit = unit_of(x_row), unit_of(up_row)
     config = row_config(K, 1 if up is None else 2)
     launch_triton(
-        quantize_rows_kernel, (triton.cdiv(M, config["ROWS"]),),
+        quantize_rows_kernel, (programs(M, K, config, qparams.num_rows),),
         x, up, xq, x_scale, x_shift, M, x_row // x_unit, up_row // up_unit,
         *contiguous(qparams),
         K=K, K_PAD=vectors(K), XQ_ROW=row_stride(xq), X_UNIT=x_unit, UP_UNIT=up_unit,

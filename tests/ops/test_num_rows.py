@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from graphquant import ops
 from graphquant.exporters.standalone import PRODUCTS, without_ops
+from graphquant.ops import triton_rows
 from graphquant.ops.define import Kernel, Op, _as_tuple
+from graphquant.ops.runtime.device import GpuProperties
 from graphquant.ops.runtime.launch import recorded
 from tests.ops.bounds import implementations, kernels
 from tests.ops.test_int8_linear import Linear
@@ -120,6 +122,26 @@ def test_rows_far_behind_are_not_computed(op: Op, kernel: Kernel, device: str) -
             behind = result[first if count else 0 :]
             untouched = (behind == 127) if result.dtype == torch.int8 else behind.isnan()
             assert untouched.all()
+
+
+@kernels(*QUANTIZERS, named="triton")
+@pytest.mark.parametrize("count", [0, 1, 64, 65, 100])
+def test_few_programs_compute_many_rows(
+    op: Op, kernel: Kernel, device: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are not more of them than run at a time, whatever the number of rows."""
+    monkeypatch.setattr(triton_rows, "gpu_properties", lambda _: GpuProperties(90, 1, 232_448))
+    monkeypatch.setattr(triton_rows, "THREADS", 192)
+    assert kernel.fill is not None
+    sample = Sample((100,), 130, torch.bfloat16)
+    want = kernel.fn(*sample.of(op, device).values())
+    args = tuple(
+        (_spoilt(sample.of(op, device), count) | {"num_rows": _count(count, device)}).values()
+    )
+    (call,) = recorded(partial(kernel.fill, *args, out=_as_tuple(op.fake(*args))))
+    assert call.grid == (3,)
+    for g, w in zip(_rows(kernel.fn(*args)), _rows(want), strict=True):
+        assert torch.equal(g[:count], w[:count])
 
 
 @implementations(*QUANTIZERS)

@@ -23,6 +23,7 @@ from graphquant.ops.triton_rows import (
     contiguous,
     inside,
     load_block,
+    programs,
     quantized,
     range_bits,
     range_of_blocks,
@@ -93,49 +94,34 @@ def norm_quantize_kernel(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, LANES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """xq, x_scale, x_shift = quantize_rows(y, ...), y = norm(x), ROWS rows a program."""
+    """xq, x_scale, x_shift = quantize_rows(y, ...), y = norm(x), see `programs`."""
     wait_for_inputs(OVERLAP)
     eps = tl.cast(eps, tl.float32)  # Inductor passes float64
-    if num_rows_ptr is not None:
-        if tl.program_id(0) * ROWS >= tl.load(num_rows_ptr):
-            return
-    row = rows_of(M, ROWS)
-    x_ptr += (row * x_row * X_UNIT)[:, None]
-    xq_ptr += (row * XQ_ROW)[:, None]
-    if y_ptr is not None:
-        y_ptr += (row * K)[:, None]
+    first = tl.program_id(0)
     if K <= _WHOLE_ROW:
-        d = ()
-        for i in tl.static_range(0, (K + BLOCK - 1) // BLOCK):
-            d = with_block(d, load_block(x_ptr, i, K, BLOCK, TAIL, ""))
-        if not RMS:
-            d = _deviations(d, K, BLOCK, TAIL)
-        squares = ()
-        for i in tl.static_range(0, len(d)):
-            squares = with_block(squares, d[i] * d[i])
-        rstd = tl.rsqrt(_mean(squares, K) + eps)
-        # Each row reads gamma and beta itself, from L1, where evict_last keeps them (4 to 15 % of
-        # the time). To share them, rows would have to synchronize at every block.
-        each = tl.zeros((ROWS, 1), tl.int32)
-        y = ()
-        for i in tl.static_range(0, len(d)):
-            block = d[i] * rstd
-            if gamma_ptr is not None:
-                block = block * load_block(gamma_ptr + each, i, K, BLOCK, TAIL, "evict_last")
-            if beta_ptr is not None:
-                block = block + load_block(beta_ptr + each, i, K, BLOCK, TAIL, "evict_last")
-            if y_ptr is not None:
-                store_block(y_ptr, i, block.to(y_ptr.dtype.element_ty), K, BLOCK, TAIL)
-            if factor_ptr is not None:
-                block = block * load_block(factor_ptr + each, i, K, BLOCK, TAIL, "evict_last")
-            y = with_block(y, clamped(block, low, high, clip))
-        if low is not None:
-            shift, absmax = static_shift_and_absmax(low, high, ROWS)
+        if num_rows_ptr is None:
+            _norm_quantize_whole(
+                x_ptr, gamma_ptr, beta_ptr, y_ptr, xq_ptr, scale_ptr, shift_ptr, first, M,
+                x_row, eps, factor_ptr, low, high, clip,
+                K, K_PAD, XQ_ROW, X_UNIT, RMS, ROWS, BLOCK, TAIL, LANES,
+            )  # fmt: skip
         else:
-            least, most = range_of_blocks(y, LANES)
-            shift, absmax = shift_and_absmax(least, most)
-        store_blocks_int8(xq_ptr, y, shift, absmax, K_PAD, BLOCK, TAIL)
+            parts = tl.cdiv(tl.load(num_rows_ptr), ROWS)
+            for part in range(first, parts, tl.num_programs(0)):
+                _norm_quantize_whole(
+                    x_ptr, gamma_ptr, beta_ptr, y_ptr, xq_ptr, scale_ptr, shift_ptr, part, M,
+                    x_row, eps, factor_ptr, low, high, clip,
+                    K, K_PAD, XQ_ROW, X_UNIT, RMS, ROWS, BLOCK, TAIL, LANES,
+                )  # fmt: skip
     else:
+        if num_rows_ptr is not None:
+            if first * ROWS >= tl.load(num_rows_ptr):
+                return
+        row = rows_of(first, M, ROWS)
+        x_ptr += (row * x_row * X_UNIT)[:, None]
+        xq_ptr += (row * XQ_ROW)[:, None]
+        if y_ptr is not None:
+            y_ptr += (row * K)[:, None]
         k = tl.arange(0, BLOCK)[None, :]
         mean = tl.zeros((ROWS,), tl.float32)
         total = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -168,6 +154,54 @@ def norm_quantize_kernel(
             y = _affine(_centered(x_ptr, mean, at, K) * rstd[:, None], gamma_ptr, beta_ptr, at, K)
             y = quantized(y, factor_ptr, at, low, high, clip, K)
             store_int8(xq_ptr, at, y, shift, absmax, K_PAD, True)
+        store_of_rows(scale_ptr, row, scale_of(absmax), LANES)
+        store_of_rows(shift_ptr, row, shift, LANES)
+
+
+@triton.jit
+def _norm_quantize_whole(
+    x_ptr, gamma_ptr, beta_ptr, y_ptr, xq_ptr, scale_ptr, shift_ptr, part, M,
+    x_row, eps, factor_ptr, low, high, clip,
+    K: tl.constexpr, K_PAD: tl.constexpr, XQ_ROW: tl.constexpr,
+    X_UNIT: tl.constexpr, RMS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """norm_quantize_kernel for rows of at most WHOLE_ROW elements: ROWS of them, number part."""
+    row = rows_of(part, M, ROWS)
+    x_ptr += (row * x_row * X_UNIT)[:, None]
+    xq_ptr += (row * XQ_ROW)[:, None]
+    if y_ptr is not None:
+        y_ptr += (row * K)[:, None]
+    d = ()
+    for i in tl.static_range(0, (K + BLOCK - 1) // BLOCK):
+        d = with_block(d, load_block(x_ptr, i, K, BLOCK, TAIL, ""))
+    if not RMS:
+        d = _deviations(d, K, BLOCK, TAIL)
+    squares = ()
+    for i in tl.static_range(0, len(d)):
+        squares = with_block(squares, d[i] * d[i])
+    rstd = tl.rsqrt(_mean(squares, K) + eps)
+    # Each row reads gamma and beta itself, from L1, where evict_last keeps them (4 to 15 % of
+    # the time). To share them, rows would have to synchronize at every block.
+    each = tl.zeros((ROWS, 1), tl.int32)
+    y = ()
+    for i in tl.static_range(0, len(d)):
+        block = d[i] * rstd
+        if gamma_ptr is not None:
+            block = block * load_block(gamma_ptr + each, i, K, BLOCK, TAIL, "evict_last")
+        if beta_ptr is not None:
+            block = block + load_block(beta_ptr + each, i, K, BLOCK, TAIL, "evict_last")
+        if y_ptr is not None:
+            store_block(y_ptr, i, block.to(y_ptr.dtype.element_ty), K, BLOCK, TAIL)
+        if factor_ptr is not None:
+            block = block * load_block(factor_ptr + each, i, K, BLOCK, TAIL, "evict_last")
+        y = with_block(y, clamped(block, low, high, clip))
+    if low is not None:
+        shift, absmax = static_shift_and_absmax(low, high, ROWS)
+    else:
+        least, most = range_of_blocks(y, LANES)
+        shift, absmax = shift_and_absmax(least, most)
+    store_blocks_int8(xq_ptr, y, shift, absmax, K_PAD, BLOCK, TAIL)
     store_of_rows(scale_ptr, row, scale_of(absmax), LANES)
     store_of_rows(shift_ptr, row, shift, LANES)
 
@@ -189,7 +223,7 @@ def _launch(
     x, x_row = as_rows(x)
     unit, config = unit_of(x_row), row_config(K)
     launch_triton(
-        norm_quantize_kernel, (triton.cdiv(M, config["ROWS"]),),
+        norm_quantize_kernel, (programs(M, K, config, qparams.num_rows),),
         x, None if gamma is None else gamma.contiguous(),
         None if beta is None else beta.contiguous(), y, *triple, M, x_row // unit, eps,
         *contiguous(qparams),
