@@ -31,8 +31,8 @@ load_kernels()
 from graphquant.ops.int8_linear.triton import int8_linear_kernel  # noqa: E402
 from graphquant.ops.int8_linear.triton_tma import int8_linear_tma_kernel  # noqa: E402
 from graphquant.ops.norm_quantize.triton import norm_quantize_kernel  # noqa: E402
-from graphquant.ops.token_index.triton import token_index_kernel  # noqa: E402
-from graphquant.ops.varlen_attention.triton import config, varlen_attention_kernel  # noqa: E402
+from graphquant.ops.token_index.triton import config, token_index_kernel  # noqa: E402
+from graphquant.ops.varlen_attention import triton as varlen  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 QPARAMS = {
@@ -67,7 +67,8 @@ def cases(sm: int) -> Iterator[Case]:
     for D, types in ((64, {}), (64, seen), (80, {}), (128, {})):
         for dtype in ("bf16", "fp32"):
             yield _varlen_case(f"varlen {D} {dtype} {', '.join(types)}", D, dtype, types)
-    yield _index_case("index")
+    for B, S in ((8, 4096), (1024, 128)):
+        yield _index_case(f"index {B} x {S}", B, S)
     for unit in (1, 4, 16):
         x = {"RMS": False, "X_UNIT": unit}
         yield _row_case(f"sums 1004 unit={unit}", norm_quantize_kernel, 1004, affine, x)
@@ -109,12 +110,14 @@ def _row_case(
     return name, kernel, base | {"up_row": "i32"} | types, constants, {"num_warps": warps}
 
 
-def _index_case(name: str) -> Case:
+def _index_case(name: str, B: int, S: int) -> Case:
     types = {"valid_ptr": "*i1"} | dict.fromkeys(("index_ptr", "slot_ptr"), "*i64")
     types |= {f"{t}_ptr": "*i32" for t in ("position", "cu_seqlens", "tiles", "count")}
     types |= dict.fromkeys(("B", "S", "T", "row", "n_tiles"), "i32")
-    constants = {"ROWS": 8, "BLOCK": 512}
-    return name, token_index_kernel, types, constants, {"num_warps": 8}
+    sizes = config(B, S, num_sms=132)
+    warps = sizes.pop("num_warps")
+    units = {"S_UNIT": unit_of(S), "ROW_UNIT": unit_of(S)}
+    return name, token_index_kernel, types, {**units, **sizes}, {"num_warps": warps}
 
 
 def _varlen_case(name: str, D: int, dtype: str, types: dict[str, str]) -> Case:
@@ -122,10 +125,10 @@ def _varlen_case(name: str, D: int, dtype: str, types: dict[str, str]) -> Case:
     base |= dict.fromkeys(("cu_seqlens_ptr", "position_ptr", "tiles_ptr"), "*i32")
     base |= dict.fromkeys((f"{t}_{of}" for t in "qkv" for of in ("head", "row")), "i32")
     base |= dict.fromkeys(("bias_head", "bias_row", "bias_column"), "i32") | {"scale": "fp32"}
-    sizes = config(D, torch.float32 if dtype == "fp32" else torch.bfloat16)
+    sizes = varlen.config(D, torch.float32 if dtype == "fp32" else torch.bfloat16)
     options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
     constants = {"H": 12, "GROUP": 1, "D": D, "CAUSAL": bool(types), "UNIT": 16, **sizes}
-    return name, varlen_attention_kernel, base | types, constants, options
+    return name, varlen.varlen_attention_kernel, base | types, constants, options
 
 
 def _linear_case(

@@ -71,7 +71,7 @@ def test_every_result_is_what_it_says(
 def test_masks_of_any_size_and_stride_give_what_the_reference_gives(
     op: Op, kernel: Kernel, device: str, front: bool, poisoned: None
 ) -> None:
-    for B, S in ((1, 5000), (40, 30), (200, 2), (3, 200)):
+    for B, S in ((1, 5000), (40, 30), (200, 2), (3, 200), (1000, 16), (133, 100)):
         valid = mask(B, S + 3, 0.5, 0).to(device)[:, 2:-1]
         for got, want in zip(kernel.fn(valid, front), op.reference(valid, front), strict=True):
             assert torch.equal(got[: len(want)], want)
