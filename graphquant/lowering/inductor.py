@@ -4,8 +4,8 @@ By default Inductor calls a custom op through torch's dispatcher and lets it all
 time around a 5 us kernel. Here every call on CUDA gets its own Site (ops/runtime/launch.py): after
 the first call, a few lines of C read the addresses and launch. A call on the CPU is one of a
 function in C++ (ops/cpu), with its sizes as arguments, which may be symbolic. Results are
-Inductor's buffers, so its memory planning covers them. Symbolic sizes on CUDA and C++ wrappers use
-the default fallback, AOTInductor's packages use aoti.py.
+Inductor's buffers, so its memory planning covers them. C++ wrappers use the default fallback,
+AOTInductor's packages use aoti.py.
 
 An activation's int8 rows overwrite the floats that they come from, if those are large and nothing
 else reads them: otherwise the widest value of an MLP would be in memory twice, in float and in
@@ -89,13 +89,16 @@ def _lower(op: Op, *args: Any) -> Any:
         made = _call_on_cpu(op, op.full(args), fakes)
         if made is not None:
             return tuple(made) if isinstance(results, tuple) else made[0]
-    static = all(map(_is_static, fakes)) and not any(isinstance(a, sympy.Expr) for a in args)
-    if V.graph.cpp_wrapper or not _has_sites(fakes[0].device) or not static:
+    if V.graph.cpp_wrapper or not _has_sites(fakes[0].device):
         return fallback_handler(op.target, add_to_fallback_set=False)(*args)
     over = _overlay(op, args[0], fakes[0])
     buffers = [_empty(f) for f in fakes] if over is None else [over, *map(_empty, fakes[1:])]
     given, constants = op.split(args)
-    _CudaCall(op.name, [*constants, *given, *buffers], buffers)
+    symbols = _symbols((*_as_read(op), *fakes))
+    if symbols or any(isinstance(c, sympy.Expr) for c in constants):
+        _SizedCudaCall(op.name, symbols, [*constants, *given, *buffers], buffers)
+    else:
+        _CudaCall(op.name, [*constants, *given, *buffers], buffers)
     return tuple(buffers) if isinstance(results, tuple) else buffers[0]
 
 
@@ -154,21 +157,30 @@ def _code(wrapper: Any, constant: Any) -> str:
     return repr(constant)
 
 
-def _is_static(fake: Tensor) -> bool:
-    return all(isinstance(n, int) for n in (*fake.shape, *fake.stride(), fake.numel()))
+def _symbols(values: Sequence[Any]) -> list[sympy.Symbol]:
+    """The symbols in the shapes and strides of the tensors among these, and in sizes, in order."""
+    tensors = [v for v in values if isinstance(v, Tensor)]
+    sizes = [n for t in tensors for n in (*t.shape, *t.stride())]
+    sizes += [v for v in values if isinstance(v, torch.SymInt)]
+    return sorted({s for n in sizes for s in sympy.sympify(expr(n)).free_symbols}, key=str)
 
 
 def _empty(fake: Tensor) -> Any:
     """An Inductor buffer with the layout of `fake`, including the pads of int8 rows."""
-    K = fake.shape[-1]
     size, strides = ([expr(n) for n in of] for of in (fake.shape, fake.stride()))
+    K = size[-1]
     if fake.dtype == torch.int8:
-        size[-1] = padded(K)
+        size[-1] = expr(padded(fake.shape[-1]))
         strides = ir.FlexibleLayout.contiguous_strides(size)
     made = lowerings[aten.empty_strided.default](
         size, strides, dtype=fake.dtype, device=fake.device
     )
     return made if size[-1] == K else lowerings[aten.slice.Tensor](made, -1, 0, K)
+
+
+def _is_large(x: Tensor) -> bool:
+    """Of LARGE bytes or more. Not if its size is symbolic."""
+    return isinstance(x.numel(), int) and x.numel() * x.itemsize >= LARGE
 
 
 class _Overlay(ir.ReinterpretView):
@@ -193,7 +205,7 @@ def _overlay(op: Op, x: Any, fake: Tensor) -> Any | None:
     floats, storage = source.meta["val"], x.data
     if source.target is not int8_linear.target or not isinstance(storage, ir.StorageBox):
         return None  # may be the caller's memory
-    if floats.itemsize != 2 or 2 * floats.numel() < LARGE or floats.shape[-1] not in OVERLAID:
+    if floats.itemsize != 2 or floats.shape[-1] not in OVERLAID or not _is_large(floats):
         return None
     storage.realize()
     strides = [2 * n for n in floats.stride()[:-1]]
@@ -260,19 +272,49 @@ class _CudaCall(_Call):
     """A call of a Site; the constants are the Site's."""
 
     def codegen(self, wrapper: Any) -> None:
+        wrapper.add_import_once("from graphquant.ops.define import site as graphquant_site")
+        constants, tensors = self.split(wrapper)
+        made = f"graphquant_site({', '.join((repr(self.name_of_op), *constants))})"
+        self.write(wrapper, made, tensors)
+
+    def split(self, wrapper: Any) -> tuple[list[str], list[str]]:
+        """Code of the arguments that are no tensors, and of those that are or are left out."""
+        given, n = self.arguments(wrapper), len(self.mutation_outputs)
+        n += sum(OPS[self.name_of_op].tensors)
+        return given[:-n], given[-n:]
+
+    def write(self, wrapper: Any, made: str, arguments: Sequence[str]) -> None:
+        """Write the call site's construction, `made`, and its call."""
         buffer = self.mutation_outputs[0].get_mutation_names()[0]  # no other call fills it
         name = f"graphquant_{self.name_of_op}_{buffer}"
-        wrapper.add_import_once("from graphquant.ops.define import site as graphquant_site")
         if any(isinstance(i, _Overlay) for i in self.inputs):
             wrapper.add_import_once(
                 "from graphquant.ops.numerics import overlay as graphquant_overlay"
             )
-        n = sum(OPS[self.name_of_op].tensors) + len(self.mutation_outputs)
-        given = self.arguments(wrapper)
-        constants = "".join(f", {c}" for c in given[:-n])
-        wrapper.header.writeline(f"{name} = graphquant_site({self.name_of_op!r}{constants})")
+        wrapper.header.writeline(f"{name} = {made}")
         stream = wrapper.write_get_raw_stream(self.device.index, V.graph.name)
-        wrapper.writeline(f"{name}({', '.join((stream, *given[-n:]))})")
+        wrapper.writeline(f"{name}({', '.join((stream, *arguments))})")
+
+
+class _SizedCudaCall(_CudaCall):
+    """A call for tensors of symbolic sizes (define.sized_site)."""
+
+    def __init__(
+        self,
+        name: str,
+        symbols: Sequence[sympy.Symbol],
+        arguments: Sequence[Any],
+        results: Sequence[Any],
+    ) -> None:
+        super().__init__(name, [*symbols, *arguments], results)
+        self.n_symbols = len(symbols)
+
+    def codegen(self, wrapper: Any) -> None:
+        wrapper.add_import_once("from graphquant.ops.define import sized_site as graphquant_sized")
+        constants, tensors = self.split(wrapper)
+        n = self.n_symbols
+        parts = (f"({''.join(f'{c}, ' for c in part)})" for part in (constants[:n], constants[n:]))
+        self.write(wrapper, f"graphquant_sized({self.name_of_op!r})", (*parts, *tensors))
 
 
 register()

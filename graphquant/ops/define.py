@@ -36,6 +36,7 @@ _recording = threading.local()
 
 DTYPE = "dtype"
 MAX_SITES = 4096  # of one op: one for each combination of shapes, dtypes and constants
+MAX_SIZES = 64  # of one call in a compiled graph: 5 KB each
 
 
 @dataclass(frozen=True)
@@ -271,6 +272,18 @@ class Op:
 
         return native().Site(first)
 
+    def shared_site(self, constants: Sequence[Any], tensors: Sequence[Tensor | None]) -> Any:
+        """The site of all calls with these constants and with tensors, results too, like these."""
+        like = (t if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors)
+        key = (*constants, *like)
+        site = self._sites.get(key)
+        if site is None:
+            self.check(*self.join(tensors[: sum(self.tensors)], constants))
+            if len(self._sites) >= MAX_SITES:
+                self._sites.clear()
+            site = self._sites[key] = self.site(*constants)
+        return site
+
     def _by_reference(self, *args: Any) -> Any:
         self.check(*args)
         return self.reference(*args)
@@ -305,19 +318,9 @@ class Op:
             with torch.cuda.device(device):  # kernels launch on the current device, not on x's
                 return self._on_cuda(*args)
         results = self.empty(*args)
-        key = tuple(
-            (a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else a for a in args
-        )
-        if self.sized is not None:  # a kernel is launched with the sizes of its results
-            key = (*key, *(r.shape for r in _as_tuple(results)))
-        site = self._sites.get(key)
-        if site is None:
-            self.check(*args)
-            if len(self._sites) >= MAX_SITES:
-                self._sites.clear()
-            site = self._sites[key] = self.site(*self.split(args)[1])
-        tensors = compress(args, self.tensors)
-        site(stream_of(device), *tensors, *_as_tuple(results))
+        given, constants = self.split(args)
+        tensors = (*given, *_as_tuple(results))
+        self.shared_site(constants, tensors)(stream_of(device), *tensors)
         return results
 
 
@@ -400,6 +403,27 @@ def _overload(dtype: torch.dtype) -> str:
 def site(name: str, *constants: Any) -> Any:
     """OPS[name].site(*constants), as called by code in Inductor's disk cache."""
     return OPS[name].site(*constants)
+
+
+def sized_site(name: str) -> Callable[..., None]:
+    """Call site for tensors of varying sizes, as called by code in Inductor's disk cache:
+    `call(stream, sizes, constants, *tensors)`. The shapes and strides follow from `sizes`."""
+    op = OPS[name]
+    own: dict[tuple[int, ...], Any] = {}
+
+    def call(
+        stream: int, sizes: tuple[int, ...], constants: tuple[Any, ...], *tensors: Any
+    ) -> None:
+        if (site := own.get(sizes)) is not None:
+            site(stream, *tensors)
+            return
+        shared = op.shared_site(constants, tensors)
+        shared(stream, *tensors)
+        if len(own) >= MAX_SIZES:
+            own.clear()
+        own[sizes] = shared.copy()  # keeps descriptors of its own tensors
+
+    return call
 
 
 @functools.cache

@@ -62,7 +62,14 @@ class Sites:
                 buffer.copy_(value)
             self.calls.append(Call(number, op.name, constants, given, results))  # type: ignore[arg-type]
 
+        run.copy = lambda: run  # type: ignore[attr-defined]
         return run
+
+    def shared(
+        self, op: Op, constants: tuple[Any, ...], tensors: tuple[Any, ...]
+    ) -> Callable[..., None]:
+        """Stands for Op.shared_site."""
+        return self.site(op, *constants)
 
 
 def is_over(xq: Tensor, x: Tensor | None) -> bool:
@@ -94,6 +101,7 @@ def sites(monkeypatch: pytest.MonkeyPatch) -> Sites:
     monkeypatch.setattr(inductor, "_has_sites", lambda device: True)
     without_cpu_kernels(monkeypatch)
     monkeypatch.setattr(Op, "site", lambda op, *constants: made.site(op, *constants))
+    monkeypatch.setattr(Op, "shared_site", lambda *args: made.shared(*args))
     return made
 
 
@@ -474,16 +482,31 @@ def test_floats_that_are_read_again_are_not_written_over(
     assert overlaid(sites) == [False] * 2
 
 
-# The usual way -----------------------------------------------------------------------------------
+# Symbolic sizes ----------------------------------------------------------------------------------
 
 
-def test_symbolic_sizes_take_the_usual_way(sites: Sites) -> None:
+def test_symbolic_sizes_have_a_site_for_each_combination(sites: Sites) -> None:
     run, model = compiled(encoder(), dynamic=True), encoder()
-    for batch, tokens in [(3, 5), (4, 5), (2, 9)]:
+    sizes = [(3, 5), (4, 5), (2, 9), (4, 5), (3, 5)]
+    for batch, tokens in sizes:
         x = torch.randn(batch, tokens, K)
         torch._dynamo.mark_dynamic(x, 0)
         assert error(run(x), model(x)) < 2 * NEAR
-    assert not sites.calls
+    per_call = [[c.site for c in sites.calls[i : i + 18]] for i in range(0, 5 * 18, 18)]
+    assert len(sites.calls) == 5 * 18 and len(sites.made) == 3 * 18
+    assert per_call[3] == per_call[1] and per_call[4] == per_call[0]
+    first = sites.calls[18:36]
+    assert [c.op for c in first] == [*PER_LAYER, *PER_LAYER, "quantize", "int8_linear"]
+    assert first[0].constants == (1e-5, False, None, None, None)
+
+
+def test_only_so_many_sizes_are_kept(sites: Sites, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(define, "MAX_SIZES", 2)
+    run = by_inductor(quantize_and_more, dynamic=True)
+    for batch in (3, 4, 3, 5, 3):  # 5 makes room, so 3 is made anew
+        x = torch.randn(batch, 5, K)
+        assert all(map(torch.allclose, run(x), quantize_and_more(x)))
+    assert [c.site for c in sites.calls] == [0, 1, 0, 2, 3]
 
 
 def test_a_symbolic_batch_is_not_specialized(sites: Sites) -> None:
@@ -493,7 +516,39 @@ def test_a_symbolic_batch_is_not_specialized(sites: Sites) -> None:
         x = torch.randn(batch, 5, 2 * K)[..., :K]
         torch._dynamo.mark_dynamic(x, 0)
         assert all(map(torch.allclose, run(x), quantize_and_more(x)))
-    assert counter.frame_count == 1 and not sites.calls
+    assert counter.frame_count == 1 and len(sites.made) == 4
+
+
+def test_rows_whose_number_depends_on_values_have_a_site_for_each_number(sites: Sites) -> None:
+    def fn(x: Tensor, keep: Tensor) -> Any:
+        return ops.quantize(x[keep.nonzero().squeeze(1)] + 1)
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        run, x = by_inductor(fn), torch.randn(6, K)
+        for n in (2, 5, 2):
+            keep = torch.arange(6) < n
+            assert all(map(torch.allclose, run(x, keep), ops.quantize(x[:n] + 1)))
+    assert [c.site for c in sites.calls] == [0, 1, 0]
+
+
+def test_a_size_among_the_constants_reaches_the_op(sites: Sites) -> None:
+    """`max_length` of attention, where the length of sentences is symbolic."""
+
+    def fn(q: Tensor, valid: Tensor) -> Tensor:
+        index, _, position, cu_seqlens, tiles, _ = ops.token_index(valid, True)
+        one = q.flatten(0, 1)[index].unflatten(1, (2, 16)).transpose(0, 1)[None]
+        rest = cu_seqlens, position, tiles, 0.25, valid.shape[1]
+        return ops.varlen_attention(one, one, one, *rest)
+
+    run = by_inductor(fn, dynamic=True)
+    for S in (5, 9):
+        q, valid = torch.randn(3, S, 32), torch.ones(3, S, dtype=torch.bool)
+        torch.testing.assert_close(run(q, valid), fn(q, valid))
+        assert sites.calls[-1].op == "varlen_attention"
+        assert sites.calls[-1].constants == (0.25, S, False, None)
+
+
+# The usual way -----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@
  * launch(stream, *tensors) -> bool    False, without launching: an address is not a multiple of 16
  * Site(prepare)                                                        call site that caches a Launch
  * site(stream, *tensors) -> None
+ * site.copy() -> Site    with a Launch of its own, so that the two can keep maps of other tensors
  *
  * A Site has no Launch at first, or one that refuses these addresses. Then prepare(*tensors) runs
  * the kernel through Python and returns the Launch for the next call, or None if it has none.
@@ -313,6 +314,16 @@ static int launch_run(Launch *self, CUstream stream, PyObject *const *tensors, P
   return failed(result, "cuLaunchKernelEx") ? -1 : 1;
 }
 
+static PyObject *launch_copy(Launch *self) {
+  Launch *made = (Launch *)Py_TYPE(self)->tp_alloc(Py_TYPE(self), 0);
+  if (!made) return NULL;
+  const size_t head = sizeof(PyObject);
+  memcpy((char *)made + head, (char *)self + head, sizeof(Launch) - head);
+  made->config.attrs = made->attributes;
+  Py_INCREF(made->keep);
+  return (PyObject *)made;
+}
+
 static PyObject *launch_call(PyObject *object, PyObject *args, PyObject *kwargs) {
   Py_ssize_t n = PyTuple_GET_SIZE(args);
   if (n < 1 || (kwargs && PyDict_GET_SIZE(kwargs))) {
@@ -396,6 +407,22 @@ static void site_free(PyObject *object) {
   Py_TYPE(object)->tp_free(object);
 }
 
+static PyObject *site_copy(PyObject *object, PyObject *unused) {
+  Site *self = (Site *)object, *made = (Site *)Py_TYPE(object)->tp_alloc(Py_TYPE(object), 0);
+  if (!made) return NULL;
+  Py_INCREF(self->prepare);
+  made->prepare = self->prepare;
+  made->call = site_call;
+  if (self->launch && !(made->launch = (Launch *)launch_copy(self->launch))) {
+    Py_DECREF(made);
+    return NULL;
+  }
+  return (PyObject *)made;
+}
+
+static PyMethodDef site_methods[] = {
+    {"copy", site_copy, METH_NOARGS, "A Site with a copy of this one's Launch."}, {NULL}};
+
 static PyObject *site_ready(PyObject *object, void *unused) {
   return PyBool_FromLong(((Site *)object)->launch != NULL);
 }
@@ -412,6 +439,7 @@ static PyTypeObject SiteType = {
     .tp_call = PyVectorcall_Call,
     .tp_vectorcall_offset = offsetof(Site, call),
     .tp_getset = site_attributes,
+    .tp_methods = site_methods,
 };
 
 /* ------------------------------------------------------------------------------------- module */

@@ -280,6 +280,30 @@ def test_a_site_prepares_again_for_an_unaligned_address(driver: Driver) -> None:
 
 
 @on_stub
+def test_a_copy_of_a_site_keeps_its_own_maps(driver: Driver) -> None:
+    asked: list[Any] = []
+    launch = launch_of(driver, map_of(0), ("pointer", 1))
+
+    def prepare(*tensors: Any) -> Any:
+        asked.append(tensors)
+        return launch
+
+    site = driver.native.Site(prepare)
+    early = site.copy()
+    site(0, A, B)
+    copy = site.copy()
+    assert (early.ready, copy.ready) == (False, True)
+    for one, a, b in ((site, A, B), (copy, C, B), (site, A, C), (copy, C, A)):
+        one(STREAM, a, b)
+    assert asked == [(A, B)]
+    got = [v.number(1) for v in driver.launched]
+    assert got == [t.address for t in (B, B, C, A)]
+    assert [e.address for e in driver.encoded] == [A.address, C.address]
+    early(0, A, B)
+    assert asked == [(A, B)] * 2 and early.ready is True
+
+
+@on_stub
 def test_a_site_is_usable_after_an_error(driver: Driver) -> None:
     launch = launch_of(driver, ("pointer", 0))
     answers: list[Any] = [ZeroDivisionError("once"), "a launch", launch]
@@ -390,6 +414,8 @@ def test_nothing_leaks(driver: Driver) -> None:
                     bad(STREAM)
             driver.native.Launch(1, (1, 1, 1), 1, 0, 1, False, (("null",),), A)
             driver.native.Site(loop)
+            good.copy()
+            never.copy()
 
     def counts() -> list[int]:
         return [sys.getrefcount(w) for w in (A, B, C, launch, good, loop)]
@@ -777,6 +803,25 @@ def test_a_site_of_an_op_runs_its_kernel_once_and_then_launches(driver: Driver) 
     assert with_bias.ready and driver.launched[-1].number(1) == other.data_ptr()
     for bad, why in [(torch.ones(2, 2), "x has one dim"), (torch.ones(1001), "only: too long")]:
         raises(UnsupportedInputError, why, op.site(1.0), STREAM, bad, None, gamma, y, z)
+
+
+@on_stub_with_graphquant
+def test_calls_of_varying_sizes_run_each_kernel_once_in_all(driver: Driver) -> None:
+    """Two calls in a graph: what the first has launched, the second launches as well."""
+    from graphquant.ops.define import sized_site
+
+    launch, (x, gamma, y, z, _) = watching()
+    driver.sizes(8, 8, 4, 8, 8, 8)
+    op, runs = demo(launch)
+    one, two = sized_site("demo_of_sites"), sized_site("demo_of_sites")
+    for n in (64, 32, 64):
+        given = x[:n], None, gamma, y[:n], z[:n]
+        one(STREAM, (n,), (2.5,), *given)
+        two(STREAM, (n,), (2.5,), *given)
+    assert len(runs) == len(op._sites) == 2
+    assert len(driver.launched) == 6 and driver.launched[-1].number(4) == y.data_ptr()
+    two(STREAM, (7,), (3.5,), x, None, gamma, y, z)  # another constant
+    assert len(runs) == 3
 
 
 @on_stub_with_graphquant
