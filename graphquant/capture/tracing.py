@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import FunctionType
 from typing import Any
@@ -48,7 +49,7 @@ class Trace:
     ) -> Any:
         self._root = root_of(model)
         limits = patch_config(recompile_limit=2**16, accumulated_recompile_limit=2**16)
-        with limits, raise_failures(self._entry):
+        with limits, raise_failures(self._entry), _without_fast_path():
             return self._compiled(model, *args, **kwargs)
 
     def observe(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -103,6 +104,18 @@ def missing_linears(model: nn.Module | None, seen: Collection[Any]) -> Iterator[
             f"counted ({names}): this call did not reach them, torch.compile skipped their code, "
             "or they share another layer's graph"
         )
+
+
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """Context in which nn.TransformerEncoderLayer runs its submodules: torch 2.11 cannot trace the
+    one op that it calls instead if sizes are dynamic."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _call(self: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
