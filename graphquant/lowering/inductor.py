@@ -65,6 +65,7 @@ def _constrain(op: Op, node: Node, *args: Any) -> tuple[tuple[Any, ...], dict[st
         fake = traced.meta["val"]
         if isinstance(getattr(value, "data", None), _Overlay):
             return value
+        value.realize()  # else each op that reads it would get a copy of its own
         if not _in_place(op, operand(traced, node), fake):
             return ir.ExternKernel.require_contiguous(value)
         return ir.ExternKernel.require_exact_strides(value, fake.stride())

@@ -357,6 +357,22 @@ def test_a_value_that_inductor_would_lay_out_otherwise_is_laid_out_as_traced(sit
     assert error(got[1], want[1]) < 1e-5
 
 
+def test_a_sum_that_two_ops_read_is_written_once(sites: Sites) -> None:
+    """The residual stream: a norm reads it, and the layer's last linear adds it."""
+    weight = ops.quantize_weight(torch.randn(K, K))
+
+    def fn(x: Tensor, y: Tensor) -> Tensor:
+        h = (x + y.transpose(0, 1)).flatten(0, 1)
+        xq = ops.norm_quantize(h.view(3, 5, K), None, None, 1e-5, False)
+        return ops.int8_linear(*xq, *weight, None, h.view(3, 5, K), torch.float32)
+
+    x, y = torch.randn(3, 5, K), torch.randn(5, 3, K)
+    assert torch.allclose(by_inductor(fn)(x, y), fn(x, y), atol=1e-4)
+    norm, linear = sites.calls
+    assert norm.given[0] is not None and linear.given[7] is not None
+    assert norm.given[0].data_ptr() == linear.given[7].data_ptr()
+
+
 def test_buffers_that_are_reused_hold_what_was_written_last(sites: Sites) -> None:
     """Inductor gives the memory of what is no longer read to what comes next."""
 
