@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 from pathlib import Path
@@ -46,6 +47,18 @@ def test_every_tile_compiles_to_int8_tensor_core_instructions(
     assert "int8_linear_hopper" in usage
     assert sum(map(int, re.findall(r"STACK:(\d+)", usage))) <= SPILLED
     assert sum(map(int, re.findall(r"REG:(\d+)", usage))) * tile.threads <= 65_536
+
+    # What lies between a step's multiplications is issued beside the other consumer's epilogue.
+    step = _instructions_between_multiplications(said("-sass"))
+    assert "R2UR" not in step, "descriptors come from ordinary registers"
+
+
+def _instructions_between_multiplications(sass: str) -> list[str]:
+    """Names of the instructions from the first integer wgmma to the last, predicates left out."""
+    at = r"^\s+/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?([A-Z][A-Z0-9]+)"
+    names = re.findall(at, sass, re.MULTILINE)
+    first, last = names.index("IGMMA"), len(names) - names[::-1].index("IGMMA")
+    return names[first:last]
 
 
 def test_the_number_of_rows_is_one_argument_more_of_another_specialization(
@@ -127,6 +140,11 @@ def test_predictions_are_near_what_an_h200_took(M: int, N: int, K: int, us: floa
     assert hopper_tiles.predict(tile, M, N, K, PROCESSORS, False) == pytest.approx(us, rel=0.2)
 
 
-def test_a_large_product_takes_the_tile_that_shares_weights() -> None:
-    assert choose(46_656, 3456, 1152, PROCESSORS, False) == TILES[0]
-    assert TILES[0].cluster_m == 2 and padded(4304) % hopper_tiles.BK == 0
+def test_of_tiles_predicted_to_be_alike_the_one_without_clusters_is_taken() -> None:
+    alone, pair = TILES[:2]
+    assert pair == dataclasses.replace(alone, cluster_m=2) and alone.cluster_m == 1
+    assert choose(46_656, 3456, 1152, PROCESSORS, False) == alone
+
+
+def test_long_rows_are_padded_to_whole_steps() -> None:
+    assert padded(4304) % hopper_tiles.BK == 0

@@ -138,6 +138,9 @@ __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.
 
 // ------------------------------------------------------------------------------------ warps
 
+// `value`, which is the same in all lanes, and which the compiler then knows to be: it stays in uniform registers,
+// with all that follows from it.
+__device__ __forceinline__ int warp_uniform(int value) { return __shfl_sync(0xffffffff, value, 0); }
 template <int Registers>
 __device__ __forceinline__ void setmaxnreg_inc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));

@@ -501,7 +501,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     ) {
   extern __shared__ unsigned char dynamic[];
   const Addresses smem = addresses(smem_base(dynamic));
-  const int thread = threadIdx.x, group = thread >> 7, lane = thread & 31;
+  // Uniform, and with it wgmma's descriptors: moved there from ordinary registers in every step, they hold the tensor
+  // cores up while the other consumer's epilogue issues as well.
+  const int thread = threadIdx.x, group = warp_uniform(thread >> 7), lane = thread & 31;
   const u32 rank = CTAS > 1 ? cluster_cta_rank() : 0;
   const u32 sharer = rank % SHARERS, share = rank / SHARERS;
 
