@@ -27,8 +27,8 @@ from graphquant.ops.attention.hopper_tiles import TILES
 from graphquant.ops.define import define
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> None:
-    if tile not in TILES:
+def _check(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str | None = None) -> None:
+    if tile is not None and tile not in TILES:
         raise UnsupportedInputError(f"attention: tile is {tile!r}, needs one of {', '.join(TILES)}")
     if not scale > 0:
         raise UnsupportedInputError(f"attention: scale is {scale}, needs > 0")
@@ -43,25 +43,24 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> None:
     checks.shape("attention", "v", v, (B, H, k.shape[2], D), "[B, H, T, D] like k")
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> Tensor:
+def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str | None = None) -> Tensor:
     B, H, S, D = q.shape
     return torch.empty((B, S, H, D), dtype=q.dtype, device=q.device).transpose(1, 2)
 
 
-def _float_form(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> Tensor:
+def _float_form(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str | None = None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
 @define(
-    "(Tensor q, Tensor k, Tensor v, float scale, str tile) -> Tensor y",
+    "(Tensor q, Tensor k, Tensor v, float scale, str? tile=None) -> Tensor y",
     float_form=_float_form,
     fake=_fake,
     check=_check,
     kernels=("hopper", "sdpa"),
     in_rows=False,
-    cpu=False,
 )
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str | None = None) -> Tensor:
     y = _float_form(q.float(), k.float(), v.float(), scale, tile)
     y = y.to(q.dtype).transpose(1, 2).clone(memory_format=torch.contiguous_format)
     return y.transpose(1, 2)  # [B, S, H, D] in memory
