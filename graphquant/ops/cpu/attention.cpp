@@ -13,7 +13,7 @@ namespace graphquant {
 namespace {
 
 constexpr int64_t KEYS = 128;  // whose scores are held at once
-constexpr int64_t STEP = 32;   // keys that one AMX instruction takes
+constexpr int64_t STEP = 32;   // keys, or columns, that one AMX instruction takes
 constexpr int64_t SHARING = 4;  // tiles at most that share a block of keys
 constexpr float LOG2_E = 1.44269504f;
 constexpr float NOTHING = -1e38f;  // a row max that is subtracted where no key has been seen yet
@@ -85,6 +85,8 @@ void product(const float* a, int64_t row, int64_t column, int64_t M, int64_t K, 
 template <class T>
 class Floats {
  public:
+  static Vec power(Vec x) { return exp2(x); }
+
   explicit Floats(const Call& c) : c_(c), width_(up(c.D, W)) {
     struct Queries;
     struct Keys;
@@ -116,6 +118,16 @@ class Floats {
   }
   void values(int64_t rows, int64_t skip, int64_t n, const float* s, float* o, bool add) {
     product(v_ + skip * v_row_, 1, v_row_, c_.D, n, s, over(rows, W), o, add);
+  }
+  // W rows of results from `number` on, o [D][TILE] times `share`
+  void write(const Part& t, int64_t head, int64_t number, const float* o, Vec share) const {
+    for (int64_t d = 0; d < c_.D; d += W) {
+      Vec v[W];
+      for (int64_t k = 0; k < W; k++) v[k] = load(o + (d + k) * TILE + number) * share;
+      transpose(v);
+      for (int64_t k = 0; k < std::min(W, t.rows - number); k++)
+        store(static_cast<T*>(c_.y) + ((t.start + number + k) * c_.H + head) * c_.D + d, v[k], std::min(W, c_.D - d));
+    }
   }
 
  private:
@@ -151,6 +163,8 @@ constexpr int64_t ACROSS = TILE / 16;  // AMX tiles of queries
 
 class Bfloat16Tiles {
  public:
+  static Vec power(Vec x) { return rough_exp2(x); }  // rounded to bfloat16 after that
+
   explicit Bfloat16Tiles(const Call& c) : c_(c), depth_(over(c.D, STEP)), height_(over(c.D, 16)) {
     struct Queries;
     struct Keys;
@@ -159,7 +173,7 @@ class Bfloat16Tiles {
     queries_ = scratch<uint32_t, Queries>(SHARING * depth_ * ACROSS * CELL);
     keys_ = scratch<uint32_t, Keys>(KEYS / 16 * depth_ * CELL);
     probabilities_ = scratch<uint32_t, Probabilities>(KEYS / STEP * ACROSS * CELL);
-    values_ = scratch<uint32_t, Values>(height_ * KEYS / STEP * CELL);
+    values_ = scratch<uint32_t, Values>(up(height_, 2) * KEYS / STEP * CELL);
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
@@ -184,13 +198,15 @@ class Bfloat16Tiles {
   }
 
   void keys(const Block& b) {  // [keys / 16][D / 32][16 keys][32 columns]; of values, [D / 16][keys / 32][16 columns][32 keys]
-    for (int64_t j = 0; j < up(b.keys, 16); j++)
-      for (int64_t d = 0; d < depth_; d++)
-        _mm512_storeu_si512(keys_ + (j / 16 * depth_ + d) * CELL + j % 16 * 16,
-                            j < b.keys ? part(c_.k, b.kv_head, b.from + j, d) : _mm512_setzero_si512());
+    for (int64_t j = 0; j < b.keys; j += 16)
+      for (int64_t d = 0; d < depth_; d++) {
+        Vec v[16];
+        for (int64_t r = 0; r < 16; r++) v[r] = j + r < b.keys ? bits(part(c_.k, b.kv_head, b.from + j + r, d)) : splat(0);
+        for (int64_t r = 0; r < 16; r++) _mm512_storeu_ps(keys_ + (j / 16 * depth_ + d) * CELL + r * 16, v[r]);
+      }
     steps_ = over(b.keys, STEP);
-    for (int64_t h = 0; h < height_; h++)
-      for (int64_t k = 0; k < steps_; k++) pack_values(b, k, h, values_ + (h * steps_ + k) * CELL);
+    for (int64_t d = 0; d < depth_; d++)
+      for (int64_t k = 0; k < steps_; k++) pack_values(b, k, d);
   }
 
   void scores(int64_t number, int64_t rows, int64_t skip, int64_t n, float* s) {
@@ -201,41 +217,63 @@ class Bfloat16Tiles {
       std::memset(probabilities_ + n / STEP * ACROSS * CELL, 0, ACROSS * CELL * sizeof(uint32_t));
   }
   void probabilities(float*, int64_t key, int64_t v, Vec p, Vec next) {  // pairs of keys, rounded half up: p >= 0
-    const __m512i half = _mm512_set1_epi32(0x8000);
-    __m512i low = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(p), half), 16);
-    __m512i high = _mm512_add_epi32(_mm512_castps_si512(next), half);
+    auto rounded = [](Vec x) { return _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000)); };
     uint32_t* to = probabilities_ + (key / STEP * ACROSS + v) * CELL + key % STEP / 2 * 16;
-    _mm512_storeu_si512(to, _mm512_mask_blend_epi16(0xaaaaaaaa, low, high));
+    _mm512_storeu_si512(to, upper_halves(rounded(p), rounded(next)));
   }
   void values(int64_t rows, int64_t skip, int64_t n, const float*, float* o, bool add) {
     for (int64_t h = 0; h < height_; h++)
       multiply(values_ + (h * steps_ + skip / STEP) * CELL, probabilities_, over(n, STEP), over(rows, 16), o + h * 16 * TILE,
                add);
   }
+  // 16 rows of results from `number` on, o [D][TILE] times `share`
+  void write(const Part& t, int64_t head, int64_t number, const float* o, Vec share) const {
+    for (int64_t d = 0; d < c_.D; d += STEP) {
+      Vec v[16];
+      for (int64_t k = 0; k < 16; k++) {
+        const float* pair = o + (d + 2 * k) * TILE + number;
+        v[k] = bits(upper_halves(bfloat16_above(load(pair) * share), bfloat16_above(load(pair + TILE) * share)));
+      }
+      transpose(v);
+      for (int64_t k = 0; k < std::min<int64_t>(16, t.rows - number); k++) {
+        auto to = static_cast<uint16_t*>(c_.y) + ((t.start + number + k) * c_.H + head) * c_.D + d;
+        _mm512_mask_storeu_epi16(to, columns(c_.D - d), _mm512_castps_si512(v[k]));
+      }
+    }
+  }
 
  private:
   static Vec bits(__m512i x) { return _mm512_castsi512_ps(x); }
+  static __mmask32 columns(int64_t n) { return 0xffffffffu >> (STEP - std::min(STEP, n)); }
+  static __m512i upper_halves(__m512i low, __m512i high) {  // of both, in pairs
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(low, 16), high);
+  }
   static void put(Vec (&v)[16], uint32_t* to) {
     transpose(v);
     for (int r = 0; r < 16; r++) _mm512_storeu_ps(to + r * 16, v[r]);
   }
   __m512i part(const Heads& x, int64_t h, int64_t i, int64_t step) {  // 32 columns, 0 behind the last
-    int64_t n = std::min(STEP, c_.D - step * STEP);
-    return _mm512_maskz_loadu_epi16(0xffffffffu >> (STEP - n), x.at<uint16_t>(h, i) + step * STEP);
+    return _mm512_maskz_loadu_epi16(columns(c_.D - step * STEP), x.at<uint16_t>(h, i) + step * STEP);
   }
-  void pack_values(const Block& b, int64_t step, int64_t h, uint32_t* to) {
-    __mmask16 columns = 0xffffu >> std::max<int64_t>(0, 16 * (h + 1) - c_.D);
+  // 32 keys of 32 columns. Pairs of keys come in two vectors, of every other four columns.
+  void pack_values(const Block& b, int64_t step, int64_t d) {
     auto row = [&](int64_t j) {  // 0 behind the last key
-      auto p = c_.v.at<uint16_t>(b.kv_head, b.from + j) + h * 16;
-      return _mm512_cvtepu16_epi32(j < b.keys ? _mm256_maskz_loadu_epi16(columns, p) : _mm256_setzero_si256());
+      return j < b.keys ? part(c_.v, b.kv_head, b.from + j, d) : _mm512_setzero_si512();
     };
-    Vec v[16];
+    Vec v[2][16];
     for (int64_t r = 0; r < 16; r++) {
-      int64_t j = step * STEP + 2 * r;
-      v[r] = bits(_mm512_or_si512(row(j), _mm512_slli_epi32(row(j + 1), 16)));
+      __m512i x = row(step * STEP + 2 * r), next = row(step * STEP + 2 * r + 1);
+      v[0][r] = bits(_mm512_unpacklo_epi16(x, next)), v[1][r] = bits(_mm512_unpackhi_epi16(x, next));
     }
-    put(v, to);
+    for (int64_t i = 0; i < 2; i++) {
+      transpose(v[i]);
+      for (int64_t r = 0; r < 16; r++) {
+        int64_t column = r / 4 * 8 + i * 4 + r % 4, tile = 2 * d + column / 16;
+        _mm512_storeu_ps(values_ + (tile * steps_ + step) * CELL + column % 16 * 16, v[i][r]);
+      }
+    }
   }
+
   // c [16][TILE] = a [steps][16][32] b [steps][ACROSS][16][16][2], or added to it, `across` tiles of columns
   static void multiply(const uint32_t* a, const uint32_t* b, int64_t steps, int64_t across, float* c, bool add) {
     constexpr int64_t NEXT = TILE * sizeof(float);
@@ -347,7 +385,7 @@ void softmax(Engine& engine, float* s, int64_t keys, int64_t v, float unit, bool
     store(r.top + at, top[q]), store(r.shrink + at, shrink);
   }
   auto p = [&](int64_t j, int q) {
-    Vec x = exp2(fma(load(s + j * TILE + (v + q) * W), splat(unit), splat(0) - top[q]));
+    Vec x = Engine::power(fma(load(s + j * TILE + (v + q) * W), splat(unit), splat(0) - top[q]));
     total[q] = total[q] + x;
     return x;
   };
@@ -360,20 +398,6 @@ void softmax(Engine& engine, float* s, int64_t keys, int64_t v, float unit, bool
   if (j < keys)
     for (int q = 0; q < Q; q++) engine.probabilities(s, j, v + q, p(j, q), splat(0));
   for (int q = 0; q < Q; q++) store(r.total + (v + q) * W, total[q]);
-}
-
-template <class T>
-void write(const Call& c, int64_t head, const Part& t, const float* o, const Rows& r) {
-  for (int64_t i = 0; i < t.rows; i += W) {
-    Vec share = splat(1) / load(r.total + i);
-    for (int64_t d = 0; d < c.D; d += W) {
-      Vec v[W];
-      for (int64_t k = 0; k < W; k++) v[k] = load(o + (d + k) * TILE + i) * share;
-      transpose(v);
-      for (int64_t k = 0; k < std::min(W, t.rows - i); k++)
-        store(static_cast<T*>(c.y) + ((t.start + i + k) * c.H + head) * c.D + d, v[k], std::min(W, c.D - d));
-    }
-  }
 }
 
 // One tile and the block's keys among those that it sees
@@ -397,10 +421,10 @@ void attend_to(const Call& c, Engine& engine, int64_t head, int64_t number, cons
 }
 
 // n tiles of one sequence and one head
-template <class T, class Engine>
+template <class Engine>
 void attend(const Call& c, const Tile* tiles, int64_t n, int64_t head) {
   struct Results;
-  int64_t from = c.keys, to = 0, each = up(c.D, 16) * TILE;
+  int64_t from = c.keys, to = 0, each = up(c.D, STEP) * TILE;
   float* o = scratch<float, Results>(SHARING * each);
   Rows r[SHARING];
   Part t[SHARING];
@@ -416,10 +440,11 @@ void attend(const Call& c, const Tile* tiles, int64_t n, int64_t head) {
     engine.keys(b);
     for (int64_t i = 0; i < n; i++) attend_to(c, engine, head, i, t[i], b, r[i], o + i * each);
   }
-  for (int64_t i = 0; i < n; i++) write<T>(c, head, t[i], o + i * each, r[i]);
+  for (int64_t i = 0; i < n; i++)
+    for (int64_t q = 0; q < t[i].rows; q += W) engine.write(t[i], head, q, o + i * each, splat(1) / load(r[i].total + q));
 }
 
-template <class T, class Engine>
+template <class Engine>
 void run(const Attention& all, const std::vector<Sequence>& sequences, const std::vector<Tile>& tiles) {
   constexpr int64_t GRAIN = 16384;  // elements of q below which another thread does not pay
   int64_t n = tiles.size(), rows = 0;
@@ -433,7 +458,7 @@ void run(const Attention& all, const std::vector<Sequence>& sequences, const std
   parallel_each(parts * all.H, over(rows * all.H * all.D, GRAIN), [&](int64_t i) {
     int64_t start = starts[i / all.H];
     const Call c{all, sequences[tiles[start].sequence]};
-    attend<T, Engine>(c, tiles.data() + start, starts[i / all.H + 1] - start, i % all.H);
+    attend<Engine>(c, tiles.data() + start, starts[i / all.H + 1] - start, i % all.H);
   });
 }
 
@@ -443,9 +468,9 @@ void attend(const Attention& all, const std::vector<Sequence>& sequences, const 
 #if defined(__AMX_BF16__)
   const Sequence* s = sequences.data();
   if (all.type == BFLOAT16 && !sequences.empty() && s->q.column == 1 && s->k.column == 1 && s->v.column == 1)
-    return run<BFloat16, Bfloat16Tiles>(all, sequences, tiles);
+    return run<Bfloat16Tiles>(all, sequences, tiles);
 #endif
-  by_type(all.type, [&](auto type) { run<decltype(type), Floats<decltype(type)>>(all, sequences, tiles); });
+  by_type(all.type, [&](auto type) { run<Floats<decltype(type)>>(all, sequences, tiles); });
 }
 
 }  // namespace graphquant
