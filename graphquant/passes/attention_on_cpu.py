@@ -73,7 +73,7 @@ def _is_supported(node: Node) -> bool:
         return False
     pairs = [*zip(q.shape[:2], k.shape[:2], strict=True), *zip(k.shape, v.shape, strict=True)]
     same = all(statically_known_true(a == b) for a, b in (*pairs, (q.shape[3], k.shape[3])))
-    return same and hint(k.shape[2]) > 0 and _scale(node) > 0
+    return same and hint(k.shape[2]) > 0 and isinstance(q.shape[3], int) and _scale(node) > 0
 
 
 def _values(node: Node) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Float attention without a mask, faster than torch's on Hopper at the lengths of encoders.
+"""Float attention without a mask, faster than torch's at the lengths of encoders.
 
     y = softmax(scale q k^T) v        per head, accumulators and softmax in float32
 
@@ -6,13 +6,14 @@
     k, v    [B, H, T, D]  like q; T >= 1
     scale   of the scores, > 0, usually D ** -0.5
     tile    a name in TILES, queries x keys: the tile shape of the CUDA kernel; the result is the
-            same up to rounding
+            same up to rounding. None, where no CUDA kernel of ours is to run: a CPU has no tiles
     -> y    [B, H, S, D]  like q, and [B, S, H, D] in memory, as the linear that follows reads it
 
 torch's fused kernels work on tiles of 64 to 128 tokens and head sizes of 64 or 128: for 257 image
 tokens, or a head size of 72, they compute up to twice as much as needed. The CUDA kernel is for
-Hopper, in fp16 and bf16. Elsewhere the rewrite does not call the op; a program that was exported
-with it runs torch's attention there.
+Hopper, in fp16 and bf16. On other GPUs the rewrite does not call the op; a program that was
+exported with it runs torch's attention there. The CPU kernel is that of varlen_attention, and gives
+a sequence the same bits.
 """
 
 from __future__ import annotations
