@@ -26,6 +26,7 @@ from graphquant.ir.captured import Captured
 from graphquant.ir.graph import draws_nothing, readers
 from graphquant.lowering.inner import build_kernels, compile_graph
 from graphquant.passes.attention_dtype import with_bfloat16_attention
+from graphquant.passes.attention_on_cpu import choose_attention
 from graphquant.passes.notes import with_cpu_notes
 from graphquant.passes.pack_weights import pack_weights
 from graphquant.passes.pipeline import rewrite
@@ -70,6 +71,8 @@ def _compile_int8(
     report = with_cpu_notes(rewrite(captured, config).report, captured)
     with stage("the dtype of attention"):
         report = with_bfloat16_attention(report, captured, config)
+    with stage("the choice of attention on the CPU"):
+        choose_attention(captured, config)
     owned = [i for i, held in enumerate(belong_to_modules(gm)) if held]
     return report, _lower(captured, example_inputs, config, owned)
 

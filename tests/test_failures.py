@@ -85,6 +85,7 @@ REWRITE = {
 PASSES = {
     "from_dynamo": patched(backend_module, "from_dynamo"),
     **REWRITE,
+    "choose_attention": patched(backend_module, "choose_attention"),
     "prepack": patched(backend_module, "prepack"),
     "Recipe.compute": patched(Recipe, "compute"),
     "build_kernels": patched(backend_module, "build_kernels"),

@@ -281,7 +281,7 @@ MUTANTS: Sequence[Mutant] = (
          f"{VARLEN} triton'"),
     ),
     *_in(
-        "ops/varlen_attention/cpu.cpp",
+        "ops/cpu/attention.cpp",
         ("if (!near) x = ", "if (false) x = ", "windows", f"{VARLEN} cpu'"),
         ("if (!first)", "if (false)", "several blocks of keys", f"{VARLEN} cpu'"),
     ),

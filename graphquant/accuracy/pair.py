@@ -36,6 +36,7 @@ from graphquant.ir.tokens import Masks, TokenRows
 from graphquant.ops import int8_linear
 from graphquant.ops.token_index.op import exact_rows
 from graphquant.passes.attention_dtype import with_bfloat16_attention
+from graphquant.passes.attention_on_cpu import choose_attention
 from graphquant.passes.pipeline import prepare, rewrite
 from graphquant.report import Outcome
 
@@ -110,6 +111,7 @@ class Pair:
         self._packed: dict[tuple[Node, tuple[int, ...]], dict[Node, Any]] = {}
         self._products = list(self._find_products())
         self.report = with_bfloat16_attention(self._rewritten.report, captured, config)
+        choose_attention(captured, config)
         parts = (part for product in self._products for part in product.parts)
         self._parts = sorted(parts, key=lambda part: part.node)
 

@@ -131,7 +131,9 @@ class _Translation:
             y = op.Add(y, self._float(residual))
         return self._cast(y, dtype)
 
-    def attention(self, q: Value, k: Value, v: Value, scale: float, tile: str) -> Value:
+    def attention(
+        self, q: Value, k: Value, v: Value, scale: float, tile: str | None = None
+    ) -> Value:
         op = self.op
         kT = op.Transpose(self._float(k), perm=[0, 1, 3, 2])
         scores = op.MatMul(op.Mul(self._float(q), self._f32(scale)), kT)

@@ -153,7 +153,9 @@ def expr(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
-def decompose_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> Any:
+def decompose_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str | None = None
+) -> Any:
     """Decomposition of attention into torch's SDPA, for AOTInductor on CUDA only."""
     if not (V.aot_compilation and q.device.type == "cuda"):
         return NotImplemented

@@ -10,16 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from graphquant.ops import attention
+import graphquant.lowering.inductor  # noqa: F401 - registers the lowerings
+from graphquant.ops import attention, token_index, varlen_attention
 from graphquant.ops.attention import hopper
 from graphquant.ops.attention.hopper_tiles import ROWS, SHARED, TILES, WIDEST
 from graphquant.ops.define import Kernel, Op
-from tests.ops.bounds import U, implementations, kernels, needs_nvrtc
+from tests.ops.bounds import U, implementations, kernels, needs_nvrtc, runnable
 from tests.ops.offline import CUOBJDUMP
+from tests.ops.test_pack_weight import at_the_end_of_memory
+from tests.ops.test_varlen_attention import threads
 from tests.strategies import FLOATS
 
 SPILLED = 16  # bytes: a few constants, outside of the main loop
@@ -101,28 +104,37 @@ def test_reference_is_the_float64_result_up_to_rounding(heads: Heads, tile: str)
     assert_right(attention.reference(*args, tile), *args)
 
 
+def taken_by(kernel: Kernel, heads: Heads) -> Heads:
+    """With what the kernel takes instead of what it refuses."""
+    if kernel.name != "hopper":
+        return heads
+    half = torch.bfloat16 if heads.dtype == torch.float32 else heads.dtype
+    return replace(heads, dtype=half, D=-(-heads.D // 8) * 8)
+
+
 @kernels(attention)
 @given(heads=heads, tile=st.sampled_from(list(TILES)))
-@settings(max_examples=40)  # nearly every one compiles a kernel
+@settings(max_examples=40)  # on a GPU nearly every one compiles a kernel
+@example(Heads(S=300, T=300, D=64, dtype=torch.bfloat16), "128x128")  # several blocks of keys
+@example(Heads(S=300, T=129, D=72), "128x128")
 def test_kernel_result_is_the_float64_result_up_to_rounding(
     op: Op, kernel: Kernel, device: str, heads: Heads, tile: str
 ) -> None:
-    """With what the kernel takes instead of what it refuses."""
-    half = torch.bfloat16 if heads.dtype == torch.float32 else heads.dtype
-    heads = replace(heads, dtype=half, D=-(-heads.D // 8) * 8)
+    heads = taken_by(kernel, heads)
     if TILES[tile].refuses(heads.D) is not None:
         tile = "128x128"
     args = heads.on(device)
     if kernel.name == "hopper" and heads.layout == "columns" and args[0].numel():
         assert "with strides" in str(kernel.refuses(*args, tile))
         args = replace(heads, layout="heads").on(device)
-    assert kernel.refuses(*args, tile) is None
+    assert kernel.name.startswith("cpu") or kernel.refuses(*args, tile) is None
     assert_right(kernel.fn(*args, tile), *args)
 
 
 def test_what_the_kernel_does_not_take_is_said() -> None:
     kernel, others = attention.kernels
     assert others.refuses(*Heads().on("cpu"), "128x128") is None
+    assert others.refuses(*Heads().on("cpu"), None) is None
     assert attention.choose(*Heads().on("cpu"), "128x128") is others
     assert "sm_90 alone" in str(kernel.refuses(*Heads().on("cpu"), "128x128"))
     assert TILES["128x192"].refuses(64) is None
@@ -139,6 +151,7 @@ def test_the_kernel_says_what_is_wrong_with_its_inputs() -> None:
     q, k, v, scale = half.on("cuda")
     if (why := kernel.refuses(q, k, v, scale, "128x128")) is not None:
         pytest.skip(why)
+    assert kernel.refuses(q, k, v, scale, None) == "no tile is named"
     for wrong, said in [
         ((q.float(), k, v), "q is torch.float32, needs float16 or bfloat16"),
         ((q, k[..., 1:], v), "k does not start at a multiple of 16 bytes"),
@@ -161,11 +174,11 @@ def test_every_element_is_written(
 
 @implementations(attention)
 @pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_query_that_is_not_finite_leaves_the_others_alone(
-    op: Op, kernel: Kernel, device: str, tile: str
+    op: Op, kernel: Kernel, device: str, tile: str, dtype: torch.dtype
 ) -> None:
-    dtype = torch.bfloat16 if kernel.name == "hopper" else torch.float32
-    q, k, v, scale = Heads(S=70, T=70, dtype=dtype, layout="heads").on(device)
+    q, k, v, scale = taken_by(kernel, Heads(S=70, T=70, dtype=dtype, layout="heads")).on(device)
     clean = kernel.fn(q, k, v, scale, tile)
     q[0, 1, 7, 3] = torch.nan
     y = kernel.fn(q, k, v, scale, tile)
@@ -173,6 +186,68 @@ def test_a_query_that_is_not_finite_leaves_the_others_alone(
     others[0, 1, 7] = False
     assert torch.equal(y.cpu()[others], clean.cpu()[others])
     assert y[0, 1, 7].isnan().all()
+
+
+@kernels(attention, named="cpu")
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_each_batch_has_the_bits_of_a_packed_sequence(
+    op: Op, kernel: Kernel, dtype: torch.dtype
+) -> None:
+    """On any number of threads."""
+    q, k, v, scale = Heads(B=3, S=150, T=150, D=40, dtype=dtype).on("cpu")
+    y = kernel.fn(q, k, v, scale)
+    packed = [t.transpose(0, 1).flatten(1, 2)[None] for t in (q, k, v)]
+    _, _, position, cu_seqlens, tiles, _ = token_index(torch.ones(3, 150, dtype=torch.bool))
+    where = cu_seqlens, position, tiles, scale, 150
+    (varlen,) = (n for n in runnable(varlen_attention) if n.name == kernel.name)
+    assert torch.equal(varlen.fn(*packed, *where).unflatten(2, (3, 150))[0].transpose(0, 1), y)
+    with threads(2):
+        assert torch.equal(kernel.fn(q, k, v, scale), y)
+
+
+@kernels(attention, named="cpu")
+@pytest.mark.parametrize("D", [5, 32, 64, 72])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_nothing_is_read_behind_the_operands(
+    op: Op, kernel: Kernel, D: int, dtype: torch.dtype
+) -> None:
+    q, k, v, scale = Heads(S=70, T=33, D=D, dtype=dtype).on("cpu")
+    rows = [t.transpose(1, 2).reshape(-1, 2 * D) for t in (q, k, v)]
+    ended = [at_the_end_of_memory(t, 2 * D).view(1, -1, 2, D).transpose(1, 2) for t in rows]
+    assert torch.equal(kernel.fn(*ended, scale), kernel.fn(q, k, v, scale))
+
+
+@kernels(attention, named="cpu")
+@pytest.mark.parametrize("tokens", [1, 16, 33, 64, 197])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_every_element_is_written_without_a_tile(
+    op: Op, kernel: Kernel, tokens: int, dtype: torch.dtype, poisoned: None
+) -> None:
+    args = Heads(B=2, S=tokens, T=tokens, D=24, dtype=dtype).on("cpu")
+    assert_right(kernel.fn(*args), *args)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tile", [None, "128x128"])
+def test_opcheck_of_layouts(layout: str, tile: str | None, device: str) -> None:
+    heads = Heads(B=2, S=7, dtype=torch.bfloat16, layout=layout)
+    torch.library.opcheck(attention.target, (*heads.on(device), tile))
+
+
+def test_one_compiled_graph_takes_every_size() -> None:
+    """Inductor calls the CPU kernel with symbolic sizes, on views that it does not copy."""
+    torch._dynamo.reset()
+    w = torch.randn(3 * 64, 64) / 8
+
+    def attended(x: Tensor) -> Tensor:
+        qkv = torch.nn.functional.linear(x, w)
+        q, k, v = (t.unflatten(2, (4, 16)).transpose(1, 2) for t in qkv.split(64, -1))
+        return attention(q, k, v, 0.25).transpose(1, 2).flatten(2)
+
+    run = torch.compile(attended, fullgraph=True, dynamic=True)
+    for B, S in ((3, 70), (4, 90), (2, 33)):
+        x = torch.randn(B, S, 64)
+        torch.testing.assert_close(run(x), attended(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", TILES)

@@ -29,7 +29,7 @@ from graphquant.ops.runtime.launch import ALIGNED, MAP_SWIZZLES, MAP_TYPES, Para
 LOG2_E = 1.4426950408889634
 
 
-def _refuses(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> str | None:
+def _refuses(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str | None) -> str | None:
     sm, D = gpu_properties(q.device).sm, q.shape[3]
     if q.device.type != "cuda" or sm != ONLY:
         return f"the device is sm_{sm}, this one is for sm_{ONLY} alone"
@@ -37,6 +37,8 @@ def _refuses(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> str | 
         return why
     if _name(q) not in PTX_NAMES:
         return f"q is {q.dtype}, needs float16 or bfloat16"
+    if tile is None:
+        return "no tile is named"
     if (why := TILES[tile].refuses(D)) is not None:
         return f"tile {tile}: {why}"
     for name, t in (("q", q), ("k", k), ("v", v)):
@@ -74,11 +76,12 @@ def _function(tile: HopperTile, keys: int, D: int, dtype: str, device: torch.dev
 
 @attention.kernel("hopper", refuses=_refuses)
 def attention_hopper(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str, out: tuple[Tensor]
+    q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str | None, out: tuple[Tensor]
 ) -> None:
     (y,) = out
     if not y.numel():
         return
+    assert tile is not None
     (B, H, S, D), T, chosen = q.shape, k.shape[2], TILES[tile]
     launch(
         _function(chosen, chosen.first(T), D, _name(q), q.device),

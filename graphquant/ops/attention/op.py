@@ -1,4 +1,4 @@
-"""Float attention without a mask, faster than torch's on Hopper at the lengths of encoders.
+"""Float attention without a mask, faster than torch's at the lengths of encoders.
 
     y = softmax(scale q k^T) v        per head, accumulators and softmax in float32
 
@@ -6,13 +6,14 @@
     k, v    [B, H, T, D]  like q; T >= 1
     scale   of the scores, > 0, usually D ** -0.5
     tile    a name in TILES, queries x keys: the tile shape of the CUDA kernel; the result is the
-            same up to rounding
+            same up to rounding. None, where no CUDA kernel of ours is to run: a CPU has no tiles
     -> y    [B, H, S, D]  like q, and [B, S, H, D] in memory, as the linear that follows reads it
 
 torch's fused kernels work on tiles of 64 to 128 tokens and head sizes of 64 or 128: for 257 image
 tokens, or a head size of 72, they compute up to twice as much as needed. The CUDA kernel is for
-Hopper, in fp16 and bf16. Elsewhere the rewrite does not call the op; a program that was exported
-with it runs torch's attention there.
+Hopper, in fp16 and bf16. On other GPUs the rewrite does not call the op; a program that was
+exported with it runs torch's attention there. The CPU kernel is that of varlen_attention, and gives
+a sequence the same bits.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from graphquant.ops.attention.hopper_tiles import TILES
 from graphquant.ops.define import define
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> None:
-    if tile not in TILES:
+def _check(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str | None = None) -> None:
+    if tile is not None and tile not in TILES:
         raise UnsupportedInputError(f"attention: tile is {tile!r}, needs one of {', '.join(TILES)}")
     if not scale > 0:
         raise UnsupportedInputError(f"attention: scale is {scale}, needs > 0")
@@ -43,25 +44,24 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> None:
     checks.shape("attention", "v", v, (B, H, k.shape[2], D), "[B, H, T, D] like k")
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> Tensor:
+def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str | None = None) -> Tensor:
     B, H, S, D = q.shape
     return torch.empty((B, S, H, D), dtype=q.dtype, device=q.device).transpose(1, 2)
 
 
-def _float_form(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> Tensor:
+def _float_form(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str | None = None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
 @define(
-    "(Tensor q, Tensor k, Tensor v, float scale, str tile) -> Tensor y",
+    "(Tensor q, Tensor k, Tensor v, float scale, str? tile=None) -> Tensor y",
     float_form=_float_form,
     fake=_fake,
     check=_check,
     kernels=("hopper", "sdpa"),
     in_rows=False,
-    cpu=False,
 )
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str | None = None) -> Tensor:
     y = _float_form(q.float(), k.float(), v.float(), scale, tile)
     y = y.to(q.dtype).transpose(1, 2).clone(memory_format=torch.contiguous_format)
     return y.transpose(1, 2)  # [B, S, H, D] in memory

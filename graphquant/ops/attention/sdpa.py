@@ -10,7 +10,7 @@ from graphquant.ops.attention.op import attention
 
 @attention.kernel("sdpa")
 def attention_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str, out: tuple[Tensor]
+    q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str | None, out: tuple[Tensor]
 ) -> None:
     (y,) = out
     if y.numel() == 0:  # torch 2.11 returns None instead of an empty result

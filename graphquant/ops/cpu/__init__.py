@@ -1,8 +1,8 @@
 """The CPU kernels: a C++ extension module with one function for each op, built at first use.
 
-Each op's cpu.cpp has its kernel, the headers here have what they share. The module is compiled for
-one instruction set, the best that the processor has or the one that GRAPHQUANT_CPU_ISA names, and
-is tried on products of extreme values before it is used.
+Each op's cpu.cpp has its kernel, the files here have what they share: headers, and attention.cpp.
+The module is compiled for one instruction set, the best that the processor has or the one that
+GRAPHQUANT_CPU_ISA names, and is tried on products of extreme values before it is used.
 """
 
 from __future__ import annotations

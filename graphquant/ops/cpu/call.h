@@ -96,6 +96,6 @@ PyObject* without_gil(Arguments& given, Run run) {
 }
 
 using Method = PyObject*(PyObject*, PyObject* const*, Py_ssize_t);
-Method quantize, norm_quantize, int8_linear, pack_weight, varlen_attention;  // cpu.cpp in the ops' folders
+Method quantize, norm_quantize, int8_linear, pack_weight, attention, varlen_attention;  // cpu.cpp in the ops' folders
 
 }  // namespace graphquant

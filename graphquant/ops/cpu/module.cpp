@@ -39,8 +39,10 @@ PyMethodDef functions[] = {
     {"int8_linear", fast(int8_linear), METH_FASTCALL,
      "M, num_rows, N, K, x stride, xq, x_scale, x_shift, w stride (0: packed), wq, w_scale, w_sum, bias, residual, y"},
     {"pack_weight", fast(pack_weight), METH_FASTCALL, "N, K, stride, wq, packed"},
+    {"attention", fast(attention), METH_FASTCALL,
+     "type, B, S, T, H, D, (batch, head, row, column strides, tensor) of q, k and v, scale, y"},
     {"varlen_attention", fast(varlen_attention), METH_FASTCALL,
-     "type, H, Hkv, D, T, n, (head, row, column strides, tensor) of q, k and v, cu_seqlens, position, tiles, scale, causal, "
+     "type, H, Hkv, D, sequences, tiles, (head, row, column strides, tensor) of q, k and v, cu_seqlens, position, tiles, scale, causal, "
      "window (-1: none), (type, head, row, column strides, tensor) of bias, y"},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -32,12 +32,15 @@ inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 inline void store(Half* p, Vec v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
-inline void store(BFloat16* p, Vec v) {  // to nearest even; nan stays nan
+inline __m512i bfloat16_above(Vec v) {  // to nearest even, in the upper halves; nan stays nan
   __m512i bits = _mm512_castps_si512(v);
   __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  up = _mm512_mask_mov_epi32(up, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)));
+  return _mm512_mask_mov_epi32(up, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+}
+inline void store(BFloat16* p, Vec v) {
+  __m512i bits = _mm512_srli_epi32(bfloat16_above(v), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bits));
 }
 inline void store(int8_t* p, Vec v) {  // to nearest even; v within [-128, 127]
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)));
@@ -181,17 +184,40 @@ inline Vec exp(Vec x) {
   return times_power_of_2(p, n);
 }
 
-// 2^x, x < 128, within 2 units in the last place; 0 below 2^-149; nan stays nan
-inline Vec exp2(Vec x) {
-  x = larger(splat(-200.0f), x);
-  Vec n = whole(x), r = x - n;
-  Vec p = splat(0.00132764725f);  // minimax on |r| <= 1/2
-  p = fma(p, r, splat(0.00967554096f));
-  p = fma(p, r, splat(0.0555071309f));
-  p = fma(p, r, splat(0.240221202f));
-  p = fma(p, r, splat(0.693146944f));
-  p = fma(p, r, splat(1.00000012f));
-  return times_power_of_2(p, n);
+// c[0] + c[1] x + ... + c[N - 1] x^(N - 1)
+template <int N>
+Vec polynomial(const float (&c)[N], Vec x) {
+  Vec p = splat(c[N - 1]);
+  for (int i = N - 2; i >= 0; i--) p = fma(p, x, splat(c[i]));
+  return p;
 }
+
+// 2^x, x < 128, within 2 units in the last place; 0 below 2^-149; nan stays nan. The polynomials are minimax.
+#if defined(__AVX512F__)
+
+template <int N>
+Vec exp2_by(const float (&c)[N], Vec x) {  // by powers of the fraction, which is 0 of -inf
+  Vec fraction = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  return _mm512_scalef_ps(polynomial(c, fraction), x);
+}
+inline Vec exp2(Vec x) {
+  constexpr float C[] = {0.99999994f, 0.693153083f, 0.240153611f, 0.0558263175f, 0.00898933969f, 0.00187757669f};
+  return exp2_by(C, x);
+}
+inline Vec rough_exp2(Vec x) {  // within 2^-13 of itself
+  constexpr float C[] = {0.999925196f, 0.695833564f, 0.226067156f, 0.0780245215f};
+  return exp2_by(C, x);
+}
+
+#else
+
+inline Vec exp2(Vec x) {
+  constexpr float C[] = {1.00000012f, 0.693146944f, 0.240221202f, 0.0555071309f, 0.00967554096f, 0.00132764725f};
+  x = larger(splat(-200.0f), x);
+  Vec n = whole(x);
+  return times_power_of_2(polynomial(C, x - n), n);
+}
+
+#endif
 
 }  // namespace graphquant

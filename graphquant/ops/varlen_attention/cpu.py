@@ -27,9 +27,9 @@ def arguments(
     bias: Tensor | None,
     out: tuple[Tensor, ...],
 ) -> tuple[Any, ...]:
-    _, H, T, D = q.shape
+    _, H, _, D = q.shape
     return (
-        *(cpu.TYPES[q.dtype], H, k.shape[1], D, T, tiles.shape[0]),
+        *(cpu.TYPES[q.dtype], H, k.shape[1], D, cu_seqlens.shape[0] - 1, tiles.shape[0]),
         *(*_heads(q), *_heads(k), *_heads(v)),
         *(cu_seqlens, position, tiles, scale, int(causal), -1 if window is None else window),
         0 if bias is None else cpu.TYPES[bias.dtype],
@@ -39,7 +39,7 @@ def arguments(
 
 
 def _heads(x: Tensor | None) -> tuple[Any, ...]:
-    """x [1, heads, rows, columns] as `Heads` in cpu.cpp is read. One head is that of all."""
+    """x [1, heads, rows, columns] as `heads` in attention.h reads it. One head is that of all."""
     if x is None:
         return 0, 0, 0, None
     _, head, row, column = x.stride()

@@ -135,7 +135,7 @@ class Region(NamedTuple):
         module = GraphModule({}, graph)
         values = functools.cache(lambda: [_value_of(n, self.nodes) for n in self.inputs])
         if self.is_ours_on_cpu:
-            return functools.partial(_replay, functools.cache(lambda: recorded(module, values())))
+            return functools.partial(replay, functools.cache(lambda: recorded(module, values())))
         return lambda: module(*values())
 
     @property
@@ -150,7 +150,8 @@ class Region(NamedTuple):
         )
 
 
-def _replay(first: Callable[[], tuple[object, list[Callable[[], object]]]]) -> object:
+def replay(first: Callable[[], tuple[object, list[Callable[[], object]]]]) -> object:
+    """Repeat the calls of our ops that `first`, which is cached, has `recorded`."""
     results, calls = first()
     for call in calls:
         call()

@@ -1,0 +1,128 @@
+"""On a CPU, calls graphquant's attention in place of torch's where it was measured to be faster.
+
+Attention without a mask, of which the result is the same up to rounding. Like attention_dtype.py,
+and behind it, this runs behind the pipeline, for graphs that graphquant compiles itself: programs
+that are exported on a CPU have torch's attention. Sizes that are symbols are measured as they were
+seen at compile time.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Node
+
+from graphquant._torch import statically_known_true, unset_fake_temporarily
+from graphquant.config import Config
+from graphquant.ir.captured import Captured
+from graphquant.ir.gradients import needs_gradient
+from graphquant.ir.graph import SDPA, arguments, calls, fake_result, has_hints, hint
+from graphquant.ops import attention, cpu
+from graphquant.ops.checks import FLOATS
+from graphquant.ops.define import recorded
+from graphquant.ops.timing import times
+from graphquant.passes.attention_kernels import pinned_by_model
+from graphquant.passes.layout import inherit_layout, restore_layouts
+from graphquant.passes.policy.speed import random_like, replay
+from graphquant.passes.record import MAX_TIME_RATIO
+from graphquant.passes.verify import verifier
+
+log = logging.getLogger(__name__)
+
+
+def choose_attention(captured: Captured, config: Config) -> None:
+    """Replace torch's attention by graphquant's wherever that is faster on this machine's CPU."""
+    if config.select != "faster":
+        return
+    found = [n for n in _replaceable(captured) if _is_faster(n)]
+    if not found:
+        return
+    check = verifier(captured)
+    for node in found:
+        _replace(captured, node)
+    restore_layouts(captured.gm.graph, captured.fake_mode)
+    check("the choice of attention on the CPU")
+    captured.gm.recompile()
+
+
+def _replaceable(captured: Captured) -> list[Node]:
+    graph = captured.gm.graph
+    found = [n for n in calls(graph, lambda n: n.target is SDPA) if _is_supported(n)]
+    if not found or not torch.backends.cuda.flash_sdp_enabled() or cpu.missing() is not None:
+        return []  # that switch is for torch's fused kernel on the CPU, too
+    gradient = needs_gradient(graph, captured.differentiable, captured.grad_enabled)
+    excluded = gradient | pinned_by_model(graph)
+    return [n for n in found if n not in excluded]
+
+
+def _is_supported(node: Node) -> bool:
+    """Can our kernel compute it? It broadcasts nothing."""
+    of = arguments(node)
+    if of.attn_mask is not None or of.dropout_p or of.is_causal or of.enable_gqa:
+        return False
+    q, k, v = values = _values(node)
+    if not all(t.device.type == "cpu" and t.dim() == 4 and has_hints(t) for t in values):
+        return False
+    dtypes = {t.dtype for t in (*values, node.meta["val"])}  # autocast makes it another
+    if len(dtypes) != 1 or not dtypes <= set(FLOATS):
+        return False
+    pairs = [*zip(q.shape[:2], k.shape[:2], strict=True), *zip(k.shape, v.shape, strict=True)]
+    same = all(statically_known_true(a == b) for a, b in (*pairs, (q.shape[3], k.shape[3])))
+    return same and hint(k.shape[2]) > 0 and isinstance(q.shape[3], int) and _scale(node) > 0
+
+
+def _values(node: Node) -> tuple[Tensor, ...]:
+    of = arguments(node)
+    return tuple(n.meta["val"] for n in (of.query, of.key, of.value))
+
+
+def _scale(node: Node) -> float:
+    given: float | None = arguments(node).scale
+    return float(_values(node)[0].shape[3]) ** -0.5 if given is None else given
+
+
+def _is_faster(node: Node) -> bool:
+    values, scale = _values(node), _scale(node)
+
+    @functools.cache
+    def inputs() -> list[Tensor]:
+        return [random_like(t) for t in values]
+
+    def torchs() -> Tensor:
+        q, k, v = inputs()
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+    @functools.cache
+    def ours() -> tuple[object, list[Callable[[], object]]]:
+        return recorded(attention, (*inputs(), scale))
+
+    with unset_fake_temporarily(), torch.inference_mode():
+        found = times(
+            f"attention {[_layout(t) for t in values]}",
+            torch.device("cpu"),
+            {"torch": torchs, "graphquant": functools.partial(replay, ours)},
+        )
+    log.debug("%s: %s", node.name, found)
+    if found is None or len(found) < 2:
+        return False
+    return found["graphquant"] <= MAX_TIME_RATIO * found["torch"]
+
+
+def _layout(value: Tensor) -> tuple[Sequence[int], Sequence[int], torch.dtype]:
+    return [*map(hint, value.shape)], [*map(hint, value.stride())], value.dtype
+
+
+def _replace(captured: Captured, node: Node) -> None:
+    graph, of = captured.gm.graph, arguments(node)
+    with graph.inserting_before(node):
+        made = graph.call_function(attention.target, (of.query, of.key, of.value, _scale(node)))
+    made.meta.update(node.meta)
+    made.meta["val"] = fake_result(captured.fake_mode, made.target, made.args, {})
+    inherit_layout(made, node)
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
