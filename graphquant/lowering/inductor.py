@@ -36,6 +36,7 @@ from graphquant._torch.inductor import (
 from graphquant.ir.graph import arguments, operand
 from graphquant.lowering import aoti
 from graphquant.lowering.aoti import boxes_of, expr
+from graphquant.lowering.shared_masks import MATERIALIZE
 from graphquant.lowering.version import version
 from graphquant.ops import attention, int8_linear, quantize
 from graphquant.ops.define import OPS, Op, load_cpu_kernels
@@ -54,6 +55,7 @@ def register() -> None:
             add_layout_constraint(op.target, functools.partial(_constrain, op))
             register_lowering(op.target, type_promotion_kind=None)(functools.partial(_lower, op))
     register_decomposition([attention.target])(aoti.decompose_attention)
+    register_lowering(MATERIALIZE, type_promotion_kind=None)(_materialize)
 
 
 def _constrain(op: Op, node: Node, *args: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -101,6 +103,11 @@ def _lower(op: Op, *args: Any) -> Any:
     else:
         _CudaCall(op.name, [*constants, *given, *buffers], buffers)
     return tuple(buffers) if isinstance(results, tuple) else buffers[0]
+
+
+def _materialize(x: Any) -> Any:
+    x.realize()
+    return x
 
 
 def _has_sites(device: torch.device) -> bool:

@@ -13,6 +13,7 @@ from graphquant._torch.dynamo import lookup_backend
 from graphquant.config import Config
 from graphquant.ir.graph import calls, full_args
 from graphquant.lowering import torch_tensorrt
+from graphquant.lowering.shared_masks import share_masks
 from graphquant.lowering.version import version
 from graphquant.ops import int8_linear
 from graphquant.ops.int8_linear.tiled import Operands, Problem, tune
@@ -32,6 +33,8 @@ def compile_graph(
         return torch_tensorrt.compile_graph(gm, example_inputs, config)
     from graphquant.lowering import inductor  # noqa: F401 registers our lowerings
 
+    share_masks(gm.graph)
+    gm.recompile()
     mode = config.mode or "default"
     if mode.startswith("max-autotune"):
         _tune(gm)
