@@ -12,20 +12,27 @@ Three things differ from torch.nn.Module.compile:
 
     threads wait while one of them compiles: in Dynamo each would compile, and use up the
     recompile_limit
+
+Methods such as `get_image_features` and `generate` do not call the module but parts of it
+(graphquant/parts.py). Each part has an attribute `forward` too, which compiles it where it is not
+called by an optimized module. A call that fills a key/value cache stays eager, except for the parts
+in it that take none.
 """
 
 from __future__ import annotations
 
+import atexit
 import inspect
+import logging
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import wraps
 from itertools import chain
 from types import FunctionType, MethodType
 from typing import Any
-from weakref import ref
+from weakref import WeakSet, ref
 
 import torch
 from torch import nn
@@ -36,14 +43,17 @@ from graphquant.backend import graphquant
 from graphquant.capture.tracing import missing_linears
 from graphquant.config import Config
 from graphquant.errors import OptionError, ReleasedWeightError, UnsupportedInputError
-from graphquant.report import Report
+from graphquant.parts import fills_cache, module_of, parts_of
+from graphquant.report import Quiet, Report
 from graphquant.utils.locks import Lock
 from graphquant.weights.released import is_released, move_back
 from graphquant.weights.versions import forget
 
+log = logging.getLogger(__name__)
+
 _CALL = "_compiled_call_impl"  # torch.nn.Module.__call__ calls this if set
 _FORWARD, _STATE = "forward", "__getstate__"  # instance attributes that override the class's
-_OVERRIDE = "_graphquant_optimized"  # attribute of the functions behind them
+_OVERRIDE = "_graphquant_optimized"  # attribute of the functions behind them: the _OptimizedCall
 _running = threading.local()  # .modules: ids of the optimized modules that this thread is inside of
 _EMBEDDED = ("inputs_embeds", "hidden_states")  # arguments of shape [batch, tokens, hidden_size]
 _MAX_VARIANTS = 8  # of one module, for different hooks; Dynamo's recompile_limit is 8 as well
@@ -54,7 +64,7 @@ class LiveReport(Report):
 
     @property
     def ran(self) -> bool:
-        """Has the module been called since `optimize_`?"""
+        """Has the module, or a part of it, been compiled by a call since `optimize_`?"""
         return self.graphs > 0
 
     def become(self, report: Report) -> None:
@@ -64,11 +74,12 @@ class LiveReport(Report):
 
 
 def optimize_(
-    module: nn.Module, *, bsz: int | None = None, seqlen: int | None = None, **options: Any
+    module: Any, *, bsz: int | None = None, seqlen: int | None = None, **options: Any
 ) -> Report:
     """Make this module run in int8 from its next call; the code around it stays eager.
 
-    module       any torch.nn.Module that is called, such as `model.vision_model.encoder`
+    module       any torch.nn.Module that is called, such as `model.vision_model.encoder`, or an
+                 object that holds one, such as a transformers pipeline
     bsz, seqlen  optional, and not limits. With both, a module that reads embeddings [bsz, seqlen,
                  hidden_size] is compiled now, by a call on zeros, not at its first call: if its
                  only required argument is `inputs_embeds` or `hidden_states`, and it has a
@@ -76,6 +87,11 @@ def optimize_(
                  under which it will run, or the first call compiles again.
     options      as for `torch.compile(module, backend="graphquant", options=options)`;
                  quantize=False stacks q/k/v in float, without int8
+
+    Methods that call parts of the module instead of the module, such as CLIP's `get_image_features`
+    or Whisper's `generate`, run those parts in int8. Calls with a key/value cache (arguments
+    `past_key_values` or `use_cache`) stay float: of a decoder nothing is int8, of the encoder or
+    vision tower that it reads everything.
 
     Signature, outputs and their types, parameters, state_dict, hooks and submodules do not change.
     Anything that can need a gradient stays float, so call it under torch.inference_mode() or
@@ -88,12 +104,16 @@ def optimize_(
 
     The Report is empty until a graph is compiled (`report.ran`), and stays up to date. A graph that
     is compiled again (other sizes, other arguments) replaces its old entries. Paths begin at the
-    module.
+    module. Notes name the parts that were not called, and those that stayed float with a key/value
+    cache. There is a WARNING if nothing has run in int8 after the first call, and at the end of the
+    process if nothing was called.
 
-    Raises UnsupportedInputError for what is not a module, is never called itself (nn.ModuleList) or
-    came from torch.compile; OptionError for an unknown option and for an invalid bsz or seqlen;
-    ReleasedWeightError if the options to be replaced have released weights.
+    Raises UnsupportedInputError for what is not a module and does not hold exactly one, is never
+    called itself (nn.ModuleList) or came from torch.compile; OptionError for an unknown option and
+    for an invalid bsz or seqlen; ReleasedWeightError if the options to be replaced have released
+    weights.
     """
+    module = module_of(module)
     _check(module)
     _check_size("bsz", bsz)
     _check_size("seqlen", seqlen)
@@ -101,27 +121,25 @@ def optimize_(
     if (now := _optimized(module)) is not None:
         if now.config == config:
             return now.report
-        _undo([module])
+        _undo([now])
+    if (part := _overriding(module)) is not None:
+        _leave(part, module)
     width = _width(module)
-    call = _OptimizedCall(module, config, options)
-    setattr(module, _CALL, call)
-    if _FORWARD not in vars(module):
-        vars(module)[_FORWARD] = MethodType(_forward_of(type(module)), module)
-        vars(module)[_STATE] = MethodType(_state_of(type(module)), module)
-    # last, because Dynamo guards on the attributes that were set above
+    optimized = _Optimized(module, config, options)
+    # last, because Dynamo guards on the attributes that were set
     if bsz and seqlen and width:
         weight = next(module.parameters())
         try:
             with torch.no_grad():
-                call(weight.new_zeros(bsz, seqlen, width))
+                optimized.call(weight.new_zeros(bsz, seqlen, width))
         except BaseException:
-            _undo([module])
+            _undo([optimized])
             raise
-    return call.report
+    return optimized.report
 
 
-def restore_(module: nn.Module) -> None:
-    """Undo `optimize_` for this module and all its submodules.
+def restore_(module: Any) -> None:
+    """Undo `optimize_` for this module (or what the object holds) and all its submodules.
 
     Their packed weights are dropped; another compilation that uses them repacks. Weights that
     free_weights="host" has moved go back to their device. Does nothing to other modules.
@@ -129,26 +147,143 @@ def restore_(module: nn.Module) -> None:
     Raises ReleasedWeightError, and changes nothing, if free_weights=True has released weights:
     restore those by `module.load_state_dict(values, assign=True)` first.
     """
-    _undo([m for m in module.modules() if _optimized(m) is not None])
+    inside = list(module_of(module).modules())
+    _undo([found for m in inside if (found := _optimized(m)) is not None])
+    for m in inside:
+        if (part := _overriding(m)) is not None:
+            _leave(part, m)
 
 
-def _undo(optimized: list[nn.Module]) -> None:
-    for m in optimized:
-        if released := [name for name, p in m.named_parameters() if is_released(p)]:
-            raise ReleasedWeightError(
-                f"free_weights=True has released {len(released)} weights, such as {released[0]}: "
-                "load them first, by module.load_state_dict(values, assign=True)"
-            )
-    for m in optimized:
-        before = vars(m).pop(_CALL).before
-        if _is_override(vars(m).get(_FORWARD)):
-            del vars(m)[_FORWARD]
-        if _is_override(vars(m).get(_STATE)):
-            del vars(m)[_STATE]
-        if before is not None:
-            setattr(m, _CALL, before)
+def _undo(every: list[_Optimized]) -> None:
+    modules = [(one, one.module()) for one in every]
+    for _, m in modules:
+        _refuse_released(m)
+    for optimized, m in modules:
+        optimized.remove()
         forget(m)
         move_back(chain(m.parameters(), m.buffers()))
+
+
+def _leave(part: _OptimizedCall, module: nn.Module) -> None:
+    """Undo `optimize_` for this part of an enclosing module."""
+    _refuse_released(module)
+    part.remove()
+
+
+def _refuse_released(module: nn.Module) -> None:
+    if released := [name for name, p in module.named_parameters() if is_released(p)]:
+        raise ReleasedWeightError(
+            f"free_weights=True has released {len(released)} weights, such as {released[0]}: "
+            "load them first, by module.load_state_dict(values, assign=True)"
+        )
+
+
+class _Optimized:
+    """A module that `optimize_` was called for.
+
+    call    what the module calls
+    parts   what its parts call, by path
+    """
+
+    def __init__(self, module: nn.Module, config: Config, options: dict[str, Any]) -> None:
+        self.config = config
+        self.report = LiveReport(())
+        self.module: Callable[[], Any] = ref(module)
+        self.options = options
+        self._graphs: dict[frozenset[Hashable], Report] = {}  # by ids of the parameters of each
+        self._told = False
+        found = parts_of(module)
+        self.call = _OptimizedCall(module, self, "")
+        self.parts = {path: _OptimizedCall(part, self, path) for path, part in found.items()}
+        self.before = vars(module).get(_CALL)
+        setattr(module, _CALL, self.call)
+        if _FORWARD not in vars(module):
+            _override(module, self.call)
+        for path, part in found.items():
+            _override(part, self.parts[path])
+        self._update()
+        _not_called.add(self)
+
+    def remove(self) -> None:
+        """Undo what was set on the module and its parts."""
+        for part in list(self.parts.values()):
+            part.remove()
+        self.call.remove()
+        vars(self.module()).pop(_CALL)
+        if self.before is not None:
+            setattr(self.module(), _CALL, self.before)
+        _not_called.discard(self)
+
+    def add(self, reads: frozenset[Hashable], report: Report) -> None:
+        """Add the report of a graph.
+
+        reads  ids of the parameters that it reads
+        """
+        key = reads or frozenset(o.node for o in report.outcomes)
+        others = {k: r for k, r in self._graphs.items() if not (k <= key or key <= k)}
+        self._graphs = {**others, key: report}
+        self._update()
+        if self.config.on_report is not None:
+            self.config.on_report(report)
+
+    def tell(self) -> None:
+        """Warn, once, if nothing has run in int8. To be called after a call."""
+        _not_called.discard(self)
+        self._update()
+        if self._told:
+            return
+        self._told = True
+        loud = [note for note in self.report.notes if not isinstance(note, Quiet)]
+        if not self.report.ran:
+            log.warning("optimize_: nothing has run in int8: %s", "; ".join(self.report.notes))
+        elif self.config.quantize and not self.report.coverage and not loud:
+            log.warning("optimize_: nothing runs in int8: %s", self.report.summary())
+
+    def _update(self) -> None:
+        report = Report.merge(self._graphs.values())
+        self.report.become(replace(report, notes=(*report.notes, *self._notes())))
+
+    def _notes(self) -> Iterator[str]:
+        """What has not run, and why."""
+        calls = {"": self.call, **self.parts}
+        if not any(call.compiled or call.cached for call in calls.values()):
+            yield "nothing is compiled yet: the module was not called"
+            return
+        seen = set().union(*self._graphs)
+        cached, idle = dict[str, None](), dict[str, None]()
+        told: set[int] = set()
+        for name, linear in self.module().named_modules():
+            if not isinstance(linear, nn.Linear) or id(linear.weight) in seen:
+                continue
+            around = [p for p in calls if not p or name.startswith(f"{p}.")]
+            if any(calls[p].compiled for p in around):
+                continue
+            told.add(id(linear.weight))
+            if calls[inner := max(around, key=len)].cached:
+                cached[inner or name] = None
+            else:
+                outer = min((p for p in around if p and not calls[p].cached), key=len, default=name)
+                idle[outer] = None
+        if cached:
+            yield Quiet(
+                f"in float, because called with a key/value cache: {', '.join(cached)}; decoding "
+                "token by token is not quantized"
+            )
+        if idle:
+            yield Quiet(f"not compiled, not called or called alone by a method: {', '.join(idle)}")
+        if self._graphs:
+            yield from missing_linears(self.module(), seen | told)
+
+
+_not_called: WeakSet[_Optimized] = WeakSet()
+
+
+@atexit.register
+def _warn_of_what_was_not_called() -> None:
+    for optimized in list(_not_called):
+        if (module := optimized.module()) is not None:
+            name = type(module).__name__
+            log.warning("optimize_: nothing has run in int8: %s was never called", name)
 
 
 class _Variant:
@@ -160,36 +295,61 @@ class _Variant:
 
 
 class _OptimizedCall:
-    """Replacement for the `_call_impl` of an optimized module.
+    """Replacement for the `_call_impl` of an optimized module, and for the `forward` of its parts.
 
-    before  the replacement that torch.nn.Module.compile had set, None if there was none
+    compiled  it was called, and compiled
+    cached    it was called with a key/value cache
     """
 
-    def __init__(self, module: nn.Module, config: Config, options: dict[str, Any]) -> None:
-        self.config = config
-        self.report = LiveReport(())
-        self.before = vars(module).get(_CALL)
-        self._options = options
+    def __init__(self, module: nn.Module, optimized: _Optimized, path: str) -> None:
+        self.compiled = self.cached = False
+        self.optimized = optimized
+        self._path = path
         self._module = ref(module)
         self._variants: dict[_Key, _Variant] = {}
-        self._graphs: dict[frozenset[Hashable], Report] = {}  # by ids of the parameters of each
         self._hooks = _hook_dicts(module)
         self._compiling = Lock()
         self._compilations = 0
         self._settled = False  # the last call did not compile
-        self._update(Report.merge(()), ("nothing is compiled yet: the module was not called",))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module: Any = self._module()
         if torch.compiler.is_dynamo_compiling():  # as part of an enclosing module
             return module._call_impl(*args, **kwargs)
+        if fills_cache(kwargs):
+            return self._eager(module._call_impl, args, kwargs)
         with _inside(module):
             return self._run(_call, module, args, kwargs)
 
     def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Replacement for module.forward(...)."""
+        if fills_cache(kwargs):
+            return self._eager(MethodType(type(module).forward, module), args, kwargs)
         with _inside(module):
             return self._run(_forward, module, args, kwargs)
+
+    def is_of(self, module: nn.Module) -> bool:
+        return self._module() is module
+
+    def is_inside(self) -> bool:
+        """Does a call of this module, or for a part of any optimized one, run in this thread?"""
+        running = _running.__dict__.get("modules", ())
+        return bool(running) if self._path else id(self._module()) in running
+
+    def remove(self) -> None:
+        """Undo what was set on the module as a part, or as what is called by `forward`."""
+        module = self._module()
+        for name in (_FORWARD, _STATE):
+            if module is not None and _is_override(vars(module).get(name)):
+                del vars(module)[name]
+        self.optimized.parts.pop(self._path, None)
+
+    def _eager(self, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        first, self.cached = not self.cached, True
+        result = method(*args, **kwargs)
+        if first:
+            self.optimized.tell()
+        return result
 
     def _run(self, what: Callable[..., Any], module: Any, args: Any, kwargs: Any) -> Any:
         hooks = tuple(chain.from_iterable(self._hooks)) if any(self._hooks) else ()
@@ -202,6 +362,8 @@ class _OptimizedCall:
             before = self._compilations
             result = variant.call(module, *args, **kwargs)
             self._settled = self._compilations == before
+            if not self._settled:
+                self.optimized.tell()
             return result
 
     def _add(self, key: _Key) -> _Variant:
@@ -234,24 +396,17 @@ class _OptimizedCall:
     def _compile(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         self._settled = False
         self._compilations += 1
-        module: Any = self._module()
+        self.compiled = True
+        optimized, module = self.optimized, self._module()
+        assert module is not None
         self._hooks = _hook_dicts(module)  # submodules may have been replaced
         reads = frozenset(id(v) for v in example_inputs if isinstance(v, nn.Parameter))
 
         def on_report(report: Report) -> None:
-            key: frozenset[Hashable] = reads or frozenset(o.node for o in report.outcomes)
-            others = {k: r for k, r in self._graphs.items() if not (k <= key or key <= k)}
-            self._graphs = {**others, key: report}
-            notes = missing_linears(module, set().union(*self._graphs))
-            self._update(Report.merge(self._graphs.values()), notes)
-            if self.config.on_report is not None:
-                self.config.on_report(report)
+            optimized.add(reads, report)
 
-        options = {**self._options, "on_report": on_report}
-        return graphquant(gm, example_inputs, options=options, root=module)
-
-    def _update(self, report: Report, notes: Iterable[str]) -> None:
-        self.report.become(replace(report, notes=(*report.notes, *notes)))
+        options = {**optimized.options, "on_report": on_report}
+        return graphquant(gm, example_inputs, options=options, root=optimized.module())
 
 
 def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -276,20 +431,30 @@ def _inside(module: nn.Module) -> Iterator[None]:
         modules.pop()
 
 
+def _override(module: nn.Module, call: _OptimizedCall) -> None:
+    """Set the `forward` and `__getstate__` of an optimized module or part."""
+    for name, function in (
+        (_FORWARD, _forward_of(type(module))),
+        (_STATE, _state_of(type(module))),
+    ):
+        setattr(function, _OVERRIDE, call)
+        vars(module)[name] = MethodType(function, module)
+
+
 def _forward_of(cls: Any) -> Callable[..., Any]:
-    """The `forward` of optimized modules of this class, with the same signature."""
+    """The `forward` of an optimized module of this class, with the same signature and, as Dynamo
+    counts compilations by code, with code of its own."""
+    function = FunctionType(_forward_anywhere.__code__.replace(), globals())
+    return wraps(cls.forward)(function)
 
-    @wraps(cls.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling() or id(self) in _running.__dict__.get("modules", ()):
-            return type(self).forward(self, *args, **kwargs)
-        call = _optimized(self)
-        if call is None:  # a copy that was made without __getstate__
-            return type(self).forward(self, *args, **kwargs)
-        return call.forward(self, args, kwargs)
 
-    setattr(forward, _OVERRIDE, True)
-    return forward
+def _forward_anywhere(self: Any, *args: Any, **kwargs: Any) -> Any:
+    if torch.compiler.is_dynamo_compiling():
+        return type(self).forward(self, *args, **kwargs)
+    call = _overriding(self)
+    if call is None or call.is_inside():  # None: a copy that was made without __getstate__
+        return type(self).forward(self, *args, **kwargs)
+    return call.forward(self, args, kwargs)
 
 
 def _state_of(cls: Any) -> Callable[..., Any]:
@@ -302,7 +467,6 @@ def _state_of(cls: Any) -> Callable[..., Any]:
             return found
         return {k: v for k, v in found.items() if k != _CALL and not _is_override(v)}
 
-    setattr(state, _OVERRIDE, True)
     return state
 
 
@@ -316,9 +480,16 @@ def _hook_dicts(module: nn.Module) -> list[dict[int, Any]]:
     return [hooks for m in module.modules() for hooks in hook_tables(m)]
 
 
-def _optimized(module: nn.Module) -> _OptimizedCall | None:
+def _optimized(module: nn.Module) -> _Optimized | None:
+    """What `optimize_` has made of this module, if it was called for it."""
     call = vars(module).get(_CALL)
-    return call if isinstance(call, _OptimizedCall) else None
+    return call.optimized if isinstance(call, _OptimizedCall) else None
+
+
+def _overriding(module: nn.Module) -> _OptimizedCall | None:
+    """What the module's `forward` calls, if `optimize_` has replaced it."""
+    call = getattr(vars(module).get(_FORWARD), _OVERRIDE, None)
+    return call if isinstance(call, _OptimizedCall) and call.is_of(module) else None
 
 
 def _width(module: nn.Module) -> int | None:
