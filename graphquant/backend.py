@@ -16,6 +16,8 @@ from torch.autograd import forward_ad
 from torch.fx import Graph, GraphModule, Node
 
 from graphquant._torch import FakeTensor, OpOverload, detect_fake_mode, forward_ad_is_on
+from graphquant._torch.dynamo import replace_methods
+from graphquant.bypass import telling
 from graphquant.capture.aten import from_dynamo
 from graphquant.capture.fallback import with_fallback
 from graphquant.capture.sources import belong_to_modules, static_inputs
@@ -223,3 +225,6 @@ def _refuse_released(
                 f"{captured.names[nodes[i]]} was released by free_weights=True, but is read in "
                 f"float by {readers(nodes[i])}"
             )
+
+
+replace_methods(graphquant, telling)

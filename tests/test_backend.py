@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -134,6 +135,55 @@ def test_import_and_compile_change_no_global_setting() -> None:
         [sys.executable, "-c", SNAPSHOT], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+class Methods(Mlp):
+    """As CLIP has `get_image_features`."""
+
+    def embed(self, x: Tensor) -> dict[str, Tensor]:
+        return {"embedding": self(x)}
+
+    def width(self) -> int:
+        return self.fc1.in_features
+
+
+@pytest.fixture
+def _nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphquant.bypass._told", set())
+
+
+@pytest.mark.usefixtures("_nothing_said")
+def test_a_method_that_torch_compile_does_not_reach_is_a_warning_once(
+    x: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = seeded(Methods).to(x.device).eval()
+    want = model(x)
+    fast = int8(model)
+    with caplog.at_level(logging.WARNING, logger="graphquant"):
+        assert fast.width() == 64
+        assert not caplog.messages
+        for _ in range(2):
+            assert torch.equal(fast.embed(x)["embedding"], want)
+        assert fast.embed == model.embed  # the method itself again
+    (said,) = caplog.messages
+    assert said.startswith("Methods.embed ran eagerly, in float")
+    assert "graphquant.optimize_(model)" in said
+
+
+@pytest.mark.usefixtures("_nothing_said")
+def test_methods_of_other_compilations_and_the_module_itself_are_left_alone(
+    x: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = seeded(Methods).to(x.device).eval()
+    fast, theirs = int8(model), torch.compile(model, backend="eager")
+    with caplog.at_level(logging.WARNING, logger="graphquant"):
+        assert theirs.embed == model.embed
+        for call in (theirs.embed, model.embed, model, fast, fast.forward):
+            call(x)
+        fast.eval().state_dict()
+        both = torch.compile(lambda x: fast.embed(x)["embedding"], backend="eager", fullgraph=True)
+        assert error(both(x), model(x)) < NEAR
+    assert not [m for m in caplog.messages if "eagerly" in m]
 
 
 # Options -----------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from types import CodeType
+from types import CodeType, MethodType
 from typing import Any
 
 import torch
@@ -48,6 +48,33 @@ def compiled_for(code: CodeType) -> set[Any]:
     """The backends for which Dynamo keeps compilations of this code."""
     entries: Iterable[Any] = _debug_get_cache_entry_list(code)
     return {getattr(entry.backend, "compiler_fn", entry.backend) for entry in entries}
+
+
+def replace_methods(backend: Callable[..., Any], replacement: Callable[[Any, str], Any]) -> None:
+    """What torch.compile(module, backend=backend) returns: its attributes that are methods of the
+    module, and not of itself, become replacement(method, name).
+
+    Dynamo does not see it: it traces the module instead.
+    """
+    cls = torch._dynamo.OptimizedModule
+    look_up = cls.__getattr__
+
+    def getattr_(self: Any, name: str) -> Any:
+        value = look_up(self, name)
+        if not isinstance(value, MethodType) or name.startswith("_"):
+            return value
+        if value.__self__ is not self._orig_mod or _backend_of(self) is not backend:
+            return value
+        return replacement(value, name)
+
+    cls.__getattr__ = getattr_  # type: ignore[method-assign]
+
+
+def _backend_of(compiled: Any) -> Any:
+    found: Any = getattr(compiled.dynamo_ctx, "callback", None)
+    while hasattr(found, "_torchdynamo_orig_backend"):
+        found = found._torchdynamo_orig_backend
+    return getattr(found, "compiler_fn", found)
 
 
 # Placeholders of Dynamo's graphs ------------------------------------------------------------------
