@@ -220,8 +220,11 @@ class _Optimized:
         reads  ids of the parameters that it reads
         """
         key = reads or frozenset(o.node for o in report.outcomes)
-        others = {k: r for k, r in self._graphs.items() if not (k <= key or key <= k)}
-        self._graphs = {**others, key: report}
+        if key:  # a graph without weights replaces no other one
+            overlaps = [k for k in self._graphs if k and (k <= key or key <= k)]
+            for old in overlaps:
+                del self._graphs[old]
+        self._graphs[key] = report
         self._update()
         if self.config.on_report is not None:
             self.config.on_report(report)
@@ -233,6 +236,7 @@ class _Optimized:
         if self._told:
             return
         self._told = True
+        log.info("optimize_: %s", "; ".join((self.report.summary(), *self.report.notes)))
         loud = [note for note in self.report.notes if not isinstance(note, Quiet)]
         if not self.report.ran:
             log.warning("optimize_: nothing has run in int8: %s", "; ".join(self.report.notes))
@@ -249,16 +253,15 @@ class _Optimized:
         if not any(call.compiled or call.cached for call in calls.values()):
             yield "nothing is compiled yet: the module was not called"
             return
-        seen = set().union(*self._graphs)
+        seen: set[Hashable] = set().union(*self._graphs)
         cached, idle = dict[str, None](), dict[str, None]()
-        told: set[int] = set()
         for name, linear in self.module().named_modules():
             if not isinstance(linear, nn.Linear) or id(linear.weight) in seen:
                 continue
             around = [p for p in calls if not p or name.startswith(f"{p}.")]
             if any(calls[p].compiled for p in around):
-                continue
-            told.add(id(linear.weight))
+                continue  # for missing_linears
+            seen.add(id(linear.weight))
             if calls[inner := max(around, key=len)].cached:
                 cached[inner or name] = None
             else:
@@ -272,7 +275,7 @@ class _Optimized:
         if idle:
             yield Quiet(f"not compiled, not called or called alone by a method: {', '.join(idle)}")
         if self._graphs:
-            yield from missing_linears(self.module(), seen | told)
+            yield from missing_linears(self.module(), seen)
 
 
 _not_called: WeakSet[_Optimized] = WeakSet()

@@ -318,6 +318,22 @@ def test_graphs_of_other_layers_are_added_and_what_they_do_not_hold_is_named(
     assert [n[:41] for n in notes(report)] == ["1 of 4 nn.Linear modules are in no captur"]
 
 
+def test_a_graph_without_weights_replaces_no_other_one(device: str, x: Tensor) -> None:
+    def broken(self: Any, x: Tensor) -> Tensor:
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        x = x * 2
+        torch._dynamo.graph_break()
+        return self.second(x)
+
+    model = Model(broken, first=small(device), second=nn.Linear(64, 64)).to(device)
+    report = quick(model)
+    model(x)
+    assert report.graphs == 3
+    assert [o.path for o in report.linears] == ["first.fc1", "first.fc2", "second"]
+    assert not notes(report)
+
+
 def test_a_call_with_gradients_says_that_nothing_is_int8(
     device: str, x: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
