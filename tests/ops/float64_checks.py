@@ -98,7 +98,8 @@ def meaning(op: Op, args: Args) -> Tensor:
 def _double(argument: Any) -> Any:
     if isinstance(argument, torch.dtype):
         return torch.float64
-    return argument.double() if isinstance(argument, Tensor) else argument
+    is_number = isinstance(argument, Tensor) and argument.dtype != torch.bool
+    return argument.double() if is_number else argument
 
 
 def size_of_terms(
