@@ -8,7 +8,7 @@
     scale     of the scores, > 0, usually D ** -0.5
     tile      a name in TILES, queries x keys: the tile shape of the CUDA kernel; or MASKED, the one
               that takes what follows. The result is the same up to rounding.
-    key_mask  [B, T] bool: the keys that are seen; None: all
+    key_mask  [B, T] bool: the keys that are seen; None: all. v must be finite at the others.
     causal    query i sees the keys with j <= i; needs S = T
     window    query i sees the keys with |i - j| <= window, and only those are computed; None: all;
               needs S = T

@@ -7,7 +7,8 @@
 // two in a CTA, are persistent, over a grid-stride loop of items. An item is what both consumers compute at a time:
 // two tiles of a sequence for one head, which share its keys; or, of a tile that has no second one beside it, two
 // heads, each with keys of its own. Sequences are short, so latency counts: while an item is computed, the producers
-// load the next ones, as many as fit the rings. Consumers overlap each other's products and softmax, and a block's softmax with y of the block before.
+// load the next ones, as many as fit the rings. Consumers overlap each other's products and softmax, and the softmax
+// of a block with y of the block before.
 //
 // The tensor memory accelerator (TMA) loads rows in boxes of 8, each lane of a producer one: larger boxes would also
 // read the next sequence, most of it from memory, since it is computed at another time. Blocks of keys go from the
@@ -15,8 +16,8 @@
 // of v are missing, or another sequence's: they become zeros, as their probabilities are.
 //
 // In a padded batch all sequences have the same sizes, places are positions, and TMA loads whole tiles. A mask may
-// hide keys. Producers read it. A sequence ends for them behind the last key that is seen, and begins
-// with the block of the first one. So a mask of padding costs less than none; bits hide keys only where it has holes.
+// hide keys. Producers read it: a sequence ends for them behind the last key that is seen, and begins with the block
+// of the first one. So padding is not computed; bits hide keys only where a mask has holes.
 //
 // Macros (attention.py defines them):
 //   D             width of a head, a multiple of 8 up to 128
@@ -75,8 +76,8 @@ enum : int {
   TILE = PARTS * PART,                     // of q, k and v alike
   BOX = 8,                                 // rows that TMA loads at a time
   WARP_ROWS = 16,                          // of a wgmma's 64
-  POSITIONS = !PADDED && (WINDOW || BIAS != NONE),        // Are positions read?
-  MAY_SEE_NONE = WINDOW || BIAS != NONE || KEY_MASK,      // May a query see no key of a block?
+  POSITIONS = !PADDED && (WINDOW || BIAS != NONE),    // Are positions read?
+  MAY_SEE_NONE = WINDOW || BIAS != NONE || KEY_MASK,  // May a query see no key of a block?
   MAX_KEYS = 4096,                         // of a mask
   BIAS_AHEAD = TEAMS == 1,                 // Are there registers for a bias while products run?
   LANE_KEYS = 16,                          // of a mask that a lane reads at a time
