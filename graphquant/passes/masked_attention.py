@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -21,13 +20,10 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from graphquant._torch import unset_fake_temporarily
-from graphquant.config import strict
-from graphquant.ir.aliases import written_in_place
 from graphquant.ir.captured import Captured
-from graphquant.ir.graph import SDPA, ancestors, arguments, aten, calls, fake_result, is_tensor
+from graphquant.ir.graph import SDPA, arguments, aten, calls, fake_result, is_tensor
 from graphquant.ops import attention
 from graphquant.ops.attention.hopper_tiles import MASKED, ONLY, WIDEST
-from graphquant.ops.checks import FLOATS
 from graphquant.ops.hopper.attention import MAX_KEYS
 from graphquant.ops.runtime.device import gpu_properties
 from graphquant.ops.timing import times
@@ -38,50 +34,23 @@ from graphquant.passes.attention_kernels import (
     pinned_by_model,
 )
 from graphquant.passes.layout import inherit_layout
-from graphquant.passes.padding.attention import Attention, find_attentions
-from graphquant.passes.padding.evaluation import Kept
-from graphquant.passes.padding.masks import Masks, PaddingMask
+from graphquant.passes.mask_forms import Masked, MaskForms, is_bias, like
 from graphquant.passes.policy.speed import random_like
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Masked:
-    """What graphquant::attention takes in place of a mask.
-
-    keys  which keys are valid; None: all
-    bias  [B or 1, H or 1, S, T], or with fewer dims
-    """
-
-    keys: PaddingMask | None = None
-    causal: bool = False
-    window: int | None = None
-    bias: Node | None = None
 
 
 def choose_masked_kernels(captured: Captured, needs_gradient: set[Node]) -> None:
     """Make every attention with a mask and without dropout and gradient call our kernel, if it is
     faster than torch's."""
     graph = captured.gm.graph
-    pinned = pinned_by_model(graph)
-    written = written_in_place(graph)
-    with unset_fake_temporarily(), torch.no_grad():
-        found = {a.out: a for a in find_attentions(graph) if a.score is None}
-        masks = Masks(captured, every_query=True)
-        made: dict[Node, Masked] = {}
-        for node in calls(graph, lambda n: n.target is SDPA and n not in needs_gradient | pinned):
-            if not _is_supported(node):
-                continue
-            known = found.get(node)
-            if known is not None and not written.isdisjoint(ancestors(known.operands)):
-                known = None
-            if (form := _form(masks, known, node)) is not None:
-                made[node] = form
-    valid: dict[PaddingMask, Node] = {}
+    excluded = needs_gradient | pinned_by_model(graph)
+    forms = MaskForms(captured)
+    supported = (n for n in calls(graph, lambda n: n.target is SDPA) if n not in excluded)
+    made = {n: _form(forms, n) for n in supported if _is_supported(n)}
     for node, form in made.items():
-        if _is_faster(node, form):
-            _replace(captured, node, form, valid)
+        if form is not None and _is_faster(node, form):
+            _replace(captured, node, form, forms)
 
 
 def _is_supported(node: Node) -> bool:
@@ -107,39 +76,15 @@ def _is_supported(node: Node) -> bool:
     )
 
 
-def _form(masks: Masks, found: Attention | None, node: Node) -> Masked | None:
+def _form(forms: MaskForms, node: Node) -> Masked | None:
     """None if the mask is not understood, and cannot be a bias."""
     a = arguments(node)
     mask = a.attn_mask
     if mask is None:
         return Masked(causal=a.is_causal)
-    if found is not None and found.v.meta["val"].shape[2] <= MAX_KEYS:
-        form = _understood(masks, found)
-        if form is not None:
-            return form
-    return Masked(bias=mask) if _is_bias(mask) else None
-
-
-def _is_bias(node: Node) -> bool:
-    value = node.meta["val"]
-    static = all(isinstance(n, int) for n in (*value.shape, *value.stride()))
-    return value.dtype in FLOATS and value.dim() <= 4 and static
-
-
-def _understood(masks: Masks, found: Attention) -> Masked | None:
-    try:
-        keys, form = masks.understand(found)
-    except Kept as why:
-        log.debug("%s: %s", found.out.name, why)
-        return None
-    except Exception as error:  # of the model's ops, which were run on samples
-        if strict():
-            raise
-        log.debug("%s: %r", found.out.name, error)
-        return None
-    if not keys.exact or (form.bias is not None and not _is_bias(form.bias)):
-        return None
-    return Masked(keys, form.causal, form.window, form.bias)
+    if a.value.meta["val"].shape[2] <= MAX_KEYS and (form := forms.of(node)) is not None:
+        return form
+    return Masked(bias=mask) if is_bias(mask) else None
 
 
 def _is_faster(node: Node, form: Masked) -> bool:
@@ -155,7 +100,7 @@ def _is_faster(node: Node, form: Masked) -> bool:
 
     @cache  # only made for a measurement
     def inputs() -> tuple[list[Tensor], dict[str, Tensor], Tensor | None]:
-        more = {name: _like(t) for name, t in extra.items()}
+        more = {name: like(t) for name, t in extra.items()}
         keys = None
         if form.keys is not None:
             keys = torch.ones(B, T, dtype=torch.bool, device=q.device)
@@ -184,22 +129,13 @@ def _is_faster(node: Node, form: Masked) -> bool:
     return ready and found["graphquant"] < found["torch"]
 
 
-def _like(mask: Tensor) -> Tensor:
-    """A mask in this layout that hides nothing: random numbers, or True."""
-    made = random_like(mask)
-    if made.dtype != torch.bool:
-        return made
-    memory = made.new_ones(made.untyped_storage().nbytes())
-    return memory.as_strided(made.shape, made.stride())
-
-
 def _four_dims(bias: Tensor, q: Tensor, T: int) -> Tensor:
     """[B or 1, H or 1, S, T] from what broadcasts to that."""
     bias = bias.reshape((1,) * (4 - bias.dim()) + tuple(bias.shape))
     return bias.expand(-1, -1, q.shape[2], T)
 
 
-def _replace(captured: Captured, node: Node, form: Masked, valid: dict[PaddingMask, Node]) -> None:
+def _replace(captured: Captured, node: Node, form: Masked, forms: MaskForms) -> None:
     graph: Graph = captured.gm.graph
     a = arguments(node)
     q = a.query.meta["val"]
@@ -209,14 +145,7 @@ def _replace(captured: Captured, node: Node, form: Masked, valid: dict[PaddingMa
         made.meta["val"] = fake_result(captured.fake_mode, target, args, {})
         return made
 
-    if form.keys is not None and form.keys not in valid:
-        after = form.keys.node
-        while after.op == "placeholder":
-            after = after.next
-        before = after if after is not form.keys.node else after.next
-        with graph.inserting_before(before):
-            compare = aten.eq.Scalar if form.keys.inverted else aten.ne.Scalar
-            valid[form.keys] = call(compare, form.keys.node, 0)
+    keys = None if form.keys is None else forms.valid(form.keys)
     with graph.inserting_before(node):
         bias = form.bias
         if bias is not None:
@@ -227,7 +156,6 @@ def _replace(captured: Captured, node: Node, form: Masked, valid: dict[PaddingMa
             want = [-1, -1, q.shape[2], a.key.meta["val"].shape[2]]
             if list(value.shape[2:]) != want[2:]:
                 bias = call(aten.expand.default, bias, want)
-        keys = None if form.keys is None else valid[form.keys]
         scale = q.shape[-1] ** -0.5 if a.scale is None else a.scale
         args = [a.query, a.key, a.value, scale, MASKED, keys, form.causal, form.window, bias]
         while args[-1] in (None, False):

@@ -139,8 +139,12 @@ def test_reference_is_the_float64_result_up_to_rounding(case: Padded) -> None:
     assert_right(attention.reference(*args), *args)
 
 
-def half(case: Padded) -> Padded:
-    return replace(case, dtype=torch.bfloat16) if case.dtype == torch.float32 else case
+def taken_by(kernel: Kernel, case: Padded) -> Padded:
+    """With what the kernel takes instead of what it refuses."""
+    if kernel.name.startswith("cpu"):
+        return replace(case, Hkv=case.H, causal=False, window=None, bias="")
+    half = case.dtype == torch.float32 and kernel.name != "reference"
+    return replace(case, dtype=torch.bfloat16) if half else case
 
 
 @kernels(attention)
@@ -149,13 +153,13 @@ def half(case: Padded) -> Padded:
 def test_kernel_result_is_the_float64_result_up_to_rounding(
     op: Op, kernel: Kernel, device: str, case: Padded
 ) -> None:
-    args = half(case).on(device)
+    args = taken_by(kernel, case).on(device)
     if kernel.name == "hopper":
         masked = case.paddings or case.causal or case.window is not None or case.bias
         plain = (*args[:4], "128x128", *args[5:])
         assert bool(masked) == ("no masks" in str(kernel.refuses(*plain)))
         return
-    assert kernel.refuses(*args) is None
+    assert kernel.name.startswith("cpu") or kernel.refuses(*args) is None
     assert_right(kernel.fn(*args), *args)
 
 
@@ -176,7 +180,7 @@ def test_more_forms(
     op: Op, kernel: Kernel, device: str, name: str, seed: int, poisoned: None
 ) -> None:
     case = replace(CASES[name], seed=seed)
-    args = (case if kernel.name == "reference" else half(case)).on(device)
+    args = taken_by(kernel, case).on(device)
     if kernel.name != "hopper":
         assert_right(kernel.fn(*args), *args)
 
@@ -199,6 +203,28 @@ def test_a_hidden_key_changes_nothing(op: Op, kernel: Kernel, device: str) -> No
     hidden = ~args[5][:, None, :, None]
     k, v = (torch.where(hidden, 9.0, t) for t in args[1:3])
     assert torch.equal(kernel.fn(args[0], k, v, *args[3:]), y)
+
+
+@kernels(attention)
+@pytest.mark.parametrize("padding", ["right", "left", "holes"])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_on_a_cpu_hidden_keys_are_left_out(
+    op: Op, kernel: Kernel, device: str, padding: str, dtype: torch.dtype
+) -> None:
+    """A sentence has the same bits with and without its pads."""
+    if not kernel.name.startswith("cpu"):
+        return
+    case = Padded(B=1, S=140, D=40, paddings=(padding,), dtype=dtype, seed=3)
+    q, k, v, scale, tile, mask, *rest = case.on(device)
+    alone = kernel.fn(q, k[:, :, mask[0]], v[:, :, mask[0]], scale, tile)
+    assert torch.equal(kernel.fn(q, k, v, scale, tile, mask, *rest), alone)
+
+
+def test_what_the_cpu_kernel_takes() -> None:
+    (kernel,) = attention.cpu_kernels
+    for case in (Padded(causal=True), Padded(window=3), Padded(bias="heads")):
+        assert "key_mask alone" in str(kernel.refuses(*case.on("cpu")))
+    assert "q has 4 heads, k has 2" in str(kernel.refuses(*Padded(Hkv=2).on("cpu")))
 
 
 def test_what_the_kernels_take() -> None:

@@ -21,8 +21,8 @@ def _refuses(
     window: int | None = None,
     bias: Tensor | None = None,
 ) -> str | None:
-    if causal or any(given is not None for given in (key_mask, window, bias)):
-        return "it computes no masks and no bias"
+    if causal or window is not None or bias is not None:
+        return "of masks it takes key_mask alone"
     if k.shape[1] != q.shape[1]:
         return f"q has {q.shape[1]} heads, k has {k.shape[1]}"
     return cpu.refuses(q)
@@ -45,5 +45,5 @@ def arguments(
     return (
         *(cpu.TYPES[q.dtype], B, S, k.shape[2], H, D),
         *(*q.stride(), q, *k.stride(), k, *v.stride(), v),
-        *(scale, out[0]),
+        *(scale, key_mask, out[0]),
     )
