@@ -359,7 +359,7 @@ def test_heads_whose_columns_are_apart_are_copied(sites: Sites) -> None:
     x = torch.randn(2, 3, 16, 5)
     by_inductor(lambda x: ops.attention(*[x.transpose(2, 3)] * 3, 0.25, "128x128"))(x)
     (call,) = sites.calls
-    assert all(given is not None and given.is_contiguous() for given in call.given)
+    assert all(given is not None and given.is_contiguous() for given in call.given[:3])
 
 
 def test_a_value_that_inductor_would_lay_out_otherwise_is_laid_out_as_traced(sites: Sites) -> None:
