@@ -36,6 +36,7 @@ CALIBRATE, BUDGET = "tests/calibration/test_calibrate.py", "tests/accuracy/test_
 CACHE, TIMING = "tests/ops/runtime/test_cache.py", "tests/ops/test_timing.py"
 INDEX = "tests/ops/test_token_index.py"
 VARLEN = "tests/ops/test_varlen_attention.py -k 'float64 and"
+MASKS = "tests/passes/test_masked_attention.py"
 GRADIENTS = "tests/test_gradients.py"
 
 
@@ -284,6 +285,18 @@ MUTANTS: Sequence[Mutant] = (
         "ops/cpu/attention.cpp",
         ("if (!near) x = ", "if (false) x = ", "windows", f"{VARLEN} cpu'"),
         ("if (!first)", "if (false)", "several blocks of keys", f"{VARLEN} cpu'"),
+    ),
+    # --- masks of padded attention -------------------------------------------------------------
+    *_in(
+        "ops/attention/op.py",
+        ("found.append(j <= i)", "found.append(j < i)", "a query's own key",
+         "tests/ops/test_padded_attention.py -k 'float64 and reference'"),
+    ),
+    *_in(
+        "passes/masked_attention.py",
+        ("every_query=True", "every_query=False", "queries at padding", MASKS),
+        ("if not keys.exact or", "if", "a mask that sees a 2", MASKS),
+        ("not written.isdisjoint(ancestors(known.operands))", "False", "a mask is written", MASKS),
     ),
     # --- files and caches ----------------------------------------------------------------------
     *_in(

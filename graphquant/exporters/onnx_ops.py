@@ -132,14 +132,64 @@ class _Translation:
         return self._cast(y, dtype)
 
     def attention(
-        self, q: Value, k: Value, v: Value, scale: float, tile: str | None = None
+        self,
+        q: Value,
+        k: Value,
+        v: Value,
+        scale: float,
+        tile: str | None = None,
+        key_mask: Value | None = None,
+        causal: bool = False,
+        window: int | None = None,
+        bias: Value | None = None,
     ) -> Value:
         op = self.op
-        kT = op.Transpose(self._float(k), perm=[0, 1, 3, 2])
+        seen = self._seen(q, key_mask, causal, window)
+        k, v = (self._for_heads(self._float(t), q.shape[1]) for t in (k, v))
+        kT = op.Transpose(k, perm=[0, 1, 3, 2])
         scores = op.MatMul(op.Mul(self._float(q), self._f32(scale)), kT)
-        return self._cast(op.MatMul(op.Softmax(scores, axis=-1), self._float(v)), q.dtype)
+        if bias is not None:
+            scores = op.Add(scores, self._float(bias))
+        if seen is not None:
+            scores = op.Where(seen, scores, self._f32(np.finfo(np.float32).min))
+        weights = op.Softmax(scores, axis=-1)
+        if seen is not None:  # a query that sees no key has weights as well
+            weights = op.Where(seen, weights, self._f32(0.0))
+        return self._cast(op.MatMul(weights, v), q.dtype)
 
     # --- parts of the ops ------------------------------------------------------------------------
+
+    def _seen(
+        self, q: Value, key_mask: Value | None, causal: bool, window: int | None
+    ) -> Value | None:
+        """Which keys each query sees, as [B or 1, 1, S or 1, T]; None: all."""
+        op, found = self.op, []
+        if key_mask is not None:
+            found.append(op.Unsqueeze(key_mask, self._const(np.array([1, 2]))))
+        if causal or window is not None:
+            zero, one = (self._const(np.array(n)) for n in (0, 1))
+            length = op.Squeeze(op.Shape(q, start=2, end=3))
+            i = op.Range(zero, length, one)
+            behind = op.Sub(i, op.Unsqueeze(i, one))  # of the key, behind the query
+            if causal:
+                found.append(op.LessOrEqual(behind, zero))
+            if window is not None:
+                found.append(op.LessOrEqual(op.Abs(behind), self._const(np.array(window))))
+        if not found:
+            return None
+        seen, *others = found
+        for other in others:
+            seen = op.And(seen, other)
+        return seen
+
+    def _for_heads(self, x: Value, heads: int) -> Value:
+        """[B, Hkv, T, D] -> [B, heads, T, D], each head for its group."""
+        op, own, width = self.op, x.shape[1], x.shape[3]
+        if own == heads:
+            return x
+        x = op.Unsqueeze(x, self._const(np.array([2])))
+        x = op.Tile(x, self._const(np.array([1, 1, heads // own, 1, 1])))
+        return op.Reshape(x, self._const(np.array([0, heads, -1, width])))
 
     def _quantized(self, x: Value, qparams: QParams) -> tuple[Value, Value, Value]:
         """numerics.quantize_rows: (xq, x_scale, x_shift)."""

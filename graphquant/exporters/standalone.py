@@ -99,8 +99,8 @@ def int_mm(xq: Tensor, wq: Tensor) -> Tensor:
     return int8_mm(xq, wq.t())[:M, :N]
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str | None = None) -> Tensor:
+def _attention(q: Tensor, *rest: Any) -> Tensor:
     # on CUDA the op is for fp16 and bf16, as are torch's fused kernels
     fn = attention.float_form if q.device.type == "cuda" else attention.reference
-    y: Tensor = fn(q, k, v, scale, tile)
+    y: Tensor = fn(q, *rest)
     return y

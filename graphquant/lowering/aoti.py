@@ -153,12 +153,10 @@ def expr(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
-def decompose_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str | None = None
-) -> Any:
+def decompose_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
     """Decomposition of attention into torch's SDPA, for AOTInductor on CUDA only."""
     if not (V.aot_compilation and q.device.type == "cuda"):
         return NotImplemented
-    y = attention.float_form(q, k, v, scale, tile)
+    y = attention.float_form(q, k, v, *rest)
     y = torch.ops.aten.clone(y.transpose(1, 2), memory_format=torch.contiguous_format)
     return y.transpose(1, 2)  # [B, S, H, D] in memory

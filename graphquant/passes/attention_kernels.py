@@ -21,7 +21,7 @@ from graphquant._torch import sdpa_backends, unset_fake_temporarily
 from graphquant.ir.contexts import regions
 from graphquant.ir.graph import SDPA, aten, calls, full_args
 from graphquant.ops import attention
-from graphquant.ops.attention.hopper_tiles import ONLY, TILES
+from graphquant.ops.attention.hopper_tiles import MASKED, ONLY, TILES, WIDEST
 from graphquant.ops.runtime.device import gpu_properties
 from graphquant.ops.timing import times
 from graphquant.passes.layout import inherit_layout
@@ -39,7 +39,7 @@ def choose_kernels(graph: Graph, needs_gradient: set[Node]) -> None:
     for node in calls(graph, lambda n: n.target is SDPA and n not in needs_gradient | pinned):
         q, k, v, mask, dropout, causal, scale, gqa = full_args(node)
         values = [n.meta["val"] for n in (q, k, v)]
-        if mask is not None or dropout or gqa or not all(map(_is_supported, values)):
+        if mask is not None or dropout or gqa or not all(map(is_supported, values)):
             continue
         if not _shapes_match(values, causal):
             continue
@@ -48,7 +48,7 @@ def choose_kernels(graph: Graph, needs_gradient: set[Node]) -> None:
         allowed = {n: k for n, k in KERNELS.items() if k.takes(width, causal, scale, sm)}
         if len(allowed) < 2:
             continue
-        question = f"attention {[_layout(t) for t in values]} causal={causal}"
+        question = f"attention {[layout_of(t) for t in values]} causal={causal}"
         inputs = cache(partial(_random_inputs, values))  # only made for a measurement
         with unset_fake_temporarily(), torch.inference_mode():
             found = times(
@@ -121,16 +121,22 @@ class GraphquantKernel:
     tile: str
 
     def takes(self, width: int, causal: bool, scale: float, sm: int) -> bool:
-        fits = sm == ONLY and TILES[self.tile].refuses(width) is None
-        return fits and not causal and scale > 0 and _fused_enabled()
+        if self.tile == MASKED:
+            fits = width <= WIDEST
+        else:
+            fits = TILES[self.tile].refuses(width) is None and not causal
+        return sm == ONLY and fits and scale > 0 and fused_enabled()
 
     def call(self, qkv: Sequence[Any], causal: bool, scale: float) -> Any:
-        return attention(*qkv, scale, self.tile)
+        return attention(*qkv, *self._rest(causal, scale))
+
+    def _rest(self, causal: bool, scale: float) -> tuple[Any, ...]:
+        return scale, self.tile, *((None, True) if causal else ())
 
     def insert(
         self, graph: Graph, old: Node, qkv: Sequence[Node], causal: bool, scale: float
     ) -> Node:
-        made = graph.call_function(attention.target, (*qkv, scale, self.tile))
+        made = graph.call_function(attention.target, (*qkv, *self._rest(causal, scale)))
         made.meta.update(old.meta)
         made.meta["val"] = old.meta["val"].transpose(1, 2).contiguous().transpose(1, 2)
         return made
@@ -152,11 +158,11 @@ KERNELS: dict[str, TorchKernel | GraphquantKernel] = {
         torch.backends.cuda.mem_efficient_sdp_enabled,
         (None, False),
     ),
-    **{f"graphquant {tile}": GraphquantKernel(tile) for tile in TILES},
+    **{f"graphquant {tile}": GraphquantKernel(tile) for tile in (*TILES, MASKED)},
 }
 
 
-def _fused_enabled() -> bool:
+def fused_enabled() -> bool:
     """Does torch allow any fused kernel? If not, ours is off as well."""
     return any(k.allowed() for k in KERNELS.values() if isinstance(k, TorchKernel))
 
@@ -174,7 +180,7 @@ def _run(
     return kernel.call(inputs(), causal, scale)
 
 
-def _is_supported(value: Tensor) -> bool:
+def is_supported(value: Tensor) -> bool:
     """The kernels take fp16 and bf16 [B, H, S, D] with D a multiple of 8 and of stride 1."""
     return (
         value.device.type in MEASURED
@@ -194,5 +200,5 @@ def _shapes_match(qkv: Sequence[Tensor], causal: bool) -> bool:
     return q.shape[:2] == k.shape[:2] == v.shape[:2] and (square or not causal)
 
 
-def _layout(value: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
+def layout_of(value: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
     return tuple(value.shape), value.stride(), value.dtype

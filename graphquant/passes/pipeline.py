@@ -28,6 +28,7 @@ from graphquant.passes.apply import apply
 from graphquant.passes.attention_kernels import choose_kernels
 from graphquant.passes.eligibility import enter_all, other_products_of
 from graphquant.passes.layout import restore_layouts
+from graphquant.passes.masked_attention import choose_masked_kernels
 from graphquant.passes.masks import drop_empty_masks
 from graphquant.passes.normalize import merge_equal_views, normalize
 from graphquant.passes.notes import may_match_elsewhere, notes_of, patterns_of, training_notes
@@ -134,6 +135,7 @@ def rewrite(
     if config.select == "faster" and missing() is None:
         with step("the choice of attention kernels"):
             choose_kernels(gm.graph, state.needs_gradient)
+            choose_masked_kernels(captured, state.needs_gradient)
     with step("the memory layout of outputs and stride-dependent ops"):
         restore_layouts(gm.graph, state.fake_mode)
     with step("the end of the rewrite"):

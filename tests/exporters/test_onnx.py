@@ -584,3 +584,35 @@ def test_profile_cpu_is_faster_than_float32(capsys: pytest.CaptureFixture[str]) 
     row = capsys.readouterr().out.splitlines()[-1].split()
     assert row[0] == "cpu"
     assert float(row[5].removesuffix("x")) > 1.3  # of CPU time
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("bias", [False, True])
+def test_attention_has_its_masks(
+    bias: bool, window: int | None, causal: bool, tmp_path: Path
+) -> None:
+    """With heads in groups, at another batch and length than those of the export."""
+
+    def attend(m: nn.Module, x: Tensor, valid: Tensor, added: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(2, (-1, 8)).transpose(1, 2) for t in m.fc(x).split([32, 16, 16], 2))
+        given = added if bias else None
+        y = ops.attention(q, k, v, 0.3, "64x64", valid, causal, window, given)
+        return y.transpose(1, 2).flatten(2)
+
+    def inputs(batch: int, length: int) -> tuple[Tensor, ...]:
+        valid = torch.rand(batch, length) < 0.6
+        valid[0] = False
+        return torch.randn(batch, length, K), valid, torch.randn(1, 4, length, length)
+
+    model = seeded(lambda: Model(attend, fc=nn.Linear(K, 64)))
+    batch, length = Dim("batch", max=64), Dim("length", min=2, max=64)
+    shapes = {"args": ({0: batch, 1: length}, {0: batch, 1: length}, {2: length, 3: length})}
+    program = graphquant.export(model, inputs(2, 7), dynamic_shapes=shapes, quantize=False)
+    path = tmp_path / "model.onnx"
+    graphquant.onnx.save(program, path)
+    args = inputs(3, 11)
+    made = session(path)
+    feed = {i.name: a.numpy() for i, a in zip(made.get_inputs(), args, strict=False)}
+    (got,) = made.run(None, feed)
+    torch.testing.assert_close(torch.from_numpy(got), model(*args), rtol=1e-4, atol=1e-5)

@@ -326,19 +326,40 @@ def test_attention_reads_heads_in_place_and_writes_them_side_by_side(sites: Site
     qkv = torch.randn(3, 5, 192)
     got = by_inductor(fn)(qkv)
     (call,) = sites.calls
-    assert call.constants == (0.25, "128x128")
-    for i, given in enumerate(call.given):
+    assert call.constants == (0.25, "128x128", False, None)
+    for i, given in enumerate(call.given[:3]):
         assert given is not None and given.data_ptr() == qkv[..., 64 * i :].data_ptr()
         assert given.stride() == (5 * 192, 16, 192, 1)
     assert got.data_ptr() == call.results[0].data_ptr()
     assert torch.equal(got, fn(qkv))
 
 
+def test_attention_takes_masks_and_a_bias(sites: Sites) -> None:
+    """The mask is computed in the graph; the bias is expanded, and read in place."""
+
+    def fn(x: Tensor, valid: Tensor, bias: Tensor) -> Any:
+        added = bias[None].expand(1, 3, 5, 5)
+        return ops.attention(x, x, x + 1, 0.25, "64x64", valid != 0, False, 2, added)
+
+    x, valid, bias = (
+        torch.randn(2, 3, 5, 16),
+        torch.tensor([[1] * 5, [0, 1, 1, 0, 0]]),
+        torch.randn(1, 5, 5),
+    )
+    got = by_inductor(fn)(x, valid, bias)
+    (call,) = sites.calls
+    assert call.constants == (0.25, "64x64", False, 2)
+    *_, keys, given = call.given
+    assert keys is not None and torch.equal(keys, valid != 0)
+    assert given is not None and given.data_ptr() == bias.data_ptr() and given.stride(1) == 0
+    assert torch.equal(got, fn(x, valid, bias))
+
+
 def test_heads_whose_columns_are_apart_are_copied(sites: Sites) -> None:
     x = torch.randn(2, 3, 16, 5)
     by_inductor(lambda x: ops.attention(*[x.transpose(2, 3)] * 3, 0.25, "128x128"))(x)
     (call,) = sites.calls
-    assert all(given is not None and given.is_contiguous() for given in call.given)
+    assert all(given is not None and given.is_contiguous() for given in call.given[:3])
 
 
 def test_a_value_that_inductor_would_lay_out_otherwise_is_laid_out_as_traced(sites: Sites) -> None:

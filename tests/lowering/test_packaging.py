@@ -135,13 +135,16 @@ def test_attention_is_torchs_in_packages_for_cuda_alone() -> None:
     with FakeTensorMode():
         for device, aot in (("cuda", True), ("cuda", False), ("cpu", True)):
             q, k, v = (torch.empty(2, 4, 16, 72, device=device) for _ in "qkv")
-            with V.set_aot_compilation(aot):
-                y = decompose_attention(q, k, v, 0.125, "128x128")
-            if (device, aot) != ("cuda", True):
-                assert y is NotImplemented
-                continue
-            assert (y.shape, y.dtype, y.device.type) == (q.shape, q.dtype, "cuda")
-            assert y.transpose(1, 2).is_contiguous()
+            mask = torch.ones(2, 16, dtype=torch.bool, device=device)
+            bias = torch.empty(1, 4, 16, 16, device=device)
+            for more in (("128x128",), ("64x64", mask, True, 3, bias), ("64x64", None, False, 3)):
+                with V.set_aot_compilation(aot):
+                    y = decompose_attention(q, k, v, 0.125, *more)
+                if (device, aot) != ("cuda", True):
+                    assert y is NotImplemented
+                    continue
+                assert (y.shape, y.dtype, y.device.type) == (q.shape, q.dtype, "cuda")
+                assert y.transpose(1, 2).is_contiguous()
 
 
 @pytest.mark.parametrize("sizes", ["static", "dynamic"])

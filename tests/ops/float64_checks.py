@@ -24,7 +24,7 @@ from graphquant.ops import (
     quantize,
     varlen_attention,
 )
-from graphquant.ops.attention.hopper_tiles import TILES
+from graphquant.ops.attention.hopper_tiles import MASKED, TILES
 from graphquant.ops.define import Op
 from graphquant.ops.numerics import ACTIVATIONS, MIN_ABSMAX
 from graphquant.ops.pack_weight.op import SUMS, unpacked
@@ -98,7 +98,8 @@ def meaning(op: Op, args: Args) -> Tensor:
 def _double(argument: Any) -> Any:
     if isinstance(argument, torch.dtype):
         return torch.float64
-    return argument.double() if isinstance(argument, Tensor) else argument
+    is_number = isinstance(argument, Tensor) and argument.dtype != torch.bool
+    return argument.double() if is_number else argument
 
 
 def size_of_terms(
@@ -272,13 +273,17 @@ def _int8_linear(M: int, N: int, K: int, device: str, small: bool) -> Cases:
 
 
 def _attention(M: int, N: int, K: int, device: str, small: bool) -> Cases:
-    """M tokens of two heads, as views of one result, in every tile."""
+    """M tokens of two heads, as views of one result, in every tile, and with masks."""
     tokens = min(M, 577)
-    for tile, width in ((t, D) for t in TILES for D in (64, 72) if TILES[t].refuses(D) is None):
+    plain = [(t, D, ()) for t in TILES for D in (64, 72) if TILES[t].refuses(D) is None]
+    forms: tuple[tuple[Any, ...], ...] = ((), (True,), (True, False, 9), (False, True))
+    for tile, width, form in (*plain, *((MASKED, 64, form) for form in forms)):
 
-        def make(tile: str = tile, width: int = width) -> tuple[Args, Compare]:
+        def make(tile: str = tile, width: int = width, form: Any = form) -> tuple[Args, Compare]:
             qkv = torch.randn(3, 1, tokens, 2, width, device=device).to(DTYPE).transpose(2, 3)
-            args = (*qkv, width**-0.5, tile)
+            keys = torch.rand(1, tokens, device=device) < 0.5
+            masks = (keys if form[0] else None, *form[1:]) if form else ()
+            args = (*qkv, width**-0.5, tile, *masks)
 
             def compare(got: Tensor) -> str | None:  # probabilities are rounded to bfloat16
                 want = meaning(attention, args)
@@ -288,7 +293,7 @@ def _attention(M: int, N: int, K: int, device: str, small: bool) -> Cases:
             return args, compare
 
         if small or K < N:
-            yield f"{tokens} x {width} {tile}", make
+            yield f"{tokens} x {width} {tile} {form}", make
 
 
 def _pack_weight(M: int, N: int, K: int, device: str, small: bool) -> Cases:

@@ -17,7 +17,7 @@ from torch import Tensor
 import graphquant.lowering.inductor  # noqa: F401 - registers the lowerings
 from graphquant.ops import attention, token_index, varlen_attention
 from graphquant.ops.attention import hopper
-from graphquant.ops.attention.hopper_tiles import ROWS, SHARED, TILES, WIDEST
+from graphquant.ops.attention.hopper_tiles import MASKED, ROWS, SHARED, TILES, WIDEST
 from graphquant.ops.define import Kernel, Op
 from tests.ops.bounds import U, implementations, kernels, needs_nvrtc, runnable
 from tests.ops.offline import CUOBJDUMP
@@ -26,6 +26,7 @@ from tests.ops.test_varlen_attention import threads
 from tests.strategies import FLOATS
 
 SPILLED = 16  # bytes: a few constants, outside of the main loop
+SHORT = {("192x112", 197), ("128x192", 729)}  # of registers; other tiles are faster at that length
 LAYOUTS = ("heads", "tokens", "fused", "columns")
 
 
@@ -106,7 +107,7 @@ def test_reference_is_the_float64_result_up_to_rounding(heads: Heads, tile: str)
 
 def taken_by(kernel: Kernel, heads: Heads) -> Heads:
     """With what the kernel takes instead of what it refuses."""
-    if kernel.name != "hopper":
+    if not kernel.name.startswith("hopper"):
         return heads
     half = torch.bfloat16 if heads.dtype == torch.float32 else heads.dtype
     return replace(heads, dtype=half, D=-(-heads.D // 8) * 8)
@@ -123,8 +124,9 @@ def test_kernel_result_is_the_float64_result_up_to_rounding(
     heads = taken_by(kernel, heads)
     if TILES[tile].refuses(heads.D) is not None:
         tile = "128x128"
+    tile = MASKED if kernel.name == "hopper_padded" else tile
     args = heads.on(device)
-    if kernel.name == "hopper" and heads.layout == "columns" and args[0].numel():
+    if kernel.name.startswith("hopper") and heads.layout == "columns" and args[0].numel():
         assert "with strides" in str(kernel.refuses(*args, tile))
         args = replace(heads, layout="heads").on(device)
     assert kernel.name.startswith("cpu") or kernel.refuses(*args, tile) is None
@@ -132,7 +134,7 @@ def test_kernel_result_is_the_float64_result_up_to_rounding(
 
 
 def test_what_the_kernel_does_not_take_is_said() -> None:
-    kernel, others = attention.kernels
+    kernel, _, others = attention.kernels
     assert others.refuses(*Heads().on("cpu"), "128x128") is None
     assert others.refuses(*Heads().on("cpu"), None) is None
     assert attention.choose(*Heads().on("cpu"), "128x128") is others
@@ -146,7 +148,7 @@ def test_what_the_kernel_does_not_take_is_said() -> None:
 
 @pytest.mark.cuda
 def test_the_kernel_says_what_is_wrong_with_its_inputs() -> None:
-    kernel, _ = attention.kernels
+    kernel, *_ = attention.kernels
     half = Heads(D=72, dtype=torch.bfloat16)
     q, k, v, scale = half.on("cuda")
     if (why := kernel.refuses(q, k, v, scale, "128x128")) is not None:
@@ -168,6 +170,7 @@ def test_every_element_is_written(
     op: Op, kernel: Kernel, device: str, tile: str, tokens: int, poisoned: None
 ) -> None:
     width = 72 if TILES[tile].refuses(72) is None else 64
+    tile = MASKED if kernel.name == "hopper_padded" else tile
     args = Heads(B=2, S=tokens, T=tokens, D=width, dtype=torch.bfloat16).on(device)
     assert_right(kernel.fn(*args, tile), *args)
 
@@ -178,6 +181,7 @@ def test_every_element_is_written(
 def test_a_query_that_is_not_finite_leaves_the_others_alone(
     op: Op, kernel: Kernel, device: str, tile: str, dtype: torch.dtype
 ) -> None:
+    tile = MASKED if kernel.name == "hopper_padded" else tile
     q, k, v, scale = taken_by(kernel, Heads(S=70, T=70, dtype=dtype, layout="heads")).on(device)
     clean = kernel.fn(q, k, v, scale, tile)
     q[0, 1, 7, 3] = torch.nan
@@ -288,7 +292,23 @@ def test_the_kernel_compiles_to_tensor_core_instructions(name: str, T: int, tmp_
 
     usage = said("-res-usage")
     assert "attention_hopper" in usage
-    assert sum(map(int, re.findall(r"STACK:(\d+)", usage))) <= SPILLED
+    assert (name, T) in SHORT or sum(map(int, re.findall(r"STACK:(\d+)", usage))) <= SPILLED
     assert sum(map(int, re.findall(r"REG:(\d+)", usage))) * tile.threads <= 65_536
-    shapes = set(re.findall(r"HGMMA\.64x(\d+)x16\.F32\.BF16", said("-sass")))
+    sass = said("-sass")
+    shapes = set(re.findall(r"HGMMA\.64x(\d+)x16\.F32\.BF16", sass))
     assert shapes == {str(tile.n), str(tile.defines(T, D, "bfloat16")["FIRST"]), str(D)}
+    if (name, T) not in SHORT:
+        assert_products_run_together(sass)
+        if tile.groups == 3:
+            assert_softmax_overlaps(sass)
+
+
+def assert_products_run_together(sass: str) -> None:
+    """ptxas waits for each one by itself if it lacks registers, and NVRTC does not say so."""
+    assert sass.count("WARPGROUP.DEPBAR") <= 8 < sass.count("HGMMA.")
+
+
+def assert_softmax_overlaps(sass: str) -> None:
+    """ptxas may move the wait for a product up to where it begins, past other instructions."""
+    between = re.findall(r"DEPBAR\.LE gsb0, 0x1(.*?)DEPBAR\.LE gsb0, 0x0", sass, re.DOTALL)
+    assert between and all("MUFU.EX2" in part for part in between)

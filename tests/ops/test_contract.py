@@ -488,13 +488,13 @@ WRONG: list[tuple[Op, tuple[Any, ...], str]] = [
     (ops.attention, _attention_with(v=heads[0]), r"attention: v has 3 dims, needs \[B, H, _, D\]"),
     (
         ops.attention,
-        _attention_with(k=heads[:, :1]),
-        r"attention: k has shape \[2, 1, 5, 32\], needs \[2, 3, 5, 32\]: \[B, H, T, D\] like q",
+        _attention_with(k=heads[:1]),
+        r"attention: k has shape \[1, 3, 5, 32\], needs \[2, 3, 5, 32\]: \[B, Hkv, T, D\] like q",
     ),
     (
         ops.attention,
         _attention_with(v=heads[:, :, 1:]),
-        r"attention: v has shape \[2, 3, 4, 32\], needs \[2, 3, 5, 32\]: \[B, H, T, D\] like k",
+        r"attention: v has shape \[2, 3, 4, 32\], needs \[2, 3, 5, 32\]: \[B, Hkv, T, D\] like k",
     ),
     (
         ops.attention,

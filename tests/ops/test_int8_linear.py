@@ -47,7 +47,7 @@ class Linear:
             residual = torch.randn(*self.lead, self.N + 3, generator=g).to(self.residual)
             residual = residual[..., 3:]
             if self.residual_layout == "contiguous":
-                residual = residual.contiguous()
+                residual = residual.clone()  # one row is contiguous as it is
             elif self.residual_layout == "every other":
                 residual = residual.repeat_interleave(2, -1).to(device)[..., ::2]
         if self.residual_layout != "every other" and residual is not None:

@@ -14,9 +14,11 @@ import torch
 from graphquant.errors import KernelBuildError
 from graphquant.ops import token_index, varlen_attention
 from graphquant.ops.hopper import SHARED
-from graphquant.ops.varlen_attention.hopper import KEYS, WIDEST, Variant
+from graphquant.ops.hopper.attention import KEYS, TILE, WIDEST, Variant
+from graphquant.ops.token_index import op as token_index_op
 from tests.ops.bounds import needs_nvrtc
 from tests.ops.offline import CUOBJDUMP
+from tests.ops.test_attention import assert_products_run_together, assert_softmax_overlaps
 
 SPILLED = 64  # bytes: a few constants, outside of the main loop
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -26,6 +28,14 @@ VARIANTS = [
     Variant(64, BF16, window=True),
     Variant(32, BF16, bias=torch.float32),
     Variant(128, FP16, causal=True, window=True, bias=BF16),
+]
+VARIANTS += [
+    *(Variant(D, BF16, padded=True, key_mask=True) for D in (32, 64, 72, 128)),
+    Variant(64, FP16, padded=True),
+    Variant(64, BF16, causal=True, window=True, padded=True, key_mask=True),
+    Variant(32, FP16, bias=FP16, padded=True),
+    Variant(64, BF16, bias=torch.float32, padded=True, bias_pairs=True),
+    Variant(128, BF16, window=True, bias=BF16, padded=True, key_mask=True, bias_pairs=True),
 ]
 
 
@@ -42,12 +52,25 @@ def test_every_variant_compiles_to_tensor_core_instructions(
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     usage = said("-res-usage")
-    assert "varlen_attention_hopper" in usage
+    assert variant.entry in usage
     assert sum(map(int, re.findall(r"STACK:(\d+)", usage))) <= SPILLED
     assert sum(map(int, re.findall(r"REG:(\d+)", usage))) * variant.threads <= 65_536
     dtype = "\\.BF16" if variant.dtype == BF16 else ""
-    shapes = set(re.findall(rf"HGMMA\.64x(\d+)x16\.F32{dtype} ", said("-sass")))
+    sass = said("-sass")
+    shapes = set(re.findall(rf"HGMMA\.64x(\d+)x16\.F32{dtype} ", sass))
     assert shapes == {str(n) for n in (*KEYS, variant.D)}
+    assert_products_run_together(sass)
+    assert_softmax_overlaps(sass)
+    assert_registers_suffice(sass, usage, variant.threads)
+
+
+def assert_registers_suffice(sass: str, usage: str, threads: int) -> None:
+    """A CTA has the registers that it was launched with: if warp groups ask for more, they wait
+    forever."""
+    (launched,) = map(int, re.findall(r"REG:(\d+)", usage))
+    (given,) = (int(n, 16) for n in re.findall(r"USETMAXREG\.DEALLOC\.CTAPOOL (\w+)", sass))
+    (taken,) = {int(n, 16) for n in re.findall(r"USETMAXREG\.TRY_ALLOC\.CTAPOOL UP\d, (\w+)", sass)}
+    assert given * 128 + taken * (threads - 128) <= launched * threads
 
 
 @pytest.mark.parametrize("bias", [None, BF16])
@@ -60,7 +83,7 @@ def test_another_size_of_shared_memory_than_the_kernels_does_not_compile(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(Variant, "shared", Variant(64, BF16).shared + 1024)
-    with pytest.raises(KernelBuildError, match=r"static assertion failed.*hopper\.py"):
+    with pytest.raises(KernelBuildError, match=r"static assertion failed.*attention\.py"):
         Variant(64, BF16).cubin()
 
 
@@ -69,6 +92,10 @@ def arguments(device: str, dtype: torch.dtype = BF16, D: int = 64) -> tuple[Any,
     _, _, position, cu_seqlens, tiles, _ = token_index(torch.ones(2, 5, dtype=torch.bool))
     q, k, v = (torch.randn(1, 10, 3, D, dtype=dtype, device=device).transpose(1, 2) for _ in "qkv")
     return q, k, v, *(t.to(device) for t in (cu_seqlens, position, tiles)), 0.125, 5
+
+
+def test_tiles_are_those_of_token_index() -> None:
+    assert TILE == token_index_op.TILE
 
 
 def test_it_is_preferred_where_it_runs() -> None:

@@ -102,7 +102,7 @@ def test_the_fastest_kernel_is_called_in_place_of_the_choice_that_torch_would_ma
     out = op(*args, **kwargs)[0]
     assert (out.shape, out.dtype) == (first.meta["val"].shape, first.meta["val"].dtype)
     assert first.args == (node, 0) and len(first.users) == 1
-    assert list(clock.bound[0]) == (OF_TORCH if causal else list(KERNELS))
+    assert list(clock.bound[0]) == ([*OF_TORCH, OURS[-1]] if causal else list(KERNELS))
 
 
 @pytest.mark.parametrize("sm", [80, 89, 100])
@@ -136,10 +136,19 @@ def test_our_kernel_is_called_if_it_is_the_fastest(clock: Clock, scale: float | 
 
 
 def test_our_kernel_is_not_asked_for_what_it_does_not_compute(clock: Clock) -> None:
-    chosen(*qkv(), is_causal=True)
     chosen(*qkv(), scale=-1.0)
     chosen(*qkv(1, 1, T, 264))
-    assert [list(b) for b in clock.bound] == [OF_TORCH] * 3
+    assert [list(b) for b in clock.bound] == [OF_TORCH] * 2
+
+
+@pytest.mark.parametrize("clock", OURS[-1:], indirect=True)
+def test_one_of_ours_computes_in_causal_order(clock: Clock) -> None:
+    inputs = qkv()
+    captured = chosen(*inputs, is_causal=True)
+    (node,) = captured.gm.graph.find_nodes(op="call_function", target=ops.attention.target)
+    assert node.args[3:] == (D**-0.5, "64x64", None, True)
+    want = F.scaled_dot_product_attention(*inputs, is_causal=True).sin()
+    torch.testing.assert_close(captured.gm(*inputs), want, rtol=2**-10, atol=2e-3)
 
 
 def test_candidates_are_bound_to_values_like_those_of_the_graph(clock: Clock) -> None:
@@ -150,7 +159,7 @@ def test_candidates_are_bound_to_values_like_those_of_the_graph(clock: Clock) ->
     (bound,) = clock.bound
     for name, call in bound.items():
         kernel, inputs, causal, scale = call.args
-        assert kernel.op is KERNELS[name].op and (causal, scale) == (True, D**-0.5)
+        assert kernel is attention_kernels.KERNELS[name] and (causal, scale) == (True, D**-0.5)
         for made, real in zip(inputs(), (q, k, k), strict=True):
             assert (made.shape, made.stride()) == (real.shape, real.stride())
             assert made.dtype == real.dtype and made.float().std() > 0.5
@@ -203,8 +212,8 @@ def test_what_the_user_switched_off_is_not_called(
     left: str, clock: Clock, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(attention_kernels, "KERNELS", switched(lambda name: name == left))
-    chosen(*qkv(), is_causal=True)  # one kernel: nothing to measure
-    assert not clock.questions
+    chosen(*qkv(), is_causal=True)
+    assert list(clock.bound[-1]) == [left, OURS[-1]]
     chosen(*qkv())
     assert list(clock.bound[-1]) == [left, *OURS]
     monkeypatch.setattr(attention_kernels, "KERNELS", switched(lambda name: name != left))

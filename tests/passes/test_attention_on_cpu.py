@@ -292,3 +292,85 @@ def test_compare_measures_what_runs(clock: Clock) -> None:
     batches = [torch.randn(B, S, H * D)]
     graphquant.compare(Encoder(), batches, options={"quantize": False, "select": "faster"})
     assert len(clock.questions) == 2
+
+
+# Masks -------------------------------------------------------------------------------------------
+
+
+def padded(make: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Self-attention with a mask made of which tokens are valid, [B, S] int64."""
+    return Model(lambda m, q, k, v, valid: F.scaled_dot_product_attention(q, k, v, make(valid)))
+
+
+KEY_MASKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "bool": lambda valid: valid.bool()[:, None, None].expand(-1, 1, S, S),
+    "not expanded": lambda valid: valid.bool()[:, None, None],
+    "additive": lambda valid: torch.where(valid.bool()[:, None, None], 0.0, -1e38),
+}
+OTHER_MASKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "causal": lambda valid: valid.bool()[:, None, None] & torch.ones(S, S, dtype=torch.bool).tril(),
+    "window": lambda valid: (
+        valid.bool()[:, None, None] & ((torch.arange(S)[:, None] - torch.arange(S)).abs() <= 3)
+    ),
+    "bias": lambda valid: torch.where(
+        valid.bool()[:, None, None], torch.arange(S).float() / 9, -torch.inf
+    ),
+    "of pairs": lambda valid: valid.bool()[:, None, None] & valid.bool()[:, None, :, None],
+    "documents": lambda valid: valid[:, None, None] == valid[:, None, :, None],
+}
+
+
+@pytest.fixture
+def valid() -> Tensor:
+    made = torch.ones(B, S, dtype=torch.int64)
+    made[0, 40:] = 0
+    made[1, :7] = 0
+    return made
+
+
+@pytest.mark.parametrize("name", KEY_MASKS)
+def test_a_mask_of_keys_leaves_the_others_out(name: str, valid: Tensor, clock: Clock) -> None:
+    model = padded(KEY_MASKS[name])
+    captured = chosen(model, *qkv(), valid)
+    assert is_ours(captured)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        inputs = (*qkv(), valid.roll(seed, 1))
+        torch.testing.assert_close(captured.gm(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OTHER_MASKS)
+def test_other_masks_stay_torchs(name: str, valid: Tensor, clock: Clock) -> None:
+    assert not is_ours(chosen(padded(OTHER_MASKS[name]), *qkv(), valid))
+    assert not clock.questions
+
+
+def test_a_mask_in_a_question_makes_it_another(valid: Tensor, clock: Clock) -> None:
+    chosen(attention(), *qkv())
+    for make in KEY_MASKS.values():
+        chosen(padded(make), *qkv(), valid)
+    assert len(set(clock.questions)) == 4
+
+
+def test_sentences_of_any_length_have_the_models_results(valid: Tensor, clock: Clock) -> None:
+    batch, length = (torch.export.Dim(n, min=2, max=999) for n in ("batch", "length"))
+    sizes = {"args": (*({0: batch, 2: length},) * 3, {0: batch, 1: length})}
+    model = Model(
+        lambda m, *args: F.scaled_dot_product_attention(*args[:3], args[3].bool()[:, None, None])
+    )
+    captured = chosen(model, *qkv(), valid, sizes=sizes)
+    assert is_ours(captured)
+    inputs = (*qkv(5, H, 90, D), torch.rand(5, 90).round().long())
+    torch.testing.assert_close(captured.gm(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_share_the_mask_of_keys(valid: Tensor, clock: Clock) -> None:
+    def forward(m: Any, x: Tensor, valid: Tensor) -> Tensor:
+        mask = KEY_MASKS["bool"](valid)
+        for _ in range(3):
+            x = x + F.scaled_dot_product_attention(x, x, x, mask)
+        return x
+
+    captured = chosen(Model(forward), heads(), valid)
+    ours = captured.gm.graph.find_nodes(op="call_function", target=ops.attention.target)
+    assert len(ours) == 3 and len({n.args[5] for n in ours}) == 1

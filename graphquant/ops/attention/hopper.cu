@@ -19,7 +19,6 @@
 //   MASKED        1: the first block has fewer keys than FIRST
 //   D             width of a head, a multiple of 8 up to 128
 //   STAGES        blocks in flight, of k and of v each
-//   PINGPONG      1: consumers issue their products in turn
 //   DTYPE         BF16 or FP16: of q, k, v and y
 //   SHARED_BYTES  dynamic shared memory of the launch
 // and wgmma_shapes.cuh has wgmma_ss for N of FIRST and BN, wgmma_rs for N of D.
@@ -112,28 +111,28 @@ __device__ __forceinline__ void normalizers(SoftmaxState& state) {
 // Issues s = q k^T for N keys at address k.
 template <int N>
 __device__ __forceinline__ void issue_scores(float (&s)[N / 2], u32 q, u32 k) {
+  const Operand<16> queries(q), keys(k);
 #pragma unroll
   for (int i = 0; i < K_STEPS; ++i)
-    wgmma_ss<N>(s, wgmma_descriptor(q + i / 4 * Q_PART + i % 4 * 32, 16, 1024),
-                wgmma_descriptor(k + i / 4 * KV_PART + i % 4 * 32, 16, 1024), i > 0);
+    wgmma_ss<N>(s, queries.at(i / 4 * Q_PART + i % 4 * 32), keys.at(i / 4 * KV_PART + i % 4 * 32), i > 0);
   wgmma_commit();
 }
 
 // Issues y += p v for N keys; with FIRST_BLOCK y = p v.
 template <int N, bool FIRST_BLOCK>
 __device__ __forceinline__ void issue_output(float (&y)[D / 2], const u32 (&p)[N / 4], u32 v) {
+  const Operand<KV_PART> values(v);
 #pragma unroll
-  for (int i = 0; i < N / 16; ++i)
-    wgmma_rs<D>(y, p + 4 * i, wgmma_descriptor(v + i * (16 * SWIZZLE), KV_PART, 1024), !FIRST_BLOCK || i > 0);
+  for (int i = 0; i < N / 16; ++i) wgmma_rs<D>(y, p + 4 * i, values.at(i * (16 * SWIZZLE)), !FIRST_BLOCK || i > 0);
   wgmma_commit();
 }
 
 // Consumers issue their products one after the other, so that one's softmax overlaps the others' products.
 __device__ __forceinline__ void ping_pong_wait(int me) {
-  if constexpr (PINGPONG) named_barrier_sync<2 * WARP_GROUP>(PING_PONG + me);
+  named_barrier_sync<2 * WARP_GROUP>(PING_PONG + me);
 }
 __device__ __forceinline__ void ping_pong_signal(int me) {
-  if constexpr (PINGPONG) named_barrier_arrive<2 * WARP_GROUP>(PING_PONG + (me + 1) % GROUPS);
+  named_barrier_arrive<2 * WARP_GROUP>(PING_PONG + (me + 1) % GROUPS);
 }
 
 // ------------------------------------------------------------------------------------ tiles
@@ -229,7 +228,10 @@ __device__ __forceinline__ void next_block(
   if (lane == 0) mbarrier_arrive(smem.k_empty + 8 * k.stage);
   k.advance();
   const float2 factors = online_softmax<BN, false, false>(s, state, scale);
-  wgmma_wait<0>();
+  if constexpr (GROUPS == 3)
+    wgmma_wait_behind<0>(state.row_sum[0] + state.row_sum[1]);
+  else  // two fill the tensor cores without, and were slower with it
+    wgmma_wait<0>();
   fence_accumulators(y);
   fence_accumulators(s);
   if (lane == 0) mbarrier_arrive(smem.v_empty + 8 * v.stage);
@@ -352,7 +354,8 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * WARP_GROUP, 1)
                      int first_keys, int kv_blocks, u32 query_tiles, u32 heads, u32 tiles, float scale) {
   extern __shared__ unsigned char dynamic[];
   const Addresses smem = addresses(smem_base(dynamic));
-  const int thread = threadIdx.x, group = thread >> 7, lane = thread & 31;
+  const int thread = threadIdx.x, lane = thread & 31;
+  const int group = __shfl_sync(0xffffffff, thread >> 7, 0);  // so ptxas sees that it is the same in a warp
   if (thread == 0) {
     prefetch_tensor_map(&q_map);
     prefetch_tensor_map(&k_map);

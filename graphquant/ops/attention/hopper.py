@@ -29,18 +29,41 @@ from graphquant.ops.runtime.launch import ALIGNED, MAP_SWIZZLES, MAP_TYPES, Para
 LOG2_E = 1.4426950408889634
 
 
-def _refuses(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str | None) -> str | None:
-    sm, D = gpu_properties(q.device).sm, q.shape[3]
+def _refuses(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    tile: str | None = None,
+    key_mask: Tensor | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    bias: Tensor | None = None,
+) -> str | None:
+    if tile is None:
+        return "no tile is named"
+    if tile not in TILES:
+        return f"tile {tile} is another kernel's"
+    if causal or any(given is not None for given in (key_mask, window, bias)):
+        return "it computes no masks and no bias"
+    if k.shape[1] != q.shape[1]:
+        return f"q has {q.shape[1]} heads, k has {k.shape[1]}"
+    if (why := refuses_heads(q, k, v)) is not None:
+        return why
+    if (why := TILES[tile].refuses(q.shape[3])) is not None:
+        return f"tile {tile}: {why}"
+    return None
+
+
+def refuses_heads(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why q, k and v cannot be read by TMA on this device, or None."""
+    sm = gpu_properties(q.device).sm
     if q.device.type != "cuda" or sm != ONLY:
         return f"the device is sm_{sm}, this one is for sm_{ONLY} alone"
     if (why := nvrtc.missing()) is not None:
         return why
     if _name(q) not in PTX_NAMES:
         return f"q is {q.dtype}, needs float16 or bfloat16"
-    if tile is None:
-        return "no tile is named"
-    if (why := TILES[tile].refuses(D)) is not None:
-        return f"tile {tile}: {why}"
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.data_ptr() % ALIGNED:
             return f"{name} does not start at a multiple of {ALIGNED} bytes"
@@ -76,7 +99,17 @@ def _function(tile: HopperTile, keys: int, D: int, dtype: str, device: torch.dev
 
 @attention.kernel("hopper", refuses=_refuses)
 def attention_hopper(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, tile: str | None, out: tuple[Tensor]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    tile: str | None = None,
+    key_mask: Tensor | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    bias: Tensor | None = None,
+    *,
+    out: tuple[Tensor],
 ) -> None:
     (y,) = out
     if not y.numel():
@@ -89,7 +122,7 @@ def attention_hopper(
         chosen.threads,
         chosen.shared(D),
         (
-            *(_map(t, n) for t, n in ((q, ROWS), (k, chosen.n), (v, chosen.n), (y, STORED))),
+            *(heads_map(t, n) for t, n in ((q, ROWS), (k, chosen.n), (v, chosen.n), (y, STORED))),
             *(("i32", n) for n in (S, *chosen.cover(B, H, S, T))),
             ("f32", scale * LOG2_E),
         ),
@@ -97,7 +130,8 @@ def attention_hopper(
     )
 
 
-def _map(t: Tensor, tokens: int) -> Param:
+def heads_map(t: Tensor, tokens: int) -> Param:
+    """Of [B, H, _, D], in boxes of 64 columns of a head by `tokens`."""
     B, H, S, D = t.shape
     box = (PART, 1, tokens, 1)
     return "map", t, MAP_TYPES[t.dtype], (D, H, S, B), _strides(t), box, MAP_SWIZZLES[128]

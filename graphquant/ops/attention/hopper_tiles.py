@@ -71,7 +71,6 @@ class HopperTile:
             "MASKED": int(keys % 16 != 0),
             "D": D,
             "STAGES": self.stages,
-            "PINGPONG": int(self.groups == 2),  # three find their rhythm by themselves
             "DTYPE": DTYPES[dtype],
             "SHARED_BYTES": self.shared(D),
         }
@@ -98,3 +97,6 @@ def _sixteens(n: int) -> int:
 
 # For each encoder's shape one of these was the best of all that were tried on an H200 (2026-11-25).
 TILES = {f"{t.m}x{t.n}": t for t in map(HopperTile, (3, 3, 2, 2, 2), (96, 112, 128, 160, 192))}
+# The tile of hopper_padded.py, which takes what those do not, and was faster than all of them for
+# heads of 64 columns (2026-12-01).
+MASKED = "64x64"

@@ -142,10 +142,10 @@ class Floats {
   const float* floats(const Heads& x, const Block& b, float* made, int64_t& row) {
     row = x.row;
     if constexpr (std::is_same_v<T, float>)
-      if (x.column == 1) return x.at<float>(b.kv_head, b.from);
+      if (x.column == 1 && !c_.index) return x.at<float>(b.kv_head, b.from);
     row = width_;
     for (int64_t i = 0; i < b.keys; i++)
-      for (int64_t d = 0; d < c_.D; d += W) store(made + i * row + d, part(x, b.kv_head, b.from + i, d));
+      for (int64_t d = 0; d < c_.D; d += W) store(made + i * row + d, part(x, b.kv_head, c_.row_of(b.from + i), d));
     return made;
   }
   const Call& c_;
@@ -201,7 +201,7 @@ class Bfloat16Tiles {
     for (int64_t j = 0; j < b.keys; j += 16)
       for (int64_t d = 0; d < depth_; d++) {
         Vec v[16];
-        for (int64_t r = 0; r < 16; r++) v[r] = j + r < b.keys ? bits(part(c_.k, b.kv_head, b.from + j + r, d)) : splat(0);
+        for (int64_t r = 0; r < 16; r++) v[r] = j + r < b.keys ? bits(key(c_.k, b, j + r, d)) : splat(0);
         for (int64_t r = 0; r < 16; r++) _mm512_storeu_ps(keys_ + (j / 16 * depth_ + d) * CELL + r * 16, v[r]);
       }
     steps_ = over(b.keys, STEP);
@@ -255,10 +255,13 @@ class Bfloat16Tiles {
   __m512i part(const Heads& x, int64_t h, int64_t i, int64_t step) {  // 32 columns, 0 behind the last
     return _mm512_maskz_loadu_epi16(columns(c_.D - step * STEP), x.at<uint16_t>(h, i) + step * STEP);
   }
+  __m512i key(const Heads& x, const Block& b, int64_t j, int64_t step) {
+    return part(x, b.kv_head, c_.row_of(b.from + j), step);
+  }
   // 32 keys of 32 columns. Pairs of keys come in two vectors, of every other four columns.
   void pack_values(const Block& b, int64_t step, int64_t d) {
     auto row = [&](int64_t j) {  // 0 behind the last key
-      return j < b.keys ? part(c_.v, b.kv_head, b.from + j, d) : _mm512_setzero_si512();
+      return j < b.keys ? key(c_.v, b, j, d) : _mm512_setzero_si512();
     };
     Vec v[2][16];
     for (int64_t r = 0; r < 16; r++) {

@@ -29,12 +29,13 @@ struct Attention {
 };
 
 // Queries, and the keys that they see. position [queries] is that of the keys, too; it may be null where nothing of the
-// Attention depends on it.
+// Attention depends on it. index [keys]: the rows of k and v that are keys, in order; null: the first ones.
 struct Sequence {
   int64_t queries, keys;
   Heads q, k, v;
-  const int32_t* position;
+  const int32_t *position, *index;
   void* y;  // [queries, H, D]
+  int64_t row_of(int64_t key) const { return index ? index[key] : key; }
 };
 
 struct Tile {

@@ -2,6 +2,7 @@
 
 ptx.cuh has the instructions that C++ has no functions for, wgmma.cuh and wgmma.py the warp group's
 matrix multiplication, softmax.cuh the online softmax, smem.cuh the layout of shared memory.
+attention.cu is a kernel of two ops.
 """
 
 from __future__ import annotations

@@ -252,6 +252,9 @@ __device__ __forceinline__ int4 ld_shared_int4_ordered(u32 from) {
                : "memory");
   return v;
 }
+__device__ __forceinline__ void st_shared_u16(u32 to, u32 v) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(to), "h"((u16)v) : "memory");
+}
 __device__ __forceinline__ void st_shared(u32 to, float v) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(v) : "memory");
 }

@@ -12,6 +12,13 @@ template <int Pending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
 }
+// The same behind arithmetic with a result that is not negative. ptxas moves a wait up past arithmetic, which then does
+// not overlap with the products any more, but not past a branch. This one is never taken.
+template <int Pending>
+__device__ __forceinline__ void wgmma_wait_behind(float result) {
+  if (result < 0.0f) asm volatile("trap;");
+  wgmma_wait<Pending>();
+}
 
 // D[64, N] (+)= A B, rows of 64 for a warp group; a thread has N / 2 elements of D, and of A where it is in
 // registers. With `accumulate` 0 D is overwritten. Specialized for the shapes in use.
@@ -40,3 +47,14 @@ __device__ __forceinline__ void fence_accumulators(int (&d)[N]) {
 __device__ __forceinline__ u64 wgmma_descriptor(u32 address, u32 leading, u32 stride) {
   return (u64)((address & 0x3FFFF) >> 4) | ((u64)(leading >> 4) << 16) | ((u64)(stride >> 4) << 32) | ((u64)1 << 62);
 }
+
+// Descriptors of the parts of one matrix: they differ in the low word alone.
+template <u32 Leading>
+struct Operand {
+  u32 low;
+  __device__ __forceinline__ explicit Operand(u32 address) : low((u32)wgmma_descriptor(address, Leading, 1024)) {}
+  __device__ __forceinline__ u64 at(u32 bytes) const {
+    const u32 high = (u32)(wgmma_descriptor(0, Leading, 1024) >> 32);
+    return (u64)high << 32 | (low + (bytes >> 4));
+  }
+};

@@ -21,7 +21,7 @@ PyObject* varlen_attention(PyObject*, PyObject* const* values, Py_ssize_t n) {
       int64_t row = cu_seqlens[b], length = cu_seqlens[b + 1] - row;
       auto own = [&](const Heads& x) { return Heads{x.head, x.row, x.column, moved(x.data, all.type, row * x.row)}; };
       void* results = moved(y, all.type, row * all.H * all.D);
-      sequences.push_back({length, length, own(q), own(k), own(v), position + row, results});
+      sequences.push_back({length, length, own(q), own(k), own(v), position + row, nullptr, results});
     }
     for (int64_t i = 0; i < num_tiles && tiles[2 * i] >= 0; i++) used.push_back({tiles[2 * i], tiles[2 * i + 1]});
     attend(all, sequences, used);

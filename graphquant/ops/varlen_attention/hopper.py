@@ -1,80 +1,24 @@
-"""hopper.cu on sm_90a: compiled by NVRTC for the head, the masks and the bias, cached, launched."""
+"""hopper/attention.cu on packed sequences: compiled by NVRTC for the head, the masks and the bias,
+cached, launched."""
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
-from pathlib import Path
-
-import torch
 from torch import Tensor
 
-from graphquant.ops.hopper import DTYPES, SM, compile_kernel
-from graphquant.ops.hopper.wgmma import shapes, wgmma_rs, wgmma_ss
+from graphquant.ops.hopper import SM
+from graphquant.ops.hopper.attention import (
+    BOX,
+    COLUMNS,
+    LOG2_E,
+    PTX_NAMES,
+    WIDEST,
+    Variant,
+    function,
+)
 from graphquant.ops.runtime import nvrtc
 from graphquant.ops.runtime.device import gpu_properties
-from graphquant.ops.runtime.launch import ALIGNED, MAP_SWIZZLES, MAP_TYPES, Param, launch, native
-from graphquant.ops.token_index.op import TILE  # rows of q, k and v that are multiplied at a time
+from graphquant.ops.runtime.launch import ALIGNED, MAP_SWIZZLES, MAP_TYPES, Param, launch
 from graphquant.ops.varlen_attention.op import varlen_attention
-
-LOG2_E = 1.4426950408889634
-WIDEST = 128  # head
-STAGES = 4
-COLUMNS, BOX = 64, 8  # of a head, and rows, that TMA loads at a time
-KEYS = (16, 32, 48, TILE)  # that are multiplied at a time: the first block may be narrow
-PTX_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One specialization of hopper.cu, whose head explains the macros."""
-
-    D: int
-    dtype: torch.dtype
-    causal: bool = False
-    window: bool = False
-    bias: torch.dtype | None = None
-
-    @property
-    def teams(self) -> int:
-        """Of a CTA: two, if registers and shared memory suffice."""
-        return 2 if self.D <= 64 and self.bias is None else 1
-
-    @property
-    def threads(self) -> int:
-        return 128 * (2 * self.teams + 1)
-
-    @property
-    def shared(self) -> int:
-        """Bytes of dynamic shared memory, in the order in which the kernel lays them out."""
-        tile = -(-self.D // 64) * 64 * 2 * TILE
-        positions = 4 * TILE * (4 + STAGES)
-        team = tile * (4 + 2 * STAGES) + positions + 2 * 16 + 8 * (4 + 4 * STAGES)
-        return 1024 * (1 + self.teams * -(-team // 1024))
-
-    def defines(self) -> dict[str, int | str]:
-        """Macros that specialize hopper.cu."""
-        return {
-            "D": self.D,
-            "TEAMS": self.teams,
-            "STAGES": STAGES,
-            "DTYPE": _dtype(self.dtype),
-            "CAUSAL": int(self.causal),
-            "WINDOW": int(self.window),
-            "BIAS": _dtype(self.bias),
-            "SHARED_BYTES": self.shared,
-        }
-
-    def cubin(self) -> bytes:
-        """The compiled kernel."""
-        ptx = PTX_NAMES[self.dtype]
-        scores = (wgmma_ss(n, ptx) for n in KEYS)
-        products = shapes(*scores, wgmma_rs(self.D, ptx))
-        return compile_kernel(Path(__file__).with_suffix(".cu"), self.defines(), products)
-
-
-def _dtype(dtype: torch.dtype | None) -> str:
-    return DTYPES[str(dtype or "none").removeprefix("torch.")]
 
 
 def _refuses(
@@ -119,15 +63,6 @@ def _strides(t: Tensor) -> tuple[int, int]:
     return head, row
 
 
-@functools.cache
-def _function(variant: Variant, device: torch.device) -> int:
-    """The handle of a loaded specialization. `device`: each has functions of its own."""
-    code = variant.cubin()
-    with torch.cuda.device(device):
-        function: int = native().load(device.index, code, "varlen_attention_hopper", variant.shared)
-    return function
-
-
 @varlen_attention.kernel("hopper", refuses=_refuses)
 def varlen_attention_hopper(
     q: Tensor,
@@ -153,7 +88,7 @@ def varlen_attention_hopper(
         D, q.dtype, causal, window is not None, bias.dtype if bias is not None else None
     )
     launch(
-        _function(variant, q.device),
+        function(variant, q.device),
         min(sm, entries * -(-H // 2)),
         variant.threads,
         variant.shared,

@@ -76,6 +76,11 @@ class Attention:
         return mask
 
     @property
+    def adds(self) -> bool:
+        """Is its mask added to the logits? If not, it is one of bools."""
+        return self.mask is None or self.mask.meta["val"].dtype != torch.bool
+
+    @property
     def is_causal(self) -> bool:
         return self.score is None and bool(arguments(self.out).is_causal)
 

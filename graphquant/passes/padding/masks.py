@@ -94,11 +94,15 @@ class _Sample:
 class Masks:
     """The padding masks and forms of a graph's attentions. Equal masks are evaluated once.
 
+    every_query  a mask must say the same for queries at padding, whose results are used as well,
+                 and is exact only if negative numbers are as good as others
+
     To be used without fake mode and without gradients.
     """
 
-    def __init__(self, captured: Captured) -> None:
+    def __init__(self, captured: Captured, *, every_query: bool = False) -> None:
         self._captured = captured
+        self._every_query = every_query
         self._forms: dict[Any, tuple[PaddingMask, Form] | Kept] = {}
         self._few: dict[Node, int] = {}
         self._samples: dict[Any, list[_Sample]] = {}
@@ -150,7 +154,8 @@ class Masks:
                 except Kept as reason:
                     why = why or reason
                     continue
-                if self._is_same(attention, mask, "mixed"):
+                numbers = ("mixed", "negative") if self._every_query else ("mixed",)
+                if all(self._is_same(attention, mask, n) for n in numbers):
                     return mask, form
                 if self._is_same(attention, mask, "one number"):  # of documents in a sentence
                     why = why or Kept("an attention mask tells tokens apart by their numbers")
@@ -249,8 +254,11 @@ class Masks:
             if sample.full is not None and base is None:
                 P, base = _row(seen, sample.full), _row(bias, sample.full)
             assert base is not None
-            if why := _difference(seen, bias, P, base, sample.valid):
+            queries = self._queries(sample.valid)
+            if why := _difference(seen, bias, P, base, sample.valid, queries):
                 raise Kept(why)
+            if self._every_query and attention.adds and _sees_none(P, sample.valid):
+                raise Kept("a query at padding sees no key, and so the mean of all of them")
         assert base is not None
         if not torch.equal(P, P[:1].expand_as(P)):
             raise Kept("attention heads have masks of their own")
@@ -268,14 +276,18 @@ class Masks:
         setting = next(self._settings(attention, mask))
         ones, others = (self._sampled(mask, setting, n)[0] for n in ("", numbers))
         seen, then = (_seen(attention, s.at, setting.S) for s in (ones, others))
-        for b, valid in enumerate(ones.valid[:FEW]):
-            (a, x), (c, y) = ([_row(t, b)[:, valid] for t in one] for one in (seen, then))
+        for b, rows in enumerate(self._queries(ones.valid[:FEW])):
+            (a, x), (c, y) = ([_row(t, b)[:, rows] for t in one] for one in (seen, then))
             if not torch.equal(a, c) or not torch.equal(x.masked_fill(~a, 0), y.masked_fill(~a, 0)):
                 return False
         return True
 
+    def _queries(self, valid: Tensor) -> Tensor:
+        """Whose results are used, [B, S]."""
+        return torch.ones_like(valid) if self._every_query else valid
+
     def _sampled(self, mask: PaddingMask, setting: _Setting, numbers: str = "") -> list[_Sample]:
-        """Samples of padding, with other `numbers` than 1: "mixed", or "one number"."""
+        """Samples of padding, with other `numbers` than 1: "mixed", "negative" or "one number"."""
         key = (mask.node, mask.inverted, setting.B, setting.S, numbers)
         if key not in self._samples:
             made = self._samples[key] = []
@@ -283,7 +295,7 @@ class Masks:
                 nonzero = ~valid if mask.inverted else valid
                 value = nonzero.to(dtype(mask.node))
                 if numbers:
-                    value = value * _other_numbers(value, mixed=numbers == "mixed")
+                    value = value * _other_numbers(value, numbers)
                 at = Evaluation(self._captured, {mask.node: value}, setting.sizes)
                 made.append(_Sample(valid, full, at))
         return self._samples[key]
@@ -343,12 +355,13 @@ def _paddings(B: int, S: int) -> Iterator[tuple[Tensor, int | None]]:
     yield torch.stack([sentence(1 + b % 3) for b in range(B)]), None
 
 
-def _other_numbers(like: Tensor, *, mixed: bool) -> Tensor:
-    if not mixed:
+def _other_numbers(like: Tensor, numbers: str) -> Tensor:
+    if numbers == "one number":
         return torch.full_like(like, 2)
     random = torch.Generator().manual_seed(0)
-    numbers = torch.randint(2, 10, like.shape, generator=random).to(like.dtype)
-    return numbers / 4 if like.is_floating_point() else numbers
+    found = torch.randint(2, 10, like.shape, generator=random).to(like.dtype)
+    found = -found if numbers == "negative" else found
+    return found / 4 if like.is_floating_point() else found
 
 
 def _seen(attention: Attention, at: Evaluation, S: int) -> tuple[Tensor, Tensor]:
@@ -389,15 +402,18 @@ def _row(value: Tensor, b: int) -> Tensor:
     return value[b if value.shape[0] > 1 else 0]
 
 
-def _difference(seen: Tensor, bias: Tensor, P: Tensor, base: Tensor, valid: Tensor) -> str | None:
-    """How a mask differs from `P[i, j] and valid[b, j]` and from the bias without padding, where
-    the query i is valid; None if it does not."""
+def _difference(
+    seen: Tensor, bias: Tensor, P: Tensor, base: Tensor, valid: Tensor, queries: Tensor
+) -> str | None:
+    """How a mask differs from `P[i, j] and valid[b, j]` and from the bias without padding, for the
+    queries [B, S] that count; None if it does not."""
     for b in range(min(len(valid), FEW)):
-        ours = _row(seen, b)[:, valid[b]]
-        want = P[:, valid[b]] & valid[b]
+        rows = queries[b]
+        ours = _row(seen, b)[:, rows]
+        want = P[:, rows] & valid[b]
         if not torch.equal(*torch.broadcast_tensors(ours, want)):
             return "an attention mask is not a padding mask"
-        if not _close(_row(bias, b)[:, valid[b]], base[:, valid[b]], want, 1e-6):
+        if not _close(_row(bias, b)[:, rows], base[:, rows], want, 1e-6):
             return "an attention bias depends on the padding"
     return None
 
@@ -413,6 +429,11 @@ def _close(a: Tensor, b: Tensor, seen: Tensor, tolerance: float) -> bool:
         ):
             return False
     return True
+
+
+def _sees_none(P: Tensor, valid: Tensor) -> bool:
+    """Is there a query that sees no key?"""
+    return any(not (P & keys).any(-1).all() for keys in valid[:FEW])
 
 
 def _order(P: Tensor) -> tuple[bool, int | None]:

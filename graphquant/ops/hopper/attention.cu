@@ -1,4 +1,4 @@
-// Attention of packed sequences for Hopper (sm_90a), for NVRTC and nvcc.
+// Attention of packed sequences, or with PADDED of a padded batch, for Hopper (sm_90a), for NVRTC and nvcc.
 //
 //   y_i = sum_j softmax_j(scale q_i k_j + bias[p_i, p_j]) v_j      i, j in one sequence; for each head, with scores,
 //                                                                  softmax and accumulators in float32
@@ -7,14 +7,19 @@
 // two in a CTA, are persistent, over a grid-stride loop of items. An item is what both consumers compute at a time:
 // two tiles of a sequence for one head, which share its keys; or, of a tile that has no second one beside it, two
 // heads, each with keys of its own. Sequences are short, so latency counts: while an item is computed, the producers
-// load the next ones, as many as fit the rings. Consumers overlap each other's products and softmax.
+// load the next ones, as many as fit the rings. Consumers overlap each other's products and softmax, and the softmax
+// of a block with y of the block before.
 //
 // The tensor memory accelerator (TMA) loads rows in boxes of 8, each lane of a producer one: larger boxes would also
 // read the next sequence, most of it from memory, since it is computed at another time. Blocks of keys go from the
 // last to the first. So all that a plain or causal mask hides is in the block that comes first, and only there rows
 // of v are missing, or another sequence's: they become zeros, as their probabilities are.
 //
-// Macros (hopper.py defines them):
+// In a padded batch all sequences have the same sizes, places are positions, and TMA loads whole tiles. A mask may
+// hide keys. Producers read it: a sequence ends for them behind the last key that is seen, and begins with the block
+// of the first one. So padding is not computed; bits hide keys only where a mask has holes.
+//
+// Macros (attention.py defines them):
 //   D             width of a head, a multiple of 8 up to 128
 //   TEAMS         in a CTA
 //   STAGES        blocks in flight, of k and of v each, a power of 2
@@ -22,6 +27,9 @@
 //   CAUSAL        1: a query sees no keys behind it
 //   WINDOW        1: a query sees keys whose positions are at most `window` away
 //   BIAS          NONE or the dtype of the bias
+//   PADDED        1: a batch of sequences of one length in place of packed ones
+//   KEY_MASK      1: with a mask of keys, of MAX_KEYS at most. Needs PADDED.
+//   BIAS_PAIRS    1: the bias of keys 2i and 2i + 1 is read at once, with PADDED
 //   SHARED_BYTES  dynamic shared memory of the launch
 // and wgmma_shapes.cuh has wgmma_ss for N of 16, 32, 48 and 64, wgmma_rs for N of D.
 //
@@ -35,6 +43,13 @@
 //   heads        H           sharing   so many share a head of k and v            entries   of `tiles`
 //   scale        of the scores, times log2(e)
 //   grid any, block 128 (2 TEAMS + 1). May be launched with programmatic stream serialization.
+//
+// With PADDED: attention_padded_hopper(q_map, k_map, v_map, y, key_mask, its stride, bias, strides of the bias, heads,
+//                                      sharing, batch, queries, keys, window, scale)
+//   *_map        (D, heads, queries or keys, batch), boxes of 64 columns of one head by 64 rows
+//   y            [batch, queries, heads, D]
+//   key_mask     [batch, keys], bytes of 0 and 1
+//   strides      int64, in bytes: of the mask from row to row, of the bias batch, head, row, column
 
 #include "hopper/ptx.cuh"
 #include "hopper/smem.cuh"
@@ -61,20 +76,28 @@ enum : int {
   TILE = PARTS * PART,                     // of q, k and v alike
   BOX = 8,                                 // rows that TMA loads at a time
   WARP_ROWS = 16,                          // of a wgmma's 64
-  POSITIONS = WINDOW || BIAS != NONE,      // Are positions read?
+  POSITIONS = !PADDED && (WINDOW || BIAS != NONE),    // Are positions read?
+  MAY_SEE_NONE = WINDOW || BIAS != NONE || KEY_MASK,  // May a query see no key of a block?
+  MAX_KEYS = 4096,                         // of a mask
+  BIAS_AHEAD = TEAMS == 1,                 // Are there registers for a bias while products run?
+  LANE_KEYS = 16,                          // of a mask that a lane reads at a time
   // The producers' registers go to the consumers: multiples of 8, and all together no more than 65,536.
   PRODUCER_REGISTERS = TEAMS == 2 ? 32 : 64,
   CONSUMER_REGISTERS = TEAMS == 2 ? 112 : 216
 };
 
 static_assert(BM == BN && D % 8 == 0 && D <= 128 && (STAGES & (STAGES - 1)) == 0, "tile");
+static_assert(PADDED || !KEY_MASK, "mask");
 
 struct __align__(SMEM_ALIGN) SharedStorage {  // of a team
   // Two, so that the next item's is loaded meanwhile. A consumer's y takes the place of its q.
   unsigned char q[2][CONSUMERS][TILE];
   unsigned char k[STAGES][TILE];
   unsigned char v[STAGES][TILE];
-  int q_position[2][CONSUMERS][BM];
+  union {
+    int q_position[2][CONSUMERS][BM];
+    u32 seen[2][MAX_KEYS / 32];  // keys of the sequence, a bit each
+  };
   int k_position[STAGES][BN];
   int4 item[2];
   // mbarriers
@@ -82,11 +105,11 @@ struct __align__(SMEM_ALIGN) SharedStorage {  // of a team
   u64 k_full[STAGES], k_empty[STAGES];
   u64 v_full[STAGES], v_empty[STAGES];
 };
-static_assert(SMEM_ALIGN + TEAMS * sizeof(SharedStorage) == SHARED_BYTES, "Variant.shared in hopper.py");
+static_assert(SMEM_ALIGN + TEAMS * sizeof(SharedStorage) == SHARED_BYTES, "Variant.shared in attention.py");
 
 struct Bias {
   const unsigned char* base;
-  i64 head, row, column;
+  i64 head, row, column, batch;
 };
 
 struct Problem {
@@ -99,6 +122,10 @@ struct Problem {
   u32 heads, sharing, entries;
   int window;
   float scale;
+  // of a padded batch
+  const unsigned char* key_mask;
+  i64 mask_row;
+  int queries, keys;
 };
 
 // ------------------------------------------------------------------------------------ items
@@ -110,13 +137,18 @@ struct Range {
 
 // Work for both consumers. In shared memory it is the int4 of its members, in order.
 struct Item {
-  int start;   // first row of the sequence
+  int start;   // first row of the sequence, or its number in a padded batch
   int row;     // first query in it
-  int length;  // of the sequence. 0: there are no more items
-  int code;    // 2 head + (both tiles are of this head)
+  int length;  // of the sequence, as far as keys are seen. 0: there are no more items
+  int code;    // 2 head + (both tiles are of this head), and in higher bits what a mask of keys says
 
+  enum : int { HEAD_BITS = 20, HOLES = 1 << HEAD_BITS, FIRST_BLOCK_BIT = HEAD_BITS + 1 };
   __device__ __forceinline__ bool paired() const { return code & 1; }
-  __device__ __forceinline__ u32 head() const { return code >> 1; }
+  __device__ __forceinline__ u32 head() const { return (KEY_MASK ? code & (HOLES - 1) : code) >> 1; }
+  // Does the mask hide keys before the last one that is seen?
+  __device__ __forceinline__ bool has_holes() const { return code & HOLES; }
+  // Rows of queries in the sequence.
+  __device__ __forceinline__ int queries(int all) const { return PADDED ? all : length; }
   // Heads whose keys are loaded: blocks of k and v that each step takes.
   __device__ __forceinline__ int loaded(u32 heads) const { return paired() || head() + 1 >= heads ? 1 : 2; }
 
@@ -128,9 +160,18 @@ struct Item {
       low = max(0, first - window);
       high = min(high, first + tiles * BM + window);
     }
-    return {low / BN, (high + BN - 1) / BN};
+    if constexpr (!KEY_MASK) return {low / BN, (high + BN - 1) / BN};
+    high = (high + BN - 1) / BN;
+    return {min(max(low / BN, code >> FIRST_BLOCK_BIT), high - 1), high};  // one at least: its keys are hidden then
   }
   __device__ __forceinline__ Range blocks(int window) const { return blocks(row, paired() ? 2 : 1, window); }
+  // Those of one of these tiles.
+  __device__ __forceinline__ Range blocks_of_tile(int first, const Range& all, int window) const {
+    const Range own = blocks(first, 1, window);
+    if constexpr (!KEY_MASK) return own;
+    const int high = max(own.high, all.low + 1);
+    return {min(max(own.low, all.low), high - 1), high};
+  }
 };
 
 // Item number `w`. Each entry of `tiles` has as many as there are pairs of heads. If a tile is the neighbor of
@@ -138,10 +179,18 @@ struct Item {
 __device__ __forceinline__ Item item_at(u32 w, const Problem& of) {
   const u32 pairs = (of.heads + 1) / 2, entry = w / pairs;
   if (entry >= of.entries) return {};
-  const int2 tile = of.tiles[entry];
-  if (tile.x < 0) return {};
-  const int start = of.cu_seqlens[tile.x], length = of.cu_seqlens[tile.x + 1] - start;
-  const int odd = tile.y / BM & 1, row = tile.y - odd * BM, paired = row + BM < length;
+  int2 tile;
+  int start, length;
+  if constexpr (PADDED) {
+    const u32 each = (of.queries + BM - 1) / BM;
+    start = entry / each, length = of.keys;
+    tile = {start, (int)(entry - start * each) * BM};
+  } else {
+    tile = of.tiles[entry];
+    if (tile.x < 0) return {};
+    start = of.cu_seqlens[tile.x], length = of.cu_seqlens[tile.x + 1] - start;
+  }
+  const int odd = tile.y / BM & 1, row = tile.y - odd * BM, paired = row + BM < (PADDED ? of.queries : length);
   return {start, row, length, (int)((w - entry * pairs) * 4 + 2 * (paired & odd) + paired)};
 }
 
@@ -181,15 +230,25 @@ enum NamedBarrier : u32 { CONSUMER = 1 };  // one for each consumer's own thread
 
 // ------------------------------------------------------------------------------------ producer
 
-// Up to 64 rows of a head, of which there are `rows`.
-__device__ __forceinline__ void load_tile(u32 to, u32 full, const TensorMap* map, u32 head, int row, int rows, int lane) {
+// Up to 64 rows of a head from `row` of a sequence on, of which there are `rows`.
+__device__ __forceinline__ void load_tile(
+    u32 to, u32 full, const TensorMap* map, u32 head, int start, int row, int rows, int lane) {
+  if constexpr (PADDED) {
+    if (lane == 0) {
+      mbarrier_arrive_expect_tx(full, TILE);
+#pragma unroll
+      for (int part = 0; part < PARTS; ++part) tma_load(to + part * PART, map, full, part * COLUMNS, head, row, start);
+    }
+    __syncwarp();
+    return;
+  }
   const int boxes = min((rows + BOX - 1) / BOX, BN / BOX);
   if (lane == 0) mbarrier_arrive_expect_tx(full, boxes * (PARTS * BOX * SWIZZLE));
   __syncwarp();
   if (lane < boxes)
 #pragma unroll
     for (int part = 0; part < PARTS; ++part)
-      tma_load(to + part * PART + lane * (BOX * SWIZZLE), map, full, part * COLUMNS, head, row + lane * BOX, 0);
+      tma_load(to + part * PART + lane * (BOX * SWIZZLE), map, full, part * COLUMNS, head, start + row + lane * BOX, 0);
 }
 
 __device__ __forceinline__ void load_positions(u32 to, u32 full, const int* from, int rows, int lane) {
@@ -204,16 +263,57 @@ struct Ring {
   u32 block;  // of all so far
 };
 
+// A bit for each of this lane's 16 keys, those of other lanes before them: is it seen? The first lane's are from
+// `first` on. Reads words, and so up to 3 bytes before and behind the keys.
+__device__ __forceinline__ u32 seen_keys(const Problem& of, int sequence, int first, int lane) {
+  const unsigned char* const row = of.key_mask + sequence * of.mask_row;
+  const int key = first + lane * LANE_KEYS;
+  const u32 shift = ((u32)(u64)(row + key) & 3) * 8;
+  const u32* const words = (const u32*)((u64)(row + key) & ~(u64)3);
+  u32 bits = 0, word = 0;
+#pragma unroll
+  for (int i = 0; i <= LANE_KEYS / 4; ++i) {
+    const u32 next = (const unsigned char*)(words + i) < row + of.keys ? words[i] : 0;
+    const u32 four = __funnelshift_r(word, next, shift) & 0x01010101;  // there may be anything behind the last row
+    if (i) bits |= (four * 0x01020408 >> 24) << 4 * (i - 1);
+    word = next;
+  }
+  return bits & (1u << max(0, min(of.keys - key, LANE_KEYS))) - 1;
+}
+
+// What the mask of its sequence makes of an item. The producer of keys leaves the bits to consumers.
+template <bool KEYS>
+__device__ __forceinline__ Item masked(u32 smem, const Problem& of, Item item, u32 buffer, int lane) {
+  constexpr u32 all = 0xffffffff;
+  int first = -1, end = 0, seen = 0;
+#pragma unroll 1
+  for (int at = 0; at < of.keys; at += 32 * LANE_KEYS) {
+    const u32 bits = seen_keys(of, item.start, at, lane);
+    if constexpr (KEYS) st_shared_u16(SMEM(seen) + buffer * (MAX_KEYS / 8) + at / 8 + lane * (LANE_KEYS / 8), bits);
+    const u32 any = __ballot_sync(all, bits);
+    seen += __reduce_add_sync(all, __popc(bits));
+    if (!any) continue;
+    if (first < 0) first = at + (__ffs(any) - 1) * LANE_KEYS;
+    const int last = 31 - __clz(any);
+    end = at + last * LANE_KEYS + 32 - __clz(__shfl_sync(all, bits, last));
+  }
+  __syncwarp();
+  item.length = max(end, 1);
+  if (seen < item.length) item.code |= Item::HOLES;
+  item.code |= max(first, 0) / BN << Item::FIRST_BLOCK_BIT;
+  return item;
+}
+
 // Tells consumers what comes next, and loads one's queries.
 template <bool KEYS>
 __device__ __forceinline__ void load_item(u32 smem, const Problem& of, const Item& item, u32 buffer, int lane) {
   const u32 consumer = KEYS ? 0 : 1, full = SMEM(q_full) + 8 * buffer, at = buffer * CONSUMERS + consumer;
-  const int row = item.row + (item.paired() ? consumer * BM : 0), rows = item.length - row;
+  const int row = item.row + (item.paired() ? consumer * BM : 0), rows = item.queries(of.queries) - row;
   const u32 head = item.head() + (item.paired() ? 0 : consumer);
   if (KEYS && lane == 0)
     st_shared(SMEM(item) + 16 * buffer, make_int4(item.start, item.row, item.length, item.code));
   if (head < of.heads && item.length)
-    load_tile(SMEM(q) + at * TILE, full, of.q, head, item.start + row, rows, lane);
+    load_tile(SMEM(q) + at * TILE, full, of.q, head, item.start, row, rows, lane);
   else if (lane == 0)
     mbarrier_arrive(full);
   if constexpr (POSITIONS)
@@ -226,13 +326,13 @@ __device__ __forceinline__ void load_blocks(u32 smem, const Problem& of, const I
   const u32 loaded = item.loaded(of.heads), first = item.head() / of.sharing;
   const u32 second = first + (item.head() + 1 == (first + 1) * of.sharing);
   for (int block = blocks.high - 1; block >= blocks.low; --block) {
-    const int row = item.start + block * BN, rows = item.length - block * BN;
+    const int rows = item.length - block * BN;
     for (u32 i = 0; i < loaded; ++i, ++ring.block) {
       const u32 stage = stage_of(ring.block), full = ring.full + 8 * stage;
       mbarrier_wait(ring.empty + 8 * stage, parity_of(ring.block) ^ 1);
-      load_tile(ring.tiles + stage * TILE, full, KEYS ? of.k : of.v, i ? second : first, row, rows, lane);
+      load_tile(ring.tiles + stage * TILE, full, KEYS ? of.k : of.v, i ? second : first, item.start, block * BN, rows, lane);
       if constexpr (KEYS && POSITIONS)
-        load_positions(SMEM(k_position) + stage * (4 * BN), full, of.position + row, rows, lane);
+        load_positions(SMEM(k_position) + stage * (4 * BN), full, of.position + (item.start + block * BN), rows, lane);
     }
   }
 }
@@ -248,10 +348,11 @@ __device__ __forceinline__ void produce(u32 smem, const Problem& of, u32 team, i
     const int found = __popc(__ballot_sync(0xffffffff, mine.length));
 #pragma unroll 1
     for (int i = 0; i <= min(found, 31); ++i) {
-      const Item item = from_lane(mine, team && i < found ? found - 1 - i : i);
+      Item item = from_lane(mine, team && i < found ? found - 1 - i : i);
       if (item.head() >= of.heads) continue;  // the last pair of an odd number
       const u32 buffer = items & 1;
       mbarrier_wait(SMEM(q_empty) + 8 * buffer, (items >> 1 & 1) ^ 1);
+      if (KEY_MASK && item.length) item = masked<KEYS>(smem, of, item, buffer, lane);
       load_item<KEYS>(smem, of, item, buffer, lane);
       if (!item.length) return;
       load_blocks<KEYS>(smem, of, item, ring, lane);
@@ -270,6 +371,9 @@ struct Tile {
   int length;       // of the sequence
   u32 head;
   bool has_rows;    // Does this warp have rows of the sequence? It takes part in products if not.
+  int start;        // the item's
+  u32 seen;         // bits of keys, 0: none is hidden before `length`
+  int queries, keys;  // of a padded batch
 };
 
 template <int N, bool LAST>
@@ -282,7 +386,8 @@ __device__ __forceinline__ void hide_keys(
 #pragma unroll
   for (int c = 0; c < N / 8; ++c) {
     int2 position = {0, 0};
-    if constexpr (WINDOW) position = ld_shared_int2_ordered(positions + 4 * (c * 8 + tile.column));
+    if constexpr (WINDOW && POSITIONS) position = ld_shared_int2_ordered(positions + 4 * (c * 8 + tile.column));
+    if constexpr (PADDED) position.x = block * BN + c * 8 + tile.column, position.y = position.x + 1;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       bool seen = !LAST || c * 8 + (i & 1) < end[i >> 1];
@@ -293,6 +398,25 @@ __device__ __forceinline__ void hide_keys(
       if (!seen) s[c * 4 + i] = minus_infinity;
     }
   }
+}
+
+// In a padded batch: does this warp's part of a block have keys that are outside of a query's window?
+__device__ __forceinline__ bool leaves_window(const Tile& tile, int block, int window) {
+  const int row = tile.row[0] & ~(WARP_ROWS - 1), key = block * BN;
+  return key + BN - 1 - row > window || row + WARP_ROWS - 1 - key > window;
+}
+
+// Scores of keys that the mask hides count nothing.
+template <int N>
+__device__ __forceinline__ void hide_unseen(float (&s)[N / 2], const Tile& tile, int block) {
+  const int2 both = ld_shared_int2_ordered(tile.seen + block * (BN / 8));
+  if ((both.x & both.y) == -1) return;
+  const u32 bits[2] = {(u32)both.x >> tile.column, (u32)both.y >> tile.column};
+#pragma unroll
+  for (int c = 0; c < N / 8; ++c)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (!(bits[c / 4] >> (c % 4 * 8 + (i & 1)) & 1)) s[c * 4 + i] = __int_as_float(0xff800000);
 }
 
 __device__ __forceinline__ float load_bias(const unsigned char* from) {
@@ -317,6 +441,63 @@ __device__ __forceinline__ void add_bias(float (&s)[N / 2], const Tile& tile, co
   }
 }
 
+// Of a padded batch: a thread's part of the bias of N keys, as it is in memory. Its loads are issued ahead.
+template <int N>
+struct BiasBlock {
+  u32 words[!PADDED || BIAS == NONE ? 1 : BIAS == FP32 ? N / 2 : N / 4];
+};
+
+// CLAMPED: keys beyond the last one may be among them; what is loaded for those does not matter.
+template <int N, bool CLAMPED>
+__device__ __forceinline__ void load_bias_block(BiasBlock<N>& to, const Tile& tile, const Bias& bias, int block) {
+  constexpr int BYTES = BIAS == FP32 ? 4 : 2;
+  const int first = block * BN + tile.column;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const unsigned char* const row =
+        bias.base + tile.start * bias.batch + tile.head * bias.head + min(tile.row[r], tile.queries - 1) * bias.row;
+#pragma unroll
+    for (int c = 0; c < N / 8; ++c) {
+      u32* const words = to.words + (2 * c + r) * (BYTES / 2);
+      if constexpr (BIAS_PAIRS) {
+        const unsigned char* from = row + (CLAMPED ? min(first + c * 8, tile.keys - 2) : first + c * 8) * BYTES;
+        if constexpr (BIAS == FP32) {
+          const int2 pair = *(const int2*)from;
+          words[0] = pair.x, words[1] = pair.y;
+        } else {
+          words[0] = *(const u32*)from;
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int key = CLAMPED ? min(first + c * 8 + i, tile.keys - 1) : first + c * 8 + i;
+          const unsigned char* from = row + key * bias.column;
+          if constexpr (BIAS == FP32)
+            words[i] = *(const u32*)from;
+          else
+            words[0] = i ? words[0] | (u32) * (const u16*)from << 16 : *(const u16*)from;
+        }
+      }
+    }
+  }
+}
+
+// s = scale s + log2(e) bias
+template <int N>
+__device__ __forceinline__ void add_bias_block(float (&s)[N / 2], const BiasBlock<N>& bias, float scale) {
+  const float log2_e = 1.4426950408889634f;
+#pragma unroll
+  for (int i = 0; i < N / 4; ++i) {
+    float2 pair;
+    if constexpr (BIAS == FP32)
+      pair = make_float2(__uint_as_float(bias.words[2 * i]), __uint_as_float(bias.words[2 * i + 1]));
+    else
+      pair = unpack<BIAS>(bias.words[i]);
+    s[2 * i] = __fmaf_rn(s[2 * i], scale, log2_e * pair.x);
+    s[2 * i + 1] = __fmaf_rn(s[2 * i + 1], scale, log2_e * pair.y);
+  }
+}
+
 // ------------------------------------------------------------------------------------ softmax
 
 // 1 / row_sum.
@@ -324,27 +505,18 @@ __device__ __forceinline__ void normalizers(SoftmaxState& state) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     sum_lanes(state, r);
+    const bool sees_none = PADDED && MAY_SEE_NONE && state.row_sum[r] == 0.0f;
     asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(state.row_sum[r]));
+    if (sees_none) state.row_sum[r] = 0.0f;
   }
 }
 
 // ------------------------------------------------------------------------------------ consumers
 
-// A swizzled tile in shared memory as wgmma takes it: the low word of its descriptor, to which a multiple of 16 bytes
-// may be added. The leading dimension is read only where it is not the one that is summed over.
-struct Operand {
-  u32 low;
-  __device__ __forceinline__ explicit Operand(u32 address) : low((u32)wgmma_descriptor(address, PART, 1024)) {}
-  __device__ __forceinline__ u64 at(u32 bytes) const {
-    const u32 high = (u32)(wgmma_descriptor(0, PART, 1024) >> 32);
-    return (u64)high << 32 | (low + (bytes >> 4));
-  }
-};
-
 // Issues s = q k^T for N keys.
 template <int N>
 __device__ __forceinline__ void issue_scores(float (&s)[N / 2], u32 q, u32 k) {
-  const Operand queries(q), keys(k);
+  const Operand<PART> queries(q), keys(k);
 #pragma unroll
   for (int i = 0; i < K_STEPS; ++i)
     wgmma_ss<N>(s, queries.at(i / 4 * PART + i % 4 * 32), keys.at(i / 4 * PART + i % 4 * 32), i > 0);
@@ -353,7 +525,7 @@ __device__ __forceinline__ void issue_scores(float (&s)[N / 2], u32 q, u32 k) {
 
 // Issues y += p v.
 __device__ __forceinline__ void issue_output(float (&y)[D / 2], const u32 (&p)[BN / 4], u32 v) {
-  const Operand values(v);
+  const Operand<PART> values(v);
 #pragma unroll
   for (int i = 0; i < BN / 16; ++i) wgmma_rs<D>(y, p + 4 * i, values.at(i * (16 * SWIZZLE)), 1);
   wgmma_commit();
@@ -378,10 +550,17 @@ __device__ __forceinline__ void skip_blocks(u32 smem, u32& block, int n, int lan
 // Scores of N keys become probabilities. Returns the factors by which y has to be rescaled.
 template <int N, bool FIRST_BLOCK>
 __device__ __forceinline__ float2 probabilities(
-    float (&s)[N / 2], SoftmaxState& state, const Problem& of, const Tile& tile, int block, u32 positions) {
-  if constexpr (BIAS != NONE) add_bias<N>(s, tile, of.bias, positions, of.scale);
-  if constexpr (FIRST_BLOCK || WINDOW) hide_keys<N, FIRST_BLOCK>(s, tile, block, positions, of.window);
-  return online_softmax<N, FIRST_BLOCK, POSITIONS>(s, state, BIAS == NONE ? of.scale : 1.0f);
+    float (&s)[N / 2], SoftmaxState& state, const Problem& of, const Tile& tile, int block, u32 positions,
+    BiasBlock<N>& bias) {
+  if constexpr (BIAS != NONE && PADDED && !BIAS_AHEAD) load_bias_block<N, FIRST_BLOCK>(bias, tile, of.bias, block);
+  if constexpr (BIAS != NONE && PADDED) add_bias_block<N>(s, bias, of.scale);
+  if constexpr (BIAS != NONE && !PADDED) add_bias<N>(s, tile, of.bias, positions, of.scale);
+  if constexpr (FIRST_BLOCK || WINDOW)
+    if (FIRST_BLOCK || !PADDED || leaves_window(tile, block, of.window))
+      hide_keys<N, FIRST_BLOCK>(s, tile, block, positions, of.window);
+  if constexpr (KEY_MASK)
+    if (tile.seen) hide_unseen<N>(s, tile, block);
+  return online_softmax<N, FIRST_BLOCK, MAY_SEE_NONE>(s, state, BIAS == NONE ? of.scale : 1.0f);
 }
 
 // Zeros in place of rows of v that are not the sequence's, for products with probabilities of 0.
@@ -401,13 +580,16 @@ __device__ __forceinline__ void first_block(
     u32 (&p)[BN / 4]) {
   const u32 stage = stage_of(at);
   float s[N / 2];
+  BiasBlock<N> bias;
+  if constexpr (BIAS != NONE && PADDED && BIAS_AHEAD)
+    if (tile.has_rows) load_bias_block<N, true>(bias, tile, of.bias, block);
   mbarrier_wait(SMEM(k_full) + 8 * stage, parity_of(at));
   wgmma_fence();
   issue_scores<N>(s, q, SMEM(k) + stage * TILE);
   wgmma_wait<0>();
   fence_accumulators(s);
   if constexpr (!POSITIONS) release(SMEM(k_empty) + 8 * stage, lane, arrivals);
-  if (tile.has_rows) probabilities<N, true>(s, state, of, tile, block, SMEM(k_position) + stage * (4 * BN));
+  if (tile.has_rows) probabilities<N, true>(s, state, of, tile, block, SMEM(k_position) + stage * (4 * BN), bias);
   if constexpr (POSITIONS) __syncwarp(), release(SMEM(k_empty) + 8 * stage, lane, arrivals);
   u32 first_p[N / 4];
   to_operand<DTYPE, N>(first_p, s);
@@ -421,19 +603,25 @@ __device__ __forceinline__ void next_block(
     SoftmaxState& state, float (&y)[D / 2], u32 (&p)[BN / 4]) {
   const u32 k_stage = stage_of(k), v_stage = stage_of(v);
   float s[BN / 2];
+  BiasBlock<BN> bias;
+  if constexpr (BIAS != NONE && PADDED && BIAS_AHEAD)
+    if (tile.has_rows) load_bias_block<BN, false>(bias, tile, of.bias, block);
   mbarrier_wait(SMEM(k_full) + 8 * k_stage, parity_of(k));
   mbarrier_wait(SMEM(v_full) + 8 * v_stage, parity_of(v));
   wgmma_fence();  // right before the products: with a loop in between, ptxas serializes them
   issue_scores<BN>(s, q, SMEM(k) + k_stage * TILE);
   issue_output(y, p, SMEM(v) + v_stage * TILE);
-  wgmma_wait<0>();
-  fence_accumulators(y);
-  release(SMEM(v_empty) + 8 * v_stage, lane, arrivals);
+  wgmma_wait<1>();
   fence_accumulators(s);
   if constexpr (!POSITIONS) release(SMEM(k_empty) + 8 * k_stage, lane, arrivals);
   float2 factors = {1.0f, 1.0f};
-  if (tile.has_rows) factors = probabilities<BN, false>(s, state, of, tile, block, SMEM(k_position) + k_stage * (4 * BN));
+  if (tile.has_rows)
+    factors = probabilities<BN, false>(s, state, of, tile, block, SMEM(k_position) + k_stage * (4 * BN), bias);
   if constexpr (POSITIONS) __syncwarp(), release(SMEM(k_empty) + 8 * k_stage, lane, arrivals);
+  wgmma_wait<0>();
+  fence_accumulators(y);
+  fence_accumulators(s);
+  release(SMEM(v_empty) + 8 * v_stage, lane, arrivals);
   to_operand<DTYPE, BN>(p, s);
   rescale(y, factors);
 }
@@ -476,12 +664,12 @@ __device__ __forceinline__ void consume(u32 smem, const Problem& of, int group, 
     const u32 buffer = nth & 1, q_empty = SMEM(q_empty) + 8 * buffer;
     mbarrier_wait(SMEM(q_full) + 8 * buffer, nth >> 1 & 1);
     const int4 shared = ld_shared_int4_ordered(SMEM(item) + 16 * buffer);
-    const Item item = {shared.x, shared.y, shared.z, shared.w};
+    const Item item = from_lane({shared.x, shared.y, shared.z, shared.w}, 0);  // as above
     if (!item.length) return;
     const bool paired = item.paired();
     const int first = item.row + (paired ? me * BM : 0), step = item.loaded(of.heads);
     const u32 head = item.head() + (paired ? 0 : me), arrivals = paired ? 1 : CONSUMERS;
-    const Range all = item.blocks(of.window), seen = item.blocks(first, 1, of.window);
+    const Range all = item.blocks(of.window), seen = item.blocks_of_tile(first, all, of.window);
     u32 k = block + (paired ? 0 : me);
     block += all.size() * step;
     if (head >= of.heads) {  // this consumer's of an odd number
@@ -490,13 +678,18 @@ __device__ __forceinline__ void consume(u32 smem, const Problem& of, int group, 
       continue;
     }
     const u32 q = SMEM(q) + (buffer * CONSUMERS + me) * TILE;
-    Tile tile = {{}, {}, (lane & 3) * 2, item.length, head, first + warp * WARP_ROWS < item.length};
+    const int queries = item.queries(of.queries);
+    Tile tile = {{}, {}, (lane & 3) * 2, item.length, head, first + warp * WARP_ROWS < queries};
+    if constexpr (PADDED) tile.start = item.start, tile.queries = queries, tile.keys = of.keys;
+    if constexpr (KEY_MASK) tile.seen = item.has_holes() ? SMEM(seen) + buffer * (MAX_KEYS / 8) : 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = warp * WARP_ROWS + r * 8 + (lane >> 2);
       tile.row[r] = first + row;
       if constexpr (POSITIONS)
         tile.position[r] = ld_shared_int_ordered(SMEM(q_position) + 4 * ((buffer * CONSUMERS + me) * BM + row));
+      else
+        tile.position[r] = tile.row[r];
     }
     if constexpr (CAUSAL || WINDOW) skip_blocks(smem, k, all.high - seen.high, lane);
 
@@ -516,7 +709,7 @@ __device__ __forceinline__ void consume(u32 smem, const Problem& of, int group, 
     else
       first_block<BN>(smem, q, k, of, tile, next, lane, arrivals, state, p);
     mbarrier_wait(SMEM(v_full) + 8 * stage_of(k), parity_of(k));
-    clear_rows(SMEM(v) + stage_of(k) * TILE, keys, warp * 32 + lane, group);
+    if constexpr (!PADDED) clear_rows(SMEM(v) + stage_of(k) * TILE, keys, warp * 32 + lane, group);
 #pragma unroll 1
     while (--next >= seen.low) {
       next_block(smem, q, k + step, k, of, tile, next, lane, arrivals, state, y, p);
@@ -533,9 +726,9 @@ __device__ __forceinline__ void consume(u32 smem, const Problem& of, int group, 
     named_barrier_sync<WARP_GROUP>(CONSUMER + group);  // all four warps have read q
     if (tile.has_rows) {
       const int row = first + warp * WARP_ROWS;
-      epilogue(y, state.row_sum, q + warp * (WARP_ROWS * SWIZZLE),
-               of.y + ((u64)(u32)(item.start + row) * of.heads + head) * (2 * D), of.heads * (2 * D), item.length - row,
-               lane);
+      const u64 to = PADDED ? (u64)(u32)item.start * (u32)queries + (u32)row : (u64)(u32)(item.start + row);
+      epilogue(y, state.row_sum, q + warp * (WARP_ROWS * SWIZZLE), of.y + (to * of.heads + head) * (2 * D),
+               of.heads * (2 * D), queries - row, lane);
       fence_async_proxy();  // TMA loads over what was written
       __syncwarp();
     }
@@ -543,25 +736,21 @@ __device__ __forceinline__ void consume(u32 smem, const Problem& of, int group, 
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    varlen_attention_hopper(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-                            const __grid_constant__ TensorMap v_map, unsigned char* y, const int* cu_seqlens,
-                            const int* position, const int2* tiles, const unsigned char* bias, i64 bias_head,
-                            i64 bias_row, i64 bias_column, u32 heads, u32 sharing, u32 entries, int window, float scale) {
-  extern __shared__ unsigned char dynamic[];
+// What all threads of a kernel do.
+__device__ __forceinline__ void attend(const Problem& of, unsigned char* dynamic) {
   const u32 smem = smem_base(dynamic);
-  const int thread = threadIdx.x, group = thread >> 7, warp = thread >> 5 & 3, lane = thread & 31;
+  const int thread = threadIdx.x, lane = thread & 31;
+  const int nth_warp = __shfl_sync(0xffffffff, thread >> 5, 0);  // so ptxas sees that a warp has one
+  const int group = nth_warp >> 2, warp = nth_warp & 3;
   if (thread == 0) {
-    prefetch_tensor_map(&q_map);
-    prefetch_tensor_map(&k_map);
-    prefetch_tensor_map(&v_map);
+    prefetch_tensor_map(of.q);
+    prefetch_tensor_map(of.k);
+    prefetch_tensor_map(of.v);
     for (int team = 0; team < TEAMS; ++team) init_barriers(smem + team * (u32)sizeof(SharedStorage));
   }
   __syncthreads();
   griddepcontrol_wait();  // all of the above overlaps with the kernel before
 
-  const Problem of = {&q_map, &k_map,   &v_map, y,      cu_seqlens, position, tiles, {bias, bias_head, bias_row, bias_column},
-                      heads,  sharing, entries, window, scale};
   if (group == TEAMS * CONSUMERS) {
     setmaxnreg_dec<PRODUCER_REGISTERS>();
     const int team = warp / PRODUCERS;
@@ -579,3 +768,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     consume(smem + group / CONSUMERS * (u32)sizeof(SharedStorage), of, group, warp, lane);
   }
 }
+
+#if PADDED
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    attention_padded_hopper(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
+                            const __grid_constant__ TensorMap v_map, unsigned char* y, const unsigned char* key_mask, i64 mask_row,
+                            const unsigned char* bias, i64 bias_batch, i64 bias_head, i64 bias_row, i64 bias_column,
+                            u32 heads, u32 sharing, u32 batch, int queries, int keys, int window, float scale) {
+  extern __shared__ unsigned char dynamic[];
+  const u32 entries = (queries + BM - 1) / BM * batch;
+  attend({&q_map, &k_map, &v_map, y, nullptr, nullptr, nullptr, {bias, bias_head, bias_row, bias_column, bias_batch},
+          heads, sharing, entries, window, scale, key_mask, mask_row, queries, keys}, dynamic);
+}
+#else
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    varlen_attention_hopper(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
+                            const __grid_constant__ TensorMap v_map, unsigned char* y, const int* cu_seqlens,
+                            const int* position, const int2* tiles, const unsigned char* bias, i64 bias_head,
+                            i64 bias_row, i64 bias_column, u32 heads, u32 sharing, u32 entries, int window, float scale) {
+  extern __shared__ unsigned char dynamic[];
+  attend({&q_map, &k_map, &v_map, y, cu_seqlens, position, tiles, {bias, bias_head, bias_row, bias_column, 0},
+          heads, sharing, entries, window, scale, nullptr, 0, 0, 0}, dynamic);
+}
+#endif
