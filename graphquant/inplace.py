@@ -16,7 +16,7 @@ Three things differ from torch.nn.Module.compile:
 Methods such as `get_image_features` and `generate` do not call the module but parts of it
 (graphquant/parts.py). Each part has an attribute `forward` too, which compiles it where it is not
 called by an optimized module. A call that fills a key/value cache stays eager, except for the parts
-in it that take none.
+in it that take none; a single linear in it, such as the head of a language model, stays eager too.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ log = logging.getLogger(__name__)
 _CALL = "_compiled_call_impl"  # torch.nn.Module.__call__ calls this if set
 _FORWARD, _STATE = "forward", "__getstate__"  # instance attributes that override the class's
 _OVERRIDE = "_graphquant_optimized"  # attribute of the functions behind them: the _OptimizedCall
-_running = threading.local()  # .modules: ids of the optimized modules that this thread is inside of
+# .modules: ids of the optimized modules that this thread is inside of
+# .cached: how many calls of this thread that fill a key/value cache it is inside of
+_running = threading.local()
 _EMBEDDED = ("inputs_embeds", "hidden_states")  # arguments of shape [batch, tokens, hidden_size]
 _MAX_VARIANTS = 8  # of one module, for different hooks; Dynamo's recompile_limit is 8 as well
 
@@ -233,7 +235,7 @@ class _Optimized:
         """Warn, once, if nothing has run in int8. To be called after a call."""
         _not_called.discard(self)
         self._update()
-        if self._told:
+        if self._told or _running.__dict__.get("cached"):  # or not all of its parts were called yet
             return
         self._told = True
         log.info("optimize_: %s", "; ".join((self.report.summary(), *self.report.notes)))
@@ -258,7 +260,7 @@ class _Optimized:
         for name, linear in self.module().named_modules():
             if not isinstance(linear, nn.Linear) or id(linear.weight) in seen:
                 continue
-            around = [p for p in calls if not p or name.startswith(f"{p}.")]
+            around = [p for p in calls if not p or f"{name}.".startswith(f"{p}.")]
             if any(calls[p].compiled for p in around):
                 continue  # for missing_linears
             seen.add(id(linear.weight))
@@ -273,7 +275,7 @@ class _Optimized:
                 "token by token is not quantized"
             )
         if idle:
-            yield Quiet(f"not compiled, not called or called alone by a method: {', '.join(idle)}")
+            yield Quiet(f"not called: {', '.join(idle)}")
         if self._graphs:
             yield from missing_linears(self.module(), seen)
 
@@ -334,10 +336,18 @@ class _OptimizedCall:
     def is_of(self, module: nn.Module) -> bool:
         return self._module() is module
 
-    def is_inside(self) -> bool:
-        """Does a call of this module, or for a part of any optimized one, run in this thread?"""
+    def stays_eager(self) -> bool:
+        """Is this module's `forward` called from its own call, or, if it is a part, from any
+        optimized one's, or is it a single linear in a call with a key/value cache?"""
         running = _running.__dict__.get("modules", ())
-        return bool(running) if self._path else id(self._module()) in running
+        if not self._path:
+            return id(self._module()) in running
+        if running:
+            return True
+        if _running.__dict__.get("cached") and isinstance(self._module(), nn.Linear):
+            self.cached = True
+            return True
+        return False
 
     def remove(self) -> None:
         """Undo what was set on the module as a part, or as what is called by `forward`."""
@@ -349,7 +359,11 @@ class _OptimizedCall:
 
     def _eager(self, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         first, self.cached = not self.cached, True
-        result = method(*args, **kwargs)
+        _running.cached = _running.__dict__.get("cached", 0) + 1
+        try:
+            result = method(*args, **kwargs)
+        finally:
+            _running.cached -= 1
         if first:
             self.optimized.tell()
         return result
@@ -455,7 +469,7 @@ def _forward_anywhere(self: Any, *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_dynamo_compiling():
         return type(self).forward(self, *args, **kwargs)
     call = _overriding(self)
-    if call is None or call.is_inside():  # None: a copy that was made without __getstate__
+    if call is None or call.stays_eager():  # None: a copy that was made without __getstate__
         return type(self).forward(self, *args, **kwargs)
     return call.forward(self, args, kwargs)
 

@@ -34,8 +34,8 @@ def module_of(owner: Any) -> Any:
 def parts_of(module: nn.Module) -> dict[str, nn.Module]:
     """Modules in it that its methods may call without calling the module, by path.
 
-    Such as the towers of CLIP, which `get_image_features` calls, the encoder that `generate` calls,
-    and a projector. Not the layers of a stack, of which there are many, and no single linear.
+    Such as the towers and projections of CLIP, which `get_image_features` calls, and the encoder
+    that `generate` calls. Not the layers of a stack, of which there are many.
     """
     found: dict[str, nn.Module] = {}
     if type(module) is not nn.Sequential:
@@ -56,7 +56,7 @@ def _visit(module: nn.Module, path: str, found: dict[str, nn.Module]) -> None:
 
 def _is_part(module: nn.Module) -> bool:
     return (
-        not isinstance(module, nn.Linear | nn.ModuleList | nn.ModuleDict)
+        not isinstance(module, nn.ModuleList | nn.ModuleDict)
         and not is_compiled(module)
         and getattr(module.forward, "__func__", None) is type(module).forward
         and any(_linears(module))

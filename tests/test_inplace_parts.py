@@ -27,7 +27,13 @@ from transformers import (
 )
 
 import graphquant
-from graphquant import Report, UnsupportedInputError, optimize_, restore_
+from graphquant import (
+    ReleasedWeightError,
+    Report,
+    UnsupportedInputError,
+    optimize_,
+    restore_,
+)
 from graphquant.inplace import _warn_of_what_was_not_called
 from graphquant.parts import module_of, parts_of
 from tests.small import NEAR, Mlp, error, notes, seeded
@@ -144,13 +150,10 @@ def test_methods_run_the_towers_that_they_call_in_int8(device: str) -> None:
     report = quick(model)
     (image, text) = embeddings(model, device)
     assert 1e-5 < error(image, want[0]) < NEAR and 1e-5 < error(text, want[1]) < NEAR
-    assert report.ran and report.graphs == 2 and report.coverage == 1
-    assert len(report.linears) == 2 * 2 * 6
+    assert report.ran and report.graphs == 4 and report.coverage == 1
+    assert len(report.linears) == 2 * (2 * 6 + 1)  # with the projections
+    assert not any("not called" in note for note in report.notes)
     assert report.linears[0].path == "vision_model.encoder.layers.0.self_attn.q_proj"
-    left = (
-        "not compiled, not called or called alone by a method: visual_projection, text_projection"
-    )
-    assert report.notes[-1].endswith(left)
 
 
 def test_what_was_not_called_is_named(device: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -158,11 +161,11 @@ def test_what_was_not_called_is_named(device: str, caplog: pytest.LogCaptureFixt
     report = quick(model)
     with caplog.at_level(logging.INFO, logger="graphquant.inplace"):
         model.get_image_features(pixel_values=pixels(device))
-    (note,) = (n for n in report.notes if n.startswith("not compiled"))
-    assert "text_model, " in note and "vision_model" not in note
+    (note,) = (n for n in report.notes if n.startswith("not called"))
+    assert note == "not called: text_model, text_projection"
     assert not notes(report)  # which are warnings
     (said,) = (m for m in caplog.messages if m.startswith("optimize_:"))
-    assert report.summary() in said and note in said
+    assert "12 of 12 linears in int8" in said and "not called: text_model" in said
 
 
 def test_a_call_of_the_module_is_one_graph_as_before(device: str) -> None:
@@ -175,8 +178,22 @@ def test_a_call_of_the_module_is_one_graph_as_before(device: str) -> None:
     got = model(input_ids=ids, pixel_values=pixels(device)).image_embeds
     assert error(got, want) < NEAR
     assert report.graphs == 1 and len(report.linears) == 26 and report.coverage == 1
-    assert not any("not compiled" in n for n in report.notes)
+    assert not any("not called" in n for n in report.notes)
     assert torch.equal(first, model.get_image_features(pixel_values=pixels(device)).pooler_output)
+
+
+def test_released_weights_serve_methods_and_calls(device: str) -> None:
+    model = clip(device)
+    want = embeddings(model, device)
+    ids = seeded(lambda: torch.randint(3, 90, (2, 9))).to(device)
+    report = quick(model, free_weights=True)
+    first = embeddings(model, device)
+    model(input_ids=ids, pixel_values=pixels(device))
+    assert report.graphs == 1 and report.coverage == 1
+    for got, before, expected in zip(embeddings(model, device), first, want, strict=True):
+        assert torch.equal(got, before) and error(got, expected) < NEAR
+    with pytest.raises(ReleasedWeightError, match="such as encoder.layers"):
+        restore_(model.vision_model)
 
 
 # Decoding ----------------------------------------------------------------------------------------
@@ -252,7 +269,8 @@ def test_an_image_after_text_alone_is_int8(device: str, caplog: pytest.LogCaptur
     report = quick(model)
     with caplog.at_level(logging.WARNING, logger="graphquant"):
         model.generate(**prompt(device, images=0))
-    assert "called alone by a method: model.vision_tower" in caplog.text
+    assert "lm_head; decoding" in caplog.text
+    assert "not called: model.vision_tower, model.multi_modal_projector" in caplog.text
     model.generate(**prompt(device), pixel_values=pixels(device))
     assert report.coverage == 1 and len(report.linears) == 14
 
@@ -315,17 +333,17 @@ def test_copies_have_float_parts(device: str) -> None:
 
 def test_a_part_can_have_options_of_its_own_and_go_back_to_float(device: str) -> None:
     model = clip(device)
-    want = embeddings(model, device)[0]
+    want = model.vision_model(pixels(device)).pooler_output
     outer = quick(model)
     inner = quick(model.vision_model, exclude="*mlp*")
     embeddings(model, device)
-    assert {o.path.split(".")[0] for o in outer.linears} == {"text_model"}
+    assert {o.path.split("_")[0] for o in outer.linears} == {"text", "visual"}
     assert inner.linears[0].path == "encoder.layers.0.self_attn.q_proj"
     assert 0 < inner.coverage < 1
     restore_(model.vision_model)
-    assert torch.equal(embeddings(model, device)[0], want)
+    assert torch.equal(model.vision_model(pixels(device)).pooler_output, want)
     restore_(model.text_model)
-    assert overridden(model) == [""]
+    assert overridden(model) == ["", "visual_projection", "text_projection"]
 
 
 def test_compilations_around_it_take_its_parts_in(device: str) -> None:
@@ -365,6 +383,7 @@ def test_parts_are_towers_and_projectors_and_no_layers() -> None:
         "model.vision_tower.encoder",
         "model.multi_modal_projector",
         "model.language_model",
+        "lm_head",
     ]
     assert not parts_of(nn.Sequential(Mlp(), Mlp()))
     assert not parts_of(Mlp())
