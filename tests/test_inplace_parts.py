@@ -192,7 +192,7 @@ def test_released_weights_serve_methods_and_calls(device: str) -> None:
     assert report.graphs == 1 and report.coverage == 1
     for got, before, expected in zip(embeddings(model, device), first, want, strict=True):
         assert torch.equal(got, before) and error(got, expected) < NEAR
-    with pytest.raises(ReleasedWeightError, match="such as encoder.layers"):
+    with pytest.raises(ReleasedWeightError, match=r"such as encoder\.layers"):
         restore_(model.vision_model)
 
 
