@@ -95,6 +95,19 @@ def fake_result(mode: FakeTensorMode, target: Any, args: Any, kwargs: Any) -> An
         return target(*args, **kwargs)
 
 
+def new_call(graph: Graph, mode: FakeTensorMode, target: Any, *args: Any) -> Node:
+    """Add target(*args) at the graph's insertion point, with its fake result."""
+    made = graph.call_function(target, args)
+    made.meta["val"] = fake_result(mode, target, args, {})
+    return made
+
+
+def sdpa_scale(node: Node) -> Any:
+    """The scale of an SDPA: as it is given, which may be a symbol, or the default."""
+    call = arguments(node)
+    return shape(call.query)[-1] ** -0.5 if call.scale is None else call.scale
+
+
 def is_tensor(node: Node) -> bool:
     return isinstance(node.meta.get("val"), Tensor)
 

@@ -29,10 +29,10 @@ from graphquant.ir.graph import (
     aten,
     calls,
     dtype,
-    fake_result,
     is_call,
     is_impure,
     is_random,
+    new_call,
 )
 from graphquant.ops.define import LIB
 
@@ -98,9 +98,8 @@ def _first_equals(graph: Graph, written: AbstractSet[Node]) -> dict[Node, Node]:
 
 def _share(graph: Graph, source: Node, floats: torch.dtype, attentions: Iterable[Node]) -> None:
     def call(target: Any, *args: Any, like: Node = source) -> Node:
-        made = graph.call_function(target, args)
-        made.meta.update(like.meta)
-        made.meta["val"] = fake_result(source.meta["val"].fake_mode, target, args, {})
+        made = new_call(graph, source.meta["val"].fake_mode, target, *args)
+        made.meta.update(like.meta | {"val": made.meta["val"]})
         return made
 
     def replaced(mask: Node) -> Node:

@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 
 from graphquant._torch import sdpa_backends, unset_fake_temporarily
 from graphquant.ir.contexts import regions
-from graphquant.ir.graph import SDPA, aten, calls, full_args
+from graphquant.ir.graph import SDPA, aten, calls, full_args, hint, sdpa_scale
 from graphquant.ops import attention
 from graphquant.ops.attention.hopper_tiles import MASKED, ONLY, TILES, WIDEST
 from graphquant.ops.runtime.device import gpu_properties
@@ -37,13 +37,13 @@ def choose_kernels(graph: Graph, needs_gradient: set[Node]) -> None:
     """Make every attention without mask, dropout and gradient call its fastest kernel."""
     pinned = pinned_by_model(graph)
     for node in calls(graph, lambda n: n.target is SDPA and n not in needs_gradient | pinned):
-        q, k, v, mask, dropout, causal, scale, gqa = full_args(node)
+        q, k, v, mask, dropout, causal, _, gqa = full_args(node)
         values = [n.meta["val"] for n in (q, k, v)]
         if mask is not None or dropout or gqa or not all(map(is_supported, values)):
             continue
         if not _shapes_match(values, causal):
             continue
-        scale = values[0].shape[-1] ** -0.5 if scale is None else scale
+        scale = sdpa_scale(node)
         width, sm = values[0].shape[-1], gpu_properties(values[0].device).sm
         allowed = {n: k for n, k in KERNELS.items() if k.takes(width, causal, scale, sm)}
         if len(allowed) < 2:
@@ -201,4 +201,5 @@ def _shapes_match(qkv: Sequence[Tensor], causal: bool) -> bool:
 
 
 def layout_of(value: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
-    return tuple(value.shape), value.stride(), value.dtype
+    """Sizes and strides as they were seen at compile time, and the dtype: part of a question."""
+    return tuple(map(hint, value.shape)), tuple(map(hint, value.stride())), value.dtype

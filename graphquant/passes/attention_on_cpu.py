@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -29,15 +29,16 @@ from graphquant.ir.graph import (
     arguments,
     calls,
     drop_dead_code,
-    fake_result,
     has_hints,
     hint,
+    new_call,
+    sdpa_scale,
 )
 from graphquant.ops import attention, cpu
 from graphquant.ops.checks import FLOATS
 from graphquant.ops.define import recorded
 from graphquant.ops.timing import times
-from graphquant.passes.attention_kernels import pinned_by_model
+from graphquant.passes.attention_kernels import layout_of, pinned_by_model
 from graphquant.passes.layout import inherit_layout, restore_layouts
 from graphquant.passes.mask_forms import Masked, MaskForms, like
 from graphquant.passes.padding.masks import PaddingMask
@@ -95,7 +96,7 @@ def _is_supported(node: Node) -> bool:
         return False
     pairs = [*zip(q.shape[:2], k.shape[:2], strict=True), *zip(k.shape, v.shape, strict=True)]
     same = all(statically_known_true(a == b) for a, b in (*pairs, (q.shape[3], k.shape[3])))
-    return same and hint(k.shape[2]) > 0 and isinstance(q.shape[3], int) and _scale(node) > 0
+    return same and hint(k.shape[2]) > 0 and isinstance(q.shape[3], int) and sdpa_scale(node) > 0
 
 
 def _values(node: Node) -> tuple[Tensor, ...]:
@@ -103,14 +104,9 @@ def _values(node: Node) -> tuple[Tensor, ...]:
     return tuple(n.meta["val"] for n in (of.query, of.key, of.value))
 
 
-def _scale(node: Node) -> float:
-    given: float | None = arguments(node).scale
-    return float(_values(node)[0].shape[3]) ** -0.5 if given is None else given
-
-
 def _is_faster(node: Node) -> bool:
     """Measured with all keys valid, which is the slowest case of our kernel."""
-    values, scale, mask = _values(node), _scale(node), arguments(node).attn_mask
+    values, scale, mask = _values(node), sdpa_scale(node), arguments(node).attn_mask
     masks = [] if mask is None else [mask.meta["val"]]
 
     @functools.cache
@@ -130,7 +126,7 @@ def _is_faster(node: Node) -> bool:
 
     with unset_fake_temporarily(), torch.inference_mode():
         found = times(
-            f"attention {[_layout(t) for t in (*values, *masks)]}",
+            f"attention {[layout_of(t) for t in (*values, *masks)]}",
             torch.device("cpu"),
             {"torch": torchs, "graphquant": functools.partial(replay, ours)},
         )
@@ -140,18 +136,13 @@ def _is_faster(node: Node) -> bool:
     return found["graphquant"] <= MAX_TIME_RATIO * found["torch"]
 
 
-def _layout(value: Tensor) -> tuple[Sequence[int], Sequence[int], torch.dtype]:
-    return [*map(hint, value.shape)], [*map(hint, value.stride())], value.dtype
-
-
 def _replace(captured: Captured, node: Node, valid: Node | None) -> None:
     graph, of = captured.gm.graph, arguments(node)
-    args = (of.query, of.key, of.value, _scale(node))
+    args = (of.query, of.key, of.value, sdpa_scale(node))
     with graph.inserting_before(node):
         more = () if valid is None else (None, valid)
-        made = graph.call_function(attention.target, (*args, *more))
-    made.meta.update(node.meta)
-    made.meta["val"] = fake_result(captured.fake_mode, made.target, made.args, {})
+        made = new_call(graph, captured.fake_mode, attention.target, *args, *more)
+    made.meta.update(node.meta | {"val": made.meta["val"]})
     inherit_layout(made, node)
     node.replace_all_uses_with(made)
     graph.erase_node(node)

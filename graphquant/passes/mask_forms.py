@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,9 +14,9 @@ from graphquant._torch import unset_fake_temporarily
 from graphquant.config import strict
 from graphquant.ir.aliases import written_in_place
 from graphquant.ir.captured import Captured
-from graphquant.ir.graph import ancestors, aten, fake_result
+from graphquant.ir.graph import ancestors, aten, new_call
 from graphquant.ops.checks import FLOATS
-from graphquant.passes.padding.attention import find_attentions
+from graphquant.passes.padding.attention import Attention, find_attentions
 from graphquant.passes.padding.evaluation import Kept
 from graphquant.passes.padding.masks import Masks, PaddingMask
 from graphquant.passes.policy.speed import random_like
@@ -42,10 +43,16 @@ class MaskForms:
 
     def __init__(self, captured: Captured) -> None:
         self._captured = captured
-        self._found = {a.out: a for a in find_attentions(captured.gm.graph) if a.score is None}
-        self._written = written_in_place(captured.gm.graph)
         self._masks = Masks(captured, every_query=True)
         self._valid: dict[PaddingMask, Node] = {}
+
+    @cached_property  # many graphs have no mask
+    def _found(self) -> dict[Node, Attention]:
+        return {a.out: a for a in find_attentions(self._captured.gm.graph) if a.score is None}
+
+    @cached_property
+    def _written(self) -> set[Node]:
+        return written_in_place(self._captured.gm.graph)
 
     def of(self, node: Node) -> Masked | None:
         """The form of this attention's mask; None if it is not understood."""
@@ -76,11 +83,10 @@ class MaskForms:
         while after.op == "placeholder":
             after = after.next
         before = after if after is not keys.node else after.next
-        args = (keys.node, 0)
+        compare = aten.eq.Scalar if keys.inverted else aten.ne.Scalar
         with graph.inserting_before(before):
-            target = aten.eq.Scalar if keys.inverted else aten.ne.Scalar
-            made = self._valid[keys] = graph.call_function(target, args)
-        made.meta["val"] = fake_result(self._captured.fake_mode, target, args, {})
+            made = new_call(graph, self._captured.fake_mode, compare, keys.node, 0)
+        self._valid[keys] = made
         return made
 
 

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import cache
-from typing import Any
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -21,7 +20,15 @@ from torch.fx import Graph, Node
 
 from graphquant._torch import unset_fake_temporarily
 from graphquant.ir.captured import Captured
-from graphquant.ir.graph import SDPA, arguments, aten, calls, fake_result, is_tensor
+from graphquant.ir.graph import (
+    SDPA,
+    arguments,
+    aten,
+    calls,
+    is_tensor,
+    new_call,
+    sdpa_scale,
+)
 from graphquant.ops import attention
 from graphquant.ops.attention.hopper_tiles import MASKED, ONLY, WIDEST
 from graphquant.ops.hopper.attention import MAX_KEYS
@@ -65,13 +72,12 @@ def _is_supported(node: Node) -> bool:
         return False
     (B, H, S, D), (Hkv, T) = q.shape, k.shape[1:3]
     grouped = Hkv == H or (a.enable_gqa and H % max(Hkv, 1) == 0)
-    scale = D**-0.5 if a.scale is None else a.scale
     return (
         tuple(k.shape) == tuple(v.shape) == (B, Hkv, T, D)
         and grouped
         and min(B, H, S, T) > 0
         and D <= WIDEST
-        and scale > 0
+        and sdpa_scale(node) > 0
         and (S == T or not a.is_causal)
     )
 
@@ -94,8 +100,7 @@ def _is_faster(node: Node, form: Masked) -> bool:
     values = [n.meta["val"] for n in (a.query, a.key, a.value)]
     given = {"mask": a.attn_mask, "bias": form.bias}
     extra = {name: n.meta["val"] for name, n in given.items() if n is not None}
-    q = values[0]
-    scale = q.shape[-1] ** -0.5 if a.scale is None else a.scale
+    q, scale = values[0], sdpa_scale(node)
     B, T = q.shape[0], values[1].shape[2]
 
     @cache  # only made for a measurement
@@ -140,11 +145,7 @@ def _replace(captured: Captured, node: Node, form: Masked, forms: MaskForms) -> 
     a = arguments(node)
     q = a.query.meta["val"]
 
-    def call(target: Any, *args: Any) -> Node:
-        made = graph.call_function(target, args)
-        made.meta["val"] = fake_result(captured.fake_mode, target, args, {})
-        return made
-
+    call = partial(new_call, graph, captured.fake_mode)
     keys = None if form.keys is None else forms.valid(form.keys)
     with graph.inserting_before(node):
         bias = form.bias
@@ -156,8 +157,17 @@ def _replace(captured: Captured, node: Node, form: Masked, forms: MaskForms) -> 
             want = [-1, -1, q.shape[2], a.key.meta["val"].shape[2]]
             if list(value.shape[2:]) != want[2:]:
                 bias = call(aten.expand.default, bias, want)
-        scale = q.shape[-1] ** -0.5 if a.scale is None else a.scale
-        args = [a.query, a.key, a.value, scale, MASKED, keys, form.causal, form.window, bias]
+        args = [
+            a.query,
+            a.key,
+            a.value,
+            sdpa_scale(node),
+            MASKED,
+            keys,
+            form.causal,
+            form.window,
+            bias,
+        ]
         while args[-1] in (None, False):
             args.pop()
         made = graph.call_function(attention.target, tuple(args))

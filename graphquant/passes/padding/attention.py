@@ -18,7 +18,7 @@ from graphquant.ir.graph import (
     is_call,
     is_tensor,
     only_user,
-    shape,
+    sdpa_scale,
 )
 from graphquant.ir.rows import CASTS
 from graphquant.ops.checks import FLOATS
@@ -87,8 +87,7 @@ class Attention:
     @property
     def scale(self) -> float:
         """Of an SDPA."""
-        scale = arguments(self.out).scale
-        return float(shape(self.q)[-1] ** -0.5 if scale is None else scale)
+        return float(sdpa_scale(self.out))
 
     @property
     def operands(self) -> list[Node]:
