@@ -7,20 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from graphquant.ops import cpu
-from graphquant.ops.attention.op import attention
+from graphquant.ops.attention.op import Operands, attention
 
 
-def _refuses(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    tile: str | None = None,
-    key_mask: Tensor | None = None,
-    causal: bool = False,
-    window: int | None = None,
-    bias: Tensor | None = None,
-) -> str | None:
+def _refuses(*args: Any) -> str | None:
+    q, k, *_, causal, window, bias = Operands(*args)
     if causal or window is not None or bias is not None:
         return "of masks it takes key_mask alone"
     if k.shape[1] != q.shape[1]:

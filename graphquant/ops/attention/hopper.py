@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from graphquant.ops.attention.hopper_tiles import (
     TILES,
     HopperTile,
 )
-from graphquant.ops.attention.op import attention
+from graphquant.ops.attention.op import Operands, attention
 from graphquant.ops.hopper import compile_kernel
 from graphquant.ops.runtime import nvrtc
 from graphquant.ops.runtime.device import gpu_properties
@@ -29,17 +30,8 @@ from graphquant.ops.runtime.launch import ALIGNED, MAP_SWIZZLES, MAP_TYPES, Para
 LOG2_E = 1.4426950408889634
 
 
-def _refuses(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    tile: str | None = None,
-    key_mask: Tensor | None = None,
-    causal: bool = False,
-    window: int | None = None,
-    bias: Tensor | None = None,
-) -> str | None:
+def _refuses(*args: Any) -> str | None:
+    q, k, v, _, tile, key_mask, causal, window, bias = Operands(*args)
     if tile is None:
         return "no tile is named"
     if tile not in TILES:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from graphquant.ops.attention.hopper import heads_map, refuses_heads
 from graphquant.ops.attention.hopper_tiles import MASKED
-from graphquant.ops.attention.op import attention
+from graphquant.ops.attention.op import Operands, attention
 from graphquant.ops.hopper.attention import (
     LOG2_E,
     MAX_KEYS,
@@ -19,17 +21,8 @@ from graphquant.ops.runtime.device import gpu_properties
 from graphquant.ops.runtime.launch import ALIGNED, launch
 
 
-def _refuses(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    tile: str | None = None,
-    key_mask: Tensor | None = None,
-    causal: bool = False,
-    window: int | None = None,
-    bias: Tensor | None = None,
-) -> str | None:
+def _refuses(*args: Any) -> str | None:
+    q, k, v, _, tile, key_mask, _, _, bias = Operands(*args)
     if tile != MASKED:
         return f"tile {tile} is another kernel's"
     if (why := refuses_heads(q, k, v)) is not None:

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,17 +39,22 @@ from graphquant.ops.attention.hopper_tiles import MASKED, TILES
 from graphquant.ops.define import define
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    tile: str | None = None,
-    key_mask: Tensor | None = None,
-    causal: bool = False,
-    window: int | None = None,
-    bias: Tensor | None = None,
-) -> None:
+class Operands(NamedTuple):
+    """The op's arguments, in order."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    tile: str | None = None
+    key_mask: Tensor | None = None
+    causal: bool = False
+    window: int | None = None
+    bias: Tensor | None = None
+
+
+def _check(*args: Any) -> None:
+    q, k, v, scale, tile, key_mask, causal, window, bias = Operands(*args)
     if tile is not None and tile not in TILES and tile != MASKED:
         names = ", ".join((*TILES, MASKED))
         raise UnsupportedInputError(f"attention: tile is {tile!r}, needs one of {names}")
@@ -86,17 +92,8 @@ def _fake(q: Tensor, *rest: object) -> Tensor:
     return torch.empty((B, S, H, D), dtype=q.dtype, device=q.device).transpose(1, 2)
 
 
-def _float_form(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    tile: str | None = None,
-    key_mask: Tensor | None = None,
-    causal: bool = False,
-    window: int | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
+def _float_form(*args: Any) -> Tensor:
+    q, k, v, scale, _, key_mask, causal, window, bias = Operands(*args)
     seen = seen_keys(q, k, key_mask, causal, window)
     mask = seen
     if bias is not None:

@@ -3,6 +3,8 @@ cached, launched."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from graphquant.ops.hopper import SM
@@ -18,22 +20,11 @@ from graphquant.ops.hopper.attention import (
 from graphquant.ops.runtime import nvrtc
 from graphquant.ops.runtime.device import gpu_properties
 from graphquant.ops.runtime.launch import ALIGNED, MAP_SWIZZLES, MAP_TYPES, Param, launch
-from graphquant.ops.varlen_attention.op import varlen_attention
+from graphquant.ops.varlen_attention.op import Operands, varlen_attention
 
 
-def _refuses(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    position: Tensor,
-    tiles: Tensor,
-    scale: float,
-    max_length: int,
-    causal: bool = False,
-    window: int | None = None,
-    bias: Tensor | None = None,
-) -> str | None:
+def _refuses(*args: Any) -> str | None:
+    q, k, v, cu_seqlens, position, tiles, *_, bias = Operands(*args)
     sm, D = gpu_properties(q.device).sm, q.shape[3]
     if q.device.type != "cuda" or sm != SM:
         return f"the device is sm_{sm}, this one is for sm_{SM} alone"

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,19 +37,24 @@ from graphquant.ops import checks
 from graphquant.ops.define import define
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    position: Tensor,
-    tiles: Tensor,
-    scale: float,
-    max_length: int,
-    causal: bool = False,
-    window: int | None = None,
-    bias: Tensor | None = None,
-) -> None:
+class Operands(NamedTuple):
+    """The op's arguments, in order."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cu_seqlens: Tensor
+    position: Tensor
+    tiles: Tensor
+    scale: float
+    max_length: int
+    causal: bool = False
+    window: int | None = None
+    bias: Tensor | None = None
+
+
+def _check(*args: Any) -> None:
+    q, k, v, cu_seqlens, position, tiles, scale, max_length, _, window, bias = Operands(*args)
     op = "varlen_attention"
     if not (scale > 0 and math.isfinite(scale)):
         raise UnsupportedInputError(f"{op}: scale is {scale}, needs a finite number > 0")
@@ -91,20 +96,9 @@ def _fake(q: Tensor, *rest: Any) -> Tensor:
     return q.new_empty((1, T, H, D)).transpose(1, 2)
 
 
-def _float_form(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    position: Tensor,
-    tiles: Tensor,
-    scale: float,
-    max_length: int,
-    causal: bool = False,
-    window: int | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
+def _float_form(*args: Any) -> Tensor:
     """With a mask of all pairs of rows; 0 in rows of no sequence."""
+    q, k, v, cu_seqlens, position, _, scale, _, causal, window, bias = Operands(*args)
     row, p = torch.arange(q.shape[2], device=q.device), position.long()
     ends = cu_seqlens[1:].long()
     sequence = torch.bucketize(row, ends, right=True)
