@@ -146,9 +146,9 @@ def offsets(t: Tensor) -> bytes:
 @functools.lru_cache(maxsize=256)
 def _offsets(shape: torch.Size, strides: tuple[int, ...], size: int) -> bytes:
     with torch.inference_mode():
-        indices = torch.unravel_index(_sample_indices(shape.numel()), shape)
-        at = torch.zeros(len(indices[0]), dtype=torch.int64, device="cpu")
-        for index, stride in zip(indices, strides, strict=True):
+        sampled = _sample_indices(shape.numel())
+        at = torch.zeros_like(sampled)
+        for index, stride in zip(torch.unravel_index(sampled, shape), strides, strict=True):
             at += index * stride * size
         return _bytes(at)
 

@@ -97,12 +97,12 @@ def keys_of(valid: Tensor) -> Tensor:
 
 
 def near(valid: Tensor) -> Tensor:
-    i = torch.arange(S)
+    i = torch.arange(S, device=valid.device)
     return keys_of(valid) & ((i - i[:, None]).abs() <= 2)
 
 
 def causal(valid: Tensor) -> Tensor:
-    return keys_of(valid) & torch.ones(S, S, dtype=torch.bool).tril()
+    return keys_of(valid) & torch.ones(S, S, dtype=torch.bool, device=valid.device).tril()
 
 
 def added(valid: Tensor) -> Tensor:
@@ -258,7 +258,7 @@ def test_it_computes_what_the_model_does(form: str, monkeypatch: pytest.MonkeyPa
         return F.scaled_dot_product_attention(q, k, v, see(valid))
 
     inputs = [t.cuda() for t in (masks(), *qkv())]
-    with torch.inference_mode(), torch.device("cuda"):  # where `see` makes positions
+    with torch.inference_mode():
         result = compiled(Model(attend), *inputs, select="faster")
     mask = see(masks())
     q, k, v = (t.cpu().double() for t in inputs[1:])

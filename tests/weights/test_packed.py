@@ -1031,6 +1031,7 @@ def test_a_probe_raises_its_flag_when_a_value_has_changed(dtype: torch.dtype, de
         torch.arange(100, device=device).to(dtype),
         torch.randint(-9, 9, (40, 50), device=device).to(dtype).t(),
         torch.randint(-9, 9, (64, 64), device=device).to(dtype),
+        torch.tensor(5, device=device).to(dtype),  # CLIP's logit_scale has no dimension
     ]
     where = tensors[0].device
     rows = gpu_probe.read(gpu_probe._table(tensors).to(where)).cpu().numpy()
@@ -1044,10 +1045,12 @@ def test_a_probe_raises_its_flag_when_a_value_has_changed(dtype: torch.dtype, de
         return looks.raised()
 
     assert not raised() and not raised()
-    before = tensors[1].clone()
-    tensors[1].fill_(9)
-    assert raised() and raised()
-    tensors[1].copy_(before)
+    for t in tensors[1], tensors[3]:
+        looks = gpu_probe.Probe(tensors, seen, where)
+        before = t.clone()
+        t.fill_(9)
+        assert raised() and raised()
+        t.copy_(before)
     assert gpu_probe.Probe(tensors, seen, where).changed() is False
 
 

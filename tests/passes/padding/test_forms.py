@@ -162,8 +162,15 @@ def test_the_same_sentence_has_the_same_bits(form: str, dtype: torch.dtype) -> N
             found = run(*given)
         return [h[: lengths[i]].clone() for i, h in zip(some, found, strict=True)]
 
-    want = states(list(range(8)), S)
-    for some, size in (([7, 6, 5, 4, 3, 2, 1, 0], S), ([2, 5, 1], 40), ([4], S), ([0], 33)):
+    cases = [([7, 6, 5, 4, 3, 2, 1, 0], S), ([2, 5, 1], 40), ([4], S), ([0], 33)]
+    size = S
+    if dtype == torch.float32 and torch.get_default_device().type == "cuda":
+        # Inductor's reductions may differ between compilations: only in the one for any sizes
+        states([2, 5, 1], 40)
+        size = S + 1
+        cases = [([7, 6, 5, 4, 3, 2, 1, 0], 19), ([2, 5, 1], 40), ([4, 0], 33)]
+    want = states(list(range(8)), size)
+    for some, size in cases:
         for i, got in zip(some, states(some, size), strict=True):
             assert torch.equal(got, want[i]), (some, size)
 
