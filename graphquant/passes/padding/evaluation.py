@@ -36,21 +36,29 @@ class CannotEvaluate(Kept):
 class Evaluation:
     """Values of nodes on the CPU, computed when they are asked for.
 
-    given  values of some nodes
-    sizes  values of symbolic sizes; those at compile time by default
+    given      values of some nodes
+    sizes      values of symbolic sizes; those at compile time by default
+    constants  has the values that depend on no input, at the same sizes
 
     Raises Kept for a value that depends on an input that is not given, or that is random;
     CannotEvaluate if an op fails.
     """
 
     def __init__(
-        self, captured: Captured, given: Mapping[Node, Any], sizes: Sizes | None = None
+        self,
+        captured: Captured,
+        given: Mapping[Node, Any],
+        sizes: Sizes | None = None,
+        constants: Constants | None = None,
     ) -> None:
         self._captured = captured
         self._sizes = sizes or {}
         self._values = dict(given)
+        self._constants = constants
 
     def __call__(self, node: Node) -> Any:
+        if self._constants is not None:
+            self._values |= self._constants.read_by(node, self._values)
         missing = ancestors([node], self._values)
         order = sorted(n for n in missing if n not in self._values)
         calls = [n for n in order if not self._is_leaf(n)]
@@ -63,7 +71,7 @@ class Evaluation:
 
     def given(self, more: Mapping[Node, Any]) -> Evaluation:
         """The same with more values given, of nodes that nothing computed so far reads."""
-        return Evaluation(self._captured, {**self._values, **more}, self._sizes)
+        return Evaluation(self._captured, {**self._values, **more}, self._sizes, self._constants)
 
     def only(self, values: Mapping[Node, Any]) -> Evaluation:
         """The same with only these values given."""
@@ -101,6 +109,22 @@ class Evaluation:
 
     def _told(self, node: Node) -> str:
         return told(self._captured, node)
+
+
+class Constants(Evaluation):
+    """Values that depend on no input, computed once for several evaluations at the same sizes."""
+
+    def __init__(self, captured: Captured, sizes: Sizes | None = None) -> None:
+        super().__init__(captured, {}, sizes)
+        self._nodes: set[Node] = set()
+        for node in captured.gm.graph.nodes:
+            if not is_input(captured, node) and self._nodes.issuperset(node.all_input_nodes):
+                self._nodes.add(node)
+
+    def read_by(self, node: Node, given: Collection[Node]) -> dict[Node, Any]:
+        """Those constants that `node` is computed from, and that are not given."""
+        missing = ancestors([node], {*given, *self._nodes})
+        return {n: self(n) for n in missing & self._nodes if n not in given}
 
 
 def told(captured: Captured, node: Node) -> str:

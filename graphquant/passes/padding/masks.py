@@ -9,7 +9,7 @@ with a bias that depends on positions alone. Then attention over packed tokens c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from graphquant.ir.graph import ancestors, aten, dtype, hint, hints, is_tensor, 
 from graphquant.passes.padding.attention import Attention, is_pointwise
 from graphquant.passes.padding.evaluation import (
     CannotEvaluate,
+    Constants,
     Evaluation,
     Kept,
     Sizes,
@@ -106,6 +107,7 @@ class Masks:
         self._forms: dict[Any, tuple[PaddingMask, Form] | Kept] = {}
         self._few: dict[Node, int] = {}
         self._samples: dict[Any, list[_Sample]] = {}
+        self._constants: dict[Any, Constants] = {}
 
     def understand(self, attention: Attention) -> tuple[PaddingMask, Form]:
         """Raises Kept if this attention is more than its form."""
@@ -211,11 +213,17 @@ class Masks:
         if mask.node not in self._few:
             few = torch.zeros(FEW, S, dtype=dtype(mask.node))
             try:
-                _seen(attention, Evaluation(self._captured, {mask.node: few}), S)
+                _seen(attention, self._evaluation({mask.node: few}), S)
                 self._few[mask.node] = FEW
             except CannotEvaluate:
                 self._few[mask.node] = B
         return self._few[mask.node]
+
+    def _evaluation(self, given: Mapping[Node, Tensor], sizes: Sizes | None = None) -> Evaluation:
+        key = frozenset((sizes or {}).items())
+        if key not in self._constants:
+            self._constants[key] = Constants(self._captured, sizes)
+        return Evaluation(self._captured, given, sizes, self._constants[key])
 
     def _settings(self, attention: Attention, mask: PaddingMask) -> Iterator[_Setting]:
         """The sizes at compile time. If the length is dynamic also a length beyond every number
@@ -296,7 +304,7 @@ class Masks:
                 value = nonzero.to(dtype(mask.node))
                 if numbers:
                     value = value * _other_numbers(value, numbers)
-                at = Evaluation(self._captured, {mask.node: value}, setting.sizes)
+                at = self._evaluation({mask.node: value}, setting.sizes)
                 made.append(_Sample(valid, full, at))
         return self._samples[key]
 

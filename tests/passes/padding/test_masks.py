@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Node
+
+from graphquant.ir.evaluate import evaluate
+from graphquant.passes.padding import evaluation
 
 from .encoders import (
     HEADS,
@@ -99,6 +104,20 @@ def check(model: nn.Module, *, inverted: bool = False, form: str = "", **options
 )
 def test_masks(see: Callable[[Tensor], Any], attend: Callable[..., Tensor], form: str) -> None:
     check(Encoder(see=see, attend=attend), form=form)
+
+
+def test_values_that_no_input_decides_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bias of [B, H, S, S] takes longer than everything else."""
+    computed: Counter[str] = Counter()
+
+    def counted(nodes: Iterable[Node], *rest: Any) -> dict[Node, Any]:
+        nodes = list(nodes)
+        computed.update(n.name for n in nodes if n.target is torch.ops.aten.abs.default)
+        return evaluate(nodes, *rest)
+
+    monkeypatch.setattr(evaluation, "evaluate", counted)
+    check(Encoder(see=lambda m: additive(m) + alibi(m), attend=written_out), form="bias")
+    assert computed and set(computed.values()) == {3}  # three graphs
 
 
 def test_a_mask_of_what_is_padding() -> None:
