@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from graphquant.failure import stage
 from graphquant.ir.captured import Captured
 from graphquant.ir.graph import draws_nothing, readers
 from graphquant.lowering.inner import build_kernels, compile_graph
+from graphquant.lowering.size_buckets import SizeBuckets, find_size_buckets
 from graphquant.passes.attention_dtype import with_bfloat16_attention
 from graphquant.passes.attention_on_cpu import choose_attention
 from graphquant.passes.notes import with_cpu_notes
@@ -75,8 +77,11 @@ def _compile_int8(
         report = with_bfloat16_attention(report, captured, config)
     with stage("the choice of attention on the CPU"):
         choose_attention(captured, config)
+    with stage("buckets of sizes"):
+        buckets, note = find_size_buckets(captured) if config.size_buckets else (None, "")
+        report = replace(report, notes=(*report.notes, *filter(None, [note])))
     owned = [i for i, held in enumerate(belong_to_modules(gm)) if held]
-    return report, _lower(captured, example_inputs, config, owned)
+    return report, _lower(captured, example_inputs, config, owned, buckets)
 
 
 def _report(config: Config, report: Report) -> None:
@@ -86,11 +91,16 @@ def _report(config: Config, report: Report) -> None:
 
 
 def _lower(
-    captured: Captured, example_inputs: Sequence[Any], config: Config, owned: Sequence[int]
+    captured: Captured,
+    example_inputs: Sequence[Any],
+    config: Config,
+    owned: Sequence[int],
+    buckets: SizeBuckets | None,
 ) -> Callable[..., Any]:
     """Pack the weights and compile the graph with them as inputs.
 
-    owned  which inputs belong to a module, see PackedInputs
+    owned    which inputs belong to a module, see PackedInputs
+    buckets  how to pad dynamic sizes, which runs the graph twice now and then
     """
     graph = captured.gm.graph
     nodes = graph.find_nodes(op="placeholder")
@@ -114,7 +124,7 @@ def _lower(
             graph.erase_node(node)
     captured.gm.recompile()
     on_gpu = any(isinstance(a, Tensor) and a.is_cuda for a in example_inputs)
-    speculates = on_gpu and can_run_twice(graph)
+    twice = can_run_twice(graph)
     # static shapes: a packed weight keeps its shape
     fakes = _fake(captured, example_inputs, tensors)
     inputs = [*(example_inputs[i] for i in used), *fakes]
@@ -143,7 +153,9 @@ def _lower(
                 del result
         return run(*args)
 
-    compiled = run_and_confirm if speculates else run
+    compiled = run_and_confirm if on_gpu and twice else run
+    if buckets is not None and twice:
+        compiled = buckets.around(compiled)
 
     def run_or_trace(*args: Any) -> Any:
         if any(isinstance(a, FakeTensor) for a in args):

@@ -86,6 +86,10 @@ class Config:
     """"remove": compute the tokens that the attention mask marks as valid only, where the results
     for them stay the same; results at padding are zero. "keep": compute padding as the model
     does."""
+    size_buckets: bool = True
+    """With padding="remove" and CUDA graphs: pad dynamic batch sizes and lengths up to 1, 2, 3, 4,
+    6, 8, 12, ..., so that few graphs are recorded. Results have the sizes of the inputs. False:
+    a CUDA graph for every size."""
     attention_dtype: str = "auto"
     """Of attention in a float32 model, between int8 linears on a CPU: "auto" is bfloat16 where the
     processor multiplies it and it was measured to be faster, "float32" never bfloat16."""
@@ -116,8 +120,9 @@ class Config:
             object.__setattr__(self, "select", os.environ.get("GRAPHQUANT_SELECT") or "faster")
         _one_of("select", self.select, SELECTS)
         _one_of("padding", self.padding, PADDINGS)
-        if not isinstance(self.quantize, bool):
-            raise OptionError(f"quantize must be True or False, got {self.quantize!r}")
+        for name in ("quantize", "size_buckets"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.free_weights, bool) and self.free_weights != "host":
             raise OptionError(
                 f"free_weights must be True or False, got {self.free_weights!r}; "

@@ -274,3 +274,25 @@ def inductor_cache_dir() -> str:
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     return str(default_cache_dir())
+
+
+class SizeGuards:
+    """What a graph that Dynamo compiled needs of its symbolic inputs. 2.11 to 2.13.
+
+    symbols  the graph's SymInt inputs, in order
+    """
+
+    def __init__(self, symbols: Sequence[torch.SymInt]) -> None:
+        self._symbols: Sequence[torch.SymInt] | None = symbols
+        self._code: str | None = None
+
+    def hold(self, values: Sequence[int]) -> bool:
+        """Do the guards hold for these values? To be asked when the graph has been compiled, which
+        adds guards."""
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+        if self._symbols is not None:
+            shape_env = self._symbols[0].node.shape_env
+            self._code = shape_env.produce_guards_expression(self._symbols)
+            self._symbols = None  # they keep all that was known while compiling
+        return self._code is None or bool(ShapeEnv().evaluate_guards_expression(self._code, values))

@@ -47,7 +47,7 @@ class Linear:
             residual = torch.randn(*self.lead, self.N + 3, generator=g).to(self.residual)
             residual = residual[..., 3:]
             if self.residual_layout == "contiguous":
-                # one row is contiguous with any stride, so .contiguous() would keep both as they are
+                # one row is contiguous with any stride, so .contiguous() would keep that
                 residual = residual.clone(memory_format=torch.contiguous_format)
             elif self.residual_layout == "every other":
                 residual = residual.repeat_interleave(2, -1).to(device)[..., ::2]
