@@ -37,7 +37,7 @@ from rich.console import Console
 
 from graphquant.cli.arguments import count, positive
 from tests.ops.float64_checks import wrong_ops
-from tools.bench import ahead, encoders, ops, write
+from tools.bench import ahead, encoders, ops, summary, write
 from tools.bench.encoders import PRESET_LIMIT, PRESETS, Limit, Row
 from tools.bench.models import MODELS
 from tools.bench.records import LATE, Encoder, Line, OpTime, Run, header, load, merge, save
@@ -249,7 +249,8 @@ def _write(argv: Sequence[str]) -> int:
     if args.add:
         save(runs, args.file)
     _publish(runs, markdown, chart)
-    print(f"{len(runs)} runs: {markdown}, {chart}")
+    more = summary.write(runs, markdown.parent)
+    print(f"{len(runs)} runs: {', '.join(map(str, (markdown, chart, *more)))}")
     return 0
 
 

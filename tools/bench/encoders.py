@@ -42,6 +42,35 @@ _FULL = ("graphquant-reduce-overhead", "graphquant-packed-reduce-overhead")
 _RAGGED = ("graphquant", *_PACKED)
 _GRAPHS = ("bf16-reduce-overhead", "graphquant-reduce-overhead")
 
+GRID = (
+    *("siglip-so400m", "clip-l-336", "internvit-300m", "vit-b-16", "dinov2-l"),
+    *("bert-base-128", "bert-base-512"),
+)
+
+# Twenty published encoders, with a batch for throughput; what does not fit into the time is cut.
+ENCODERS: tuple[tuple[str, int, int | None], ...] = (
+    ("siglip-so400m", 64, None),
+    ("clip-l-336", 64, None),
+    ("internvit-300m", 64, None),
+    ("internvit-6b", 16, 4),
+    ("dinov2-l", 64, None),
+    ("dinov3-l", 64, None),
+    ("sam-vit-b", 8, None),
+    ("vit-b-16", 64, None),
+    ("beit-b", 64, None),
+    ("swin-b", 32, None),
+    ("deit-tiny", 256, None),
+    ("whisper-large-v3", 8, None),
+    ("bert-base", 64, None),
+    ("minilm-l6-256", 256, None),
+    ("bge-large", 32, None),
+    ("e5-large", 32, None),
+    ("xlm-r-base", 64, None),
+    ("mpnet-base", 64, None),
+    ("modernbert-base", 32, None),
+    ("t5-large", 16, None),
+)
+
 # In order of interest: a time limit cuts the end off.
 PRESETS: dict[str, tuple[Row, ...]] = {
     "headline": (
@@ -59,7 +88,7 @@ PRESETS: dict[str, tuple[Row, ...]] = {
         Row(model, batch, ("bf16-default", "graphquant"))
         for batch in (64, 8, 1)
         for model in MODELS
-        if model not in ("bert-base-32", "minilm-l6") and not MODELS[model].mean
+        if model in GRID
     ),
     "ragged": (
         Row("bert-base-ragged", 256, ("bf16-default", *_RAGGED)),
@@ -67,6 +96,11 @@ PRESETS: dict[str, tuple[Row, ...]] = {
         Row("bge-large-ragged", 256, ("bf16-default", *_PACKED)),
         Row("modernbert-ragged", 32, ("bf16-default", *_PACKED)),
         Row("bert-base-full", 64, ("bf16-default", "graphquant", "graphquant-packed", *_FULL)),
+    ),
+    "encoders": tuple(
+        row
+        for model, batch, layers in ENCODERS
+        for row in (Row(model, batch, _BASE, layers), Row(model, 1, _GRAPHS, layers))
     ),
     "cpu-ragged": (
         Row("bert-base-ragged-128", 32, ("bf16-default", *_RAGGED), 4),
@@ -208,7 +242,7 @@ def _ready(
 
 def _times(samples: Sequence[Sample], timer: Timer) -> dict[str, Any]:
     facts: dict[str, Any] = {"spread": short(spread([s.ms for s in samples]))}
-    for name in ("ms", "host_ms", "cpu_ms"):
+    for name in ("ms", "host_ms", "cpu_ms", "back_to_back_ms"):
         values = [v for s in samples if (v := getattr(s, name)) is not None]
         typical = min if timer.fastest else statistics.median
         facts[name] = short(typical(values)) if values else None

@@ -39,6 +39,8 @@ class Encoder:
     ms, host_ms   median of one call: until the device has finished, and until the call returns; on
                   a CPU ms is the minimum
     cpu_ms        on a CPU: the minimum of the processor's time in all threads
+    back_to_back_ms  median per call of calls that start without waiting for the one before; None on
+                  a CPU
     spread        how far the 10th and 90th percentile of ms are apart, relative to the median
     cosine        of the whole output to that of the same weights in float32; worst_cosine of the
                   worst token
@@ -64,6 +66,7 @@ class Encoder:
     threads: int | None = None
     host_ms: float | None = None
     cpu_ms: float | None = None
+    back_to_back_ms: float | None = None
     spread: float | None = None
     calls: int | None = None
     worst_cosine: float | None = None
@@ -136,14 +139,15 @@ class Run:
         return ", ".join(self.header[k] for k in (PROCESSOR, ISA) if k in self.header)
 
     def baseline(self, row: tuple[Any, ...], clock: str = "ms") -> Encoder | None:
-        """The fastest float variant of a row, compiled or not. clock: ms or cpu_ms."""
+        """The fastest float variant of a row, compiled or not. clock: a time of Encoder."""
         able = [r for r in self.encoders if r.row == row and r.right and r.variant in FLOAT]
-        return min(able, key=lambda r: getattr(r, clock) or 0.0, default=None)
+        timed = [r for r in able if getattr(r, clock) is not None]
+        return min(timed, key=lambda r: float(getattr(r, clock)), default=None)
 
     def speedup(self, record: Encoder, clock: str = "ms") -> float | None:
         """Over the row's baseline; None where it may not be told."""
         base = self.baseline(record.row, clock)
-        if self.wrong_ops or base is None or not record.right:
+        if self.wrong_ops or base is None or not record.right or getattr(record, clock) is None:
             return None
         return float(getattr(base, clock) / getattr(record, clock))
 

@@ -10,7 +10,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,14 +24,17 @@ PEAK_CALLS = 3  # with CUDA graphs the second call of a compiled model records: 
 class Sample:
     """One call that starts on an idle device.
 
-    ms       until the device has finished; host time counts as far as the device waits for it
-    host_ms  until the call returns
-    cpu_ms   time of the processor in all threads, which neighbors on the machine change less
+    ms               until the device has finished; host time counts as far as the device waits
+    host_ms          until the call returns
+    cpu_ms           time of the processor in all threads, which neighbors on the machine change
+                     less
+    back_to_back_ms  per call, of several that start without waiting for the one before
     """
 
     ms: float
     host_ms: float | None = None
     cpu_ms: float | None = None
+    back_to_back_ms: float | None = None
 
 
 class Timer:
@@ -59,6 +62,16 @@ class Timer:
         end.record()
         end.synchronize()
         return Sample(start.elapsed_time(end), 1000 * (after - before))
+
+    def back_to_back(self, call: Call, calls: int) -> float | None:
+        """Milliseconds per call, of so many that start without waiting for the one before."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / calls
 
     def peak(self, call: Call) -> int | None:
         """The most bytes that were allocated during the call, beyond those before it, if known."""
@@ -116,6 +129,9 @@ class CpuTimer(Timer):
         wall, busy = time.perf_counter() - wall, time.process_time() - busy
         return Sample(1000 * wall, cpu_ms=1000 * busy)
 
+    def back_to_back(self, call: Call, calls: int) -> None:
+        """The same as single calls, which this device never waits for."""
+
     def peak(self, call: Call) -> None:
         call()
 
@@ -137,7 +153,9 @@ def interleaved(
             try:
                 calls[name]()  # what another variant left in the caches is not its fault
                 timer.wait()
-                samples[name] += [timer.sample(calls[name]) for _ in range(TURN)]
+                new = [timer.sample(calls[name]) for _ in range(TURN)]
+                together = timer.back_to_back(calls[name], TURN)
+                samples[name] += [replace(s, back_to_back_ms=together) for s in new]
             except Exception as error:  # noqa: BLE001 - one variant must not stop the others
                 found[name] = error
                 del samples[name]

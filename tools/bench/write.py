@@ -30,12 +30,12 @@ def _name(r: Encoder) -> str:
 
 
 def _ms(r: Encoder) -> str:
-    text = _milliseconds(r.ms)
+    text = milliseconds(r.ms)
     around = (r.spread or 0) > WIDE_SPREAD and r.threads is None  # not around a minimum
     return f"{text} ± {50 * (r.spread or 0):.0f} %" if around else text
 
 
-def _milliseconds(value: float | None) -> str:
+def milliseconds(value: float | None) -> str:
     return _number(".3f" if (value or 0) < 10 else ".2f", value)
 
 
@@ -90,7 +90,7 @@ ENCODERS: Columns = {
 }
 ON_CPU: Columns = {
     **{k: ENCODERS[k] for k in ("model", "batch x tokens", "variant", "ms", "speed-up")},
-    "CPU ms": lambda n: _milliseconds(n.record.cpu_ms),
+    "CPU ms": lambda n: milliseconds(n.record.cpu_ms),
     "by CPU ms": lambda n: speedup_text(n, "cpu_ms"),
     **{k: ENCODERS[k] for k in ("cosine", "worst token", "int8 linears", "compile s", "run")},
 }
@@ -200,12 +200,12 @@ def for_terminal(sheet: Sheet) -> Table:
 
 def for_markdown(sheet: Sheet) -> str:
     sides = ["---" if c in LEFT else "---:" for c in sheet.columns]
-    table = _markdown([sheet.columns, sides, *sheet.rows])
+    table = markdown([sheet.columns, sides, *sheet.rows])
     notes = "".join(f"\n- {note}" for note in sheet.notes)
     return f"**{sheet.title}**\n\n{table}" + (f"\n\nFailed:\n{notes}" if notes else "")
 
 
-def _markdown(rows: Iterable[Sequence[str]]) -> str:
+def markdown(rows: Iterable[Sequence[str]]) -> str:
     cells = ([c.replace("|", "\\|").replace("\n", " ") for c in row] for row in rows)
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
@@ -256,7 +256,7 @@ def _runs(runs: Sequence[Run]) -> str:
         for number, run in enumerate(runs, 1)
         for why in run.wrong_ops
     )
-    return _markdown(rows) + "".join(wrong)
+    return markdown(rows) + "".join(wrong)
 
 
 def write_page(runs: Sequence[Run], file: Path, *charts: Path | None) -> None:
