@@ -181,15 +181,20 @@ def between(out: Node, x: Node) -> list[Node]:
     return [n for n, is_ in found.items() if is_ and n is not x]
 
 
-def ancestors(nodes: Iterable[Node], cut: Collection[Node] = ()) -> set[Node]:
-    """These nodes and all that they are computed from, back to those in `cut`."""
+def ancestors(
+    nodes: Iterable[Node], cut: Collection[Node] = (), *, of_sizes: bool = True
+) -> set[Node]:
+    """These nodes and all that they are computed from, back to those in `cut`.
+
+    of_sizes  also the tensors of which only a size is read
+    """
     found: set[Node] = set()
     edge = list(nodes)
     while edge:
         node = edge.pop()
         if node not in found:
             found.add(node)
-            if node not in cut:
+            if node not in cut and (of_sizes or node.target is not aten.sym_size.int):
                 edge += node.all_input_nodes
     return found
 

@@ -14,6 +14,7 @@ from graphquant.ir.captured import Captured
 from graphquant.ir.evaluate import evaluate
 from graphquant.ir.graph import (
     ancestors,
+    aten,
     described,
     draws_nothing,
     hint,
@@ -59,7 +60,7 @@ class Evaluation:
     def __call__(self, node: Node) -> Any:
         if self._constants is not None:
             self._values |= self._constants.read_by(node, self._values)
-        missing = ancestors([node], self._values)
+        missing = ancestors([node], self._values, of_sizes=False)
         order = sorted(n for n in missing if n not in self._values)
         calls = [n for n in order if not self._is_leaf(n)]
         try:
@@ -118,12 +119,13 @@ class Constants(Evaluation):
         super().__init__(captured, {}, sizes)
         self._nodes: set[Node] = set()
         for node in captured.gm.graph.nodes:
-            if not is_input(captured, node) and self._nodes.issuperset(node.all_input_nodes):
+            read = [] if node.target is aten.sym_size.int else node.all_input_nodes
+            if not is_input(captured, node) and self._nodes.issuperset(read):
                 self._nodes.add(node)
 
     def read_by(self, node: Node, given: Collection[Node]) -> dict[Node, Any]:
         """Those constants that `node` is computed from, and that are not given."""
-        missing = ancestors([node], {*given, *self._nodes})
+        missing = ancestors([node], {*given, *self._nodes}, of_sizes=False)
         return {n: self(n) for n in missing & self._nodes if n not in given}
 
 
@@ -133,8 +135,10 @@ def told(captured: Captured, node: Node) -> str:
 
 
 def inputs_of(captured: Captured, nodes: Iterable[Node], cut: Collection[Node] = ()) -> list[Node]:
-    """The model's tensor inputs, without parameters, that these are computed from, in order."""
-    return sorted(n for n in ancestors(nodes, cut) if n not in cut and is_input(captured, n))
+    """The model's tensor inputs, without parameters, whose values these are computed from, in
+    order."""
+    found = ancestors(nodes, cut, of_sizes=False)
+    return sorted(n for n in found if n not in cut and is_input(captured, n))
 
 
 def is_input(captured: Captured, node: Node) -> bool:

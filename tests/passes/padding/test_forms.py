@@ -175,8 +175,18 @@ def test_the_same_sentence_has_the_same_bits(form: str, dtype: torch.dtype) -> N
             assert torch.equal(got, want[i]), (some, size)
 
 
-def test_export() -> None:
-    model = Encoder().eval()
+class FromSizes(Encoder):
+    """Causal, by positions that are counted from the size of the token ids."""
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Any:
+        at = torch.arange(ids.shape[1], device=ids.device)
+        self.see = lambda m: m[:, None, None].bool() & (at <= at[:, None])
+        return super().forward(ids, mask)
+
+
+@pytest.mark.parametrize("kind", [Encoder, FromSizes])
+def test_export(kind: type[Encoder]) -> None:
+    model = kind().eval()
     ids, mask = batch()
     batches = torch.export.Dim("batch", min=2), torch.export.Dim("length", min=4, max=64)
     sizes = {key: dict(enumerate(batches)) for key in ("ids", "mask")}
