@@ -35,7 +35,7 @@ from graphquant.ir.captured import Captured
 from graphquant.ir.interpret import Paths
 from graphquant.ir.tokens import Masks, counted
 from graphquant.passes.attention_dtype import with_bfloat16_attention
-from graphquant.passes.notes import with_cpu_notes
+from graphquant.passes.notes import with_machine_notes
 from graphquant.passes.pipeline import rewrite
 from graphquant.report import Report, log_notes
 
@@ -66,7 +66,7 @@ def explain(
     config = Config.of(options or {})
 
     def take(captured: Captured, gm: GraphModule) -> tuple[Report, Callable[..., Any]]:
-        report = with_cpu_notes(rewrite(captured, config).report, captured)
+        report = with_machine_notes(rewrite(captured, config).report, captured)
         return with_bfloat16_attention(report, captured, config), gm.forward
 
     trace = Trace(take)

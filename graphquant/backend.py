@@ -29,7 +29,7 @@ from graphquant.ir.graph import draws_nothing, readers
 from graphquant.lowering.inner import build_kernels, compile_graph
 from graphquant.passes.attention_dtype import with_bfloat16_attention
 from graphquant.passes.attention_on_cpu import choose_attention
-from graphquant.passes.notes import with_cpu_notes
+from graphquant.passes.notes import with_machine_notes
 from graphquant.passes.pack_weights import pack_weights
 from graphquant.passes.pipeline import rewrite
 from graphquant.passes.prepack import prepack
@@ -70,7 +70,7 @@ def _compile_int8(
         captured = from_dynamo(gm, example_inputs, root)
     if captured is None:  # no tensor inputs
         return Report(()), compile_graph(gm, example_inputs, config)
-    report = with_cpu_notes(rewrite(captured, config).report, captured)
+    report = with_machine_notes(rewrite(captured, config).report, captured)
     with stage("the dtype of attention"):
         report = with_bfloat16_attention(report, captured, config)
     with stage("the choice of attention on the CPU"):

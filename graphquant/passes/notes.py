@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import torch
 from torch.fx import Graph, Node
 
 from graphquant.config import matches
@@ -14,6 +15,8 @@ from graphquant.ir.graph import LINEAR, calls, full_args
 from graphquant.ops import OPS, cpu, int8_linear
 from graphquant.ops.define import Op
 from graphquant.ops.int8_linear import onednn
+from graphquant.ops.runtime.chips import never_ran, slow_int8
+from graphquant.ops.runtime.device import gpu_properties
 from graphquant.passes.eligibility import NEEDS_GRADIENT
 from graphquant.passes.policy.accuracy import AccuracyGate
 from graphquant.passes.policy.smoothquant import NO_NORM
@@ -42,9 +45,10 @@ def training_notes(captured: Captured) -> Iterator[str]:
         yield Quiet(note) if captured.grad_enabled else note  # no warning during training
 
 
-def with_cpu_notes(report: Report, captured: Captured) -> Report:
-    """The report, with notes on int8 that is slow where the graph runs, on this machine's CPU."""
-    return replace(report, notes=(*report.notes, *_cpu_notes(report, captured.gm.graph)))
+def with_machine_notes(report: Report, captured: Captured) -> Report:
+    """The report, with notes on int8 where the graph runs: on this machine's CPU and GPUs."""
+    graph = captured.gm.graph
+    return replace(report, notes=(*report.notes, *_cpu_notes(report, graph), *_gpu_notes(graph)))
 
 
 def without_kernels() -> str:
@@ -68,6 +72,19 @@ def _cpu_notes(report: Report, graph: Graph) -> Iterator[str]:
     for (name, refusal), count in every.items():
         if refusal is not None:
             yield f"{count} of the calls of {name} are computed by PyTorch's operators: {refusal}"
+
+
+def _gpu_notes(graph: Graph) -> Iterator[str]:
+    """What is known of int8 on the GPUs that compute linears."""
+    if not torch.cuda.is_available():  # a graph that another machine will run
+        return
+    linears = calls(graph, lambda n: n.target in (LINEAR, int8_linear.target))
+    devices = {n.all_input_nodes[0].meta["val"].device for n in linears}
+    for sm in sorted({gpu_properties(d).sm for d in devices if d.type == "cuda"}):
+        if (why := slow_int8(sm)) is not None:
+            yield OfMachine(f"{why}: int8 is rarely the faster one")
+        if (why := never_ran(sm)) is not None:
+            yield Quiet(why)
 
 
 def _device(node: Node) -> str:
