@@ -18,7 +18,7 @@ lines = $$(find $(1) -name '$(2)' ! -name '*.pyc' -exec cat {} + | wc -l)
 # The model comes out of a package; nothing asks a model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test check docs nightly gpu clean
+.PHONY: help demo test check docs nightly release gpu clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -28,6 +28,7 @@ help:
 	@echo "make check    ruff, mypy, import-linter"
 	@echo "make docs     the pages of docs/ as a site, in build/docs"
 	@echo "make nightly  all tests with many more random examples, faults made on purpose, torch's own programs"
+	@echo "make release  builds the wheel and the sdist, installs the wheel with each torch and runs it"
 	@echo "make gpu      the tests that need an NVIDIA GPU; says so when there is none"
 	@echo "make clean    remove .venv and everything generated"
 
@@ -59,6 +60,10 @@ check: $(VENV)/.lint
 docs: $(VENV)/.docs
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
 	@echo "open build/docs/index.html, or with its search: python3 -m http.server -d build/docs"
+
+# Environments with torch 2.11 and 2.13 stay in build/release, for the next time.
+release: $(VENV)/.test
+	@$(BIN)/python -m pytest --release tests/test_release.py $(ARGS)
 
 gpu: $(VENV)/.test
 	@$(BIN)/python -m tools.check --gpu $(ARGS)
