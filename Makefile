@@ -43,7 +43,7 @@ SPREAD := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.test
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(SPREAD) -m "not slow" $(ARGS)
 
-nightly: $(VENV)/.test
+nightly: $(VENV)/.test build/vision/.made
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HYPOTHESIS_PROFILE=nightly \
 		$(BIN)/python -m pytest $(SPREAD) --timeout=3600 $(ARGS)
 	@$(BIN)/python -m tools.mutate -j $(JOBS) --control
@@ -98,6 +98,12 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	@echo "installing graphquant and what the tests need"
 	@$(PIP) -e '.[test,demo,docs,recipes]'
+	@touch $@
+
+# The recipes for timm and open_clip import these, and nothing else may: see tests/docs/vision.py.
+build/vision/.made: $(VENV)/.torch constraints.txt
+	@echo "installing timm, open_clip and torchvision"
+	@$(PIP) --no-deps --upgrade --target $(@D) torchvision timm open_clip_torch ftfy regex wcwidth
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.torch pyproject.toml
