@@ -34,6 +34,7 @@ from graphquant.passes.pack_weights import pack_weights
 from graphquant.passes.pipeline import rewrite
 from graphquant.passes.prepack import prepack
 from graphquant.report import Report, log_notes
+from graphquant.utils.progress import compilation, phase
 from graphquant.weights.packed import PackedInputs
 from graphquant.weights.released import is_released
 
@@ -55,9 +56,11 @@ def graphquant(
     root     module at which paths begin, by default the one given to torch.compile
     """
     config = Config.of({**({"mode": mode} if mode is not None else {}), **(options or {})})
-    report, run = with_fallback(gm, lambda: _compile_int8(gm, example_inputs, config, root))
-    if run is None:
-        run = compile_graph(gm, example_inputs, config)
+    with compilation("graphquant", config.progress):
+        report, run = with_fallback(gm, lambda: _compile_int8(gm, example_inputs, config, root))
+        if run is None:
+            with phase("float"):
+                run = compile_graph(gm, example_inputs, config)
     _report(config, report)
     return _float_for_forward_ad(run, gm, released=config.free_weights is True)
 
