@@ -175,6 +175,16 @@ def test_a_failure_takes_the_line_away(on_terminal: Begin) -> None:
             assert not thread.is_alive()
 
 
+@pytest.mark.usefixtures("every_phase")
+def test_a_phase_in_another_is_shown_until_it_ends(on_terminal: Begin) -> None:
+    terminal = on_terminal()
+    with progress.compilation("graphquant", None), progress.phase("outer"):
+        with progress.phase("inner"):
+            assert progress._shown.line._phases == ["outer", "inner"]
+        assert progress._shown.line._phases == ["outer"]
+    assert phases(terminal, "graphquant") == {"outer", "inner"}
+
+
 def test_a_compilation_inside_of_another_is_part_of_its_line(
     on_terminal: Begin,
 ) -> None:
