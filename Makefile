@@ -18,7 +18,7 @@ lines = $$(find $(1) -name '$(2)' ! -name '*.pyc' -exec cat {} + | wc -l)
 # The model comes out of a package; nothing asks a model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test check docs nightly gpu clean
+.PHONY: help demo test check docs nightly release gpu clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -28,6 +28,7 @@ help:
 	@echo "make check    ruff, mypy, import-linter"
 	@echo "make docs     the pages of docs/ as a site, in build/docs"
 	@echo "make nightly  all tests with many more random examples, faults made on purpose, torch's own programs"
+	@echo "make release  builds the wheel and the sdist, installs the wheel with each torch and runs it"
 	@echo "make gpu      the tests that need an NVIDIA GPU; says so when there is none"
 	@echo "make clean    remove .venv and everything generated"
 
@@ -42,7 +43,7 @@ SPREAD := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.test
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(SPREAD) -m "not slow" $(ARGS)
 
-nightly: $(VENV)/.test
+nightly: $(VENV)/.test build/vision/.made
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HYPOTHESIS_PROFILE=nightly \
 		$(BIN)/python -m pytest $(SPREAD) --timeout=3600 $(ARGS)
 	@$(BIN)/python -m tools.mutate -j $(JOBS) --control
@@ -59,6 +60,10 @@ check: $(VENV)/.lint
 docs: $(VENV)/.docs
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
 	@echo "open build/docs/index.html, or with its search: python3 -m http.server -d build/docs"
+
+# Environments with torch 2.11 and 2.13 stay in build/release, for the next time.
+release: $(VENV)/.test
+	@$(BIN)/python -m pytest --release tests/test_release.py $(ARGS)
 
 gpu: $(VENV)/.test
 	@$(BIN)/python -m tools.check --gpu $(ARGS)
@@ -93,6 +98,12 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	@echo "installing graphquant and what the tests need"
 	@$(PIP) -e '.[test,demo,docs,recipes]'
+	@touch $@
+
+# The recipes for timm and open_clip import these, and nothing else may: see tests/docs/vision.py.
+build/vision/.made: $(VENV)/.torch constraints.txt
+	@echo "installing timm, open_clip and torchvision"
+	@$(PIP) --no-deps --upgrade --target $(@D) torchvision timm open_clip_torch ftfy regex wcwidth
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.torch pyproject.toml

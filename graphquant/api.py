@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, count
 from typing import Any
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
-from tqdm import tqdm
 
 from graphquant._torch import original
 from graphquant.accuracy.budget import Budget, LeftInFloat, goal
@@ -35,9 +34,10 @@ from graphquant.ir.captured import Captured
 from graphquant.ir.interpret import Paths
 from graphquant.ir.tokens import Masks, counted
 from graphquant.passes.attention_dtype import with_bfloat16_attention
-from graphquant.passes.notes import with_cpu_notes
+from graphquant.passes.notes import with_machine_notes
 from graphquant.passes.pipeline import rewrite
 from graphquant.report import Report, log_notes
+from graphquant.utils.progress import bar, compilation, length
 
 log = logging.getLogger(__name__)
 
@@ -66,11 +66,11 @@ def explain(
     config = Config.of(options or {})
 
     def take(captured: Captured, gm: GraphModule) -> tuple[Report, Callable[..., Any]]:
-        report = with_cpu_notes(rewrite(captured, config).report, captured)
+        report = with_machine_notes(rewrite(captured, config).report, captured)
         return with_bfloat16_attention(report, captured, config), gm.forward
 
     trace = Trace(take)
-    with reset_dynamo_afterwards(trace.observe):
+    with compilation("explain", config.progress), reset_dynamo_afterwards(trace.observe):
         trace(model, args, kwargs)
     return trace.report(model)
 
@@ -113,7 +113,7 @@ def export(
             raise OptionError(f"{name} is an option of torch.compile; export does not compile")
     on_cuda = any(t.is_cuda for t in chain(model.parameters(), model.buffers()))
     config = Config.of(options if on_cuda else {"select": "always", **options})
-    with raise_failures("export"):
+    with raise_failures("export"), compilation("export", config.progress):
         program, report = to_program(model, args, kwargs or {}, dynamic_shapes, config)
     log_notes(report.notes, log)
     if config.on_report is not None:
@@ -153,6 +153,7 @@ def compare(
     batches: Iterable[Any],
     *,
     options: Mapping[str, Any] | None = None,
+    progress: bool | None = None,
     mask: PaddingMask | None = None,
     of: Callable[..., Any] | None = None,
 ) -> AccuracyReport:
@@ -163,6 +164,7 @@ def compare(
              arguments, a dict of keyword arguments, or the tuple (tuple or list of arguments, dict
              of keyword arguments)
     options  as for `torch.compile(model, backend="graphquant", options=options)`
+    progress show a progress bar on stderr; None: if it is a terminal
     mask     which rows are padding and do not count: a tensor [B, S] of 0 (padding) and 1 (token),
              the name of the input that is one, or a function from a call's inputs to one. By
              default the inputs named `attention_mask`, `padding_mask` or `key_padding_mask` (there
@@ -210,7 +212,8 @@ def compare(
     trace = Trace(take, "compare")
     report = None
     with torch.no_grad(), reset_dynamo_afterwards(trace.observe):
-        for args, kwargs in each_call(batches, model):
+        calls = bar("compare", "batch", progress, each_call(batches, model), length(batches))
+        for args, kwargs in calls:
             masks = counts.masks(args, kwargs)
             floats = FloatRun(masks)
             want = counts.outputs(run(floats, args, kwargs), masks)
@@ -233,7 +236,7 @@ def calibrate(
     *,
     method: str = "absmax",
     percentile: float = 99.99,
-    progress: bool = True,
+    progress: bool | None = None,
     resume: Calibration | None = None,
     mask: PaddingMask | None = None,
 ) -> Calibration:
@@ -244,7 +247,7 @@ def calibrate(
     method      how Calibration.range chooses a static range: "absmax", "percentile" or "mse";
                 `Calibration.using` can change it later, without new data
     percentile  of |x|, for method "percentile"
-    progress    show a progress bar
+    progress    show a progress bar on stderr; None: if it is a terminal
     resume      a Calibration of this model to add the data to; it is not changed, and its method is
                 not used
     mask        which rows are padding and do not count, as for `compare`; INFO in the log says how
@@ -279,12 +282,9 @@ def calibrate(
 
     trace = Trace(take, "calibrate")
     before = calibration.batches
-    total = len(batches) if isinstance(batches, Sized) else None
+    total = length(batches)
     with torch.no_grad(), reset_dynamo_afterwards(trace.observe):
-        calls = tqdm(
-            each_call(batches, model), "calibrate", total, unit="batch", disable=not progress
-        )
-        for args, kwargs in calls:
+        for args, kwargs in bar("calibrate", "batch", progress, each_call(batches, model), total):
             masks = counts.masks(args, kwargs)
             with preserve_rng():
                 trace(model, *copies(args, kwargs))
@@ -307,7 +307,7 @@ def fit_budget(
     worst_cosine: float | None = None,
     sqnr: float | None = None,
     options: Mapping[str, Any] | None = None,
-    progress: bool = True,
+    progress: bool | None = None,
     mask: PaddingMask | None = None,
     of: Callable[..., Any] | None = None,
 ) -> Budget:
@@ -319,7 +319,7 @@ def fit_budget(
     worst_cosine  minimum cosine of any row
     sqnr          minimum SQNR of the outputs, in dB
     options       as for `torch.compile(model, backend="graphquant", options=options)`
-    progress      show a progress bar
+    progress      show progress bars on stderr; None: if it is a terminal
     mask, of      as for `compare`: the rows that are padding, and what of the outputs counts
 
     Give exactly one of the three budgets. Every floating-point output must meet it: `of` says what
@@ -344,7 +344,7 @@ def fit_budget(
     chosen = dict(options or {})
 
     def compared(options: Mapping[str, Any]) -> AccuracyReport:
-        return compare(model, calls, options=options, mask=mask, of=of)
+        return compare(model, calls, options=options, progress=progress, mask=mask, of=of)
 
     report = compared(chosen)
     before = after = metric(report.outputs)

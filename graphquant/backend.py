@@ -31,11 +31,12 @@ from graphquant.lowering.inner import build_kernels, compile_graph
 from graphquant.lowering.size_buckets import SizeBuckets, find_size_buckets
 from graphquant.passes.attention_dtype import with_bfloat16_attention
 from graphquant.passes.attention_on_cpu import choose_attention
-from graphquant.passes.notes import with_cpu_notes
+from graphquant.passes.notes import with_machine_notes
 from graphquant.passes.pack_weights import pack_weights
 from graphquant.passes.pipeline import rewrite
 from graphquant.passes.prepack import prepack
 from graphquant.report import Report, log_notes
+from graphquant.utils.progress import compilation, phase
 from graphquant.weights.packed import PackedInputs
 from graphquant.weights.released import is_released
 
@@ -57,9 +58,11 @@ def graphquant(
     root     module at which paths begin, by default the one given to torch.compile
     """
     config = Config.of({**({"mode": mode} if mode is not None else {}), **(options or {})})
-    report, run = with_fallback(gm, lambda: _compile_int8(gm, example_inputs, config, root))
-    if run is None:
-        run = compile_graph(gm, example_inputs, config)
+    with compilation("graphquant", config.progress):
+        report, run = with_fallback(gm, lambda: _compile_int8(gm, example_inputs, config, root))
+        if run is None:
+            with phase("float"):
+                run = compile_graph(gm, example_inputs, config)
     _report(config, report)
     return _float_for_forward_ad(run, gm, released=config.free_weights is True)
 
@@ -72,7 +75,7 @@ def _compile_int8(
         captured = from_dynamo(gm, example_inputs, root)
     if captured is None:  # no tensor inputs
         return Report(()), compile_graph(gm, example_inputs, config)
-    report = with_cpu_notes(rewrite(captured, config).report, captured)
+    report = with_machine_notes(rewrite(captured, config).report, captured)
     with stage("the dtype of attention"):
         report = with_bfloat16_attention(report, captured, config)
     with stage("the choice of attention on the CPU"):

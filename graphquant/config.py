@@ -107,6 +107,9 @@ class Config:
     """Result of `calibrate`, for activation="static", `smooth` and `min_sqnr`."""
     on_report: Callable[[Any], object] | None = None
     """Called with the Report of each compiled graph, e.g. `print`."""
+    progress: bool | None = None
+    """Show the phase of a compilation on stderr, in a line that is erased at its end. None: if
+    stderr is a terminal."""
     inductor: Mapping[str, Any] = field(default_factory=dict)
     """Options for Inductor, e.g. {"max_autotune": True}."""
     tensorrt: Mapping[str, Any] = field(default_factory=dict)
@@ -156,6 +159,8 @@ class Config:
                     f"min_sqnr={self.min_sqnr:g} needs sampled rows of calibration data: give "
                     "calibration=graphquant.calibrate(model, batches)"
                 )
+        if self.progress is not None and not isinstance(self.progress, bool):
+            raise OptionError(f"progress must be True, False or None, got {self.progress!r}")
         if self.on_report is not None and not callable(self.on_report):
             raise OptionError(f"on_report must be callable, got {self.on_report!r}")
         if not isinstance(self.inductor, Mapping):

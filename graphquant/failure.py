@@ -29,6 +29,7 @@ from graphquant.errors import (
     OptionError,
     ReleasedWeightError,
 )
+from graphquant.utils.progress import phase
 
 # Not failures: invalid requests, and torch.compile's own control flow.
 NEVER_CAUGHT: tuple[type[Exception], ...] = (
@@ -45,10 +46,10 @@ _HERE = Path(__file__).parent
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Label exceptions that leave this block with the stage, for `what_failed`, and record its time
-    as "graphquant: normalize" in `torch._dynamo.utils.compile_times()`."""
+    """Label exceptions that leave this block with the stage, for `what_failed`, record its time as
+    "graphquant: normalize" in `torch._dynamo.utils.compile_times()`, and show it (`progress`)."""
     try:
-        with dynamo_timed(f"graphquant: {name}"):
+        with dynamo_timed(f"graphquant: {name}"), phase(name):
             yield
     except Exception as error:
         if not hasattr(error, _STAGE):

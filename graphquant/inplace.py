@@ -43,7 +43,14 @@ from graphquant.backend import graphquant
 from graphquant.capture.tracing import missing_linears
 from graphquant.config import Config
 from graphquant.errors import OptionError, ReleasedWeightError, UnsupportedInputError
-from graphquant.parts import fills_cache, module_of, parts_of
+from graphquant.parts import (
+    UNHOOKED,
+    fills_cache,
+    is_hooked,
+    module_of,
+    parts_of,
+    refuse_hooks,
+)
 from graphquant.report import Quiet, Report
 from graphquant.utils.locks import Lock
 from graphquant.weights.released import is_released, move_back
@@ -111,12 +118,14 @@ def optimize_(
     process if nothing was called.
 
     Raises UnsupportedInputError for what is not a module and does not hold exactly one, is never
-    called itself (nn.ModuleList) or came from torch.compile; OptionError for an unknown option and
+    called itself (nn.ModuleList), came from torch.compile or has hooks of accelerate inside of it
+    (a device map over several devices, or offloaded weights); OptionError for an unknown option and
     for an invalid bsz or seqlen; ReleasedWeightError if the options to be replaced have released
     weights.
     """
     module = module_of(module)
     _check(module)
+    refuse_hooks(module)
     _check_size("bsz", bsz)
     _check_size("seqlen", seqlen)
     config = Config.of(options)
@@ -199,7 +208,7 @@ class _Optimized:
         self.parts = {path: _OptimizedCall(part, self, path) for path, part in found.items()}
         self.before = vars(module).get(_CALL)
         setattr(module, _CALL, self.call)
-        if _FORWARD not in vars(module):
+        if _FORWARD not in vars(module) or is_hooked(module):
             _override(module, self.call)
         for path, part in found.items():
             _override(part, self.parts[path])
@@ -321,6 +330,8 @@ class _OptimizedCall:
         module: Any = self._module()
         if torch.compiler.is_dynamo_compiling():  # as part of an enclosing module
             return module._call_impl(*args, **kwargs)
+        if is_hooked(module):  # its hook runs eagerly, and then calls what was set by _override
+            return module._call_impl(*args, **kwargs)
         if fills_cache(kwargs):
             return self._eager(module._call_impl, args, kwargs)
         with _inside(module):
@@ -355,6 +366,8 @@ class _OptimizedCall:
         for name in (_FORWARD, _STATE):
             if module is not None and _is_override(vars(module).get(name)):
                 del vars(module)[name]
+        if module is not None and _is_override(vars(module).get(UNHOOKED)):
+            vars(module)[UNHOOKED] = MethodType(type(module).forward, module)
         self.optimized.parts.pop(self._path, None)
 
     def _eager(self, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -451,7 +464,7 @@ def _inside(module: nn.Module) -> Iterator[None]:
 def _override(module: nn.Module, call: _OptimizedCall) -> None:
     """Set the `forward` and `__getstate__` of an optimized module or part."""
     for name, function in (
-        (_FORWARD, _forward_of(type(module))),
+        (UNHOOKED if is_hooked(module) else _FORWARD, _forward_of(type(module))),
         (_STATE, _state_of(type(module))),
     ):
         setattr(function, _OVERRIDE, call)
@@ -482,7 +495,8 @@ def _state_of(cls: Any) -> Callable[..., Any]:
         found = cls.__getstate__(self)
         if not isinstance(found, dict):
             return found
-        return {k: v for k, v in found.items() if k != _CALL and not _is_override(v)}
+        plain = {k: v for k, v in found.items() if k != _CALL and not _is_override(v)}
+        return plain | ({UNHOOKED: MethodType(cls.forward, self)} if UNHOOKED in found else {})
 
     return state
 
@@ -504,9 +518,12 @@ def _optimized(module: nn.Module) -> _Optimized | None:
 
 
 def _overriding(module: nn.Module) -> _OptimizedCall | None:
-    """What the module's `forward` calls, if `optimize_` has replaced it."""
-    call = getattr(vars(module).get(_FORWARD), _OVERRIDE, None)
-    return call if isinstance(call, _OptimizedCall) and call.is_of(module) else None
+    """What the module's `forward` calls, by itself or in a hook, if `optimize_` has replaced it."""
+    for name in (_FORWARD, UNHOOKED):
+        call = getattr(vars(module).get(name), _OVERRIDE, None)
+        if isinstance(call, _OptimizedCall) and call.is_of(module):
+            return call
+    return None
 
 
 def _width(module: nn.Module) -> int | None:

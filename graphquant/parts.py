@@ -72,6 +72,33 @@ def _linears(module: nn.Module) -> Iterator[bool]:
     return (True for m in module.modules() if isinstance(m, nn.Linear))
 
 
+HOOK, UNHOOKED = "_hf_hook", "_old_forward"  # attributes that accelerate sets on a module
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Has accelerate replaced the module's `forward` by one that calls its hook and `UNHOOKED`?"""
+    return HOOK in vars(module) and UNHOOKED in vars(module)
+
+
+def refuse_hooks(module: nn.Module) -> None:
+    """Raises UnsupportedInputError if accelerate's hooks are on submodules, since torch.compile
+    cannot trace them and would leave the module float piece by piece, or if they load weights."""
+    hooks = {name: vars(m)[HOOK] for name, m in module.named_modules() if is_hooked(m)}
+    what = f"{type(module).__name__} has hooks of accelerate"
+    if loading := [name for name, hook in hooks.items() if getattr(hook, "offload", False)]:
+        raise UnsupportedInputError(
+            f"{what} that load weights for every call ({len(loading)} modules, such as "
+            f"{loading[0] or 'itself'}), which cannot be kept packed in int8: optimize only blocks "
+            "that stay on a device"
+        )
+    if inside := [name for name in hooks if name]:
+        raise UnsupportedInputError(
+            f"{what} on {len(inside)} modules inside of it, such as {inside[0]}, which "
+            "torch.compile cannot trace: optimize blocks that are on one device each, one by one "
+            "and without the hooks inside of them (docs/recipes/accelerate.md)"
+        )
+
+
 def fills_cache(kwargs: Mapping[str, Any]) -> bool:
     """Does a call with these arguments decode token by token, with a key/value cache?"""
     return bool(kwargs.get("use_cache")) or kwargs.get("past_key_values") is not None

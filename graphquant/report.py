@@ -24,20 +24,21 @@ class Quiet(str):
     __slots__ = ()
 
 
-class OfMachine(str):
-    """A note about this machine, a WARNING the first time that a process logs it, then INFO."""
+class Once(str):
+    """A note that is a WARNING the first time that a process logs it, then INFO: about this machine
+    or a whole model, not about a graph."""
 
     __slots__ = ()
 
 
-_said: set[str] = set()  # notes about this machine
+_said: set[str] = set()  # of these notes
 
 
 def log_notes(notes: Iterable[str], log: logging.Logger) -> None:
     for note in notes:
-        quiet = isinstance(note, Quiet) or (isinstance(note, OfMachine) and note in _said)
+        quiet = isinstance(note, Quiet) or (isinstance(note, Once) and note in _said)
         log.log(logging.INFO if quiet else logging.WARNING, "%s", note)
-        if isinstance(note, OfMachine):
+        if isinstance(note, Once):
             _said.add(note)
 
 

@@ -31,8 +31,11 @@ os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
 
 NEEDS_GPU = "NOT RUN: needs an NVIDIA GPU and `pytest --device cuda`"
 
+NEEDS_RELEASE = "NOT RUN: installs torch in new environments, `make release` does it"
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--release", action="store_true", help="also install the wheel: minutes, GB")
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where ops run")
 
 
@@ -56,6 +59,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason=NEEDS_GPU))
+    if not config.getoption("--release"):
+        for item in items:
+            if item.get_closest_marker("release"):
+                item.add_marker(pytest.mark.skip(reason=NEEDS_RELEASE))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -414,8 +414,7 @@ def test_machine_without_kernels_runs_in_float_with_that_reason(
     x: Tensor, model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a CUDA graph where Triton is not installed. (Here the CPU is said to be like that.)"""
-    monkeypatch.setattr(eligibility, "NEED_KERNELS", ("cpu", "cuda"))
-    monkeypatch.setattr(eligibility, "missing", lambda: "triton is not installed")
+    monkeypatch.setattr(eligibility, "no_kernels", lambda device: "triton is not installed")
     reports: list[Report] = []
     assert torch.equal(int8(model, reports)(x), model(x))
     assert reports[0].reasons() == {"triton is not installed": 2}

@@ -38,6 +38,9 @@ INDEX = "tests/ops/test_token_index.py"
 VARLEN = "tests/ops/test_varlen_attention.py -k 'float64 and"
 MASKS = "tests/passes/test_masked_attention.py"
 GRADIENTS = "tests/test_gradients.py"
+NOTES = "tests/passes/test_notes.py -k 'known or old'"
+ACCELERATE = "tests/test_accelerate.py -k 'hook_of or come_after or inside or offloaded'"
+PROGRESS = "tests/test_progress.py"
 
 
 def _in(file: str, *changes: tuple[str, str, str, str]) -> list[Mutant]:
@@ -124,6 +127,27 @@ MUTANTS: Sequence[Mutant] = (
         ("if node in state.needs_gradient:", "if False:", "training", GRADIENTS),
         ('state.constants:\n        return "its weight', 'set():\n        return "its weight',
          "every linear is ineligible", LINEAR),
+    ),
+    *_in(
+        "ops/runtime/chips.py",
+        ("gpu.int8 < gpu.bf16", "False", "slow int8", NOTES),
+        ("if sm >= OLDEST:", "if True:", "a GPU that is too old", NOTES),
+    ),
+    *_in(
+        "parts.py",
+        ("if inside := [name for name in hooks if name]:", "if inside := []:", "hooks inside",
+         ACCELERATE),
+        ('getattr(hook, "offload", False)', "False", "offloaded weights", ACCELERATE),
+    ),
+    *_in(
+        "inplace.py",
+        ("(UNHOOKED if is_hooked(module) else _FORWARD", "(_FORWARD", "a hook that still runs",
+         ACCELERATE),
+    ),
+    *_in(
+        "utils/progress.py",
+        ("sys.stderr is not None and sys.stderr.isatty()", "True", "no terminal", PROGRESS),
+        ("        line.leave()", "        pass", "the phase that ended", PROGRESS),
     ),
     *_in(
         "ir/constants.py",

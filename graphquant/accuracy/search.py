@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
-from tqdm import tqdm
 
 from graphquant.accuracy.budget import Metric
 from graphquant.accuracy.calls import Call, copies, preserve_rng
@@ -31,6 +30,7 @@ from graphquant.failure import stage
 from graphquant.ir.captured import Captured
 from graphquant.ir.interpret import Paths
 from graphquant.report import Outcome, Report
+from graphquant.utils.progress import bar
 
 Quality = Callable[
     [frozenset[str]], float
@@ -154,14 +154,14 @@ class Trials:
             comparison.outputs(got, want, masks)
         return metric(comparison.result(Report(())).outputs)
 
-    def search(self, metric: Metric, goal: float, *, progress: bool) -> Found:
+    def search(self, metric: Metric, goal: float, *, progress: bool | None) -> Found:
         costs, known = self.costs(), dict[frozenset[str], float]()
-        with tqdm(desc="fit_budget", unit="run", disable=not progress) as bar:
+        with bar("fit_budget", "run", progress) as shown:
 
             def quality(in_float: frozenset[str]) -> float:
                 if in_float not in known:
                     known[in_float] = self.quality(metric, in_float)
-                    bar.update()
+                    shown.update()
                 return known[in_float]
 
             return search(costs, quality, metric.loss, goal)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -53,9 +52,7 @@ def run(args: argparse.Namespace) -> int:
     budget = None
     if args.budget is not None:
         batches = list(batches)  # read twice
-        budget = graphquant.fit_budget(
-            model, batches, cosine=args.budget, options=chosen, progress=sys.stderr.isatty()
-        )
+        budget = graphquant.fit_budget(model, batches, cosine=args.budget, options=chosen)
         chosen = dict(budget.options)
     report = graphquant.compare(model, batches, options=chosen)
     with page(args) as console:

@@ -44,7 +44,8 @@ from graphquant.ops.cpu import ISA_VARIABLE
 from graphquant.ops.define import Kernel, Op, load_cpu_kernels
 from graphquant.ops.define import missing as missing_kernels
 from graphquant.ops.runtime import build, cache, nvrtc
-from graphquant.ops.runtime.device import processor
+from graphquant.ops.runtime.chips import OLDEST, RAN, never_ran, slow_int8
+from graphquant.ops.runtime.device import gpu_properties, processor
 from graphquant.passes.notes import without_kernels
 from graphquant.passes.policy.speed import slow_on_cpu
 
@@ -53,6 +54,7 @@ PACKAGES = (
     "torchao", "torch-tensorrt",
 )  # fmt: skip
 VARIABLES = ("GRAPHQUANT_", "TORCHINDUCTOR_", "TRITON_", "TORCH_LOGS", "CUDA_VISIBLE_DEVICES")
+INT8_FLAGS = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")  # of /proc/cpuinfo
 NO_GPU = "no NVIDIA GPU"
 NOT_TRIED = "not tried"
 RUNS = "runs"
@@ -114,7 +116,7 @@ def environment(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     found["processor"] = f"{processor()}, {os.cpu_count()} threads"
     found["device"] = _device()
     found["driver"] = _driver()
-    return found
+    return found | _of_gpus()
 
 
 def version(package: str) -> str:
@@ -134,6 +136,19 @@ def _device() -> str:
     return f"{', '.join(names)}; CUDA {torch.version.cuda}"
 
 
+def _of_gpus() -> dict[str, str]:
+    """What is known of each kind of GPU here (docs/hardware.md)."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    found = {}
+    for sm in sorted({gpu_properties(torch.device("cuda", i)).sm for i in devices}):
+        if sm >= OLDEST:
+            why = slow_int8(sm)
+            expected = "" if why is None else f", and rarely the faster one: {why}"
+            found[f"int8 on sm_{sm}"] = f"is measured{expected}"
+        found[f"kernels on sm_{sm}"] = never_ran(sm) or f"all tests have run on {RAN[sm]}"
+    return found
+
+
 def _driver() -> str:
     program = shutil.which("nvidia-smi")
     if program is None:
@@ -146,7 +161,7 @@ def _driver() -> str:
 
 def _builds() -> dict[str, str]:
     """Instruction sets and compilers for the processor and the GPU."""
-    int8 = [n for n in ("avx512_vnni", "avx_vnni", "amx_int8") if n in _flags()]
+    int8 = [n for n in INT8_FLAGS if n in _flags()]
     compilers = [n for n in ("g++", "clang++", "gcc", "clang") if shutil.which(n)]
     return {
         "int8 instructions": ", ".join(int8) or "none known",

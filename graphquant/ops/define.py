@@ -25,6 +25,7 @@ from graphquant.errors import KernelBuildError, UnsupportedInputError
 from graphquant.ops.checks import FLOATS
 from graphquant.ops.numerics import row_stride
 from graphquant.ops.qparams import QParams
+from graphquant.ops.runtime.chips import too_old
 from graphquant.ops.runtime.launch import native, needs_triton, prepare, stream_of
 
 # Library.define + impl costs 3 us a call; torch.library.custom_op 15 to 24.
@@ -476,6 +477,13 @@ def missing() -> str | None:
     except (KernelBuildError, OSError, UnsupportedInputError) as error:
         return str(error)
     return None
+
+
+def no_kernels(device: torch.device) -> str | None:
+    """Why none of our kernels can run on this GPU, or None. On a CPU there is the reference."""
+    if device.type != "cuda":
+        return None
+    return missing() or too_old(device)
 
 
 def _as_tuple(results: Any) -> tuple[Tensor, ...]:

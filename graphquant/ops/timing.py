@@ -24,6 +24,7 @@ from graphquant.ops import cpu
 from graphquant.ops.runtime import cache
 from graphquant.ops.runtime.device import processor
 from graphquant.ops.runtime.launch import unwatched
+from graphquant.utils.progress import measured
 from graphquant.utils.serialization import as_float
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ def times(
     else:
         with torch.cuda.device(device), unwatched():
             found = _time(candidates)
+    measured()
     log.info("%s: %s", question, ", ".join(f"{n} {t:.1f} us" for n, t in found.items()))
     failed = {name: -1.0 for name in candidates if name not in found}
     _store(question, device, {**(known or {}), **found, **failed})

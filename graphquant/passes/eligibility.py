@@ -23,7 +23,7 @@ from graphquant.ir.graph import (
 from graphquant.ir.paths import linear_path
 from graphquant.ir.rows import rows, width
 from graphquant.ops.checks import FLOATS
-from graphquant.ops.define import missing
+from graphquant.ops.define import no_kernels
 from graphquant.ops.int8_linear.op import MAX_K
 from graphquant.passes.flops import other_products
 from graphquant.passes.rules.patch_linear import PatchLinear
@@ -32,7 +32,6 @@ from graphquant.report import Outcome
 
 NEEDS_GRADIENT = "its result can need a gradient"
 DEVICES = ("cpu", "cuda")
-NEED_KERNELS = ("cuda",)  # device types without a fallback to the reference
 
 
 def enter_all(state: RewriteState, captured: Captured) -> None:
@@ -98,9 +97,9 @@ def _ineligible(state: RewriteState, captured: Captured, node: Node, path: str) 
         return NEEDS_GRADIENT
     if dtype(node) not in FLOATS or dtype(x) not in FLOATS or dtype(weight) not in FLOATS:
         return f"computes in {str(dtype(node)).removeprefix('torch.')}"
-    if (device := node.meta["val"].device.type) not in DEVICES:
-        return f"graphquant has no kernels for {device}"
-    if device in NEED_KERNELS and (why := missing()) is not None:
+    if (device := node.meta["val"].device).type not in DEVICES:
+        return f"graphquant has no kernels for {device.type}"
+    if (why := no_kernels(device)) is not None:
         return why
     if len(shape(weight)) != 2:
         return f"its weight has {len(shape(weight))} dims, not two"

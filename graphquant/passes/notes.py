@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import torch
 from torch.fx import Graph, Node
 
 from graphquant.config import matches
@@ -14,12 +15,16 @@ from graphquant.ir.graph import LINEAR, calls, full_args
 from graphquant.ops import OPS, cpu, int8_linear
 from graphquant.ops.define import Op
 from graphquant.ops.int8_linear import onednn
+from graphquant.ops.runtime.chips import never_ran, slow_int8
+from graphquant.ops.runtime.device import gpu_properties
 from graphquant.passes.eligibility import NEEDS_GRADIENT
 from graphquant.passes.policy.accuracy import AccuracyGate
 from graphquant.passes.policy.smoothquant import NO_NORM
 from graphquant.passes.policy.speed import NO_KERNELS
 from graphquant.passes.state import RewriteState
-from graphquant.report import OfMachine, Outcome, Pattern, Quiet, Report
+from graphquant.report import Once, Outcome, Pattern, Quiet, Report
+
+HOOKS = "accelerate/hooks.py"  # in the stack of what they call
 
 
 def patterns_of(state: RewriteState) -> Iterator[Pattern]:
@@ -34,6 +39,16 @@ def may_match_elsewhere(pattern: Pattern, captured: Captured) -> bool:
     return any(matches(pattern.pattern, path) for path in captured.elsewhere)
 
 
+def hook_notes(graph: Graph) -> Iterator[str]:
+    """That the graph is a fragment of a model, between hooks of accelerate."""
+    if any(HOOKS in n.meta.get("stack_trace", "") for n in graph.nodes):
+        yield Once(
+            "hooks of accelerate (device_map, dispatch_model, cpu_offload, disk_offload) interrupt "
+            "the model at each of its modules, and what torch.compile cannot see stays float: "
+            "optimize blocks without hooks inside of them, see docs/recipes/accelerate.md"
+        )
+
+
 def training_notes(captured: Captured) -> Iterator[str]:
     if training := captured.training:
         which = "the model is" if "" in training else f"{len(training)} of its modules are"
@@ -42,9 +57,11 @@ def training_notes(captured: Captured) -> Iterator[str]:
         yield Quiet(note) if captured.grad_enabled else note  # no warning during training
 
 
-def with_cpu_notes(report: Report, captured: Captured) -> Report:
-    """The report, with notes on int8 that is slow where the graph runs, on this machine's CPU."""
-    return replace(report, notes=(*report.notes, *_cpu_notes(report, captured.gm.graph)))
+def with_machine_notes(report: Report, captured: Captured) -> Report:
+    """The report, with notes on int8 where the graph runs: on this machine's CPU and GPUs."""
+    graph = captured.gm.graph
+    found = (*_cpu_notes(report, graph), *_gpu_notes(graph))
+    return replace(report, notes=(*report.notes, *found))
 
 
 def without_kernels() -> str:
@@ -60,14 +77,27 @@ def _cpu_notes(report: Report, graph: Graph) -> Iterator[str]:
     if not nodes and not slower:
         return
     if (why := cpu.missing()) is not None:
-        yield OfMachine(f"int8 on this CPU is left to {without_kernels()}: {why}")
+        yield Once(f"int8 on this CPU is left to {without_kernels()}: {why}")
         return
     if not cpu.library().isa.has_dot and any(n.target is int8_linear.target for n in nodes):
-        yield OfMachine(f"{cpu.NO_DOT}: int8, as select='always' asks for, is not faster")
+        yield Once(f"{cpu.NO_DOT}: int8, as select='always' asks for, is not faster")
     every = Counter((ours[n.target].name, _refusal(ours[n.target], n)) for n in nodes)  # type: ignore[index]
     for (name, refusal), count in every.items():
         if refusal is not None:
             yield f"{count} of the calls of {name} are computed by PyTorch's operators: {refusal}"
+
+
+def _gpu_notes(graph: Graph) -> Iterator[str]:
+    """What is known of int8 on the GPUs that compute linears."""
+    if not torch.cuda.is_available():  # a graph that another machine will run
+        return
+    linears = calls(graph, lambda n: n.target in (LINEAR, int8_linear.target))
+    devices = {n.all_input_nodes[0].meta["val"].device for n in linears}
+    for sm in sorted({gpu_properties(d).sm for d in devices if d.type == "cuda"}):
+        if (why := slow_int8(sm)) is not None:
+            yield Once(f"{why}: int8 is rarely the faster one")
+        if (why := never_ran(sm)) is not None:
+            yield Quiet(why)
 
 
 def _device(node: Node) -> str:
@@ -86,7 +116,7 @@ def _left_in_float(linears: Sequence[Outcome]) -> Iterator[str]:
     if reasons and not any(o.int8 for o in linears):
         (why,) = reasons
         because = f" ({cpu.missing()})" if why == NO_KERNELS else ""
-        yield OfMachine(f"{why}: every linear stays float{because}")
+        yield Once(f"{why}: every linear stays float{because}")
 
 
 def _not_smoothed(linears: Sequence[Outcome]) -> Iterator[str]:

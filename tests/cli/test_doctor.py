@@ -20,6 +20,7 @@ from graphquant.ops import OPS, cpu, load_kernels
 from graphquant.ops.cpu import ISA_VARIABLE
 from graphquant.ops.define import Kernel
 from graphquant.ops.int8_linear import onednn
+from graphquant.ops.runtime.device import GpuProperties
 from tests.processes import ROOT
 
 
@@ -63,6 +64,23 @@ def test_without_a_trial_nothing_is_compiled(
     assert cli.main(["doctor", "--no-trial"]) == 0
     assert "a layer in int8" not in capsys.readouterr().out
     assert cli.main(["doctor"]) == 1  # what fails is the exit code
+
+
+def test_it_says_what_is_known_of_each_kind_of_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = [GpuProperties(sm, 132, 232_448) for sm in (90, 103, 75, 103)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(doctor, "gpu_properties", lambda device: gpus[device.index])
+    slow = "int8 tensor cores of sm_103 (B300, GB300) have 1/30 of fp8's and 1/15 of bfloat16's"
+    assert doctor._of_gpus() == {
+        "kernels on sm_75": "graphquant's kernels need sm_80 or later",
+        "int8 on sm_90": "is measured",
+        "kernels on sm_90": "all tests have run on an H200",
+        "int8 on sm_103": f"is measured, and rarely the faster one: {slow} throughput",
+        "kernels on sm_103": (
+            "graphquant's kernels compile for sm_103, but were never run on such a GPU"
+        ),
+    }
 
 
 @pytest.fixture(scope="module")

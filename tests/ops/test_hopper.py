@@ -14,10 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphquant.errors import KernelBuildError
+from graphquant.ops.attention import hopper as attention_hopper
 from graphquant.ops.int8_linear import hopper, hopper_tiles
 from graphquant.ops.int8_linear.hopper_tiles import SHARED, TILES, HopperTile, choose, descriptors
-from graphquant.ops.int8_linear.tiled import Problem, _random
+from graphquant.ops.int8_linear.tiled import Operands, Problem, _random
 from graphquant.ops.numerics import padded
+from graphquant.ops.runtime.chips import COMPILED
+from graphquant.ops.runtime.device import GpuProperties
+from graphquant.ops.varlen_attention import hopper as varlen_hopper
 from tests.ops.bounds import needs_nvrtc
 from tests.ops.offline import CUOBJDUMP
 
@@ -77,6 +81,29 @@ def test_the_number_of_rows_is_one_argument_more_of_another_specialization(
     assert key_n == (TILES[1], "bfloat16", "none", True, True, CPU) and shape_n == shape
     assert params_n[-1] == ("pointer", n) and len(params_n) == len(params) + 1
     assert params_n[4:-1] == params[4:] and len(params) == 15
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("sm", [sm for sm in COMPILED if sm > hopper.ONLY])
+def test_a_newer_gpu_cannot_compile_the_hopper_kernel_and_is_refused(
+    sm: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its instructions exist on sm_90a only, so nothing else may ever be asked to compile it."""
+    with monkeypatch.context() as there:
+        there.setattr("graphquant.ops.hopper.SM", sm)
+        with pytest.raises(KernelBuildError, match=f"sm_{sm}a"):
+            hopper.cubin(TILES[0], "bfloat16", "none", residual=False)
+    gpu = GpuProperties(sm, PROCESSORS, SHARED)
+    for module in (hopper, attention_hopper, varlen_hopper):
+        monkeypatch.setattr(module, "gpu_properties", lambda device: gpu)
+    o = Operands(*(torch.empty(16, 16, device="meta"),) * 6, None, None, None)
+    q = torch.empty(1, 1, 16, 64, device="meta")
+    for refusal in (
+        hopper._refuses(o, torch.bfloat16),
+        attention_hopper.refuses_heads(q, q, q),
+        varlen_hopper._refuses(q, q, q, None, None, None, 1.0, 16),
+    ):
+        assert refusal == f"the device is sm_{sm}, this one is for sm_90 alone"
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)

@@ -13,15 +13,24 @@ from typing import Any
 
 import pytest
 
+from graphquant.ops.int8_linear import tiles
+from graphquant.ops.runtime.chips import COMPILED, GPUS, RAN
+from graphquant.ops.runtime.device import GpuProperties
 from graphquant.ops.triton_rows import row_config
 
-SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes one program may have
+# bytes one program may have: the table of technical specifications by compute capability in the
+# CUDA C++ programming guide
+SHARED = {
+    80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448, 120: 101_376
+}  # fmt: skip
 # Bytes of stack: Triton 3.6 spills up to 216 in the epilogue of int8_linear's largest tile.
 SPILT = 0 if version("triton") >= "3.7" else 256
+# The Triton 3.7.1 of our pins spills up to 40 in attention over ragged text on sm_120.
+SPILT_BY = {120: 64}
 
 
 # `make test` compiles for Hopper alone
-ARCHITECTURES = [pytest.param(sm, marks=() if sm == 90 else pytest.mark.slow) for sm in SHARED]
+ARCHITECTURES = [pytest.param(sm, marks=() if sm == 90 else pytest.mark.slow) for sm in COMPILED]
 
 
 @functools.cache
@@ -39,8 +48,22 @@ def _compiled(sm: int) -> tuple[dict[str, Any], ...]:
 def test_every_kernel_compiles_without_spills(sm: int) -> None:
     kernels = _compiled(sm)
     assert len(kernels) > 20
-    assert not [k for k in kernels if k["stack"] > SPILT or k["local"]]
-    assert not [k for k in kernels if k["shared"] > SHARED[sm]]
+    most = max(SPILT, SPILT_BY.get(sm, 0))
+    assert not [k for k in kernels if k["stack"] > most or k["local"]]
+    gpu = GpuProperties(sm, 100, SHARED[sm])
+    not_offered = {
+        str(tile)
+        for table in (tiles.TMA, tiles.TMA_FLOAT32, tiles.POINTER)
+        for tile in {*table} - {*tiles.fitting(table, gpu)}
+    }
+    offered = [k for k in kernels if not any(tile in k["name"] for tile in not_offered)]
+    assert len(offered) > 20
+    assert not [k for k in offered if k["shared"] > SHARED[sm]]
+
+
+def test_what_is_said_of_a_gpu_names_every_one_that_is_compiled_for() -> None:
+    assert set(COMPILED) == set(SHARED) >= {gpu.sm for gpu in GPUS}
+    assert set(RAN) <= set(COMPILED)
 
 
 @pytest.mark.parametrize("sm", ARCHITECTURES)
@@ -68,9 +91,12 @@ def test_the_order_of_a_rows_sums_does_not_depend_on_where_rows_start(sm: int) -
 @pytest.mark.parametrize(
     ("sm", "instruction"),
     [
-        pytest.param(80, "mma.sync.aligned.m16n8k32", marks=pytest.mark.slow),
         (90, "wgmma.mma_async"),
-        pytest.param(100, "mma.sync.aligned", marks=pytest.mark.slow),
+        *(
+            pytest.param(sm, "mma.sync.aligned.m16n8k32", marks=pytest.mark.slow)
+            for sm in COMPILED
+            if sm != 90
+        ),
     ],
 )
 def test_int8_linear_multiplies_int8_on_tensor_cores(sm: int, instruction: str) -> None:

@@ -1,4 +1,4 @@
-"""The notes on int8 on a CPU: none where it is fast, and why where it is not."""
+"""The notes on int8 on a CPU or a GPU: none where it is fast, and why where it is not."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import graphquant
 from graphquant import report
-from graphquant.ops import cpu
+from graphquant.ops import cpu, define
 from graphquant.ops.int8_linear import onednn
 from graphquant.ops.numerics import ACTIVATIONS, Activation
+from graphquant.ops.runtime import chips
+from graphquant.ops.runtime.device import GpuProperties
+from graphquant.passes import notes
 from graphquant.passes.policy import speed
 from tests.passes.graphs import Model, compiled
 
@@ -156,3 +161,43 @@ def test_without_a_dot_product_siblings_are_still_stacked(
     siblings = Model(lambda m, x: m.a(x) * m.b(x), a=nn.Linear(32, 8), b=nn.Linear(32, 8))
     found = compiled(siblings, x, select="faster").report
     assert found.counts() == {"stack_siblings": 2} and found.coverage == 0.0
+
+
+@pytest.mark.parametrize(
+    ("sm", "said"),
+    [
+        (90, ()),
+        (103, ("1/30 of fp8's and 1/15 of bfloat16's throughput: int8 is rarely", "never run on")),
+        (120, ("compile for sm_120, but were never run on such a GPU",)),
+        (110, ("never compiled for sm_110, nor run",)),
+    ],
+)
+def test_what_is_known_of_a_gpu_is_noted(
+    sm: int, said: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph is on a GPU that is not there: tensors are fake, and so are its properties."""
+    with FakeTensorMode():
+        x, w = torch.empty(2, 3, device="cuda"), torch.empty(4, 3, device="cuda")
+        gm = make_fx(lambda x, w: nn.functional.linear(x, w), pre_dispatch=True)(x, w)
+    assert not list(notes._gpu_notes(gm.graph)), "a graph for another machine"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(notes, "gpu_properties", lambda device: GpuProperties(sm, 132, 232_448))
+    found = list(notes._gpu_notes(gm.graph))
+    assert len(found) == len(said)
+    assert all(words in note for words, note in zip(said, found, strict=True))
+    assert all(isinstance(n, report.Quiet) == ("never" in n) for n in found)
+
+
+def test_a_gpu_that_is_too_old_is_refused_with_that_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = torch.device("cuda:0")
+    assert chips.too_old(device) is None, "without a GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(define, "missing", lambda: None)
+    for sm in (75, 80):
+        found = GpuProperties(sm, 40, 65_536)
+        monkeypatch.setattr(chips, "gpu_properties", lambda device, found=found: found)
+        why = "the GPU is sm_75, graphquant's kernels need sm_80 or later" if sm == 75 else None
+        assert define.no_kernels(device) == why
+        assert define.no_kernels(torch.device("cpu")) is None

@@ -23,6 +23,7 @@ from graphquant.errors import KernelBuildError, OptionError, UnsupportedInputErr
 from graphquant.ops.numerics import row_stride
 from graphquant.ops.qparams import QParams
 from graphquant.ops.runtime.build import extension
+from graphquant.utils.progress import phase
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,8 @@ def library() -> Library:
     reasons: dict[str, list[str]] = {}  # why not -> instruction sets
     for isa in _candidates():
         try:
-            module = build(isa)
+            with phase(f"building CPU kernels for {isa.name}"):
+                module = build(isa)
         except (KernelBuildError, ImportError) as why:
             log.debug("no kernels for %s: %s", isa.name, why)
             reasons.setdefault(str(why), []).append(isa.name)

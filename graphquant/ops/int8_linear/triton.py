@@ -15,11 +15,10 @@ from graphquant.ops.int8_linear.tiled import Operands, Problem, Tiled, tiled
 from graphquant.ops.int8_linear.tiles import Tile
 from graphquant.ops.int8_linear.triton_tile import dequantize, tile_of
 from graphquant.ops.numerics import ALIGN, empty_rows, padded, row_stride, vectors
+from graphquant.ops.runtime.chips import OLDEST
 from graphquant.ops.runtime.device import gpu_properties
 from graphquant.ops.runtime.launch import launch_triton
 from graphquant.ops.triton_util import as_rows, misaligned, unit_of
-
-OLDEST = 80  # Ampere: int8 tensor cores with asynchronous copies
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -19,6 +19,7 @@ import torch
 
 from graphquant.errors import KernelBuildError
 from graphquant.ops.runtime import cache
+from graphquant.utils.progress import phase
 
 Call = Callable[..., int]
 
@@ -41,7 +42,8 @@ def compile_cubin(
     key = hashlib.sha256(made_from.encode()).hexdigest()
     cubin = cache.get(key, "kernel.cubin", checked=True)
     if cubin is None:
-        cubin = _compile(source, options, headers)
+        with phase("compiling CUDA kernels"):
+            cubin = _compile(source, options, headers)
         cache.put(key, "kernel.cubin", cubin, checked=True)
     return cubin
 

@@ -18,6 +18,7 @@ from graphquant.config import Config, strict
 from graphquant.failure import what_failed, what_to_do
 from graphquant.ir.captured import Captured
 from graphquant.ir.graph import LINEAR, hints
+from graphquant.ops.define import no_kernels
 from graphquant.passes.padding.attention import Attention, find_attentions
 from graphquant.passes.padding.evaluation import Evaluation, Kept, told
 from graphquant.passes.padding.masks import Form, Masks, PaddingMask
@@ -78,6 +79,8 @@ def _plans(captured: Captured) -> Iterator[tuple[Plan, tuple[str, ...]]]:
     planned: list[Plan] = []
     for key, attentions in understood.items():
         mask = PaddingMask(*key, exact[key])
+        if missing := no_kernels(mask.node.meta["val"].device):
+            raise Kept(missing)
         B, S = hints(mask.node)
         if B < 1 or S < 2:
             raise Kept("sentences have one token at most")
