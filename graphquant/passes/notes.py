@@ -42,6 +42,15 @@ def training_notes(captured: Captured) -> Iterator[str]:
         yield Quiet(note) if captured.grad_enabled else note  # no warning during training
 
 
+def shard_notes(captured: Captured) -> Iterator[str]:
+    """That sizes in the report are those of shards."""
+    if captured.shards is not None and (n := captured.shards.linears):
+        yield Quiet(
+            f"{n} linears have weights sharded over processes (DTensor): N and K are those of this "
+            "process's shards, and each process quantizes its own"
+        )
+
+
 def with_cpu_notes(report: Report, captured: Captured) -> Report:
     """The report, with notes on int8 that is slow where the graph runs, on this machine's CPU."""
     return replace(report, notes=(*report.notes, *_cpu_notes(report, captured.gm.graph)))

@@ -31,7 +31,7 @@ from graphquant.passes.layout import restore_layouts
 from graphquant.passes.masked_attention import choose_masked_kernels
 from graphquant.passes.masks import drop_empty_masks
 from graphquant.passes.normalize import merge_equal_views, normalize
-from graphquant.passes.notes import may_match_elsewhere, notes_of, patterns_of, training_notes
+from graphquant.passes.notes import may_match_elsewhere, notes_of, patterns_of, shard_notes, training_notes
 from graphquant.passes.padding.limit_rows import limit_rows, shares_of_rows
 from graphquant.passes.padding.remove import remove_padding
 from graphquant.passes.policy.accuracy import AccuracyGate
@@ -149,6 +149,7 @@ def rewrite(
         notes = (
             *notes_of(state, accuracy),
             *training_notes(captured),
+            *shard_notes(captured),
             *padding,
             *(p.note for p in missed),
         )
