@@ -235,6 +235,12 @@ def local_of(value: Any) -> Any:
     return local.wait() if hasattr(local, "wait") else local  # of a collective that is under way
 
 
+def mesh_of(value: Any) -> Any:
+    """The device mesh of a DTensor. Dynamo's fake DTensors have a stand-in for it in 2.13, and the
+    mesh itself in 2.11."""
+    return getattr(value.device_mesh, "real_obj", value.device_mesh)
+
+
 def with_local(value: Any, local: Any) -> Any:
     """A DTensor like this one with another local tensor; `local` itself if this is none.
 

@@ -106,7 +106,7 @@ def from_dynamo(
     places = Places(_being_compiled() if root is None else root)
     places.mark(retraced)
     captured = Captured(retraced, fake_mode, {}, {}, grad_enabled=torch.is_grad_enabled())
-    captured.shards = local and local.shards
+    captured.shards = None if local is None else local.shards
     for node in retraced.graph.find_nodes(op="get_attr"):
         value = getattr(retraced, str(node.target), None)
         if isinstance(value, Tensor):  # torch.tensor([1.0]) in the forward

@@ -12,8 +12,12 @@ operator is left to DTensor's own sharding rules, and what they run is recorded.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -28,6 +32,7 @@ from graphquant._torch import (
     HigherOrderOperator,
     is_dtensor,
     local_of,
+    mesh_of,
     tree_leaves,
     with_local,
 )
@@ -52,7 +57,7 @@ def localized(gm: GraphModule, example_inputs: Sequence[Any]) -> Local | None:
     """The local graph; None if there is no DTensor in this one, which is not changed.
 
     Raises CaptureError for what cannot be told from one process's shards: a gradient, random
-    numbers, sizes of DTensors that vary and are inputs or results.
+    numbers, sizes that vary of DTensors that are inputs or in which a result is sharded.
     """
     if not any(_has_dtensor(n) for n in gm.graph.nodes):
         return None
@@ -76,6 +81,8 @@ class _Localizer:
             if not isinstance(n.meta[_VALUE], (Tensor, int, float, torch.SymInt, torch.SymFloat))
         }
         self._inputs = inputs
+        self._deferred: set[Node] = set()  # recorded with what reads them
+        self._constants: dict[str, Tensor] = {}
         self._linears = 0
         values = (n.meta.get(_VALUE) for n in gm.graph.nodes)
         fakes = (local_of(v) for v in values if isinstance(v, Tensor))
@@ -93,10 +100,24 @@ class _Localizer:
                 self._new[node] = self._desugared(node)
         kept = tuple(i for i, n in enumerate(self._inputs) if n not in self._objects)
         self._graph.lint()
-        made = GraphModule(self._gm, self._graph)
+        made = GraphModule(dict(self._attributes()), self._graph)
         made.meta.update(self._gm.meta)
         sharded = frozenset(i for i, at in enumerate(kept) if _has_dtensor(self._inputs[at]))
-        return Local(made, Shards(kept, sharded, wrapped, self._linears))
+        return Local(made, Shards(kept, sharded, wrapped, self._linears, self._groups()))
+
+    def _groups(self) -> frozenset[str]:
+        values = chain.from_iterable(tree_leaves(n.meta.get(_VALUE)) for n in self._gm.graph.nodes)
+        meshes = {id(mesh_of(v)): mesh_of(v) for v in values if is_dtensor(v)}
+        groups = chain.from_iterable(mesh.get_all_groups() for mesh in meshes.values())
+        return frozenset(group.group_name for group in groups)
+
+    def _attributes(self) -> Iterator[tuple[str, Any]]:
+        """What the local graph reads by name."""
+        for node in self._graph.nodes:
+            if node.op in ("get_attr", "call_module"):
+                name = str(node.target)
+                of_model = name not in self._constants
+                yield name, attrgetter(name)(self._gm) if of_model else self._constants[name]
 
     def _is_on_dtensors(self, node: Node) -> bool:
         return any(map(_has_dtensor, (node, *node.all_input_nodes)))
@@ -112,8 +133,8 @@ class _Localizer:
         return copy
 
     def _local_node(self, node: Node) -> Any:
-        if node in self._objects:
-            raise CaptureError(f"{node.name} is read by an operator on plain tensors")
+        if node in self._objects or node in self._deferred:
+            raise CaptureError(f"{node.name} is read by an operator on plain tensors, or a result")
         return self._new[node]
 
     def _output(self, node: Node) -> dict[int, Callable[[Any], Any]]:
@@ -138,6 +159,9 @@ class _Localizer:
                 f"{node.name}, a DTensor or made from one, can need a gradient: for inference, "
                 "call the model under torch.inference_mode() or torch.no_grad()"
             )
+        if _has_state(value):
+            self._deferred.add(node)
+            return None
         if (same := self._unchanged(node, value)) is not None:
             return self._new[same]
         if node.target is F.linear and (new := self._linear(node)) is not None:
@@ -152,25 +176,26 @@ class _Localizer:
         if len(tensors) != 1 or not isinstance(value, Tensor):
             return None
         (given,) = tensors
-        before = given.meta[_VALUE]
-        name = getattr(node.target, "__name__", node.target)
-        if node.op == "call_method" and name == "redistribute":
-            same = is_dtensor(before) and before.placements == value.placements
-            return given if same and before.device_mesh == value.device_mesh else None
-        to_local = node.op == "call_method" and name == "to_local"
-        from_local = name in ("from_local", "prim_from_local") and not _checks(node)
-        return given if to_local or from_local else None
+        before, after = given.meta[_VALUE], value
+        name = str(getattr(node.target, "__name__", node.target)).removeprefix("prim_")
+        if name == "redistribute":
+            same = is_dtensor(before) and is_dtensor(after) and _layout(before) == _layout(after)
+            return given if same else None
+        local = name == "to_local" or (name == "from_local" and not node.kwargs.get("run_check"))
+        return given if local else None
 
     def _linear(self, node: Node) -> Node | None:
         """F.linear of local tensors, if the placements are known. Partial sums: see _bias."""
         x, weight, bias = _bound(node, ("input", "weight", "bias"))
         self._linears += is_dtensor(weight.meta[_VALUE]) and not _is_replicated(weight.meta[_VALUE])
-        operands = [None if n is None else n.meta[_VALUE] for n in (x, weight, bias)]
-        if not all(v is None or is_dtensor(v) for v in operands):
+        operands = [n.meta[_VALUE] for n in (x, weight, bias) if n is not None]
+        if not all(map(is_dtensor, operands)):
             return None
-        every = zip(*(_placements(v, operands[0]) for v in operands), strict=True)
-        rank = operands[0].dim()
-        results = [_linear_placement(*placements, rank) for placements in every]
+        every = [v.placements for v in operands]
+        if bias is None:
+            every.append((None,) * len(every[0]))
+        last = operands[0].dim() - 1
+        results = [_linear_placement(*each, last=last) for each in zip(*every, strict=True)]
         value = node.meta[_VALUE]
         if None in results or tuple(results) != tuple(value.placements):
             return None
@@ -181,7 +206,7 @@ class _Localizer:
     def _bias(self, bias: Node, result: Any) -> Node:
         """The bias, divided by the number of partial sums: each process adds its part, as with
         DTensor's own rule, so that it counts once in their sum."""
-        mesh = result.device_mesh
+        mesh = mesh_of(result)
         parts = 1
         for dim, placement in enumerate(result.placements):
             parts *= mesh.size(dim) if placement.is_partial() else 1
@@ -209,6 +234,21 @@ class _Localizer:
         args, kwargs = map_arg((node.args, node.kwargs), self._local_node)
         return self._call(node, node.target, args, kwargs)
 
+    def _constant(self, node: Node, value: Any) -> Node:
+        """A tensor of numbers that DTensor's rules make themselves, such as a zero."""
+        if isinstance(value, FakeTensor) or not isinstance(value, Tensor):
+            raise CaptureError(f"{node.name}, on DTensors, was computed from no input")
+        name = f"_of_dtensors{len(self._constants)}"
+        self._constants[name] = value
+        made = self._graph.create_node("get_attr", name)
+        made.meta = {**node.meta, _VALUE: value}
+        return made
+
+    def _with_deferred(self, node: Node) -> list[Node]:
+        """The deferred operators that this one reads, in order, and itself."""
+        before = [self._with_deferred(n) for n in node.all_input_nodes if n in self._deferred]
+        return [*dict.fromkeys(chain.from_iterable(before)), node]
+
     def _call(self, node: Node, target: Any, args: Any, kwargs: Any = None) -> Node:
         made = self._graph.call_function(target, args, kwargs)
         made.meta = {**node.meta, _VALUE: local_of(node.meta[_VALUE])}
@@ -216,16 +256,22 @@ class _Localizer:
 
     def _recorded(self, node: Node) -> Any:
         """What DTensor's own rules run on local tensors, recorded."""
-        inputs = [n for n in node.all_input_nodes if n not in self._objects]
+        steps = self._with_deferred(node)
+        read = dict.fromkeys(i for step in steps for i in step.all_input_nodes)
+        inputs = [n for n in read if n not in self._objects and n not in self._deferred]
         examples = [n.meta[_VALUE] for n in inputs]
 
         def on_local(*local: Any) -> Any:
             wrapped = map(with_local, examples, local)
             values = dict(zip(inputs, wrapped, strict=True)) | self._objects
-            args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-            if node.op == "call_method":
-                return _locals(getattr(args[0], str(node.target))(*args[1:], **kwargs))
-            return _locals(node.target(*args, **kwargs))  # type: ignore[operator]
+            for step in steps:
+                args, kwargs = map_arg((step.args, step.kwargs), values.__getitem__)
+                if step.op == "call_method":
+                    method = getattr(args[0], str(step.target))
+                    values[step] = method(*args[1:], **kwargs)
+                else:
+                    values[step] = step.target(*args, **kwargs)  # type: ignore[operator]
+            return _locals(values[node])
 
         with self._fake_mode, torch.no_grad():
             recorded = make_fx(on_local)(*map(local_of, examples))
@@ -233,7 +279,7 @@ class _Localizer:
         new = {p: self._new[n] for p, n in zip(places, inputs, strict=True)}
         for step in recorded.graph.nodes:
             if step.op == "get_attr":
-                raise CaptureError(f"{node.name}, on DTensors, was computed from no input")
+                new[step] = self._constant(node, getattr(recorded, str(step.target)))
             if is_random(step) and not draws_nothing(step):
                 raise CaptureError(f"{node.name}, on DTensors, draws random numbers")
             if step.op == "call_function":
@@ -251,9 +297,10 @@ def _bound(node: Node, names: Sequence[str]) -> list[Any]:
     ]
 
 
-def _checks(node: Node) -> bool:
-    """Does this from_local exchange its values first?"""
-    return bool(node.kwargs.get("run_check", False))
+def _has_state(value: Any) -> bool:
+    """Is this a DTensor whose placement remembers something of the operator that made it? That of
+    an embedding with a sharded vocabulary does: which tokens the shard has."""
+    return is_dtensor(value) and any(hasattr(p, "mask_buffer") for p in value.placements)
 
 
 def _is_shard(placement: Any) -> bool:
@@ -267,27 +314,25 @@ def _is_replicated(value: Any) -> bool:
     return all(p.is_replicate() for p in value.placements)
 
 
-def _placements(value: Any, like: Any) -> Iterable[Any]:
-    """Of an operand in each dim of the mesh; None for a missing bias."""
-    return [None] * len(like.placements) if value is None else value.placements
+def _layout(value: Any) -> tuple[Any, ...]:
+    return mesh_of(value), value.placements
 
 
-def _linear_placement(x: Any, weight: Any, bias: Any, rank: int) -> Any:
+def _linear_placement(x: Any, weight: Any, bias: Any, *, last: int) -> Any:
     """Placement of x @ weight.T + bias in one dim of the mesh, computed from local tensors without
-    a collective; None if that is not known. `rank` is that of x."""
+    a collective; None if that is not known. `last` is the last dim of x."""
     from torch.distributed.tensor import Partial, Shard
 
     whole = bias is None or bias.is_replicate()
-    last = rank - 1
     if weight.is_replicate() and whole:
-        fits = x.is_replicate() or (_is_shard(x) and x.dim % rank != last)
+        fits = x.is_replicate() or (_is_shard(x) and x.dim % (last + 1) != last)
         return x if fits else None
     if not _is_shard(weight):
         return None
     if weight.dim == 0 and x.is_replicate():  # ColwiseParallel
         fits = bias is None or (_is_shard(bias) and bias.dim == 0)
         return Shard(last) if fits else None
-    if weight.dim == 1 and _is_shard(x) and x.dim % rank == last:  # RowwiseParallel
+    if weight.dim == 1 and _is_shard(x) and x.dim % (last + 1) == last:  # RowwiseParallel
         return Partial() if whole else None
     return None
 
@@ -301,14 +346,22 @@ def _locals(result: Any) -> Any:
 def _wrapping(node: Node) -> Callable[[Any], Any]:
     """What makes the DTensor of a result from its local tensor."""
     value = node.meta[_VALUE]
+    mesh, placements = mesh_of(value), value.placements
+    sizes = {"shape": value.shape, "stride": value.stride()}
     if any(isinstance(n, torch.SymInt) for n in value.shape):
-        raise CaptureError(f"the result {node.name} is a DTensor of varying sizes")
-    mesh, placements = value.device_mesh, value.placements
-    shape, stride = value.shape, value.stride()
+        sizes = {}  # those of the local tensor, times the number of shards
+        if not _is_evenly_sharded(value):
+            raise CaptureError(f"the result {node.name} is a DTensor sharded in varying sizes")
+    return partial(
+        type(value).from_local, device_mesh=mesh, placements=placements, run_check=False, **sizes
+    )
 
-    def wrap(local: Any) -> Any:
-        return type(value).from_local(
-            local, mesh, placements, run_check=False, shape=shape, stride=stride
-        )
 
-    return wrap
+def _is_evenly_sharded(value: Any) -> bool:
+    """Have all processes shards of the same sizes, whatever sizes vary?"""
+    parts = Counter[int]()
+    for dim, placement in enumerate(value.placements):
+        if placement.is_shard():
+            of = placement.dim % value.dim()
+            parts[of] = max(parts[of], 1) * mesh_of(value).size(dim)
+    return all(isinstance(n := value.shape[d], int) and n % k == 0 for d, k in parts.items())

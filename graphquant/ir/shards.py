@@ -17,16 +17,21 @@ class Shards:
     sharded  which of the local graph's inputs are local tensors of DTensors
     wrapped  result number -> makes the DTensor of it from its local tensor
     linears  how many linears have a sharded weight
+    groups   names of the process groups over which tensors are sharded
     """
 
     kept: tuple[int, ...]
     sharded: frozenset[int]
     wrapped: Mapping[int, Callable[[Any], Any]]
     linears: int
+    groups: frozenset[str]
 
     def local(self, args: Sequence[Any]) -> list[Any]:
         """The local graph's inputs, for these inputs of Dynamo's graph."""
-        return [local_of(args[i]) for i in self.kept]
+        given = [args[i] for i in self.kept]
+        for i in self.sharded:
+            given[i] = local_of(given[i])
+        return given
 
     def around(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """What runs Dynamo's graph, made of what runs the local one."""

@@ -31,7 +31,13 @@ from graphquant.passes.layout import restore_layouts
 from graphquant.passes.masked_attention import choose_masked_kernels
 from graphquant.passes.masks import drop_empty_masks
 from graphquant.passes.normalize import merge_equal_views, normalize
-from graphquant.passes.notes import may_match_elsewhere, notes_of, patterns_of, shard_notes, training_notes
+from graphquant.passes.notes import (
+    may_match_elsewhere,
+    notes_of,
+    patterns_of,
+    shard_notes,
+    training_notes,
+)
 from graphquant.passes.padding.limit_rows import limit_rows, shares_of_rows
 from graphquant.passes.padding.remove import remove_padding
 from graphquant.passes.policy.accuracy import AccuracyGate
