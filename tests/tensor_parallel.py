@@ -36,6 +36,7 @@ from transformers import BertConfig, BertModel, InternVLVisionConfig, InternVLVi
 
 import graphquant
 from graphquant._torch import local_of
+from graphquant.ops import quantize
 from graphquant.report import Report
 from graphquant.weights.packed import packed_tensors
 
@@ -426,6 +427,9 @@ def reasons(world: World) -> None:
     model = world.sharded(world.make(Inner), ON_DTENSORS)
     check(model, "a DTensor of varying sizes", *(given(world.x.repeat(n, 1, 1)) for n in (1, 2)))
 
+    with pytest.raises(NotImplementedError, match="sharding strategy"):  # called by hand
+        quantize(given(world.x))
+
     model = world.sharded(world.make(Checkpointed), ON_DTENSORS)
     check(model, "a higher-order op on DTensors", given(world.x))
 
@@ -452,6 +456,14 @@ def tools(world: World) -> None:
     assert error(model(world.ids).last_hidden_state, want) < 0.05
     assert report.coverage == 1
     assert all(calibration.range(linear.path) for linear in report.linears)
+    # a calibration of the whole model, which saw all channels of each row
+    whole = graphquant.calibrate(world.bert(), batches, progress=False)
+    model = world.sharded(again := world.bert(), PARALLEL_BERT, again.encoder.layer)
+    report = graphquant.explain(model, world.ids, options={"calibration": whole, "smooth": "auto"})
+    assert report.coverage == 1
+    assert any("the calibration saw 128 channels, it has 64" in n for n in report.notes)
+    columns = [o for o in report.linears if "output" not in o.path]
+    assert len(columns) == 8 and all(o.smoothed for o in columns), report.summary()
 
 
 def padding(world: World) -> None:
