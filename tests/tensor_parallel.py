@@ -168,8 +168,9 @@ class World:
         torch.manual_seed(0)
         return cls(*args).eval().to(self.device)
 
-    def bert(self) -> BertModel:
-        config = BertConfig(**SIZES, num_attention_heads=4, vocab_size=100, initializer_range=0.1)
+    def bert(self, layers: int = 2) -> BertModel:
+        sizes = {**SIZES, "num_hidden_layers": layers, "vocab_size": 100}
+        config = BertConfig(**sizes, num_attention_heads=4, initializer_range=0.1)
         return self.make(BertModel, config, False)
 
     def vit(self, **options: Any) -> InternVLVisionModel:
@@ -226,29 +227,30 @@ def shards_only(model: nn.Module) -> None:
     assert 2 * kept == sum(m.weight.numel() for m in linears if isinstance(m.weight, DTensor))
 
 
-def bert(world: World, inner: str = "eager") -> None:
+def bert(world: World, inner: str = "eager", layers: int = 2) -> None:
     """Everything about the usual plan, on the usual encoder."""
     model, report = world.compare(
         lambda m: m(world.ids).last_hidden_state,
-        world.bert,
+        lambda: world.bert(layers),
         lambda m: world.sharded(m, PARALLEL_BERT, m.encoder.layer),
-        linears=12,
+        linears=6 * layers,
         inner=inner,
     )
     _, counted = exchanged(lambda: model(world.ids))
-    assert counted == {"c10d::allreduce_": 4}  # two layers: one for attention, one for the MLP
+    assert counted == {"c10d::allreduce_": 2 * layers}  # of attention and of the MLP
     sizes = {o.path: (o.N, o.K) for o in report.linears}
     assert sizes["encoder.layer.0.attention.self.query"] == (64, 128)
-    assert sizes["encoder.layer.1.output.dense"] == (128, 128)
+    assert sizes["encoder.layer.0.output.dense"] == (128, 128)
     rules = {o.path: o.rules for o in report.linears}
     assert rules["encoder.layer.0.attention.self.key"] == ("stack_siblings", "norm_linear")
-    assert rules["encoder.layer.1.output.dense"] == ("act_linear",)
-    assert any("12 linears have weights sharded" in note for note in report.notes), report.notes
+    assert rules["encoder.layer.0.output.dense"] == ("act_linear",)
+    assert any(f"{6 * layers} linears have weights sharded" in n for n in report.notes), (
+        report.notes
+    )
     shards_only(model)
     before = model(world.ids).last_hidden_state
-    model.encoder.layer[1].output.dense.weight.copy_(
-        -model.encoder.layer[1].output.dense.weight
-    )  # a shard, written in place
+    weight = model.encoder.layer[-1].output.dense.weight
+    weight.copy_(-weight)  # each process's shard, in place
     after = model(world.ids).last_hidden_state
     graphquant.restore_(model)
     assert error(after, before) > 0.1
@@ -487,6 +489,7 @@ def padding(world: World) -> None:
 
 CASES = {
     "bert": bert,
+    "bert of one layer": partial(bert, layers=1),
     "bert, Inductor": partial(bert, inner="inductor"),
     "vit": vit,
     "vit, Inductor": partial(vit, inner="inductor"),

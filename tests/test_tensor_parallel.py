@@ -28,11 +28,11 @@ def check(case: str, backend: str, device: str, folder: Path) -> None:
 
 
 def test_bert_over_two_processes(tmp_path: Path) -> None:
-    check("bert", "gloo", "cpu", tmp_path)
+    check("bert of one layer", "gloo", "cpu", tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "device"), DEVICES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "bert of one layer"])
 def test_two_processes(case: str, backend: str, device: str, tmp_path: Path) -> None:
     check(case, backend, device, tmp_path)
