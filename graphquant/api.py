@@ -202,7 +202,7 @@ def compare(
     def take(captured: Captured, gm: GraphModule) -> tuple[Report, Callable[..., Any]]:
         with stage("the pairing of float and int8"):
             pair = Pair(captured, config, paths)
-        return pair.report, lambda *args: active[-1](pair, args)
+        return pair.report, captured.around(lambda *args: active[-1](pair, args))
 
     def run(how: FloatRun | Int8Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         active[:] = [how]
@@ -278,7 +278,7 @@ def calibrate(
     def take(captured: Captured, gm: GraphModule) -> tuple[Report, Callable[..., Any]]:
         with stage("normalize"):
             observed = Observed(captured, paths, add)
-        return Report(()), lambda *args: observed.run(args, masks)
+        return Report(()), captured.around(lambda *args: observed.run(args, masks))
 
     trace = Trace(take, "calibrate")
     before = calibration.batches

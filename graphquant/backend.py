@@ -83,8 +83,10 @@ def _compile_int8(
     with stage("buckets of sizes"):
         buckets, note = find_size_buckets(captured) if config.size_buckets else (None, "")
         report = replace(report, notes=(*report.notes, *filter(None, [note])))
-    owned = [i for i, held in enumerate(belong_to_modules(gm)) if held]
-    return report, _lower(captured, example_inputs, config, owned, buckets)
+    held = captured.local(belong_to_modules(gm))
+    owned = [i for i, is_held in enumerate(held) if is_held]
+    inputs = captured.local(example_inputs)
+    return report, captured.around(_lower(captured, inputs, config, owned, buckets))
 
 
 def _report(config: Config, report: Report) -> None:
@@ -102,8 +104,9 @@ def _lower(
 ) -> Callable[..., Any]:
     """Pack the weights and compile the graph with them as inputs.
 
-    owned    which inputs belong to a module, see PackedInputs
-    buckets  how to pad dynamic sizes, which runs the graph twice now and then
+    example_inputs  of the captured graph
+    owned           which of them belong to a module, see PackedInputs
+    buckets         how to pad dynamic sizes, which runs the graph twice now and then
     """
     graph = captured.gm.graph
     nodes = graph.find_nodes(op="placeholder")
@@ -129,8 +132,8 @@ def _lower(
     on_gpu = any(isinstance(a, Tensor) and a.is_cuda for a in example_inputs)
     twice = can_run_twice(graph)
     # static shapes: a packed weight keeps its shape
-    fakes = _fake(captured, example_inputs, tensors)
-    inputs = [*(example_inputs[i] for i in used), *fakes]
+    fakes = _fake(example_inputs, tensors)
+    inputs = [*(_as_known(captured, example_inputs, i) for i in used), *fakes]
     with stage("the build of kernels"):
         build_kernels(captured.gm)
     with stage(f"inner={config.inner!r}"):
@@ -224,11 +227,20 @@ def _has_tangent(value: Any) -> bool:
     return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
-def _fake(captured: Captured, example_inputs: Sequence[Any], tensors: list[Any]) -> list[Any]:
+def _fake(example_inputs: Sequence[Any], tensors: list[Any]) -> list[Any]:
     mode = detect_fake_mode(example_inputs)
     if mode is None:
         return tensors
     return [mode.from_tensor(t, static_shapes=True) for t in tensors]
+
+
+def _as_known(captured: Captured, example_inputs: Sequence[Any], i: int) -> Any:
+    """An input as the inner backend takes it. Of a DTensor, whose local tensor Dynamo does not
+    know, a fake one with static shapes."""
+    value = example_inputs[i]
+    if captured.shards is None or i not in captured.shards.sharded:
+        return value
+    return _fake(example_inputs, [value])[0]
 
 
 def _refuse_released(

@@ -38,7 +38,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from graphquant._torch import hook_tables, is_compiled
+from graphquant._torch import hook_tables, is_compiled, local_of
 from graphquant.backend import graphquant
 from graphquant.capture.tracing import missing_linears
 from graphquant.config import Config
@@ -172,7 +172,7 @@ def _undo(every: list[_Optimized]) -> None:
     for optimized, m in modules:
         optimized.remove()
         forget(m)
-        move_back(chain(m.parameters(), m.buffers()))
+        move_back(map(local_of, chain(m.parameters(), m.buffers())))
 
 
 def _leave(part: _OptimizedCall, module: nn.Module) -> None:
@@ -182,7 +182,7 @@ def _leave(part: _OptimizedCall, module: nn.Module) -> None:
 
 
 def _refuse_released(module: nn.Module) -> None:
-    if released := [name for name, p in module.named_parameters() if is_released(p)]:
+    if released := [name for name, p in module.named_parameters() if is_released(local_of(p))]:
         raise ReleasedWeightError(
             f"free_weights=True has released {len(released)} weights, such as {released[0]}: "
             "load them first, by module.load_state_dict(values, assign=True)"
@@ -267,12 +267,12 @@ class _Optimized:
         seen: set[Hashable] = set().union(*self._graphs)
         cached, idle = dict[str, None](), dict[str, None]()
         for name, linear in self.module().named_modules():
-            if not isinstance(linear, nn.Linear) or id(linear.weight) in seen:
+            if not isinstance(linear, nn.Linear) or id(local_of(linear.weight)) in seen:
                 continue
             around = [p for p in calls if not p or f"{name}.".startswith(f"{p}.")]
             if any(calls[p].compiled for p in around):
                 continue  # for missing_linears
-            seen.add(id(linear.weight))
+            seen.add(id(local_of(linear.weight)))
             if calls[inner := max(around, key=len)].cached:
                 cached[inner or name] = None
             else:
@@ -430,7 +430,8 @@ class _OptimizedCall:
         optimized, module = self.optimized, self._module()
         assert module is not None
         self._hooks = _hook_dicts(module)  # submodules may have been replaced
-        reads = frozenset(id(v) for v in example_inputs if isinstance(v, nn.Parameter))
+        parameters = (v for v in example_inputs if isinstance(v, nn.Parameter))
+        reads = frozenset(id(local_of(p)) for p in parameters)
 
         def on_report(report: Report) -> None:
             optimized.add(reads, report)

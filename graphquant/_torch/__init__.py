@@ -21,6 +21,7 @@ Attributes of torch's objects that are read where they are needed, all seen in 2
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -213,6 +214,42 @@ def point_at(storage: Any, address: int, device: torch.device) -> None:
 def forbid_writes(t: Tensor) -> None:
     """Make writes to this tensor, and its data_ptr(), raise. 2.11 to 2.13."""
     torch._C._set_throw_on_mutable_data_ptr(t)
+
+
+# DTensors -----------------------------------------------------------------------------------------
+
+
+def is_dtensor(value: object) -> bool:
+    """Is this a torch.distributed.tensor.DTensor? Imports nothing: where that is not loaded, there
+    are none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def local_of(value: Any) -> Any:
+    """The tensor with this process's part of a DTensor, always the same object; of anything else
+    the value itself. 2.11 to 2.13."""
+    if not is_dtensor(value):
+        return value
+    local = value._local_tensor
+    return local.wait() if hasattr(local, "wait") else local  # of a collective that is under way
+
+
+def mesh_of(value: Any) -> Any:
+    """The device mesh of a DTensor. Dynamo's fake DTensors have a stand-in for it in 2.13, and the
+    mesh itself in 2.11."""
+    return getattr(value.device_mesh, "real_obj", value.device_mesh)
+
+
+def with_local(value: Any, local: Any) -> Any:
+    """A DTensor like this one with another local tensor; `local` itself if this is none.
+
+    By the protocol of tensor subclasses that AOTAutograd uses. 2.11 to 2.13."""
+    if not is_dtensor(value):
+        return local
+    names, context = value.__tensor_flatten__()
+    inner = {name: getattr(value, name) for name in names} | {"_local_tensor": local}
+    return type(value).__tensor_unflatten__(inner, context, value.shape, value.stride())
 
 
 # Hardware -----------------------------------------------------------------------------------------

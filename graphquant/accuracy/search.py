@@ -120,7 +120,11 @@ class Trials:
                 here.setdefault(outcome.path, []).append((outcome, outcome.N / width))
         for path, outcomes in here.items():
             self._sites.setdefault(path, outcomes)
-        return pair.report, lambda *args: pair.run_mixed(args, lambda o: o.path in self._int8)
+
+        def run(*args: Any) -> Any:
+            return pair.run_mixed(args, lambda o: o.path in self._int8)
+
+        return pair.report, captured.around(run)
 
     def _run(self, int8: Collection[str]) -> Iterator[dict[str, Tensor]]:
         """What counts in the result of each call."""

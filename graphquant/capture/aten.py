@@ -40,6 +40,7 @@ from graphquant._torch import (
     DisableTorchFunction,
     FakeTensor,
     HigherOrderOperator,
+    local_of,
     sdpa_backends,
     set_sdpa_priority,
     tree_leaves,
@@ -52,6 +53,7 @@ from graphquant._torch.dynamo import (
     on_bytecode,
     reset_code,
 )
+from graphquant.capture.local import localized
 from graphquant.capture.sources import (
     _being_compiled,
     _is_parameter,
@@ -75,10 +77,16 @@ def from_dynamo(
 ) -> Captured | None:
     """Retrace the graph that Dynamo gives a backend. None if the graph has no tensor input.
 
+    With DTensors, the result is the graph of this process's shards, which has other inputs: see
+    Captured.shards.
+
     root  module at which paths begin, by default the one that is being compiled
 
     Raises CaptureError if make_fx cannot trace a value or would drop a side effect.
     """
+    dynamo, owners = gm, example_inputs
+    if (local := localized(gm, example_inputs)) is not None:
+        gm, owners = local.gm, [example_inputs[i] for i in local.shards.kept]
     inputs = gm.graph.find_nodes(op="placeholder")
     fakes = [n.meta["example_value"] for n in inputs]
     fake_mode = next((f.fake_mode for f in fakes if isinstance(f, FakeTensor)), None)
@@ -98,6 +106,7 @@ def from_dynamo(
     places = Places(_being_compiled() if root is None else root)
     places.mark(retraced)
     captured = Captured(retraced, fake_mode, {}, {}, grad_enabled=torch.is_grad_enabled())
+    captured.shards = None if local is None else local.shards
     for node in retraced.graph.find_nodes(op="get_attr"):
         value = getattr(retraced, str(node.target), None)
         if isinstance(value, Tensor):  # torch.tensor([1.0]) in the forward
@@ -105,23 +114,23 @@ def from_dynamo(
             # make_fx leaves a fake tensor of another mode, which cannot be mixed with the others
             node.meta["val"] = fake_mode.from_tensor(value, static_shapes=True)
     placeholders = retraced.graph.find_nodes(op="placeholder")
-    for old, new, value in zip(inputs, placeholders, example_inputs, strict=True):
+    for old, new, value in zip(inputs, placeholders, owners, strict=True):
         copy_source(old, new)
         value = _real(old, value)
         if not isinstance(value, Tensor):
             continue
         captured.inputs[new] = input_name(old)
         if not isinstance(value, FakeTensor):
-            captured.examples[new] = value
+            captured.examples[new] = local_of(value)
         if value.requires_grad:
             captured.differentiable.add(new)
         if _is_parameter(value):
-            captured.parameters[new] = value
+            captured.parameters[new] = local_of(value)
             captured.names[new] = places.tensor(value, _source_name(old))
     captured.training = places.training
     captured.elsewhere = places.elsewhere(captured.parameters.values())
     # CUDA graphs treat parameters as static only if the graph says where its inputs come from
-    retraced.meta.update(gm.meta)
+    retraced.meta.update(dynamo.meta)
     # constants of the forward, such as the 0 of `y[:, 0] = 0`, need a source as well
     constants = (n for n, _ in chain(retraced.named_parameters(), retraced.named_buffers()))
     name_parameters(retraced, constants)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from graphquant._torch import is_compiled, original
+from graphquant._torch import is_compiled, local_of, original
 from graphquant._torch.dynamo import patch_config
 from graphquant.capture.aten import from_dynamo
 from graphquant.capture.fallback import left_in_float, with_fallback
@@ -92,12 +92,12 @@ def root_of(model: Callable[..., Any]) -> nn.Module | None:
 def missing_linears(model: nn.Module | None, seen: Collection[Any]) -> Iterator[str]:
     """A note if linears of the model are in no graph, and so not counted in its coverage.
 
-    seen  ids of the parameters of all graphs
+    seen  ids of the parameters of all graphs, of DTensors those of their local tensors
     """
     if model is None:
         return
     every = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    if missing := [n for n, m in every.items() if id(m.weight) not in seen]:
+    if missing := [n for n, m in every.items() if id(local_of(m.weight)) not in seen]:
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         yield (
             f"{len(missing)} of {len(every)} nn.Linear modules are in no captured graph and not "

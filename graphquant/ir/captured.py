@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from graphquant._torch import FakeTensorMode
+from graphquant.ir.shards import Shards
 
 
 @dataclass
@@ -18,7 +20,7 @@ class Captured:
     gm              pre-dispatch ATen, a fake tensor in `meta["val"]` of every node
     fake_mode       the mode those fake tensors belong to
     parameters      the nodes of parameters and buffers (placeholders or get_attr), with their
-                    real tensors
+                    real tensors; of a DTensor this process's shard
     names           their names in the module, "encoder.layers.0.fc1.weight"
     differentiable  graph inputs that require a gradient
     grad_enabled    whether autograd is on where the graph begins
@@ -26,6 +28,7 @@ class Captured:
     elsewhere       paths of the model's linears that may be in other graphs
     inputs          the names of the model's inputs, "attention_mask"
     examples        values of inputs at compile time, where they are known
+    shards          how the caller's DTensors become inputs of this graph; None if there are none
     inferred        cache of passes/verify.py: what it last inferred for a node, and from what
     """
 
@@ -39,4 +42,13 @@ class Captured:
     elsewhere: frozenset[str] = frozenset()
     inputs: dict[Node, str] = field(default_factory=dict)
     examples: dict[Node, Tensor] = field(default_factory=dict, repr=False)
+    shards: Shards | None = None
     inferred: dict[Node, tuple[Any, Any, Any]] = field(default_factory=dict, repr=False)
+
+    def local(self, args: Sequence[Any]) -> Sequence[Any]:
+        """The inputs of this graph for those of Dynamo's graph."""
+        return args if self.shards is None else self.shards.local(args)
+
+    def around(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """What runs Dynamo's graph, made of what runs this one."""
+        return run if self.shards is None else self.shards.around(run)

@@ -24,6 +24,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from graphquant._torch import local_of
 from graphquant.ir.graph import MODULE
 
 _LOCAL = re.compile(r"^[LG]\[(?:'[^']*'|\"[^\"]*\")\]")
@@ -78,7 +79,8 @@ def moved_path(path: str, old: str, new: str) -> str:
 
 
 class Places:
-    """Names of a model's modules and tensors: several for shared ones.
+    """Names of a model's modules and tensors: several for shared ones. A DTensor and its local
+    tensor have the same ones.
 
     root  what was given to torch.compile; None if that is not a module
     """
@@ -94,10 +96,10 @@ class Places:
                 self._training.append(path)
             for name, tensor in chain(module._parameters.items(), module._buffers.items()):
                 if tensor is not None:
-                    names = self._tensors.setdefault(id(tensor), [])
+                    names = self._tensors.setdefault(key := id(local_of(tensor)), [])
                     names.append(_join(path, name))
                     if tensor.dim() > 1:
-                        self._matrices[id(tensor)] = names
+                        self._matrices[key] = names
 
     @property
     def training(self) -> tuple[str, ...]:
@@ -106,13 +108,13 @@ class Places:
 
     def elsewhere(self, read: Iterable[Tensor]) -> frozenset[str]:
         """The paths of linears with other weights than these."""
-        ids = set(map(id, read))
+        ids = {id(local_of(t)) for t in read}
         others = (names for key, names in self._matrices.items() if key not in ids)
         return frozenset(weight_path(name) for names in others for name in names)
 
     def names(self, tensor: Any) -> list[str]:
         """All names of a parameter or buffer, such as "encoder.layers.0.fc1.weight"."""
-        return self._tensors.get(id(tensor), [])
+        return self._tensors.get(id(local_of(tensor)), [])
 
     def tensor(self, tensor: Tensor, text: str) -> str:
         """The name under which a graph reads this tensor. text: how Dynamo spells it."""

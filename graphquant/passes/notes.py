@@ -57,6 +57,15 @@ def training_notes(captured: Captured) -> Iterator[str]:
         yield Quiet(note) if captured.grad_enabled else note  # no warning during training
 
 
+def shard_notes(captured: Captured) -> Iterator[str]:
+    """That sizes in the report are those of shards."""
+    if captured.shards is not None and (n := captured.shards.linears):
+        yield Quiet(
+            f"{n} linears have weights sharded over processes (DTensor): N and K are those of this "
+            "process's shards, and each process quantizes its own"
+        )
+
+
 def with_machine_notes(report: Report, captured: Captured) -> Report:
     """The report, with notes on int8 where the graph runs: on this machine's CPU and GPUs."""
     graph = captured.gm.graph

@@ -36,6 +36,7 @@ from graphquant.passes.notes import (
     may_match_elsewhere,
     notes_of,
     patterns_of,
+    shard_notes,
     training_notes,
 )
 from graphquant.passes.padding.limit_rows import limit_rows, shares_of_rows
@@ -156,6 +157,7 @@ def rewrite(
             *notes_of(state, accuracy),
             *training_notes(captured),
             *hook_notes(gm.graph),
+            *shard_notes(captured),
             *padding,
             *(p.note for p in missed),
         )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from graphquant._torch import local_of
 from graphquant.utils.locks import Lock
 from graphquant.weights import peft
 from graphquant.weights.gpu_probe import values_of
@@ -140,14 +141,15 @@ def forget(module: torch.nn.Module) -> None:
     """Drop this module's packed weights; other users repack on their next call."""
     with lock:
         for t in chain(module.parameters(), module.buffers()):
-            t.__dict__.pop(TRACKER, None)
+            local_of(t).__dict__.pop(TRACKER, None)
 
 
 def mark_changed(tensors: Iterable[Tensor]) -> None:
-    """Give these parameters a new version."""
+    """Give these parameters a new version; of a DTensor this process's shard, which is what is
+    packed."""
     global last_change
     for t in tensors:
-        if (tracker := find_tracker(t)) is not None:
+        if (tracker := find_tracker(local_of(t))) is not None:
             tracker.version, tracker.state = next(_numbers), None
     last_change = next(_numbers)
 

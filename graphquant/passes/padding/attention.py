@@ -47,6 +47,9 @@ _POINTWISE = _COPIES | {
     aten.where.ScalarOther,
     aten.where.ScalarSelf,
 }
+_COLLECTIVES = "_c10d_functional"  # the namespace
+# Of tensor parallelism: combine, element by element, what processes have of the same tokens.
+_BY_ELEMENT = (f"{_COLLECTIVES}::all_reduce", f"{_COLLECTIVES}::wait_tensor")
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,16 @@ def is_pointwise(node: Node) -> bool:
     target = node.target
     if node.op != "call_function" or not isinstance(target, OpOverload):
         return False
-    return torch.Tag.pointwise in target.tags or target in _POINTWISE
+    return (
+        torch.Tag.pointwise in target.tags
+        or target in _POINTWISE
+        or target._schema.name in _BY_ELEMENT
+    )
+
+
+def is_over_processes(node: Node) -> bool:
+    """Does this node exchange values with other processes?"""
+    return isinstance(node.target, OpOverload) and node.target.namespace == _COLLECTIVES
 
 
 def find_attentions(graph: Graph) -> Iterator[Attention]:

@@ -17,9 +17,13 @@ from graphquant._torch import unset_fake_temporarily
 from graphquant.config import Config, strict
 from graphquant.failure import what_failed, what_to_do
 from graphquant.ir.captured import Captured
-from graphquant.ir.graph import LINEAR, hints
+from graphquant.ir.graph import LINEAR, arguments, calls, hints
 from graphquant.ops.define import no_kernels
-from graphquant.passes.padding.attention import Attention, find_attentions
+from graphquant.passes.padding.attention import (
+    Attention,
+    find_attentions,
+    is_over_processes,
+)
 from graphquant.passes.padding.evaluation import Evaluation, Kept, told
 from graphquant.passes.padding.masks import Form, Masks, PaddingMask
 from graphquant.passes.padding.plan import Plan, guess_mask, make_plan
@@ -57,6 +61,8 @@ def remove_padding(captured: Captured, config: Config) -> tuple[str, ...]:
 def _plans(captured: Captured) -> Iterator[tuple[Plan, tuple[str, ...]]]:
     """A plan for each padding mask of the graph, with notes."""
     graph = captured.gm.graph
+    if why := _exchanges(captured):
+        raise Kept(why)
     masks = Masks(captured)
     understood: dict[tuple[Node, bool], list[tuple[Attention, Form]]] = {}
     exact: dict[tuple[Node, bool], bool] = {}
@@ -92,6 +98,17 @@ def _plans(captured: Captured) -> Iterator[tuple[Plan, tuple[str, ...]]]:
             Quiet(f"attention stays padded ({n}): {why}") for why, n in Counter(reasons).items()
         ]
         yield plan, (*_inexact(captured, mask), *padded, *check_readers(captured, plan))
+
+
+def _exchanges(captured: Captured) -> str | None:
+    """A collective between processes that may have other sentences, and so as many tokens as they
+    have. Those of DTensors exchange values of the same sentences."""
+    groups = captured.shards.groups if captured.shards is not None else ()
+    for node in calls(captured.gm.graph, is_over_processes):
+        group = vars(arguments(node)).get("group_name")
+        if group is not None and group not in groups:
+            return f"{node.name} exchanges values with processes that may have other sentences"
+    return None
 
 
 def _inexact(captured: Captured, mask: PaddingMask) -> tuple[str, ...]:
