@@ -92,7 +92,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	@echo "installing graphquant and what the tests need"
-	@$(PIP) -e '.[test,demo,docs,recipes]'
+	@$(PIP) -e '.[test,demo,docs,recipes,ray]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.torch pyproject.toml
