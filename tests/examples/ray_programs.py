@@ -6,6 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -22,7 +23,9 @@ def imported(name: str) -> ModuleType:
         )
     if str(EXAMPLES) not in sys.path:
         sys.path.append(str(EXAMPLES))
-    return importlib.import_module(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own, of pydantic
+        return importlib.import_module(name)
 
 
 def started(script: str, *words: object) -> subprocess.Popen[str]:

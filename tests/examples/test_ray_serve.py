@@ -64,6 +64,11 @@ class Server:
             time.sleep(0.5)
         return found
 
+    def metrics_at_rest(self) -> dict[str, float]:
+        """After two more exports: of one moment, counters and histograms come one by one."""
+        time.sleep(2.5)
+        return self.metrics()
+
 
 def ask(request: Request | str, timeout: float = 60) -> tuple[int, dict[str, Any]]:
     try:
@@ -137,13 +142,15 @@ def test_embeddings_are_those_of_the_float_model(server: Server, program: Any) -
 def test_a_batch_closes_at_its_number_of_tokens(server: Server) -> None:
     """64 texts of 34 tokens at once: at most 7 of them have room in a batch of 256 tokens."""
     count, total = "ray_embed_batch_texts_count", "ray_embed_tokens_total"
-    before = server.metrics_until(lambda m: count in m)
+    server.embed("so that there is a first batch")
+    server.metrics_until(lambda m: count in m)
+    before = server.metrics_at_rest()
     text = " ".join(["bird"] * 32)
     with ThreadPoolExecutor(16) as clients:
         list(clients.map(lambda _: server.embed(text, text, text, text), range(16)))
-    tokens = before.get(total, 0) + 64 * 34
-    now = server.metrics_until(lambda m: m.get(total, 0) >= tokens)
-    assert now[total] == tokens
+    server.metrics_until(lambda m: m[total] >= before[total] + 64 * 34)
+    now = server.metrics_at_rest()
+    assert now[total] == before[total] + 64 * 34
     batches = now[count] - before[count]
     assert 64 / 7 <= batches <= 32, "more than one text in a batch, and never more than 7"
     every = now["ray_embed_batch_tokens_count"]
@@ -182,16 +189,16 @@ def test_other_paths_and_methods(server: Server) -> None:
 
 def test_requests_are_counted_by_status(server: Server) -> None:
     name = "ray_embed_requests_total{%d}"
-    before = server.metrics_until(lambda m: name % 200 in m)
-    # of earlier tests, some may not be exported yet
-    time.sleep(2.5)
-    before = server.metrics()
+    server.embed("so that there is a first request")
+    server.metrics_until(lambda m: name % 200 in m)
+    before = server.metrics_at_rest()
     for _ in range(5):
         server.embed("A bird never forgets a face.")
     for _ in range(3):
         server.post(b"{")
     good, bad = before[name % 200] + 5, before.get(name % 400, 0) + 3
-    now = server.metrics_until(lambda m: m[name % 200] >= good and m.get(name % 400, 0) >= bad)
+    server.metrics_until(lambda m: m[name % 200] >= good and m.get(name % 400, 0) >= bad)
+    now = server.metrics_at_rest()
     assert (now[name % 200], now[name % 400]) == (good, bad)
     answered = sum(n for key, n in now.items() if key.startswith("ray_embed_requests_total"))
     assert now["ray_embed_latency_ms_count"] == answered
