@@ -341,11 +341,12 @@ def baselines(args: argparse.Namespace, texts: list[str]) -> dict[tuple[str, int
     """{(kind, threads): result} of one process with an actor's threads, and with those of all."""
     everyone = args.threads if args.device == "cuda" else args.threads * args.actors
     kinds = ("float", "int8") if args.device == "cuda" else ("float", "bfloat16", "int8")
-    return {
-        (kind, threads): run_plain(kind, threads, args, texts)
-        for threads in dict.fromkeys((args.threads, everyone))
-        for kind in kinds
-    }
+    found = {}
+    for threads in dict.fromkeys((args.threads, everyone)):
+        for kind in kinds:
+            found[kind, threads] = one = run_plain(kind, threads, args, texts)
+            print(f"without Ray: {kind}, {threads} threads, {one.rate:.0f} sentences/s", flush=True)
+    return found
 
 
 # The program --------------------------------------------------------------------------------------

@@ -286,7 +286,7 @@ def run_load(args: argparse.Namespace, url: Callable[[str], str]) -> Table:
     for clients in args.clients:
         for kind in kinds:
             found = row(
-                f"{clients} clients", kind, lambda c, n=clients: closed_loop(c, n, args.seconds)
+                f"{clients} at a time", kind, lambda c, n=clients: closed_loop(c, n, args.seconds)
             )
             if kind == "float":
                 floats.append(found.rate)

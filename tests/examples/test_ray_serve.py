@@ -254,7 +254,7 @@ def test_the_table_has_each_model_under_each_load(program: Any) -> None:
     process = started("ray_serve.py", *words)
     said, _ = process.communicate()
     assert process.returncode == 0, said
-    for load in ("2 clients", "3 requests/s"):
+    for load in ("2 at a time", "3 requests/s"):
         for kind in program.KINDS:
             (row,) = re.findall(rf"{load} +│ {kind} +│(.*)", said)
             rate, p50, p99, failed, *_ = (cell.strip() for cell in row.split("│"))
