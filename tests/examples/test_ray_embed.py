@@ -120,9 +120,8 @@ def test_embeddings_and_lengths_are_those_of_the_float_model(runs: Runs, program
     assert same.min() < 1 - 1e-5, "int8 rounds: equal embeddings mean that nothing was rewritten"
 
 
-def test_every_linear_is_int8_on_the_threads_that_were_asked_for(runs: Runs) -> None:
+def test_every_linear_is_int8(runs: Runs) -> None:
     assert any("100% of the linears' FLOPs in int8" in line for line in runs.lines)
-    assert any(re.match(r"Ray Data, int8, \d actors x 1 threads", line) for line in runs.lines)
 
 
 def test_the_corpus_is_the_same_every_time_and_of_many_lengths(program: Any) -> None:
@@ -203,12 +202,14 @@ def test_without_ray_it_says_what_to_install() -> None:
 
 @pytest.mark.slow
 def test_it_is_compared_with_one_process_without_ray(program: Any, tmp_path: Path) -> None:
-    words = ("--sentences", 100, "--part", 50, "--compare", 40, "--actors", 1)
+    words = ("--sentences", 100, "--part", 50, "--compare", 40, "--actors", 1, "--threads", 2)
     run = started("ray_embed.py", *words, "--output", tmp_path / "out")
     said, _ = run.communicate()
     assert run.returncode == 0, said
     for kind in ("float", "bfloat16", "int8"):
-        assert re.search(rf"one process, {kind}, 1 threads +\d+ +\d+ +\d+\.\d\dx", said)
+        assert re.search(rf"one process, {kind}, 2 threads +\d+ +\d+ +\d+\.\d\dx", said)
+    # also where OMP_NUM_THREADS is 1, as in `make test`: torch has what was asked for
+    assert "Ray Data, int8, 1 actors x 2 threads" in said
     worst = re.search(r"cosine to float: mean (\S+), worst (\S+)", said)
     assert worst and float(worst[2]) > 0.99
     manifest = json.loads((tmp_path / "out" / program.MANIFEST).read_text())
