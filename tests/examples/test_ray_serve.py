@@ -250,11 +250,11 @@ def test_a_batch_without_room_for_one_text_is_refused(program: Any, capsys: Any)
 
 @pytest.mark.slow
 def test_the_table_has_each_model_under_each_load(program: Any) -> None:
-    words = ("--load", "--seconds", 1, "--clients", 2, "--rates", 3, "--port", free_port())
+    words = ("--load", "--seconds", 2, "--clients", 2, "--rates", 8, "--port", free_port())
     process = started("ray_serve.py", *words)
     said, _ = process.communicate()
     assert process.returncode == 0, said
-    for load in ("2 at a time", "3 requests/s"):
+    for load in ("2 at a time", "8 requests/s"):
         for kind in program.KINDS:
             (row,) = re.findall(rf"{load} +│ {kind} +│(.*)", said)
             rate, p50, p99, failed, *_ = (cell.strip() for cell in row.split("│"))
