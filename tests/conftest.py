@@ -31,6 +31,7 @@ os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
 
 NEEDS_GPU = "NOT RUN: needs an NVIDIA GPU and `pytest --device cuda`"
 
+ON_CPU = "NOT RUN with --device cuda: it computes on the CPU alone"
 NEEDS_RELEASE = "NOT RUN: installs torch in new environments, `make release` does it"
 
 
@@ -40,7 +41,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "cuda: needs an NVIDIA GPU")
     os.environ["GRAPHQUANT_STRICT"] = "1"  # what fails in graphquant fails the test
     os.environ["GRAPHQUANT_SELECT"] = "always"  # small models: int8 is rarely the faster one
     if config.getoption("--device") == "cpu":
@@ -55,10 +55,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--device") == "cpu":
-        for item in items:
-            if item.get_closest_marker("cuda"):
-                item.add_marker(pytest.mark.skip(reason=NEEDS_GPU))
+    other, why = ("cuda", NEEDS_GPU) if config.getoption("--device") == "cpu" else ("cpu", ON_CPU)
+    for item in items:
+        if item.get_closest_marker(other):
+            item.add_marker(pytest.mark.skip(reason=why))
     if not config.getoption("--release"):
         for item in items:
             if item.get_closest_marker("release"):

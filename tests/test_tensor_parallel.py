@@ -12,11 +12,7 @@ from tests.tensor_parallel import CASES
 
 GPUS = torch.cuda.device_count()
 DEVICES = [
-    pytest.param("gloo", "cpu", id="gloo-cpu"),
-    # both processes on one GPU, which NCCL refuses
-    pytest.param(
-        "gloo", "cuda", id="gloo-cuda", marks=pytest.mark.skipif(not GPUS, reason="needs a GPU")
-    ),
+    pytest.param("gloo", "cpu", id="gloo", marks=pytest.mark.cpu),
     pytest.param(
         "nccl", "cuda", id="nccl", marks=pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
     ),
@@ -27,6 +23,7 @@ def check(case: str, backend: str, device: str, folder: Path) -> None:
     in_a_group(["-m", "tests.tensor_parallel", case, backend, device, folder / "group"], 2)
 
 
+@pytest.mark.cpu
 def test_bert_over_two_processes(tmp_path: Path) -> None:
     check("bert of one layer", "gloo", "cpu", tmp_path)
 
