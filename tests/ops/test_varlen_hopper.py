@@ -18,12 +18,19 @@ from graphquant.ops.hopper.attention import KEYS, TILE, WIDEST, Variant
 from graphquant.ops.token_index import op as token_index_op
 from tests.ops.bounds import needs_nvrtc
 from tests.ops.offline import CUOBJDUMP
-from tests.ops.test_attention import assert_products_run_together, assert_softmax_overlaps
+from tests.ops.test_attention import (
+    assert_products_run_together,
+    assert_registers_suffice,
+    assert_softmax_overlaps,
+)
 
 SPILLED = 64  # bytes: a few constants, outside of the main loop
 BF16, FP16 = torch.bfloat16, torch.float16
+BOTH = (False, True)
 VARIANTS = [
     *(Variant(D, BF16) for D in (8, 32, 48, 64, 72, 128)),
+    *(Variant(72, BF16, padded=p, compact=True, stale_max=s) for p in BOTH for s in BOTH),
+    Variant(64, FP16, causal=True, padded=True, stale_max=True),
     Variant(64, FP16, causal=True),
     Variant(64, BF16, window=True),
     Variant(32, BF16, bias=torch.float32),
@@ -64,18 +71,10 @@ def test_every_variant_compiles_to_tensor_core_instructions(
     assert_registers_suffice(sass, usage, variant.threads)
 
 
-def assert_registers_suffice(sass: str, usage: str, threads: int) -> None:
-    """A CTA has the registers that it was launched with: if warp groups ask for more, they wait
-    forever."""
-    (launched,) = map(int, re.findall(r"REG:(\d+)", usage))
-    (given,) = (int(n, 16) for n in re.findall(r"USETMAXREG\.DEALLOC\.CTAPOOL (\w+)", sass))
-    (taken,) = {int(n, 16) for n in re.findall(r"USETMAXREG\.TRY_ALLOC\.CTAPOOL UP\d, (\w+)", sass)}
-    assert given * 128 + taken * (threads - 128) <= launched * threads
-
-
 @pytest.mark.parametrize("bias", [None, BF16])
 def test_every_width_fits_the_shared_memory_of_a_cta(bias: torch.dtype | None) -> None:
     assert all(Variant(D, BF16, bias=bias).shared <= SHARED for D in range(8, WIDEST + 1, 8))
+    assert Variant(72, BF16, bias=bias, compact=True).shared <= SHARED
 
 
 @needs_nvrtc

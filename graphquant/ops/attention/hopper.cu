@@ -3,7 +3,7 @@
 //   y = softmax(scale q k^T) v              for each head; scores, softmax and accumulators in float32
 //
 // A CTA is one producer warp group and GROUPS consumer warp groups of 64 queries each. One thread of the producer
-// loads q, k and v with the tensor memory accelerator (TMA), k and v into rings of STAGES blocks. Consumers
+// loads q, k and v with the tensor memory accelerator (TMA), k and v into rings of blocks. Consumers
 // multiply (wgmma) with online softmax, and write y, again by TMA. Their softmax overlaps with the products of
 // other consumers (ping-pong) and with their own y += p v of the block before. CTAs are persistent, over a
 // grid-stride loop of tiles: GROUPS * 64 queries of one head.
@@ -13,12 +13,19 @@
 // to a multiple of 16, and columns of a head beyond D up to a multiple of 16 in the scores.
 //
 // Macros (hopper_tiles.py beside this file defines them):
-//   GROUPS        consumer warp groups: 2 or 3
+//   GROUPS        consumer warp groups: 2, 3 or 4
 //   BN            keys of a block, a multiple of 16
 //   FIRST         keys of the first block, BN or the narrow one's rounded up to a multiple of 16
 //   MASKED        1: the first block has fewer keys than FIRST
 //   D             width of a head, a multiple of 8 up to 128
-//   STAGES        blocks in flight, of k and of v each
+//   K_STAGES      blocks of k in flight
+//   STAGES        blocks of v in flight
+//   IN_TURN       1: consumers take turns in issuing products
+//   OVERLAP       1: a softmax does not wait for the consumer's own y of the block before. With two consumers and all
+//                 maxima it was slower: their products fill the tensor cores without.
+//   WIDENED       1: the first block's probabilities are followed by zeros up to BN. It takes fewer registers.
+//   AHEAD         1: the first scores of the next tile are computed while y is written
+//   STALE_MAX     1: maxima are those of the first block, until a sum shows that they do not do any more
 //   DTYPE         BF16 or FP16: of q, k, v and y
 //   SHARED_BYTES  dynamic shared memory of the launch
 // and wgmma_shapes.cuh has wgmma_ss for N of FIRST and BN, wgmma_rs for N of D.
@@ -51,9 +58,9 @@ enum : int {
   Q_BYTES = PARTS * Q_PART,                // of a consumer
   KV_BYTES = PARTS * KV_PART,              // of a stage, of k and v each
   WARP_ROWS = 16,                          // of a wgmma's 64
-  // The producer's registers go to the consumers: multiples of 8, and all together no more than 65,536.
-  PRODUCER_REGISTERS = 24,
-  CONSUMER_REGISTERS = GROUPS == 3 ? 160 : 240
+  // The producer's registers go to the consumers: multiples of 8, and all together no more than at launch.
+  PRODUCER_REGISTERS = GROUPS == 4 ? 32 : 24,
+  CONSUMER_REGISTERS = GROUPS == 4 ? 112 : GROUPS == 3 ? 160 : 240
 };
 
 static_assert(BN % 16 == 0 && FIRST % 16 == 0 && FIRST <= BN && BN <= 256 && D % 8 == 0 && D <= 128, "tile");
@@ -61,11 +68,11 @@ static_assert(BN % 16 == 0 && FIRST % 16 == 0 && FIRST <= BN && BN <= 256 && D %
 struct SharedStorage {
   // Two tiles of q, so that the next one is loaded meanwhile. A consumer's y takes the place of its q.
   unsigned char q[2][GROUPS][Q_BYTES];
-  unsigned char k[STAGES][KV_BYTES];
+  unsigned char k[K_STAGES][KV_BYTES];
   unsigned char v[STAGES][KV_BYTES];
   // mbarriers
   u64 q_full[2], q_empty[2];
-  u64 k_full[STAGES], k_empty[STAGES];
+  u64 k_full[K_STAGES], k_empty[K_STAGES];
   u64 v_full[STAGES], v_empty[STAGES];
 };
 static_assert(SMEM_ALIGN + sizeof(SharedStorage) == SHARED_BYTES, "HopperTile.shared in hopper_tiles.py");
@@ -80,13 +87,13 @@ __device__ __forceinline__ Addresses addresses(u32 smem) {
 
 // Of bar.sync; 0 is __syncthreads.
 enum NamedBarrier : u32 {
-  EPILOGUE = 1,  // one for each consumer's own threads
+  CONSUMER = 1,  // one for each consumer's own threads
   PING_PONG = 8  // one for each consumer: its turn to issue products
 };
 
 // ------------------------------------------------------------------------------------ softmax
 
-// Scores of the keys from number `keys` on count nothing.
+// Scores of the keys from number `keys` on, which are among the last 16, count nothing.
 template <int N>
 __device__ __forceinline__ void hide_keys(float (&s)[N / 2], int keys) {
   const int column = (threadIdx.x & 3) * 2;
@@ -94,7 +101,7 @@ __device__ __forceinline__ void hide_keys(float (&s)[N / 2], int keys) {
   for (int c = 0; c < N / 8; ++c)
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (c * 8 + column + (i & 1) >= keys) s[c * 4 + i] = __int_as_float(0xff800000);
+      if (c >= N / 8 - 2 && c * 8 + column + (i & 1) >= keys) s[c * 4 + i] = __int_as_float(0xff800000);
 }
 
 // 1 / row_sum.
@@ -129,10 +136,10 @@ __device__ __forceinline__ void issue_output(float (&y)[D / 2], const u32 (&p)[N
 
 // Consumers issue their products one after the other, so that one's softmax overlaps the others' products.
 __device__ __forceinline__ void ping_pong_wait(int me) {
-  named_barrier_sync<2 * WARP_GROUP>(PING_PONG + me);
+  if constexpr (IN_TURN) named_barrier_sync<2 * WARP_GROUP>(PING_PONG + me);
 }
 __device__ __forceinline__ void ping_pong_signal(int me) {
-  named_barrier_arrive<2 * WARP_GROUP>(PING_PONG + (me + 1) % GROUPS);
+  if constexpr (IN_TURN) named_barrier_arrive<2 * WARP_GROUP>(PING_PONG + (me + 1) % GROUPS);
 }
 
 // ------------------------------------------------------------------------------------ tiles
@@ -153,20 +160,24 @@ __device__ __forceinline__ void init_barriers(const Addresses& smem) {
     mbarrier_init(smem.q_full + 8 * i, 1);
     mbarrier_init(smem.q_empty + 8 * i, WARPS);
   }
-  for (int i = 0; i < STAGES; ++i) {
+  for (int i = 0; i < K_STAGES; ++i) {
     mbarrier_init(smem.k_full + 8 * i, 1);
     mbarrier_init(smem.k_empty + 8 * i, WARPS);
+  }
+  for (int i = 0; i < STAGES; ++i) {
     mbarrier_init(smem.v_full + 8 * i, 1);
     mbarrier_init(smem.v_empty + 8 * i, WARPS);
   }
   fence_mbarrier_init();
 }
 
-using Position = PipelineState<STAGES>;
+using KPosition = PipelineState<K_STAGES>;
+using VPosition = PipelineState<STAGES>;
 
 // ------------------------------------------------------------------------------------ producer
 
 // One block of k or v into its ring. `block` counts as consumers do: 0 is the first, narrow one, the last in memory.
+template <typename Position>
 __device__ __forceinline__ void load_block(
     u32 ring, u32 full, u32 empty, const Position& at, const TensorMap* map, const Tile& tile, int block, int kv_blocks) {
   mbarrier_wait(empty + 8 * at.stage, at.parity);
@@ -180,7 +191,8 @@ __device__ __forceinline__ void load_block(
 __device__ __forceinline__ void produce(
     const Addresses& smem, const TensorMap* q_map, const TensorMap* k_map, const TensorMap* v_map, int kv_blocks, u32 query_tiles,
     u32 heads, u32 tiles) {
-  Position k = {0, 1}, v = {0, 1};
+  KPosition k = {0, 1};
+  VPosition v = {0, 1};
   u32 nth = 0;  // tile of this CTA
   for (u32 t = blockIdx.x; t < tiles; t += gridDim.x, ++nth) {
     const Tile tile = tile_at(t, query_tiles, heads);
@@ -211,10 +223,18 @@ __device__ __forceinline__ void produce(
 
 // ------------------------------------------------------------------------------------ consumers
 
+// Until the products issued so far are done. `softmax`: what was computed meanwhile.
+__device__ __forceinline__ void wait_for_output(float softmax) {
+  if constexpr (OVERLAP)
+    wgmma_wait_behind<0>(softmax);
+  else
+    wgmma_wait<0>();
+}
+
 // Scores and probabilities of the next block, and meanwhile y of the block before it, which has N keys.
 template <int N, bool FIRST_BLOCK>
 __device__ __forceinline__ void next_block(
-    const Addresses& smem, u32 q, Position& k, Position& v, int me, int lane, float scale, SoftmaxState& state, float (&y)[D / 2],
+    const Addresses& smem, u32 q, KPosition& k, VPosition& v, int me, int lane, float scale, SoftmaxState& state, float (&y)[D / 2],
     const u32 (&p_before)[N / 4], float (&s)[BN / 2], u32 (&p)[BN / 4]) {
   mbarrier_wait(smem.k_full + 8 * k.stage, k.parity);
   mbarrier_wait(smem.v_full + 8 * v.stage, v.parity);
@@ -225,23 +245,56 @@ __device__ __forceinline__ void next_block(
   ping_pong_signal(me);
   wgmma_wait<1>();
   fence_accumulators(s);
-  if (lane == 0) mbarrier_arrive(smem.k_empty + 8 * k.stage);
+  if constexpr (STALE_MAX && !FIRST_BLOCK) {
+    float sums[2];
+    exponentials<BN>(s, sums, state, scale);
+    wait_for_output(sums[0] + sums[1]);
+    fence_accumulators(y);
+    to_operand<DTYPE, BN>(p, s);
+    if (named_barrier_any<WARP_GROUP>(CONSUMER + me, fmaxf(sums[0], sums[1]) > sum_limit<DTYPE>())) {
+      wgmma_fence();
+      issue_scores<BN>(s, q, smem.k + k.stage * KV_BYTES);  // exponentials are in the place of the first ones
+      wgmma_wait<0>();
+      fence_accumulators(s);
+      rescale(y, raise_max<BN>(s, sums, state, scale, sum_limit<DTYPE>()));
+      exponentials<BN>(s, sums, state, scale);
+      to_operand<DTYPE, BN>(p, s);
+    }
+    state.row_sum[0] += sums[0], state.row_sum[1] += sums[1];
+    if (lane == 0) mbarrier_arrive(smem.k_empty + 8 * k.stage);
+    if (lane == 0) mbarrier_arrive(smem.v_empty + 8 * v.stage);
+  } else {
+    if (lane == 0) mbarrier_arrive(smem.k_empty + 8 * k.stage);
+    const float2 factors = online_softmax<BN, false, false>(s, state, scale);
+    wait_for_output(state.row_sum[0] + state.row_sum[1]);
+    fence_accumulators(y);
+    fence_accumulators(s);
+    if (lane == 0) mbarrier_arrive(smem.v_empty + 8 * v.stage);
+    to_operand<DTYPE, BN>(p, s);
+    rescale(y, factors);
+  }
   k.advance();
-  const float2 factors = online_softmax<BN, false, false>(s, state, scale);
-  if constexpr (GROUPS == 3)
-    wgmma_wait_behind<0>(state.row_sum[0] + state.row_sum[1]);
-  else  // two fill the tensor cores without, and were slower with it
-    wgmma_wait<0>();
-  fence_accumulators(y);
-  fence_accumulators(s);
-  if (lane == 0) mbarrier_arrive(smem.v_empty + 8 * v.stage);
   v.advance();
-  to_operand<DTYPE, BN>(p, s);
-  rescale(y, factors);
+}
+
+// Issues y of the last block, of N keys, and with AHEAD the first scores of the tile behind it. If there is none, of
+// whatever is in shared memory: ptxas serializes products that are issued in a branch.
+template <int N, bool FIRST_BLOCK>
+__device__ __forceinline__ void last_output(
+    const Addresses& smem, const KPosition& k, const VPosition& v, u32 next, bool ahead, u32 next_q, float (&y)[D / 2],
+    const u32 (&p)[N / 4], float (&first_s)[FIRST / 2]) {
+  if (ahead) {
+    mbarrier_wait(smem.q_full + 8 * (next & 1), next >> 1 & 1);
+    mbarrier_wait(smem.k_full + 8 * k.stage, k.parity);
+  }
+  mbarrier_wait(smem.v_full + 8 * v.stage, v.parity);
+  wgmma_fence();
+  issue_output<N, FIRST_BLOCK>(y, p, smem.v + v.stage * KV_BYTES);
+  if constexpr (AHEAD) issue_scores<FIRST>(first_s, next_q, smem.k + k.stage * KV_BYTES);
 }
 
 // Takes part in the rings and in the ping-pong of a tile in which this consumer has no queries.
-__device__ __forceinline__ void skip_tile(const Addresses& smem, Position& k, Position& v, int me, int lane, int kv_blocks) {
+__device__ __forceinline__ void skip_tile(const Addresses& smem, KPosition& k, VPosition& v, int me, int lane, int kv_blocks) {
   for (int block = 0; block <= kv_blocks; ++block) {
     mbarrier_wait(smem.k_full + 8 * k.stage, k.parity);
     if (block) {
@@ -267,7 +320,7 @@ __device__ __forceinline__ void release_tile_before(const Addresses& smem, u32 n
 __device__ __forceinline__ void epilogue(
     const float (&y)[D / 2], const float (&normalizer)[2], u32 q, u32 row_address, const TensorMap* y_map,
     const Tile& tile, int query, int S, int me, int warp, int lane) {
-  named_barrier_sync<WARP_GROUP>(EPILOGUE + me);  // all four warps have read q
+  named_barrier_sync<WARP_GROUP>(CONSUMER + me);  // all four warps have read q
 #pragma unroll
   for (int c = 0; c < D / 8; c += 2) {
     u32 out[4];
@@ -287,60 +340,81 @@ __device__ __forceinline__ void epilogue(
                 query + warp * WARP_ROWS, tile.batch);
 }
 
+// Where the consumer's q of this CTA's n-th tile is.
+__device__ __forceinline__ u32 query_address(const Addresses& smem, u32 nth, int me) {
+  return smem.q + (nth & 1) * (GROUPS * Q_BYTES) + me * Q_BYTES;
+}
+
 __device__ __forceinline__ void consume(
-    const Addresses& smem, Position& k, Position& v, int thread, int group, int lane, const TensorMap* y_map, int S,
+    const Addresses& smem, KPosition& k, VPosition& v, int thread, int group, int lane, const TensorMap* y_map, int S,
     int first_keys, int kv_blocks, u32 query_tiles, u32 heads, u32 tiles, float scale) {
   const int me = group - 1, warp = thread >> 5 & 3;
   // The 16 bytes whose address this lane gives stmatrix, swizzled: those of unit u to the right are at ^ 16 * u.
   const u32 row = warp * WARP_ROWS + (lane & 15), row_address = row * SWIZZLE + ((lane ^ row << 4) & 0x70);
-  u32 nth = 0;                                 // tile of this CTA
+  u32 nth = 0, t = blockIdx.x;                 // tile of this CTA, and of all
   if (me == GROUPS - 1) ping_pong_signal(me);  // the first consumer begins
-  for (u32 t = blockIdx.x; t < tiles; t += gridDim.x, ++nth) {
-    const Tile tile = tile_at(t, query_tiles, heads);
-    const int query = tile.query(query_tiles) + me * BM;
-    const u32 q = smem.q + (nth & 1) * (GROUPS * Q_BYTES) + me * Q_BYTES;
+  while (t < tiles) {
+    Tile tile = tile_at(t, query_tiles, heads);
     mbarrier_wait(smem.q_full + 8 * (nth & 1), nth >> 1 & 1);
-    if (query >= S) {
+    if (tile.query(query_tiles) + me * BM >= S) {
       skip_tile(smem, k, v, me, lane, kv_blocks);
       if (lane == 0) release_tile_before(smem, nth);
+      t += gridDim.x, ++nth;
       continue;
     }
     // The first block has arrays of its own: ptxas finds no registers for wgmma in parts of the others.
-    float first_s[FIRST / 2], s[BN / 2], y[D / 2];
-    u32 first_p[FIRST / 4], p[BN / 4];
-    SoftmaxState state;
+    float first_s[FIRST / 2];
     mbarrier_wait(smem.k_full + 8 * k.stage, k.parity);
     wgmma_fence();
-    issue_scores<FIRST>(first_s, q, smem.k + k.stage * KV_BYTES);
-    if (lane == 0) release_tile_before(smem, nth);  // here, since its stores are done by now
-    __syncwarp();
-    wgmma_wait<0>();
-    fence_accumulators(first_s);
-    if (lane == 0) mbarrier_arrive(smem.k_empty + 8 * k.stage);
-    k.advance();
-    if constexpr (MASKED) hide_keys<FIRST>(first_s, first_keys);
-    online_softmax<FIRST, true, false>(first_s, state, scale);
-    to_operand<DTYPE, FIRST>(first_p, first_s);
+    issue_scores<FIRST>(first_s, query_address(smem, nth, me), smem.k + k.stage * KV_BYTES);
+    bool ahead;  // Are the first scores of the tile behind this one issued?
+    do {
+      const int query = tile.query(query_tiles) + me * BM;
+      const u32 q = query_address(smem, nth, me);
+      float s[BN / 2], y[D / 2];
+      u32 first_p[FIRST / 4], p[BN / 4];
+      SoftmaxState state;
+      wgmma_wait<0>();
+      fence_accumulators(first_s);
+      if (lane == 0) mbarrier_arrive(smem.k_empty + 8 * k.stage);
+      k.advance();
+      if constexpr (MASKED) hide_keys<FIRST>(first_s, first_keys);
+      online_softmax<FIRST, true, false>(first_s, state, scale);
+      to_operand<DTYPE, FIRST>(first_p, first_s);
+      if (lane == 0) release_tile_before(smem, nth);  // here, since its stores are done by now
+      __syncwarp();
 
-    if (kv_blocks) {
-      next_block<FIRST, true>(smem, q, k, v, me, lane, scale, state, y, first_p, s, p);
+      const Tile next = AHEAD ? tile_at(t + gridDim.x, query_tiles, heads) : tile;
+      ahead = AHEAD && next.t < tiles && next.query(query_tiles) + me * BM < S;
+      const u32 next_q = query_address(smem, nth + 1, me);
+      if constexpr (WIDENED) {
+#pragma unroll
+        for (int i = 0; i < BN / 4; ++i) p[i] = i < FIRST / 4 ? first_p[i] : 0;
+#pragma unroll
+        for (int i = 0; i < D / 2; ++i) y[i] = 0.0f;
 #pragma unroll 1
-      for (int block = 1; block < kv_blocks; ++block)
-        next_block<BN, false>(smem, q, k, v, me, lane, scale, state, y, p, s, p);
-      mbarrier_wait(smem.v_full + 8 * v.stage, v.parity);
-      wgmma_fence();
-      issue_output<BN, false>(y, p, smem.v + v.stage * KV_BYTES);
-    } else {
-      mbarrier_wait(smem.v_full + 8 * v.stage, v.parity);
-      wgmma_fence();
-      issue_output<FIRST, true>(y, first_p, smem.v + v.stage * KV_BYTES);
-    }
-    normalizers(state);
-    wgmma_wait<0>();
-    fence_accumulators(y);
-    if (lane == 0) mbarrier_arrive(smem.v_empty + 8 * v.stage);
-    v.advance();
-    epilogue(y, state.row_sum, q, row_address, y_map, tile, query, S, me, warp, lane);
+        for (int block = 0; block < kv_blocks; ++block)
+          next_block<BN, false>(smem, q, k, v, me, lane, scale, state, y, p, s, p);
+        last_output<BN, false>(smem, k, v, nth + 1, ahead, next_q, y, p, first_s);
+      } else if (kv_blocks) {
+        next_block<FIRST, true>(smem, q, k, v, me, lane, scale, state, y, first_p, s, p);
+#pragma unroll 1
+        for (int block = 1; block < kv_blocks; ++block)
+          next_block<BN, false>(smem, q, k, v, me, lane, scale, state, y, p, s, p);
+        last_output<BN, false>(smem, k, v, nth + 1, ahead, next_q, y, p, first_s);
+      } else {
+        last_output<FIRST, true>(smem, k, v, nth + 1, ahead, next_q, y, first_p, first_s);
+      }
+      normalizers(state);
+      wgmma_wait<AHEAD>();
+      fence_accumulators(y);
+      if (lane == 0) mbarrier_arrive(smem.v_empty + 8 * v.stage);
+      v.advance();
+      epilogue(y, state.row_sum, q, row_address, y_map, tile, query, S, me, warp, lane);
+      t += gridDim.x, ++nth;
+      tile = next;
+    } while (ahead);
+    if constexpr (AHEAD) wgmma_wait<0>();
   }
   if (lane == 0) {  // shared memory must outlive the last stores
     tma_store_commit();
@@ -371,7 +445,8 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * WARP_GROUP, 1)
     if (thread == 0) produce(smem, &q_map, &k_map, &v_map, kv_blocks, query_tiles, heads, tiles);
   } else {
     setmaxnreg_inc<CONSUMER_REGISTERS>();
-    Position k = {0, 0}, v = {0, 0};  // here: in `consume`, ptxas places registers otherwise
+    KPosition k = {0, 0};  // here: in `consume`, ptxas places registers otherwise
+    VPosition v = {0, 0};
     consume(smem, k, v, thread, group, lane, &y_map, S, first_keys, kv_blocks, query_tiles, heads, tiles, scale);
   }
 }

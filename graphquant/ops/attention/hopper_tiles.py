@@ -23,6 +23,7 @@ STORED = 16  # rows of y that one warp stores
 SHARED = 232_448  # bytes of shared memory that one block may have
 WIDEST = 128  # head
 PTX_NAMES = {"bfloat16": "bf16", "float16": "f16"}
+_ROOM = {2: 176, 3: 116, 4: 84}  # registers of a thread, by consumers
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,12 @@ class HopperTile:
     groups: int
     n: int
     stages: int = 2
+    more_k: int = 0  # stages of k beyond those of v
+    in_turn: bool = True
+    overlap: bool = False
+    widened: bool = False
+    stale_max: bool = False
+    ahead: bool = False
 
     @property
     def m(self) -> int:
@@ -43,7 +50,7 @@ class HopperTile:
         if D % 8 or D > WIDEST:
             return f"heads of {D}: needs a multiple of 8 up to {WIDEST}"
         # scores, weights and part of y of a thread: with more, ptxas finds no room for wgmma
-        if self.n * 3 // 4 + _sixteens(D) // 2 > (116 if self.groups == 3 else 176):
+        if self.n * 3 // 4 + (D if self.groups == 4 else _sixteens(D)) // 2 > _ROOM[self.groups]:
             return f"heads of {D} do not fit the registers"
         return None
 
@@ -54,8 +61,8 @@ class HopperTile:
     def shared(self, D: int) -> int:
         """Bytes of dynamic shared memory, in the order in which the kernel lays them out."""
         row = -(-D // PART) * 2 * PART
-        barriers = 8 * (4 + 4 * self.stages)
-        return 1024 + (2 * self.m + 2 * self.stages * self.n) * row + barriers
+        blocks = 2 * self.stages + self.more_k
+        return 1024 + (2 * self.m + blocks * self.n) * row + 8 * (4 + 2 * blocks)
 
     def first(self, T: int) -> int:
         """Keys of the first block, the one that may be narrow."""
@@ -71,6 +78,12 @@ class HopperTile:
             "MASKED": int(keys % 16 != 0),
             "D": D,
             "STAGES": self.stages,
+            "K_STAGES": self.stages + self.more_k,
+            "IN_TURN": int(self.in_turn),
+            "OVERLAP": int(self.overlap or self.groups == 3),
+            "WIDENED": int(self.widened),
+            "AHEAD": int(self.ahead),
+            "STALE_MAX": int(self.stale_max),
             "DTYPE": DTYPES[dtype],
             "SHARED_BYTES": self.shared(D),
         }
@@ -100,3 +113,12 @@ TILES = {f"{t.m}x{t.n}": t for t in map(HopperTile, (3, 3, 2, 2, 2), (96, 112, 1
 # The tile of hopper_padded.py, which takes what those do not, and was faster than all of them for
 # heads of 64 columns (2026-12-01).
 MASKED = "64x64"
+# Not measured yet, so not among those that are offered.
+CANDIDATES = {
+    "128x160 next": HopperTile(2, 160, stale_max=True, ahead=True),
+    "128x160 next, overlap": HopperTile(2, 160, overlap=True, stale_max=True, ahead=True),
+    "128x144 next, overlap": HopperTile(2, 144, overlap=True, stale_max=True, ahead=True),
+    "128x128 next, overlap": HopperTile(2, 128, 2, 1, overlap=True, stale_max=True, ahead=True),
+    "192x96 next": HopperTile(3, 96, 2, 1, overlap=True, stale_max=True, ahead=True),
+    "256x64 next": HopperTile(4, 64, 3, in_turn=False, widened=True, stale_max=True, ahead=True),
+}
