@@ -3,10 +3,18 @@
 //   y = softmax(scale q k^T) v              for each head; scores, softmax and accumulators in float32
 //
 // A CTA is one producer warp group and GROUPS consumer warp groups of 64 queries each. One thread of the producer
-// loads q, k and v with the tensor memory accelerator (TMA), k and v into rings of blocks. Consumers
+// loads q, k and v with the tensor memory accelerator (TMA), k and v into rings of STAGES blocks. Consumers
 // multiply (wgmma) with online softmax, and write y, again by TMA. Their softmax overlaps with the products of
-// other consumers (ping-pong) and with their own y += p v of the block before. CTAs are persistent, over a
-// grid-stride loop of tiles: GROUPS * 64 queries of one head.
+// other consumers and with their own y += p v of the block before. CTAs are persistent, over a grid-stride loop of
+// tiles: GROUPS * 64 queries of one head.
+//
+// Two or three consumers take turns in issuing products (ping-pong). Four do not: there is nearly always one whose
+// products can run. They have 112 registers a thread, so their blocks are short, and work per block counts:
+//   STALE_MAX  Later blocks' maxima are not computed. Probabilities are relative to the first block's, until a sum of
+//              them is too large: then that block's scores are computed once more, and its maximum (softmax.cuh).
+//   AHEAD      The first scores of the next tile are computed while y is normalized and written.
+//   WIDENED    The first block's probabilities are followed by zeros up to BN, so that all blocks have one loop. It
+//              takes fewer registers.
 //
 // The first block of keys is the narrow one: the T % BN last keys, if that is not 0. All other blocks are full, so
 // that they need no mask. The only padding that is computed is rows of queries beyond S, the first block's keys up
@@ -18,14 +26,7 @@
 //   FIRST         keys of the first block, BN or the narrow one's rounded up to a multiple of 16
 //   MASKED        1: the first block has fewer keys than FIRST
 //   D             width of a head, a multiple of 8 up to 128
-//   K_STAGES      blocks of k in flight
-//   STAGES        blocks of v in flight
-//   IN_TURN       1: consumers take turns in issuing products
-//   OVERLAP       1: a softmax does not wait for the consumer's own y of the block before. With two consumers and all
-//                 maxima it was slower: their products fill the tensor cores without.
-//   WIDENED       1: the first block's probabilities are followed by zeros up to BN. It takes fewer registers.
-//   AHEAD         1: the first scores of the next tile are computed while y is written
-//   STALE_MAX     1: maxima are those of the first block, until a sum shows that they do not do any more
+//   STAGES        blocks in flight, of k and of v each
 //   DTYPE         BF16 or FP16: of q, k, v and y
 //   SHARED_BYTES  dynamic shared memory of the launch
 // and wgmma_shapes.cuh has wgmma_ss for N of FIRST and BN, wgmma_rs for N of D.
@@ -58,6 +59,10 @@ enum : int {
   Q_BYTES = PARTS * Q_PART,                // of a consumer
   KV_BYTES = PARTS * KV_PART,              // of a stage, of k and v each
   WARP_ROWS = 16,                          // of a wgmma's 64
+  IN_TURN = GROUPS < 4,                    // see above
+  STALE_MAX = GROUPS == 4,
+  AHEAD = GROUPS == 4,
+  WIDENED = GROUPS == 4,
   // The producer's registers go to the consumers: multiples of 8, and all together no more than at launch.
   PRODUCER_REGISTERS = GROUPS == 4 ? 32 : 24,
   CONSUMER_REGISTERS = GROUPS == 4 ? 112 : GROUPS == 3 ? 160 : 240
@@ -68,11 +73,11 @@ static_assert(BN % 16 == 0 && FIRST % 16 == 0 && FIRST <= BN && BN <= 256 && D %
 struct SharedStorage {
   // Two tiles of q, so that the next one is loaded meanwhile. A consumer's y takes the place of its q.
   unsigned char q[2][GROUPS][Q_BYTES];
-  unsigned char k[K_STAGES][KV_BYTES];
+  unsigned char k[STAGES][KV_BYTES];
   unsigned char v[STAGES][KV_BYTES];
   // mbarriers
   u64 q_full[2], q_empty[2];
-  u64 k_full[K_STAGES], k_empty[K_STAGES];
+  u64 k_full[STAGES], k_empty[STAGES];
   u64 v_full[STAGES], v_empty[STAGES];
 };
 static_assert(SMEM_ALIGN + sizeof(SharedStorage) == SHARED_BYTES, "HopperTile.shared in hopper_tiles.py");
@@ -160,24 +165,20 @@ __device__ __forceinline__ void init_barriers(const Addresses& smem) {
     mbarrier_init(smem.q_full + 8 * i, 1);
     mbarrier_init(smem.q_empty + 8 * i, WARPS);
   }
-  for (int i = 0; i < K_STAGES; ++i) {
+  for (int i = 0; i < STAGES; ++i) {
     mbarrier_init(smem.k_full + 8 * i, 1);
     mbarrier_init(smem.k_empty + 8 * i, WARPS);
-  }
-  for (int i = 0; i < STAGES; ++i) {
     mbarrier_init(smem.v_full + 8 * i, 1);
     mbarrier_init(smem.v_empty + 8 * i, WARPS);
   }
   fence_mbarrier_init();
 }
 
-using KPosition = PipelineState<K_STAGES>;
-using VPosition = PipelineState<STAGES>;
+using Position = PipelineState<STAGES>;
 
 // ------------------------------------------------------------------------------------ producer
 
 // One block of k or v into its ring. `block` counts as consumers do: 0 is the first, narrow one, the last in memory.
-template <typename Position>
 __device__ __forceinline__ void load_block(
     u32 ring, u32 full, u32 empty, const Position& at, const TensorMap* map, const Tile& tile, int block, int kv_blocks) {
   mbarrier_wait(empty + 8 * at.stage, at.parity);
@@ -191,8 +192,7 @@ __device__ __forceinline__ void load_block(
 __device__ __forceinline__ void produce(
     const Addresses& smem, const TensorMap* q_map, const TensorMap* k_map, const TensorMap* v_map, int kv_blocks, u32 query_tiles,
     u32 heads, u32 tiles) {
-  KPosition k = {0, 1};
-  VPosition v = {0, 1};
+  Position k = {0, 1}, v = {0, 1};
   u32 nth = 0;  // tile of this CTA
   for (u32 t = blockIdx.x; t < tiles; t += gridDim.x, ++nth) {
     const Tile tile = tile_at(t, query_tiles, heads);
@@ -223,18 +223,31 @@ __device__ __forceinline__ void produce(
 
 // ------------------------------------------------------------------------------------ consumers
 
-// Until the products issued so far are done. `softmax`: what was computed meanwhile.
-__device__ __forceinline__ void wait_for_output(float softmax) {
-  if constexpr (OVERLAP)
-    wgmma_wait_behind<0>(softmax);
-  else
+// Probabilities of the next block, relative to maxima of blocks before it, while y of the block before is computed.
+// Where they are too large, from the block's scores once more: probabilities are in the place of the first ones.
+__device__ __forceinline__ void stale_probabilities(
+    float (&s)[BN / 2], u32 q, u32 k, int me, float scale, SoftmaxState& state, float (&y)[D / 2], u32 (&p)[BN / 4]) {
+  float sums[2];
+  exponentials<BN>(s, sums, state, scale);
+  wgmma_wait<0>();
+  fence_accumulators(y);
+  to_operand<DTYPE, BN>(p, s);
+  if (named_barrier_any<WARP_GROUP>(CONSUMER + me, fmaxf(sums[0], sums[1]) > sum_limit<DTYPE>())) {
+    wgmma_fence();
+    issue_scores<BN>(s, q, k);
     wgmma_wait<0>();
+    fence_accumulators(s);
+    rescale(y, raise_max<BN>(s, sums, state, scale, sum_limit<DTYPE>()));
+    exponentials<BN>(s, sums, state, scale);
+    to_operand<DTYPE, BN>(p, s);
+  }
+  state.row_sum[0] += sums[0], state.row_sum[1] += sums[1];
 }
 
 // Scores and probabilities of the next block, and meanwhile y of the block before it, which has N keys.
 template <int N, bool FIRST_BLOCK>
 __device__ __forceinline__ void next_block(
-    const Addresses& smem, u32 q, KPosition& k, VPosition& v, int me, int lane, float scale, SoftmaxState& state, float (&y)[D / 2],
+    const Addresses& smem, u32 q, Position& k, Position& v, int me, int lane, float scale, SoftmaxState& state, float (&y)[D / 2],
     const u32 (&p_before)[N / 4], float (&s)[BN / 2], u32 (&p)[BN / 4]) {
   mbarrier_wait(smem.k_full + 8 * k.stage, k.parity);
   mbarrier_wait(smem.v_full + 8 * v.stage, v.parity);
@@ -245,28 +258,17 @@ __device__ __forceinline__ void next_block(
   ping_pong_signal(me);
   wgmma_wait<1>();
   fence_accumulators(s);
-  if constexpr (STALE_MAX && !FIRST_BLOCK) {
-    float sums[2];
-    exponentials<BN>(s, sums, state, scale);
-    wait_for_output(sums[0] + sums[1]);
-    fence_accumulators(y);
-    to_operand<DTYPE, BN>(p, s);
-    if (named_barrier_any<WARP_GROUP>(CONSUMER + me, fmaxf(sums[0], sums[1]) > sum_limit<DTYPE>())) {
-      wgmma_fence();
-      issue_scores<BN>(s, q, smem.k + k.stage * KV_BYTES);  // exponentials are in the place of the first ones
-      wgmma_wait<0>();
-      fence_accumulators(s);
-      rescale(y, raise_max<BN>(s, sums, state, scale, sum_limit<DTYPE>()));
-      exponentials<BN>(s, sums, state, scale);
-      to_operand<DTYPE, BN>(p, s);
-    }
-    state.row_sum[0] += sums[0], state.row_sum[1] += sums[1];
+  if constexpr (STALE_MAX) {
+    stale_probabilities(s, q, smem.k + k.stage * KV_BYTES, me, scale, state, y, p);
     if (lane == 0) mbarrier_arrive(smem.k_empty + 8 * k.stage);
     if (lane == 0) mbarrier_arrive(smem.v_empty + 8 * v.stage);
   } else {
     if (lane == 0) mbarrier_arrive(smem.k_empty + 8 * k.stage);
     const float2 factors = online_softmax<BN, false, false>(s, state, scale);
-    wait_for_output(state.row_sum[0] + state.row_sum[1]);
+    if constexpr (GROUPS == 3)
+      wgmma_wait_behind<0>(state.row_sum[0] + state.row_sum[1]);
+    else  // two fill the tensor cores without, and were slower with it
+      wgmma_wait<0>();
     fence_accumulators(y);
     fence_accumulators(s);
     if (lane == 0) mbarrier_arrive(smem.v_empty + 8 * v.stage);
@@ -281,7 +283,7 @@ __device__ __forceinline__ void next_block(
 // whatever is in shared memory: ptxas serializes products that are issued in a branch.
 template <int N, bool FIRST_BLOCK>
 __device__ __forceinline__ void last_output(
-    const Addresses& smem, const KPosition& k, const VPosition& v, u32 next, bool ahead, u32 next_q, float (&y)[D / 2],
+    const Addresses& smem, const Position& k, const Position& v, u32 next, bool ahead, u32 next_q, float (&y)[D / 2],
     const u32 (&p)[N / 4], float (&first_s)[FIRST / 2]) {
   if (ahead) {
     mbarrier_wait(smem.q_full + 8 * (next & 1), next >> 1 & 1);
@@ -294,7 +296,7 @@ __device__ __forceinline__ void last_output(
 }
 
 // Takes part in the rings and in the ping-pong of a tile in which this consumer has no queries.
-__device__ __forceinline__ void skip_tile(const Addresses& smem, KPosition& k, VPosition& v, int me, int lane, int kv_blocks) {
+__device__ __forceinline__ void skip_tile(const Addresses& smem, Position& k, Position& v, int me, int lane, int kv_blocks) {
   for (int block = 0; block <= kv_blocks; ++block) {
     mbarrier_wait(smem.k_full + 8 * k.stage, k.parity);
     if (block) {
@@ -346,7 +348,7 @@ __device__ __forceinline__ u32 query_address(const Addresses& smem, u32 nth, int
 }
 
 __device__ __forceinline__ void consume(
-    const Addresses& smem, KPosition& k, VPosition& v, int thread, int group, int lane, const TensorMap* y_map, int S,
+    const Addresses& smem, Position& k, Position& v, int thread, int group, int lane, const TensorMap* y_map, int S,
     int first_keys, int kv_blocks, u32 query_tiles, u32 heads, u32 tiles, float scale) {
   const int me = group - 1, warp = thread >> 5 & 3;
   // The 16 bytes whose address this lane gives stmatrix, swizzled: those of unit u to the right are at ^ 16 * u.
@@ -445,8 +447,7 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * WARP_GROUP, 1)
     if (thread == 0) produce(smem, &q_map, &k_map, &v_map, kv_blocks, query_tiles, heads, tiles);
   } else {
     setmaxnreg_inc<CONSUMER_REGISTERS>();
-    KPosition k = {0, 0};  // here: in `consume`, ptxas places registers otherwise
-    VPosition v = {0, 0};
+    Position k = {0, 0}, v = {0, 0};  // here: in `consume`, ptxas places registers otherwise
     consume(smem, k, v, thread, group, lane, &y_map, S, first_keys, kv_blocks, query_tiles, heads, tiles, scale);
   }
 }

@@ -122,8 +122,8 @@ def attention_hopper(
     )
 
 
-def heads_map(t: Tensor, tokens: int, columns: int = PART) -> Param:
-    """Of [B, H, _, D], in boxes of `columns` of a head by `tokens`; a row of them is swizzled."""
+def heads_map(t: Tensor, tokens: int) -> Param:
+    """Of [B, H, _, D], in boxes of 64 columns of a head by `tokens`."""
     B, H, S, D = t.shape
-    box, swizzle = (columns, 1, tokens, 1), MAP_SWIZZLES[columns * t.itemsize]
-    return "map", t, MAP_TYPES[t.dtype], (D, H, S, B), _strides(t), box, swizzle
+    box = (PART, 1, tokens, 1)
+    return "map", t, MAP_TYPES[t.dtype], (D, H, S, B), _strides(t), box, MAP_SWIZZLES[128]

@@ -12,7 +12,6 @@ from graphquant.ops.attention.op import Operands, attention
 from graphquant.ops.hopper.attention import (
     LOG2_E,
     MAX_KEYS,
-    TAIL,
     TILE,
     WIDEST,
     Variant,
@@ -76,7 +75,6 @@ def attention_hopper_padded(
         variant.shared,
         (
             *(heads_map(t, TILE) for t in (q, k, v)),
-            *(heads_map(t, TILE, TAIL) for t in (q, k) if variant.compact),
             ("pointer", y),
             ("null",) if key_mask is None else ("pointer", key_mask),
             ("i64", 0 if key_mask is None else key_mask.stride(0)),

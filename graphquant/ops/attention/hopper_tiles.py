@@ -23,7 +23,7 @@ STORED = 16  # rows of y that one warp stores
 SHARED = 232_448  # bytes of shared memory that one block may have
 WIDEST = 128  # head
 PTX_NAMES = {"bfloat16": "bf16", "float16": "f16"}
-_ROOM = {2: 176, 3: 116, 4: 84}  # registers of a thread, by consumers
+REGISTERS = {2: 176, 3: 116, 4: 84}  # of a thread, for what products read and write, by consumers
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,6 @@ class HopperTile:
     groups: int
     n: int
     stages: int = 2
-    more_k: int = 0  # stages of k beyond those of v
-    in_turn: bool = True
-    overlap: bool = False
-    widened: bool = False
-    stale_max: bool = False
-    ahead: bool = False
 
     @property
     def m(self) -> int:
@@ -49,8 +43,9 @@ class HopperTile:
         """Why heads of D columns do not fit, or None."""
         if D % 8 or D > WIDEST:
             return f"heads of {D}: needs a multiple of 8 up to {WIDEST}"
-        # scores, weights and part of y of a thread: with more, ptxas finds no room for wgmma
-        if self.n * 3 // 4 + (D if self.groups == 4 else _sixteens(D)) // 2 > _ROOM[self.groups]:
+        # scores, probabilities and part of y of a thread: with more, ptxas finds no room for wgmma
+        width = D if self.groups == 4 else _sixteens(D)
+        if self.n * 3 // 4 + width // 2 > REGISTERS[self.groups]:
             return f"heads of {D} do not fit the registers"
         return None
 
@@ -61,8 +56,8 @@ class HopperTile:
     def shared(self, D: int) -> int:
         """Bytes of dynamic shared memory, in the order in which the kernel lays them out."""
         row = -(-D // PART) * 2 * PART
-        blocks = 2 * self.stages + self.more_k
-        return 1024 + (2 * self.m + blocks * self.n) * row + 8 * (4 + 2 * blocks)
+        barriers = 8 * (4 + 4 * self.stages)
+        return 1024 + (2 * self.m + 2 * self.stages * self.n) * row + barriers
 
     def first(self, T: int) -> int:
         """Keys of the first block, the one that may be narrow."""
@@ -78,12 +73,6 @@ class HopperTile:
             "MASKED": int(keys % 16 != 0),
             "D": D,
             "STAGES": self.stages,
-            "K_STAGES": self.stages + self.more_k,
-            "IN_TURN": int(self.in_turn),
-            "OVERLAP": int(self.overlap or self.groups == 3),
-            "WIDENED": int(self.widened),
-            "AHEAD": int(self.ahead),
-            "STALE_MAX": int(self.stale_max),
             "DTYPE": DTYPES[dtype],
             "SHARED_BYTES": self.shared(D),
         }
@@ -108,17 +97,14 @@ def _sixteens(n: int) -> int:
     return -(-n // 16) * 16
 
 
-# For each encoder's shape one of these was the best of all that were tried on an H200 (2026-11-25).
-TILES = {f"{t.m}x{t.n}": t for t in map(HopperTile, (3, 3, 2, 2, 2), (96, 112, 128, 160, 192))}
+# For each encoder's shape one of these was the best of all that were tried on an H200 (2026-11-25,
+# and 256x64 for heads of 72 on 2026-12-01).
+_OFFERED = (
+    *(HopperTile(3, n) for n in (96, 112)),
+    *(HopperTile(2, n) for n in (128, 160, 192)),
+    HopperTile(4, 64, stages=3),
+)
+TILES = {f"{tile.m}x{tile.n}": tile for tile in _OFFERED}
 # The tile of hopper_padded.py, which takes what those do not, and was faster than all of them for
 # heads of 64 columns (2026-12-01).
 MASKED = "64x64"
-# Not measured yet, so not among those that are offered.
-CANDIDATES = {
-    "128x160 next": HopperTile(2, 160, stale_max=True, ahead=True),
-    "128x160 next, overlap": HopperTile(2, 160, overlap=True, stale_max=True, ahead=True),
-    "128x144 next, overlap": HopperTile(2, 144, overlap=True, stale_max=True, ahead=True),
-    "128x128 next, overlap": HopperTile(2, 128, 2, 1, overlap=True, stale_max=True, ahead=True),
-    "192x96 next": HopperTile(3, 96, 2, 1, overlap=True, stale_max=True, ahead=True),
-    "256x64 next": HopperTile(4, 64, 3, in_turn=False, widened=True, stale_max=True, ahead=True),
-}

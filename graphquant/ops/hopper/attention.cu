@@ -19,11 +19,15 @@
 // hide keys. Producers read it: a sequence ends for them behind the last key that is seen, and begins with the block
 // of the first one. So padding is not computed; bits hide keys only where a mask has holes.
 //
+// Of a padded batch of heads of 64, without masks and bias, maxima of later blocks are not computed (STALE_MAX):
+// probabilities are relative to the first block's, until a sum of them is too large. Then that block's scores are
+// computed once more, and its maximum (softmax.cuh). Only this form was measured to be faster so, and queries that may
+// see no key of the first block could not do it: they have no maximum there.
+//
 // Macros (attention.py defines them):
 //   D             width of a head, a multiple of 8 up to 128
 //   TEAMS         in a CTA
 //   STAGES        blocks in flight, of k and of v each, a power of 2
-//   COMPACT       1: columns of q and k from 64 on are in tiles of 16, for D of 72: two teams fit then
 //   DTYPE         BF16 or FP16: of q, k, v and y
 //   CAUSAL        1: a query sees no keys behind it
 //   WINDOW        1: a query sees keys whose positions are at most `window` away
@@ -31,8 +35,6 @@
 //   PADDED        1: a batch of sequences of one length in place of packed ones
 //   KEY_MASK      1: with a mask of keys, of MAX_KEYS at most. Needs PADDED.
 //   BIAS_PAIRS    1: the bias of keys 2i and 2i + 1 is read at once, with PADDED
-//   STALE_MAX     1: maxima are those of the first block, until a sum shows that they do not do any more. Not with a
-//                 window, a bias or a mask of keys.
 //   SHARED_BYTES  dynamic shared memory of the launch
 // and wgmma_shapes.cuh has wgmma_ss for N of 16, 32, 48 and 64, wgmma_rs for N of D.
 //
@@ -43,7 +45,6 @@
 //   y            [T, heads, D]
 //   cu_seqlens, position, tiles    int32, as in op.py. The first entry of -1 ends `tiles`.
 //   strides      int64, in bytes: head, row, column
-//   with COMPACT, behind v_map: q_tail, k_tail, like q_map and k_map in boxes of 16 columns, swizzle of 32 bytes
 //   heads        H           sharing   so many share a head of k and v            entries   of `tiles`
 //   scale        of the scores, times log2(e)
 //   grid any, block 128 (2 TEAMS + 1). May be launched with programmatic stream serialization.
@@ -77,13 +78,12 @@ enum : int {
   PARTS = (D + COLUMNS - 1) / COLUMNS,     // and such tiles side by side hold a head
   K_STEPS = (D + 15) / 16,                 // wgmmas that sum q k^T over D
   PART = BM * SWIZZLE,                     // bytes
-  TILE = PARTS * PART,                     // of v
-  TAIL_ROW = 32,                           // bytes of a row in a tile of 16 columns
-  QK_TILE = COMPACT ? PART + BM * TAIL_ROW : TILE,  // of q and k
+  TILE = PARTS * PART,                     // of q, k and v alike
   BOX = 8,                                 // rows that TMA loads at a time
   WARP_ROWS = 16,                          // of a wgmma's 64
   POSITIONS = !PADDED && (WINDOW || BIAS != NONE),    // Are positions read?
   MAY_SEE_NONE = WINDOW || BIAS != NONE || KEY_MASK,  // May a query see no key of a block?
+  STALE_MAX = PADDED && D == 64 && !CAUSAL && !MAY_SEE_NONE,  // see above
   MAX_KEYS = 4096,                         // of a mask
   BIAS_AHEAD = TEAMS == 1,                 // Are there registers for a bias while products run?
   LANE_KEYS = 16,                          // of a mask that a lane reads at a time
@@ -94,13 +94,11 @@ enum : int {
 
 static_assert(BM == BN && D % 8 == 0 && D <= 128 && (STAGES & (STAGES - 1)) == 0, "tile");
 static_assert(PADDED || !KEY_MASK, "mask");
-static_assert(!STALE_MAX || !MAY_SEE_NONE, "rows that see no key of the first block have no maximum");
-static_assert(!COMPACT || (D == 72), "columns behind the first 64");
 
 struct __align__(SMEM_ALIGN) SharedStorage {  // of a team
   // Two, so that the next item's is loaded meanwhile. A consumer's y takes the place of its q.
-  unsigned char q[2][CONSUMERS][QK_TILE];
-  unsigned char k[STAGES][QK_TILE];
+  unsigned char q[2][CONSUMERS][TILE];
+  unsigned char k[STAGES][TILE];
   unsigned char v[STAGES][TILE];
   union {
     int q_position[2][CONSUMERS][BM];
@@ -121,7 +119,7 @@ struct Bias {
 };
 
 struct Problem {
-  const TensorMap *q, *k, *v, *q_tail, *k_tail;
+  const TensorMap *q, *k, *v;
   unsigned char* y;
   const int* cu_seqlens;
   const int* position;
@@ -238,32 +236,25 @@ enum NamedBarrier : u32 { CONSUMER = 1 };  // one for each consumer's own thread
 
 // ------------------------------------------------------------------------------------ producer
 
-// Up to 64 rows of a head from `row` of a sequence on, of which there are `rows`. HAS_TAIL: columns from 64 on are in
-// a tile of 16, from the map `tail`.
-template <bool HAS_TAIL>
+// Up to 64 rows of a head from `row` of a sequence on, of which there are `rows`.
 __device__ __forceinline__ void load_tile(
-    u32 to, u32 full, const TensorMap* map, const TensorMap* tail, u32 head, int start, int row, int rows, int lane) {
-  constexpr int WIDE = HAS_TAIL ? 1 : PARTS;  // tiles of 64 columns
+    u32 to, u32 full, const TensorMap* map, u32 head, int start, int row, int rows, int lane) {
   if constexpr (PADDED) {
     if (lane == 0) {
-      mbarrier_arrive_expect_tx(full, HAS_TAIL ? QK_TILE : TILE);
+      mbarrier_arrive_expect_tx(full, TILE);
 #pragma unroll
-      for (int part = 0; part < WIDE; ++part) tma_load(to + part * PART, map, full, part * COLUMNS, head, row, start);
-      if constexpr (HAS_TAIL) tma_load(to + PART, tail, full, COLUMNS, head, row, start);
+      for (int part = 0; part < PARTS; ++part) tma_load(to + part * PART, map, full, part * COLUMNS, head, row, start);
     }
     __syncwarp();
     return;
   }
   const int boxes = min((rows + BOX - 1) / BOX, BN / BOX);
-  if (lane == 0) mbarrier_arrive_expect_tx(full, boxes * (BOX * (WIDE * SWIZZLE + (HAS_TAIL ? TAIL_ROW : 0))));
+  if (lane == 0) mbarrier_arrive_expect_tx(full, boxes * (PARTS * BOX * SWIZZLE));
   __syncwarp();
-  if (lane < boxes) {
+  if (lane < boxes)
 #pragma unroll
-    for (int part = 0; part < WIDE; ++part)
+    for (int part = 0; part < PARTS; ++part)
       tma_load(to + part * PART + lane * (BOX * SWIZZLE), map, full, part * COLUMNS, head, start + row + lane * BOX, 0);
-    if constexpr (HAS_TAIL)
-      tma_load(to + PART + lane * (BOX * TAIL_ROW), tail, full, COLUMNS, head, start + row + lane * BOX, 0);
-  }
 }
 
 __device__ __forceinline__ void load_positions(u32 to, u32 full, const int* from, int rows, int lane) {
@@ -328,7 +319,7 @@ __device__ __forceinline__ void load_item(u32 smem, const Problem& of, const Ite
   if (KEYS && lane == 0)
     st_shared(SMEM(item) + 16 * buffer, make_int4(item.start, item.row, item.length, item.code));
   if (head < of.heads && item.length)
-    load_tile<COMPACT>(SMEM(q) + at * QK_TILE, full, of.q, of.q_tail, head, item.start, row, rows, lane);
+    load_tile(SMEM(q) + at * TILE, full, of.q, head, item.start, row, rows, lane);
   else if (lane == 0)
     mbarrier_arrive(full);
   if constexpr (POSITIONS)
@@ -345,8 +336,7 @@ __device__ __forceinline__ void load_blocks(u32 smem, const Problem& of, const I
     for (u32 i = 0; i < loaded; ++i, ++ring.block) {
       const u32 stage = stage_of(ring.block), full = ring.full + 8 * stage;
       mbarrier_wait(ring.empty + 8 * stage, parity_of(ring.block) ^ 1);
-      load_tile<KEYS && COMPACT>(ring.tiles + stage * (KEYS ? QK_TILE : TILE), full, KEYS ? of.k : of.v, of.k_tail,
-                                 i ? second : first, item.start, block * BN, rows, lane);
+      load_tile(ring.tiles + stage * TILE, full, KEYS ? of.k : of.v, i ? second : first, item.start, block * BN, rows, lane);
       if constexpr (KEYS && POSITIONS)
         load_positions(SMEM(k_position) + stage * (4 * BN), full, of.position + (item.start + block * BN), rows, lane);
     }
@@ -535,10 +525,7 @@ __device__ __forceinline__ void issue_scores(float (&s)[N / 2], u32 q, u32 k) {
   const Operand<PART> queries(q), keys(k);
 #pragma unroll
   for (int i = 0; i < K_STEPS; ++i)
-    if (COMPACT && i == 4)
-      wgmma_ss<N>(s, wgmma_descriptor_of_16(q + PART), wgmma_descriptor_of_16(k + PART), 1);
-    else
-      wgmma_ss<N>(s, queries.at(i / 4 * PART + i % 4 * 32), keys.at(i / 4 * PART + i % 4 * 32), i > 0);
+    wgmma_ss<N>(s, queries.at(i / 4 * PART + i % 4 * 32), keys.at(i / 4 * PART + i % 4 * 32), i > 0);
   wgmma_commit();
 }
 
@@ -604,7 +591,7 @@ __device__ __forceinline__ void first_block(
     if (tile.has_rows) load_bias_block<N, true>(bias, tile, of.bias, block);
   mbarrier_wait(SMEM(k_full) + 8 * stage, parity_of(at));
   wgmma_fence();
-  issue_scores<N>(s, q, SMEM(k) + stage * QK_TILE);
+  issue_scores<N>(s, q, SMEM(k) + stage * TILE);
   wgmma_wait<0>();
   fence_accumulators(s);
   if constexpr (!POSITIONS) release(SMEM(k_empty) + 8 * stage, lane, arrivals);
@@ -614,6 +601,31 @@ __device__ __forceinline__ void first_block(
   to_operand<DTYPE, N>(first_p, s);
 #pragma unroll
   for (int i = 0; i < BN / 4; ++i) p[i] = i < N / 4 ? first_p[i] : 0;
+}
+
+// Probabilities of the next block, relative to maxima of blocks before it, while y of the block before is computed.
+// Where they are too large, from the block's scores once more: probabilities are in the place of the first ones.
+__device__ __forceinline__ void stale_probabilities(
+    float (&s)[BN / 2], u32 smem, u32 q, u32 k_stage, u32 v_stage, const Problem& of, bool has_rows, int lane,
+    u32 arrivals, SoftmaxState& state, float (&y)[D / 2], u32 (&p)[BN / 4], int group) {
+  float sums[2] = {0.0f, 0.0f};
+  if (has_rows) exponentials<BN>(s, sums, state, of.scale);
+  wgmma_wait<0>();
+  fence_accumulators(y);
+  fence_accumulators(s);
+  release(SMEM(v_empty) + 8 * v_stage, lane, arrivals);
+  to_operand<DTYPE, BN>(p, s);
+  if (named_barrier_any<WARP_GROUP>(CONSUMER + group, fmaxf(sums[0], sums[1]) > sum_limit<DTYPE>())) {
+    wgmma_fence();
+    issue_scores<BN>(s, q, SMEM(k) + k_stage * TILE);
+    wgmma_wait<0>();
+    fence_accumulators(s);
+    rescale(y, raise_max<BN>(s, sums, state, of.scale, sum_limit<DTYPE>()));
+    exponentials<BN>(s, sums, state, of.scale);
+    to_operand<DTYPE, BN>(p, s);
+  }
+  release(SMEM(k_empty) + 8 * k_stage, lane, arrivals);
+  state.row_sum[0] += sums[0], state.row_sum[1] += sums[1];
 }
 
 // Scores and probabilities of the next block, and y of the block before it.
@@ -628,31 +640,12 @@ __device__ __forceinline__ void next_block(
   mbarrier_wait(SMEM(k_full) + 8 * k_stage, parity_of(k));
   mbarrier_wait(SMEM(v_full) + 8 * v_stage, parity_of(v));
   wgmma_fence();  // right before the products: with a loop in between, ptxas serializes them
-  issue_scores<BN>(s, q, SMEM(k) + k_stage * QK_TILE);
+  issue_scores<BN>(s, q, SMEM(k) + k_stage * TILE);
   issue_output(y, p, SMEM(v) + v_stage * TILE);
   wgmma_wait<1>();
   fence_accumulators(s);
-  if constexpr (STALE_MAX) {
-    float sums[2] = {0.0f, 0.0f};
-    if (tile.has_rows) exponentials<BN>(s, sums, state, of.scale);
-    wgmma_wait<0>();
-    fence_accumulators(y);
-    fence_accumulators(s);
-    release(SMEM(v_empty) + 8 * v_stage, lane, arrivals);
-    to_operand<DTYPE, BN>(p, s);
-    if (named_barrier_any<WARP_GROUP>(CONSUMER + group, fmaxf(sums[0], sums[1]) > sum_limit<DTYPE>())) {
-      wgmma_fence();
-      issue_scores<BN>(s, q, SMEM(k) + k_stage * QK_TILE);  // probabilities are in the place of the first ones
-      wgmma_wait<0>();
-      fence_accumulators(s);
-      rescale(y, raise_max<BN>(s, sums, state, of.scale, sum_limit<DTYPE>()));
-      exponentials<BN>(s, sums, state, of.scale);
-      to_operand<DTYPE, BN>(p, s);
-    }
-    release(SMEM(k_empty) + 8 * k_stage, lane, arrivals);
-    state.row_sum[0] += sums[0], state.row_sum[1] += sums[1];
-    return;
-  }
+  if constexpr (STALE_MAX)
+    return stale_probabilities(s, smem, q, k_stage, v_stage, of, tile.has_rows, lane, arrivals, state, y, p, group);
   if constexpr (!POSITIONS) release(SMEM(k_empty) + 8 * k_stage, lane, arrivals);
   float2 factors = {1.0f, 1.0f};
   if (tile.has_rows)
@@ -669,8 +662,7 @@ __device__ __forceinline__ void next_block(
 // y of a warp's 16 rows, normalized, into the place of their q and from there to global memory, as far as there are
 // rows of the sequence.
 __device__ __forceinline__ void epilogue(
-    const float (&y)[D / 2], const float (&normalizer)[2], u32 q, u32 tail, unsigned char* to, u32 row_bytes, int rows,
-    int lane) {
+    const float (&y)[D / 2], const float (&normalizer)[2], u32 q, unsigned char* to, u32 row_bytes, int rows, int lane) {
   // The 16 bytes whose address this lane gives stmatrix, swizzled: those of unit u to the right are at ^ 16 * u.
   const u32 own = q + (lane & 15) * SWIZZLE + ((lane ^ lane << 4) & 0x70);
 #pragma unroll
@@ -681,7 +673,7 @@ __device__ __forceinline__ void epilogue(
       const int at = (c + i / 2) * 4 + i % 2 * 2;
       out[i] = at < D / 2 ? pack<DTYPE>(y[at] * normalizer[i & 1], y[at + 1] * normalizer[i & 1]) : 0;
     }
-    stmatrix_x4(COMPACT && c == 8 ? tail + (lane & 15) * TAIL_ROW + (lane & 16) : (own + c / 8 * PART) ^ (c % 8 << 4), out);
+    stmatrix_x4((own + c / 8 * PART) ^ (c % 8 << 4), out);
   }
   __syncwarp();
   constexpr int UNITS = D / 8, EACH = (UNITS + 1) / 2;  // of 16 bytes: in a row, and of a lane
@@ -689,8 +681,7 @@ __device__ __forceinline__ void epilogue(
 #pragma unroll
   for (int i = 0; i < EACH; ++i) {  // all loads before the first store, since each of these waits for its own
     const int row = (i * 32 + lane) / UNITS, column = (i * 32 + lane) % UNITS;
-    const u32 wide = q + column / 8 * PART + row % WARP_ROWS * SWIZZLE + ((column ^ row) & 7) * 16;
-    unit[i] = ld_shared_int4_ordered(COMPACT && column >= 8 ? tail + row % WARP_ROWS * TAIL_ROW + column % 8 * 16 : wide);
+    unit[i] = ld_shared_int4_ordered(q + column / 8 * PART + row % WARP_ROWS * SWIZZLE + ((column ^ row) & 7) * 16);
   }
 #pragma unroll
   for (int i = 0; i < EACH; ++i) {
@@ -719,7 +710,7 @@ __device__ __forceinline__ void consume(u32 smem, const Problem& of, int group, 
       release(q_empty, lane, 1);
       continue;
     }
-    const u32 q = SMEM(q) + (buffer * CONSUMERS + me) * QK_TILE;
+    const u32 q = SMEM(q) + (buffer * CONSUMERS + me) * TILE;
     const int queries = item.queries(of.queries);
     Tile tile = {{}, {}, (lane & 3) * 2, item.length, head, first + warp * WARP_ROWS < queries};
     if constexpr (PADDED) tile.start = item.start, tile.queries = queries, tile.keys = of.keys;
@@ -769,8 +760,8 @@ __device__ __forceinline__ void consume(u32 smem, const Problem& of, int group, 
     if (tile.has_rows) {
       const int row = first + warp * WARP_ROWS;
       const u64 to = PADDED ? (u64)(u32)item.start * (u32)queries + (u32)row : (u64)(u32)(item.start + row);
-      epilogue(y, state.row_sum, q + warp * (WARP_ROWS * SWIZZLE), q + PART + warp * (WARP_ROWS * TAIL_ROW),
-               of.y + (to * of.heads + head) * (2 * D), of.heads * (2 * D), queries - row, lane);
+      epilogue(y, state.row_sum, q + warp * (WARP_ROWS * SWIZZLE), of.y + (to * of.heads + head) * (2 * D),
+               of.heads * (2 * D), queries - row, lane);
       fence_async_proxy();  // TMA loads over what was written
       __syncwarp();
     }
@@ -788,7 +779,6 @@ __device__ __forceinline__ void attend(const Problem& of, unsigned char* dynamic
     prefetch_tensor_map(of.q);
     prefetch_tensor_map(of.k);
     prefetch_tensor_map(of.v);
-    if constexpr (COMPACT) prefetch_tensor_map(of.q_tail), prefetch_tensor_map(of.k_tail);
     for (int team = 0; team < TEAMS; ++team) init_barriers(smem + team * (u32)sizeof(SharedStorage));
   }
   __syncthreads();
@@ -812,34 +802,25 @@ __device__ __forceinline__ void attend(const Problem& of, unsigned char* dynamic
   }
 }
 
-#if COMPACT
-#define TAIL_MAPS const __grid_constant__ TensorMap q_tail, const __grid_constant__ TensorMap k_tail,
-#define TAILS &q_tail, &k_tail
-#else
-#define TAIL_MAPS
-#define TAILS nullptr, nullptr
-#endif
-
 #if PADDED
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention_padded_hopper(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-                            const __grid_constant__ TensorMap v_map, TAIL_MAPS unsigned char* y,
-                            const unsigned char* key_mask, i64 mask_row,
+                            const __grid_constant__ TensorMap v_map, unsigned char* y, const unsigned char* key_mask, i64 mask_row,
                             const unsigned char* bias, i64 bias_batch, i64 bias_head, i64 bias_row, i64 bias_column,
                             u32 heads, u32 sharing, u32 batch, int queries, int keys, int window, float scale) {
   extern __shared__ unsigned char dynamic[];
   const u32 entries = (queries + BM - 1) / BM * batch;
-  attend({&q_map, &k_map, &v_map, TAILS, y, nullptr, nullptr, nullptr, {bias, bias_head, bias_row, bias_column, bias_batch},
+  attend({&q_map, &k_map, &v_map, y, nullptr, nullptr, nullptr, {bias, bias_head, bias_row, bias_column, bias_batch},
           heads, sharing, entries, window, scale, key_mask, mask_row, queries, keys}, dynamic);
 }
 #else
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     varlen_attention_hopper(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-                            const __grid_constant__ TensorMap v_map, TAIL_MAPS unsigned char* y, const int* cu_seqlens,
+                            const __grid_constant__ TensorMap v_map, unsigned char* y, const int* cu_seqlens,
                             const int* position, const int2* tiles, const unsigned char* bias, i64 bias_head,
                             i64 bias_row, i64 bias_column, u32 heads, u32 sharing, u32 entries, int window, float scale) {
   extern __shared__ unsigned char dynamic[];
-  attend({&q_map, &k_map, &v_map, TAILS, y, cu_seqlens, position, tiles, {bias, bias_head, bias_row, bias_column, 0},
+  attend({&q_map, &k_map, &v_map, y, cu_seqlens, position, tiles, {bias, bias_head, bias_row, bias_column, 0},
           heads, sharing, entries, window, scale, nullptr, 0, 0, 0}, dynamic);
 }
 #endif

@@ -16,8 +16,8 @@ LOG2_E = 1.4426950408889634
 TILE = 64  # rows of q, k and v that are multiplied at a time
 MAX_KEYS = 4096  # of a mask
 WIDEST = 128  # head
+STAGES = 4
 COLUMNS, BOX = 64, 8  # of a head, and rows, that TMA loads at a time
-TAIL = 16  # columns behind those, if they are loaded by themselves
 KEYS = (16, 32, 48, TILE)  # that are multiplied at a time: the first block may be narrow
 PTX_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -34,8 +34,6 @@ class Variant:
     padded: bool = False
     key_mask: bool = False
     bias_pairs: bool = False
-    compact: bool = False
-    stale_max: bool = False
 
     @property
     def entry(self) -> str:
@@ -46,11 +44,7 @@ class Variant:
     def teams(self) -> int:
         """Of a CTA: two, if registers and shared memory suffice."""
         narrow = self.bias is None or (self.padded and self.bias.itemsize == 2)
-        return 2 if (self.D <= COLUMNS or self.compact) and narrow else 1
-
-    @property
-    def stages(self) -> int:
-        return 2 if self.compact else 4
+        return 2 if self.D <= 64 and narrow else 1
 
     @property
     def threads(self) -> int:
@@ -59,11 +53,9 @@ class Variant:
     @property
     def shared(self) -> int:
         """Bytes of dynamic shared memory, in the order in which the kernel lays them out."""
-        v = -(-self.D // COLUMNS) * COLUMNS * 2 * TILE
-        qk = (COLUMNS + TAIL) * 2 * TILE if self.compact else v
-        positions = 4 * TILE * (4 + self.stages)
-        barriers = 8 * (4 + 4 * self.stages)
-        team = qk * (4 + self.stages) + v * self.stages + positions + 2 * 16 + barriers
+        tile = -(-self.D // 64) * 64 * 2 * TILE
+        positions = 4 * TILE * (4 + STAGES)
+        team = tile * (4 + 2 * STAGES) + positions + 2 * 16 + 8 * (4 + 4 * STAGES)
         return 1024 * (1 + self.teams * -(-team // 1024))
 
     def defines(self) -> dict[str, int | str]:
@@ -71,9 +63,7 @@ class Variant:
         return {
             "D": self.D,
             "TEAMS": self.teams,
-            "STAGES": self.stages,
-            "COMPACT": int(self.compact),
-            "STALE_MAX": int(self.stale_max),
+            "STAGES": STAGES,
             "DTYPE": _dtype(self.dtype),
             "CAUSAL": int(self.causal),
             "WINDOW": int(self.window),

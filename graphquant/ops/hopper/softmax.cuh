@@ -52,15 +52,20 @@ __device__ __forceinline__ float2 online_softmax(float (&s)[N / 2], SoftmaxState
   return make_float2(rescale[0], rescale[1]);
 }
 
-// Maxima may be those of earlier blocks as long as no thread's probabilities of a block and row add up to more. Those of
-// float16 end at 2^16; those of bfloat16 and all sums at 2^128, and values of up to 2^80 are to be summed up with them.
+// Stale maxima: softmax is the same relative to any number, so the first block's maximum does for later blocks as long
+// as nothing overflows. FlashAttention-4 rescales only if a maximum rises by more than a threshold, as online_softmax
+// does above. With the following functions later maxima are not even computed: `exponentials` needs none, and too large
+// ones show in the sums, which are needed anyway. Only for such a block `raise_max` looks for its maximum.
+
+// What a thread's probabilities of a block and row may add up to. In float16 each has to be below 2^16. In bfloat16 and
+// in sums they may be up to 2^128: with the columns of four lanes and 2^9 blocks, that leaves values in v up to 2^85.
 template <Dtype Type>
 __device__ __forceinline__ float sum_limit() {
   return Type == FP16 ? 0x1p15f : 0x1p32f;
 }
 
-// Probabilities of N keys relative to the row_max of blocks before, and into `sums` those of this thread's columns.
-// Nothing is looked for in the scores: whoever calls it looks at the sums, which are never below a probability.
+// Probabilities of N keys relative to the row_max of blocks before, and their sums over this thread's columns, which
+// the caller compares with sum_limit: no probability is above its sum. Scores that are NaN make their own row NaN.
 template <int N>
 __device__ __forceinline__ void exponentials(
     float (&s)[N / 2], float (&sums)[2], const SoftmaxState& state, float scale) {
@@ -79,8 +84,8 @@ __device__ __forceinline__ void exponentials(
   }
 }
 
-// row_max becomes the maximum of N scores in the rows whose `sums` are above `limit` in any lane: only in those, so
-// that a row's result does not depend on others'. Returns the factors by which earlier results have to be rescaled.
+// row_max becomes the maximum of N scores in the rows whose `sums` are above `limit` in any lane, and only in those: a
+// row's result does not depend on other rows. Returns the factors by which earlier results have to be rescaled.
 template <int N>
 __device__ __forceinline__ float2 raise_max(
     const float (&s)[N / 2], const float (&sums)[2], SoftmaxState& state, float scale, float limit) {

@@ -48,11 +48,6 @@ __device__ __forceinline__ u64 wgmma_descriptor(u32 address, u32 leading, u32 st
   return (u64)((address & 0x3FFFF) >> 4) | ((u64)(leading >> 4) << 16) | ((u64)(stride >> 4) << 32) | ((u64)1 << 62);
 }
 
-// Descriptor of a matrix of 16 columns of 16 bits in shared memory, with TMA's swizzle of 32 bytes. Its rows are summed.
-__device__ __forceinline__ u64 wgmma_descriptor_of_16(u32 address) {
-  return (u64)((address & 0x3FFFF) >> 4) | ((u64)(8 * 32 >> 4) << 32) | ((u64)3 << 62);
-}
-
 // Descriptors of the parts of one matrix: they differ in the low word alone.
 template <u32 Leading>
 struct Operand {

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 ALIGNED = 16  # bytes: launch.c requires this alignment of every address
 # CUtensorMapDataType and CUtensorMapSwizzle (by its bytes) in cuda.h
 MAP_TYPES = {torch.uint8: 0, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
-MAP_SWIZZLES = {32: 1, 64: 2, 128: 3}
+MAP_SWIZZLES = {64: 2, 128: 3}
 Param = tuple[Any, ...]  # launch.c's parameters, with tensors in place of their positions
 
 _watching = threading.local()
