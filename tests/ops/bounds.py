@@ -80,7 +80,7 @@ def implementations(*ops: Op) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("op", "kernel"), cases)
 
 
-def kernels(*ops: Op, named: str = "") -> pytest.MarkDecorator:
+def kernels(*ops: Op, named: str | tuple[str, ...] = "") -> pytest.MarkDecorator:
     """Parametrize over (op, kernel) of the kernels alone, or of those whose names begin so."""
     cases = [_case(op, k) for op in ops for k in runnable(op) if k.name.startswith(named)]
     return pytest.mark.parametrize(("op", "kernel"), cases)

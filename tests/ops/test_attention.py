@@ -142,6 +142,8 @@ def test_what_the_kernel_does_not_take_is_said() -> None:
     assert TILES["128x192"].refuses(64) is None
     assert "registers" in str(TILES["128x192"].refuses(72))
     assert "registers" in str(TILES["192x112"].refuses(72))
+    assert TILES["256x64"].refuses(72) is None
+    assert "registers" in str(TILES["256x64"].refuses(80))
     assert "multiple of 8 up to 128" in str(TILES["128x128"].refuses(136))
     assert "multiple of 8 up to 128" in str(TILES["128x128"].refuses(20))
 
@@ -301,6 +303,7 @@ def test_the_kernel_compiles_to_tensor_core_instructions(name: str, T: int, tmp_
         assert_products_run_together(sass)
         if tile.groups == 3:
             assert_softmax_overlaps(sass)
+    assert_registers_suffice(sass, usage, tile.threads)
 
 
 def assert_products_run_together(sass: str) -> None:
@@ -312,3 +315,12 @@ def assert_softmax_overlaps(sass: str) -> None:
     """ptxas may move the wait for a product up to where it begins, past other instructions."""
     between = re.findall(r"DEPBAR\.LE gsb0, 0x1(.*?)DEPBAR\.LE gsb0, 0x0", sass, re.DOTALL)
     assert between and all("MUFU.EX2" in part for part in between)
+
+
+def assert_registers_suffice(sass: str, usage: str, threads: int) -> None:
+    """A CTA has the registers that it was launched with: if warp groups ask for more, they wait
+    forever."""
+    (launched,) = map(int, re.findall(r"REG:(\d+)", usage))
+    (given,) = (int(n, 16) for n in re.findall(r"USETMAXREG\.DEALLOC\.CTAPOOL (\w+)", sass))
+    (taken,) = {int(n, 16) for n in re.findall(r"USETMAXREG\.TRY_ALLOC\.CTAPOOL UP\d, (\w+)", sass)}
+    assert given * 128 + taken * (threads - 128) <= launched * threads

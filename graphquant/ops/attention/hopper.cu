@@ -5,15 +5,23 @@
 // A CTA is one producer warp group and GROUPS consumer warp groups of 64 queries each. One thread of the producer
 // loads q, k and v with the tensor memory accelerator (TMA), k and v into rings of STAGES blocks. Consumers
 // multiply (wgmma) with online softmax, and write y, again by TMA. Their softmax overlaps with the products of
-// other consumers (ping-pong) and with their own y += p v of the block before. CTAs are persistent, over a
-// grid-stride loop of tiles: GROUPS * 64 queries of one head.
+// other consumers and with their own y += p v of the block before. CTAs are persistent, over a grid-stride loop of
+// tiles: GROUPS * 64 queries of one head.
+//
+// Two or three consumers take turns in issuing products (ping-pong). Four do not: there is nearly always one whose
+// products can run. They have 112 registers a thread, so their blocks are short, and work per block counts:
+//   STALE_MAX  Later blocks' maxima are not computed. Probabilities are relative to the first block's, until a sum of
+//              them is too large: then that block's scores are computed once more, and its maximum (softmax.cuh).
+//   AHEAD      The first scores of the next tile are computed while y is normalized and written.
+//   WIDENED    The first block's probabilities are followed by zeros up to BN, so that all blocks have one loop. It
+//              takes fewer registers.
 //
 // The first block of keys is the narrow one: the T % BN last keys, if that is not 0. All other blocks are full, so
 // that they need no mask. The only padding that is computed is rows of queries beyond S, the first block's keys up
 // to a multiple of 16, and columns of a head beyond D up to a multiple of 16 in the scores.
 //
 // Macros (hopper_tiles.py beside this file defines them):
-//   GROUPS        consumer warp groups: 2 or 3
+//   GROUPS        consumer warp groups: 2, 3 or 4
 //   BN            keys of a block, a multiple of 16
 //   FIRST         keys of the first block, BN or the narrow one's rounded up to a multiple of 16
 //   MASKED        1: the first block has fewer keys than FIRST
@@ -51,9 +59,13 @@ enum : int {
   Q_BYTES = PARTS * Q_PART,                // of a consumer
   KV_BYTES = PARTS * KV_PART,              // of a stage, of k and v each
   WARP_ROWS = 16,                          // of a wgmma's 64
-  // The producer's registers go to the consumers: multiples of 8, and all together no more than 65,536.
-  PRODUCER_REGISTERS = 24,
-  CONSUMER_REGISTERS = GROUPS == 3 ? 160 : 240
+  IN_TURN = GROUPS < 4,                    // see above
+  STALE_MAX = GROUPS == 4,
+  AHEAD = GROUPS == 4,
+  WIDENED = GROUPS == 4,
+  // The producer's registers go to the consumers: multiples of 8, and all together no more than at launch.
+  PRODUCER_REGISTERS = GROUPS == 4 ? 32 : 24,
+  CONSUMER_REGISTERS = GROUPS == 4 ? 112 : GROUPS == 3 ? 160 : 240
 };
 
 static_assert(BN % 16 == 0 && FIRST % 16 == 0 && FIRST <= BN && BN <= 256 && D % 8 == 0 && D <= 128, "tile");
@@ -80,13 +92,13 @@ __device__ __forceinline__ Addresses addresses(u32 smem) {
 
 // Of bar.sync; 0 is __syncthreads.
 enum NamedBarrier : u32 {
-  EPILOGUE = 1,  // one for each consumer's own threads
+  CONSUMER = 1,  // one for each consumer's own threads
   PING_PONG = 8  // one for each consumer: its turn to issue products
 };
 
 // ------------------------------------------------------------------------------------ softmax
 
-// Scores of the keys from number `keys` on count nothing.
+// Scores of the keys from number `keys` on, which are among the last 16, count nothing.
 template <int N>
 __device__ __forceinline__ void hide_keys(float (&s)[N / 2], int keys) {
   const int column = (threadIdx.x & 3) * 2;
@@ -94,7 +106,7 @@ __device__ __forceinline__ void hide_keys(float (&s)[N / 2], int keys) {
   for (int c = 0; c < N / 8; ++c)
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (c * 8 + column + (i & 1) >= keys) s[c * 4 + i] = __int_as_float(0xff800000);
+      if (c >= N / 8 - 2 && c * 8 + column + (i & 1) >= keys) s[c * 4 + i] = __int_as_float(0xff800000);
 }
 
 // 1 / row_sum.
@@ -129,10 +141,10 @@ __device__ __forceinline__ void issue_output(float (&y)[D / 2], const u32 (&p)[N
 
 // Consumers issue their products one after the other, so that one's softmax overlaps the others' products.
 __device__ __forceinline__ void ping_pong_wait(int me) {
-  named_barrier_sync<2 * WARP_GROUP>(PING_PONG + me);
+  if constexpr (IN_TURN) named_barrier_sync<2 * WARP_GROUP>(PING_PONG + me);
 }
 __device__ __forceinline__ void ping_pong_signal(int me) {
-  named_barrier_arrive<2 * WARP_GROUP>(PING_PONG + (me + 1) % GROUPS);
+  if constexpr (IN_TURN) named_barrier_arrive<2 * WARP_GROUP>(PING_PONG + (me + 1) % GROUPS);
 }
 
 // ------------------------------------------------------------------------------------ tiles
@@ -211,6 +223,27 @@ __device__ __forceinline__ void produce(
 
 // ------------------------------------------------------------------------------------ consumers
 
+// Probabilities of the next block, relative to maxima of blocks before it, while y of the block before is computed.
+// Where they are too large, from the block's scores once more: probabilities are in the place of the first ones.
+__device__ __forceinline__ void stale_probabilities(
+    float (&s)[BN / 2], u32 q, u32 k, int me, float scale, SoftmaxState& state, float (&y)[D / 2], u32 (&p)[BN / 4]) {
+  float sums[2];
+  exponentials<BN>(s, sums, state, scale);
+  wgmma_wait<0>();
+  fence_accumulators(y);
+  to_operand<DTYPE, BN>(p, s);
+  if (named_barrier_any<WARP_GROUP>(CONSUMER + me, fmaxf(sums[0], sums[1]) > sum_limit<DTYPE>())) {
+    wgmma_fence();
+    issue_scores<BN>(s, q, k);
+    wgmma_wait<0>();
+    fence_accumulators(s);
+    rescale(y, raise_max<BN>(s, sums, state, scale, sum_limit<DTYPE>()));
+    exponentials<BN>(s, sums, state, scale);
+    to_operand<DTYPE, BN>(p, s);
+  }
+  state.row_sum[0] += sums[0], state.row_sum[1] += sums[1];
+}
+
 // Scores and probabilities of the next block, and meanwhile y of the block before it, which has N keys.
 template <int N, bool FIRST_BLOCK>
 __device__ __forceinline__ void next_block(
@@ -225,19 +258,41 @@ __device__ __forceinline__ void next_block(
   ping_pong_signal(me);
   wgmma_wait<1>();
   fence_accumulators(s);
-  if (lane == 0) mbarrier_arrive(smem.k_empty + 8 * k.stage);
+  if constexpr (STALE_MAX) {
+    stale_probabilities(s, q, smem.k + k.stage * KV_BYTES, me, scale, state, y, p);
+    if (lane == 0) mbarrier_arrive(smem.k_empty + 8 * k.stage);
+    if (lane == 0) mbarrier_arrive(smem.v_empty + 8 * v.stage);
+  } else {
+    if (lane == 0) mbarrier_arrive(smem.k_empty + 8 * k.stage);
+    const float2 factors = online_softmax<BN, false, false>(s, state, scale);
+    if constexpr (GROUPS == 3)
+      wgmma_wait_behind<0>(state.row_sum[0] + state.row_sum[1]);
+    else  // two fill the tensor cores without, and were slower with it
+      wgmma_wait<0>();
+    fence_accumulators(y);
+    fence_accumulators(s);
+    if (lane == 0) mbarrier_arrive(smem.v_empty + 8 * v.stage);
+    to_operand<DTYPE, BN>(p, s);
+    rescale(y, factors);
+  }
   k.advance();
-  const float2 factors = online_softmax<BN, false, false>(s, state, scale);
-  if constexpr (GROUPS == 3)
-    wgmma_wait_behind<0>(state.row_sum[0] + state.row_sum[1]);
-  else  // two fill the tensor cores without, and were slower with it
-    wgmma_wait<0>();
-  fence_accumulators(y);
-  fence_accumulators(s);
-  if (lane == 0) mbarrier_arrive(smem.v_empty + 8 * v.stage);
   v.advance();
-  to_operand<DTYPE, BN>(p, s);
-  rescale(y, factors);
+}
+
+// Issues y of the last block, of N keys, and with AHEAD the first scores of the tile behind it. If there is none, of
+// whatever is in shared memory: ptxas serializes products that are issued in a branch.
+template <int N, bool FIRST_BLOCK>
+__device__ __forceinline__ void last_output(
+    const Addresses& smem, const Position& k, const Position& v, u32 next, bool ahead, u32 next_q, float (&y)[D / 2],
+    const u32 (&p)[N / 4], float (&first_s)[FIRST / 2]) {
+  if (ahead) {
+    mbarrier_wait(smem.q_full + 8 * (next & 1), next >> 1 & 1);
+    mbarrier_wait(smem.k_full + 8 * k.stage, k.parity);
+  }
+  mbarrier_wait(smem.v_full + 8 * v.stage, v.parity);
+  wgmma_fence();
+  issue_output<N, FIRST_BLOCK>(y, p, smem.v + v.stage * KV_BYTES);
+  if constexpr (AHEAD) issue_scores<FIRST>(first_s, next_q, smem.k + k.stage * KV_BYTES);
 }
 
 // Takes part in the rings and in the ping-pong of a tile in which this consumer has no queries.
@@ -267,7 +322,7 @@ __device__ __forceinline__ void release_tile_before(const Addresses& smem, u32 n
 __device__ __forceinline__ void epilogue(
     const float (&y)[D / 2], const float (&normalizer)[2], u32 q, u32 row_address, const TensorMap* y_map,
     const Tile& tile, int query, int S, int me, int warp, int lane) {
-  named_barrier_sync<WARP_GROUP>(EPILOGUE + me);  // all four warps have read q
+  named_barrier_sync<WARP_GROUP>(CONSUMER + me);  // all four warps have read q
 #pragma unroll
   for (int c = 0; c < D / 8; c += 2) {
     u32 out[4];
@@ -287,60 +342,81 @@ __device__ __forceinline__ void epilogue(
                 query + warp * WARP_ROWS, tile.batch);
 }
 
+// Where the consumer's q of this CTA's n-th tile is.
+__device__ __forceinline__ u32 query_address(const Addresses& smem, u32 nth, int me) {
+  return smem.q + (nth & 1) * (GROUPS * Q_BYTES) + me * Q_BYTES;
+}
+
 __device__ __forceinline__ void consume(
     const Addresses& smem, Position& k, Position& v, int thread, int group, int lane, const TensorMap* y_map, int S,
     int first_keys, int kv_blocks, u32 query_tiles, u32 heads, u32 tiles, float scale) {
   const int me = group - 1, warp = thread >> 5 & 3;
   // The 16 bytes whose address this lane gives stmatrix, swizzled: those of unit u to the right are at ^ 16 * u.
   const u32 row = warp * WARP_ROWS + (lane & 15), row_address = row * SWIZZLE + ((lane ^ row << 4) & 0x70);
-  u32 nth = 0;                                 // tile of this CTA
+  u32 nth = 0, t = blockIdx.x;                 // tile of this CTA, and of all
   if (me == GROUPS - 1) ping_pong_signal(me);  // the first consumer begins
-  for (u32 t = blockIdx.x; t < tiles; t += gridDim.x, ++nth) {
-    const Tile tile = tile_at(t, query_tiles, heads);
-    const int query = tile.query(query_tiles) + me * BM;
-    const u32 q = smem.q + (nth & 1) * (GROUPS * Q_BYTES) + me * Q_BYTES;
+  while (t < tiles) {
+    Tile tile = tile_at(t, query_tiles, heads);
     mbarrier_wait(smem.q_full + 8 * (nth & 1), nth >> 1 & 1);
-    if (query >= S) {
+    if (tile.query(query_tiles) + me * BM >= S) {
       skip_tile(smem, k, v, me, lane, kv_blocks);
       if (lane == 0) release_tile_before(smem, nth);
+      t += gridDim.x, ++nth;
       continue;
     }
     // The first block has arrays of its own: ptxas finds no registers for wgmma in parts of the others.
-    float first_s[FIRST / 2], s[BN / 2], y[D / 2];
-    u32 first_p[FIRST / 4], p[BN / 4];
-    SoftmaxState state;
+    float first_s[FIRST / 2];
     mbarrier_wait(smem.k_full + 8 * k.stage, k.parity);
     wgmma_fence();
-    issue_scores<FIRST>(first_s, q, smem.k + k.stage * KV_BYTES);
-    if (lane == 0) release_tile_before(smem, nth);  // here, since its stores are done by now
-    __syncwarp();
-    wgmma_wait<0>();
-    fence_accumulators(first_s);
-    if (lane == 0) mbarrier_arrive(smem.k_empty + 8 * k.stage);
-    k.advance();
-    if constexpr (MASKED) hide_keys<FIRST>(first_s, first_keys);
-    online_softmax<FIRST, true, false>(first_s, state, scale);
-    to_operand<DTYPE, FIRST>(first_p, first_s);
+    issue_scores<FIRST>(first_s, query_address(smem, nth, me), smem.k + k.stage * KV_BYTES);
+    bool ahead;  // Are the first scores of the tile behind this one issued?
+    do {
+      const int query = tile.query(query_tiles) + me * BM;
+      const u32 q = query_address(smem, nth, me);
+      float s[BN / 2], y[D / 2];
+      u32 first_p[FIRST / 4], p[BN / 4];
+      SoftmaxState state;
+      wgmma_wait<0>();
+      fence_accumulators(first_s);
+      if (lane == 0) mbarrier_arrive(smem.k_empty + 8 * k.stage);
+      k.advance();
+      if constexpr (MASKED) hide_keys<FIRST>(first_s, first_keys);
+      online_softmax<FIRST, true, false>(first_s, state, scale);
+      to_operand<DTYPE, FIRST>(first_p, first_s);
+      if (lane == 0) release_tile_before(smem, nth);  // here, since its stores are done by now
+      __syncwarp();
 
-    if (kv_blocks) {
-      next_block<FIRST, true>(smem, q, k, v, me, lane, scale, state, y, first_p, s, p);
+      const Tile next = AHEAD ? tile_at(t + gridDim.x, query_tiles, heads) : tile;
+      ahead = AHEAD && next.t < tiles && next.query(query_tiles) + me * BM < S;
+      const u32 next_q = query_address(smem, nth + 1, me);
+      if constexpr (WIDENED) {
+#pragma unroll
+        for (int i = 0; i < BN / 4; ++i) p[i] = i < FIRST / 4 ? first_p[i] : 0;
+#pragma unroll
+        for (int i = 0; i < D / 2; ++i) y[i] = 0.0f;
 #pragma unroll 1
-      for (int block = 1; block < kv_blocks; ++block)
-        next_block<BN, false>(smem, q, k, v, me, lane, scale, state, y, p, s, p);
-      mbarrier_wait(smem.v_full + 8 * v.stage, v.parity);
-      wgmma_fence();
-      issue_output<BN, false>(y, p, smem.v + v.stage * KV_BYTES);
-    } else {
-      mbarrier_wait(smem.v_full + 8 * v.stage, v.parity);
-      wgmma_fence();
-      issue_output<FIRST, true>(y, first_p, smem.v + v.stage * KV_BYTES);
-    }
-    normalizers(state);
-    wgmma_wait<0>();
-    fence_accumulators(y);
-    if (lane == 0) mbarrier_arrive(smem.v_empty + 8 * v.stage);
-    v.advance();
-    epilogue(y, state.row_sum, q, row_address, y_map, tile, query, S, me, warp, lane);
+        for (int block = 0; block < kv_blocks; ++block)
+          next_block<BN, false>(smem, q, k, v, me, lane, scale, state, y, p, s, p);
+        last_output<BN, false>(smem, k, v, nth + 1, ahead, next_q, y, p, first_s);
+      } else if (kv_blocks) {
+        next_block<FIRST, true>(smem, q, k, v, me, lane, scale, state, y, first_p, s, p);
+#pragma unroll 1
+        for (int block = 1; block < kv_blocks; ++block)
+          next_block<BN, false>(smem, q, k, v, me, lane, scale, state, y, p, s, p);
+        last_output<BN, false>(smem, k, v, nth + 1, ahead, next_q, y, p, first_s);
+      } else {
+        last_output<FIRST, true>(smem, k, v, nth + 1, ahead, next_q, y, first_p, first_s);
+      }
+      normalizers(state);
+      wgmma_wait<AHEAD>();
+      fence_accumulators(y);
+      if (lane == 0) mbarrier_arrive(smem.v_empty + 8 * v.stage);
+      v.advance();
+      epilogue(y, state.row_sum, q, row_address, y_map, tile, query, S, me, warp, lane);
+      t += gridDim.x, ++nth;
+      tile = next;
+    } while (ahead);
+    if constexpr (AHEAD) wgmma_wait<0>();
   }
   if (lane == 0) {  // shared memory must outlive the last stores
     tma_store_commit();

@@ -23,6 +23,7 @@ STORED = 16  # rows of y that one warp stores
 SHARED = 232_448  # bytes of shared memory that one block may have
 WIDEST = 128  # head
 PTX_NAMES = {"bfloat16": "bf16", "float16": "f16"}
+REGISTERS = {2: 176, 3: 116, 4: 84}  # of a thread, for what products read and write, by consumers
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,9 @@ class HopperTile:
         """Why heads of D columns do not fit, or None."""
         if D % 8 or D > WIDEST:
             return f"heads of {D}: needs a multiple of 8 up to {WIDEST}"
-        # scores, weights and part of y of a thread: with more, ptxas finds no room for wgmma
-        if self.n * 3 // 4 + _sixteens(D) // 2 > (116 if self.groups == 3 else 176):
+        # scores, probabilities and part of y of a thread: with more, ptxas finds no room for wgmma
+        width = D if self.groups == 4 else _sixteens(D)
+        if self.n * 3 // 4 + width // 2 > REGISTERS[self.groups]:
             return f"heads of {D} do not fit the registers"
         return None
 
@@ -95,8 +97,14 @@ def _sixteens(n: int) -> int:
     return -(-n // 16) * 16
 
 
-# For each encoder's shape one of these was the best of all that were tried on an H200 (2026-11-25).
-TILES = {f"{t.m}x{t.n}": t for t in map(HopperTile, (3, 3, 2, 2, 2), (96, 112, 128, 160, 192))}
+# For each encoder's shape one of these was the best of all that were tried on an H200 (2026-11-25,
+# and 256x64 for heads of 72 on 2026-12-01).
+_OFFERED = (
+    *(HopperTile(3, n) for n in (96, 112)),
+    *(HopperTile(2, n) for n in (128, 160, 192)),
+    HopperTile(4, 64, stages=3),
+)
+TILES = {f"{tile.m}x{tile.n}": tile for tile in _OFFERED}
 # The tile of hopper_padded.py, which takes what those do not, and was faster than all of them for
 # heads of 64 columns (2026-12-01).
 MASKED = "64x64"

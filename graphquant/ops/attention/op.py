@@ -18,9 +18,10 @@
 
 torch's fused kernels work on tiles of 64 to 128 tokens and head sizes of 64 or 128: for 257 image
 tokens, or a head size of 72, they compute up to twice as much as needed. With a mask they compute
-all that it hides. The CUDA kernels are for Hopper, in fp16 and bf16. On other GPUs the rewrite does
-not call the op; a program that was exported with it runs torch's attention there. The CPU kernel
-takes key_mask alone. It is that of varlen_attention, and gives a sequence the same bits.
+all that it hides. The CUDA kernels are for Hopper, in fp16 and bf16, with |v| up to 2^85. On other
+GPUs the rewrite does not call the op; a program that was exported with it runs torch's attention
+there. The CPU kernel takes key_mask alone. It is that of varlen_attention, and gives a sequence the
+same bits.
 """
 
 from __future__ import annotations

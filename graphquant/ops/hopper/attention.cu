@@ -19,6 +19,11 @@
 // hide keys. Producers read it: a sequence ends for them behind the last key that is seen, and begins with the block
 // of the first one. So padding is not computed; bits hide keys only where a mask has holes.
 //
+// Of a padded batch of heads of 64, without masks and bias, maxima of later blocks are not computed (STALE_MAX):
+// probabilities are relative to the first block's, until a sum of them is too large. Then that block's scores are
+// computed once more, and its maximum (softmax.cuh). Only this form was measured to be faster so, and queries that may
+// see no key of the first block could not do it: they have no maximum there.
+//
 // Macros (attention.py defines them):
 //   D             width of a head, a multiple of 8 up to 128
 //   TEAMS         in a CTA
@@ -78,6 +83,7 @@ enum : int {
   WARP_ROWS = 16,                          // of a wgmma's 64
   POSITIONS = !PADDED && (WINDOW || BIAS != NONE),    // Are positions read?
   MAY_SEE_NONE = WINDOW || BIAS != NONE || KEY_MASK,  // May a query see no key of a block?
+  STALE_MAX = PADDED && D == 64 && !CAUSAL && !MAY_SEE_NONE,  // see above
   MAX_KEYS = 4096,                         // of a mask
   BIAS_AHEAD = TEAMS == 1,                 // Are there registers for a bias while products run?
   LANE_KEYS = 16,                          // of a mask that a lane reads at a time
@@ -597,10 +603,35 @@ __device__ __forceinline__ void first_block(
   for (int i = 0; i < BN / 4; ++i) p[i] = i < N / 4 ? first_p[i] : 0;
 }
 
+// Probabilities of the next block, relative to maxima of blocks before it, while y of the block before is computed.
+// Where they are too large, from the block's scores once more: probabilities are in the place of the first ones.
+__device__ __forceinline__ void stale_probabilities(
+    float (&s)[BN / 2], u32 smem, u32 q, u32 k_stage, u32 v_stage, const Problem& of, bool has_rows, int lane,
+    u32 arrivals, SoftmaxState& state, float (&y)[D / 2], u32 (&p)[BN / 4], int group) {
+  float sums[2] = {0.0f, 0.0f};
+  if (has_rows) exponentials<BN>(s, sums, state, of.scale);
+  wgmma_wait<0>();
+  fence_accumulators(y);
+  fence_accumulators(s);
+  release(SMEM(v_empty) + 8 * v_stage, lane, arrivals);
+  to_operand<DTYPE, BN>(p, s);
+  if (named_barrier_any<WARP_GROUP>(CONSUMER + group, fmaxf(sums[0], sums[1]) > sum_limit<DTYPE>())) {
+    wgmma_fence();
+    issue_scores<BN>(s, q, SMEM(k) + k_stage * TILE);
+    wgmma_wait<0>();
+    fence_accumulators(s);
+    rescale(y, raise_max<BN>(s, sums, state, of.scale, sum_limit<DTYPE>()));
+    exponentials<BN>(s, sums, state, of.scale);
+    to_operand<DTYPE, BN>(p, s);
+  }
+  release(SMEM(k_empty) + 8 * k_stage, lane, arrivals);
+  state.row_sum[0] += sums[0], state.row_sum[1] += sums[1];
+}
+
 // Scores and probabilities of the next block, and y of the block before it.
 __device__ __forceinline__ void next_block(
     u32 smem, u32 q, u32 k, u32 v, const Problem& of, const Tile& tile, int block, int lane, u32 arrivals,
-    SoftmaxState& state, float (&y)[D / 2], u32 (&p)[BN / 4]) {
+    SoftmaxState& state, float (&y)[D / 2], u32 (&p)[BN / 4], int group) {
   const u32 k_stage = stage_of(k), v_stage = stage_of(v);
   float s[BN / 2];
   BiasBlock<BN> bias;
@@ -613,6 +644,8 @@ __device__ __forceinline__ void next_block(
   issue_output(y, p, SMEM(v) + v_stage * TILE);
   wgmma_wait<1>();
   fence_accumulators(s);
+  if constexpr (STALE_MAX)
+    return stale_probabilities(s, smem, q, k_stage, v_stage, of, tile.has_rows, lane, arrivals, state, y, p, group);
   if constexpr (!POSITIONS) release(SMEM(k_empty) + 8 * k_stage, lane, arrivals);
   float2 factors = {1.0f, 1.0f};
   if (tile.has_rows)
@@ -712,7 +745,7 @@ __device__ __forceinline__ void consume(u32 smem, const Problem& of, int group, 
     if constexpr (!PADDED) clear_rows(SMEM(v) + stage_of(k) * TILE, keys, warp * 32 + lane, group);
 #pragma unroll 1
     while (--next >= seen.low) {
-      next_block(smem, q, k + step, k, of, tile, next, lane, arrivals, state, y, p);
+      next_block(smem, q, k + step, k, of, tile, next, lane, arrivals, state, y, p, group);
       k += step;
     }
     mbarrier_wait(SMEM(v_full) + 8 * stage_of(k), parity_of(k));

@@ -153,6 +153,18 @@ template <int Threads>
 __device__ __forceinline__ void named_barrier_sync(u32 barrier) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(Threads) : "memory");
 }
+// The same, and whether any of the threads came with `value`.
+template <int Threads>
+__device__ __forceinline__ bool named_barrier_any(u32 barrier, bool value) {
+  u32 any;
+  asm volatile(
+      "{\n.reg .pred mine, any;\nsetp.ne.b32 mine, %3, 0;\n"
+      "bar.red.or.pred any, %1, %2, mine;\nselp.b32 %0, 1, 0, any;\n}"
+      : "=r"(any)
+      : "r"(barrier), "n"(Threads), "r"((u32)value)
+      : "memory");
+  return __any_sync(0xffffffff, any);  // so ptxas sees that a warp has one answer
+}
 template <int Threads>
 __device__ __forceinline__ void named_barrier_arrive(u32 barrier) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(Threads) : "memory");

@@ -52,6 +52,62 @@ __device__ __forceinline__ float2 online_softmax(float (&s)[N / 2], SoftmaxState
   return make_float2(rescale[0], rescale[1]);
 }
 
+// Stale maxima: softmax is the same relative to any number, so the first block's maximum does for later blocks as long
+// as nothing overflows. FlashAttention-4 rescales only if a maximum rises by more than a threshold, as online_softmax
+// does above. With the following functions later maxima are not even computed: `exponentials` needs none, and too large
+// ones show in the sums, which are needed anyway. Only for such a block `raise_max` looks for its maximum.
+
+// What a thread's probabilities of a block and row may add up to. In float16 each has to be below 2^16. In bfloat16 and
+// in sums they may be up to 2^128: with the columns of four lanes and 2^9 blocks, that leaves values in v up to 2^85.
+template <Dtype Type>
+__device__ __forceinline__ float sum_limit() {
+  return Type == FP16 ? 0x1p15f : 0x1p32f;
+}
+
+// Probabilities of N keys relative to the row_max of blocks before, and their sums over this thread's columns, which
+// the caller compares with sum_limit: no probability is above its sum. Scores that are NaN make their own row NaN.
+template <int N>
+__device__ __forceinline__ void exponentials(
+    float (&s)[N / 2], float (&sums)[2], const SoftmaxState& state, float scale) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float scaled_max = state.row_max[r] * scale;
+    float partial_sum[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int c = 0; c < N / 8; ++c)
+#pragma unroll
+      for (int i = 2 * r; i < 2 * r + 2; ++i) {
+        s[c * 4 + i] = exp2_approx(__fmaf_rn(s[c * 4 + i], scale, -scaled_max));
+        partial_sum[i & 1] += s[c * 4 + i];
+      }
+    sums[r] = partial_sum[0] + partial_sum[1];
+  }
+}
+
+// row_max becomes the maximum of N scores in the rows whose `sums` are above `limit` in any lane, and only in those: a
+// row's result does not depend on other rows. Returns the factors by which earlier results have to be rescaled.
+template <int N>
+__device__ __forceinline__ float2 raise_max(
+    const float (&s)[N / 2], const float (&sums)[2], SoftmaxState& state, float scale, float limit) {
+  float factors[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float row_max = s[2 * r], most = sums[r];
+#pragma unroll
+    for (int c = 0; c < N / 8; ++c) row_max = fmaxf(row_max, fmaxf(s[c * 4 + 2 * r], s[c * 4 + 2 * r + 1]));
+#pragma unroll
+    for (int lanes = 1; lanes <= 2; lanes *= 2) {
+      row_max = fmaxf(row_max, __shfl_xor_sync(0xffffffff, row_max, lanes));
+      most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, lanes));
+    }
+    if (!(most > limit)) row_max = state.row_max[r];
+    factors[r] = most > limit ? exp2_approx((state.row_max[r] - row_max) * scale) : 1.0f;
+    state.row_max[r] = row_max;
+    state.row_sum[r] *= factors[r];
+  }
+  return make_float2(factors[0], factors[1]);
+}
+
 // Most blocks change no row_max: then the whole warp skips it.
 template <int COUNT>
 __device__ __forceinline__ void rescale(float (&y)[COUNT], float2 factors) {
