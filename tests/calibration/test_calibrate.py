@@ -439,7 +439,7 @@ def test_it_can_be_called_often_and_leaves_compiled_code_alone(x: Tensor) -> Non
 
 def test_the_progress_bar_counts_batches(x: Tensor, capsys: Any) -> None:
     model = Model(lambda m, x: m.fc(x), fc=nn.Linear(64, 8))
-    graphquant.calibrate(model, [x, x])
+    graphquant.calibrate(model, [x, x], progress=True)
     shown = capsys.readouterr()
     assert "2/2" in shown.err and shown.out == ""
     calibrate(model, [x, x])
