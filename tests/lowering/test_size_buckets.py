@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from graphquant.lowering import size_buckets
 from graphquant.lowering.size_buckets import bucket
 from graphquant.report import Report
+from tests.passes.padding import encoders
 from tests.passes.padding.encoders import Encoder, S, batch, notes, removed
 from tests.passes.padding.test_readers import masked_mean
 
@@ -27,7 +28,8 @@ def first_token(x: Tensor, mask: Tensor) -> Tensor:
 
 
 @pytest.fixture(autouse=True)
-def on_this_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_this_device(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setattr(encoders, "device", device)
     monkeypatch.setattr(size_buckets, "DEVICES", ("cpu", "cuda"))
 
 
