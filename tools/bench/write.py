@@ -315,18 +315,19 @@ def draw(runs: Sequence[Run], file: Path) -> bool:
     rows = bars(runs)
     if not rows:
         return False
-    most = max(2, *(len(some) for _, some in rows))
-    each = 0.8 / most  # of a row, for one bar
-    height = 1.4 + 0.9 * max(1.0, most / 4) * len(rows)
-    figure = Figure(figsize=(9, height), layout="constrained")
+    slots = sum(len(some) + 1 for _, some in rows)  # a bar, or the gap behind a row
+    figure = Figure(figsize=(9, 1.4 + max(0.18 * slots, 0.6 * len(rows))), layout="constrained")
     axes = figure.subplots()
-    for i, (_, some) in enumerate(rows):
-        for j, (variant, speedup) in enumerate(some.items()):
-            y = i + each * (j - (len(some) - 1) / 2)
-            bar = axes.barh(y, speedup, 0.9 * each, color=COLORS[variant])
-            axes.bar_label(bar, fmt="%.2fx", padding=2, fontsize=9 if most == 2 else 7)
+    ticks, y = [], 0
+    for _, some in rows:
+        ticks.append(y + (len(some) - 1) / 2)
+        for variant, speedup in some.items():
+            bar = axes.barh(y, speedup, 0.9, color=COLORS[variant])
+            axes.bar_label(bar, fmt="%.2fx", padding=2, fontsize=7)
+            y += 1
+        y += 1
     axes.axvline(1, color="black", linewidth=1, zorder=0)
-    axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
+    axes.set_yticks(ticks, [label for label, _ in rows], fontsize=7)
     axes.invert_yaxis()
     axes.margins(x=0.12, y=0.01)
     baseline = "float" if runs[0].machine else "bfloat16"
