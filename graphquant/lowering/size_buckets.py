@@ -26,7 +26,6 @@ from torch import SymInt, Tensor
 from torch.fx import Node
 
 from graphquant._torch import (
-    FakeTensor,
     SizeGuards,
     tree_flatten,
     tree_leaves,
@@ -86,14 +85,14 @@ class SizeBuckets:
         """`run` with padded inputs and cut results."""
 
         def padded(*args: Any) -> Any:
-            if self._off or any(isinstance(a, FakeTensor) for a in args):
+            if self._off:
                 return run(*args)
             old = {s: args[i] for i, s in self.sizes.items()}
             new = {s: bucket(max(n, self.least[s])) for s, n in old.items()}
             changed = {s for s in old if new[s] != old[s]}
-            given = self._padded(args, new) if changed else None
-            if given is None or not self._holds(given):
+            if not changed or not self._holds(args, new):
                 return run(*args)
+            given = self._padded(args, new)
             if changed <= self._compared:
                 return self._cut(run(*given), old)
             # the memory of a CUDA graph's results is used again by the next run
@@ -111,9 +110,9 @@ class SizeBuckets:
 
         return padded
 
-    def _holds(self, args: Sequence[Any]) -> bool:
-        """Is the graph valid for these sizes?"""
-        values = tuple(args[i] for i in self.symbols)
+    def _holds(self, args: Sequence[Any], new: Mapping[sympy.Symbol, int]) -> bool:
+        """Is the graph valid for the new sizes?"""
+        values = tuple(new[self.sizes[i]] if i in self.sizes else args[i] for i in self.symbols)
         if values not in self._allowed:
             self._allowed[values] = self.guards.hold(values)
         return self._allowed[values]
