@@ -15,6 +15,21 @@ struct SoftmaxState {
   float row_sum[2];
 };
 
+// Probabilities of N keys for row r, in the place of their scores, relative to scaled_max. Returns their sum over this
+// thread's columns.
+template <int N>
+__device__ __forceinline__ float row_exponentials(float (&s)[N / 2], int r, float scaled_max, float scale) {
+  float partial_sum[2] = {0.0f, 0.0f};  // two chains, for instruction-level parallelism
+#pragma unroll
+  for (int c = 0; c < N / 8; ++c)
+#pragma unroll
+    for (int i = 2 * r; i < 2 * r + 2; ++i) {
+      s[c * 4 + i] = exp2_approx(__fmaf_rn(s[c * 4 + i], scale, -scaled_max));
+      partial_sum[i & 1] += s[c * 4 + i];
+    }
+  return partial_sum[0] + partial_sum[1];
+}
+
 // Turns scores of N keys into probabilities that are not normalized yet, relative to row_max, and returns the factors
 // by which earlier results of each row have to be rescaled. MAY_SEE_NONE: a row may see no key of a block (-inf).
 template <int N, bool FIRST_BLOCK, bool MAY_SEE_NONE>
@@ -23,7 +38,7 @@ __device__ __forceinline__ float2 online_softmax(float (&s)[N / 2], SoftmaxState
   float rescale[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    // Two chains of maxima, and below of sums, for instruction-level parallelism.
+    // Two chains, for instruction-level parallelism.
     float partial_max[2] = {fmaxf(s[2 * r], s[2 * r + 1]), FIRST_BLOCK ? minus_infinity : state.row_max[r]};
 #pragma unroll
     for (int c = 1; c < N / 8; ++c)
@@ -37,16 +52,7 @@ __device__ __forceinline__ float2 online_softmax(float (&s)[N / 2], SoftmaxState
     const float base = MAY_SEE_NONE && row_max == minus_infinity ? 0.0f : row_max;
     rescale[r] = FIRST_BLOCK ? 0.0f : exp2_approx((state.row_max[r] - base) * scale);
     state.row_max[r] = row_max;
-    const float scaled_max = base * scale;
-    float partial_sum[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int c = 0; c < N / 8; ++c)
-#pragma unroll
-      for (int i = 2 * r; i < 2 * r + 2; ++i) {
-        s[c * 4 + i] = exp2_approx(__fmaf_rn(s[c * 4 + i], scale, -scaled_max));
-        partial_sum[i & 1] += s[c * 4 + i];
-      }
-    const float sum = partial_sum[0] + partial_sum[1];
+    const float sum = row_exponentials<N>(s, r, base * scale, scale);
     state.row_sum[r] = FIRST_BLOCK ? sum : __fmaf_rn(state.row_sum[r], rescale[r], sum);
   }
   return make_float2(rescale[0], rescale[1]);
@@ -70,18 +76,7 @@ template <int N>
 __device__ __forceinline__ void exponentials(
     float (&s)[N / 2], float (&sums)[2], const SoftmaxState& state, float scale) {
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float scaled_max = state.row_max[r] * scale;
-    float partial_sum[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int c = 0; c < N / 8; ++c)
-#pragma unroll
-      for (int i = 2 * r; i < 2 * r + 2; ++i) {
-        s[c * 4 + i] = exp2_approx(__fmaf_rn(s[c * 4 + i], scale, -scaled_max));
-        partial_sum[i & 1] += s[c * 4 + i];
-      }
-    sums[r] = partial_sum[0] + partial_sum[1];
-  }
+  for (int r = 0; r < 2; ++r) sums[r] = row_exponentials<N>(s, r, state.row_max[r] * scale, scale);
 }
 
 // row_max becomes the maximum of N scores in the rows whose `sums` are above `limit` in any lane, and only in those: a
