@@ -194,9 +194,14 @@ def ancestors(
         node = edge.pop()
         if node not in found:
             found.add(node)
-            if node not in cut and (of_sizes or node.target is not aten.sym_size.int):
-                edge += node.all_input_nodes
+            if node not in cut:
+                edge += node.all_input_nodes if of_sizes else read_by_value(node)
     return found
+
+
+def read_by_value(node: Node) -> list[Node]:
+    """The inputs of a node, but for a tensor of which it reads a size only."""
+    return [] if node.target is aten.sym_size.int else node.all_input_nodes
 
 
 def only_user(node: Node) -> Node | None:

@@ -14,12 +14,12 @@ from graphquant.ir.captured import Captured
 from graphquant.ir.evaluate import evaluate
 from graphquant.ir.graph import (
     ancestors,
-    aten,
     described,
     draws_nothing,
     hint,
     is_random,
     is_tensor,
+    read_by_value,
 )
 
 _FAILURES = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, AssertionError)
@@ -119,8 +119,7 @@ class Constants(Evaluation):
         super().__init__(captured, {}, sizes)
         self._nodes: set[Node] = set()
         for node in captured.gm.graph.nodes:
-            read = [] if node.target is aten.sym_size.int else node.all_input_nodes
-            if not is_input(captured, node) and self._nodes.issuperset(read):
+            if not is_input(captured, node) and self._nodes.issuperset(read_by_value(node)):
                 self._nodes.add(node)
 
     def read_by(self, node: Node, given: Collection[Node]) -> dict[Node, Any]:
