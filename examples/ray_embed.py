@@ -352,19 +352,18 @@ def baselines(args: argparse.Namespace, texts: list[str]) -> dict[tuple[str, int
 # The program --------------------------------------------------------------------------------------
 
 
+def positive(word: str, least: int = 1) -> int:
+    n = int(word)
+    if n < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, not {n}")
+    return n
+
+
+def natural(word: str) -> int:
+    return positive(word, least=0)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    def count(least: int, word: str) -> int:
-        n = int(word)
-        if n < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, not {n}")
-        return n
-
-    def positive(word: str) -> int:
-        return count(1, word)
-
-    def natural(word: str) -> int:
-        return count(0, word)
-
     parser = argparse.ArgumentParser(description="Embed a corpus in int8 with Ray Data.")
     parser.add_argument("--output", type=Path, required=True, help="folder of the Parquet files")
     parser.add_argument("--sentences", type=positive, default=100_000)
@@ -381,19 +380,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def init_here(cpus: int) -> None:
+    """Start Ray on this machine alone, with room for actors that take so many CPUs."""
+    ray.init(
+        num_cpus=cpus + 1,  # it counts by what it is told; one more is for its own tasks
+        object_store_memory=STORE,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+    )
+
+
 def start_ray(args: argparse.Namespace) -> None:
     """Start Ray, choose the device, and see that there is room for all actors."""
     if args.address:
         ray.init(address=args.address, log_to_driver=False)
     else:
-        ray.init(
-            # Ray counts CPUs by what it is told. One more than actors take is for its own tasks.
-            num_cpus=args.actors * args.threads + 1,
-            object_store_memory=STORE,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+        init_here(args.actors * args.threads)
     have = ray.cluster_resources()
     if args.device == "auto":
         args.device = "cuda" if have.get("GPU", 0) else "cpu"

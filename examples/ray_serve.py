@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 import os
 import random
 import signal
@@ -39,7 +38,7 @@ except ImportError as error:
 
 import numpy as np
 import torch
-from ray_embed import STORE, Encoder, make_corpus
+from ray_embed import Encoder, init_here, make_corpus, positive
 from rich.console import Console
 from rich.table import Table
 
@@ -302,11 +301,6 @@ def run_load(args: argparse.Namespace, url: Callable[[str], str]) -> Table:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    def positive(word: str) -> int:
-        if int(word) < 1:
-            raise argparse.ArgumentTypeError(f"must be at least 1, not {word}")
-        return int(word)
-
     parser = argparse.ArgumentParser(description="Serve embeddings in int8 with Ray Serve.")
     parser.add_argument("--port", type=positive, default=8000)
     parser.add_argument("--replicas", type=positive, default=1)
@@ -332,14 +326,7 @@ def start(args: argparse.Namespace) -> None:
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     apps = len(KINDS) if args.load else 1
-    ray.init(
-        # Ray counts CPUs by what it is told: of all replicas, of which one at a time computes.
-        num_cpus=apps * args.replicas * args.threads + 1,
-        object_store_memory=STORE,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-    )
+    init_here(apps * args.replicas * args.threads)  # of which one at a time computes
     serve.start(
         http_options={"host": "127.0.0.1", "port": args.port},
         logging_config={"log_level": "WARNING", "enable_access_log": False},

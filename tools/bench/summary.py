@@ -10,7 +10,7 @@ from string import Template
 from tools.bench.encoders import ENCODERS
 from tools.bench.models import MODELS
 from tools.bench.records import MIN_COSINE, Encoder, Line, Run, latest
-from tools.bench.write import COLORS, NONE, markdown, milliseconds
+from tools.bench.write import COLORS, NONE, markdown, mib, milliseconds, number
 
 TEMPLATE = Path(__file__).with_name("encoders.template.md")
 NAMES = {
@@ -81,15 +81,15 @@ def _pair(lines: Sequence[Line], row: tuple[object, ...], variant: str) -> Pair 
 
 def page(runs: Sequence[Run], chart: str | None = None) -> str | None:
     """encoders.md, or None if no encoder of it was measured."""
-    rows = [_row(*found) for found in encoders(runs)]
-    if not rows:
+    found = list(encoders(runs))
+    if not found:
         return None
-    used = {p.line.number: p.line.run for _, *pairs in encoders(runs) for p in pairs if p}
+    used = {p.line.number: p.line.run for _, *pairs in found for p in pairs if p}
     commands = "\n".join(f"- {_said(run)}" for _, run in sorted(used.items()))
     sides = ["---", *["---:"] * (len(COLUMNS) - 1)]
     return Template(TEMPLATE.read_text()).substitute(
         picture=f"![speed-ups of encoders over bfloat16]({chart})\n\n" if chart else "",
-        table=markdown([COLUMNS, sides, *rows]),
+        table=markdown([COLUMNS, sides, *(_row(*one) for one in found)]),
         commands=commands,
         min_cosine=MIN_COSINE,
     )
@@ -110,10 +110,10 @@ def _row(model: str, large: Pair | None, single: Pair | None) -> list[str]:
         name,
         f"{some.int8.batch} x {some.int8.tokens}" if large else NONE,
         *_times(large),
-        _cosine(some),
+        number(".5f", some.int8.cosine),
         *_times(single),
-        _mib(some.base.weight_bytes, some.int8.weight_bytes),
-        _mib(some.base.peak_bytes, some.int8.peak_bytes),
+        f"{mib(some.base.weight_bytes)} to {mib(some.int8.weight_bytes)}",
+        f"{mib(some.base.peak_bytes)} to {mib(some.int8.peak_bytes)}",
     ]
 
 
@@ -136,14 +136,6 @@ def _times(pair: Pair | None) -> list[str]:
         pair.told(),
         pair.told("back_to_back_ms"),
     ]
-
-
-def _cosine(pair: Pair) -> str:
-    return NONE if pair.int8.cosine is None else f"{pair.int8.cosine:.5f}"
-
-
-def _mib(before: int | None, after: int | None) -> str:
-    return " to ".join(NONE if n is None else f"{n / 2**20:.0f}" for n in (before, after))
 
 
 def draw(runs: Sequence[Run], file: Path) -> bool:

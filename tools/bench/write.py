@@ -20,7 +20,7 @@ WIDE_SPREAD = 0.05  # from here a time is shown with its spread
 # --- one record, one row of a table -------------------------------------------------------------
 
 
-def _number(form: str, value: float | None) -> str:
+def number(form: str, value: float | None) -> str:
     return NONE if value is None else format(value, form)
 
 
@@ -36,7 +36,7 @@ def _ms(r: Encoder) -> str:
 
 
 def milliseconds(value: float | None) -> str:
-    return _number(".3f" if (value or 0) < 10 else ".2f", value)
+    return number(".3f" if (value or 0) < 10 else ".2f", value)
 
 
 def speedup_text(line: Line, clock: str = "ms") -> str:
@@ -48,7 +48,7 @@ def speedup_text(line: Line, clock: str = "ms") -> str:
 
 
 def _us(value: float | None) -> str:
-    return _number(".1f" if (value or 0) < 1000 else ".0f", value)
+    return number(".1f" if (value or 0) < 1000 else ".0f", value)
 
 
 def _beside(line: Line, variant: str) -> float | None:
@@ -63,7 +63,7 @@ def _ratio(line: Line, variant: str, form: str) -> str:
     return NONE if other is None or line.run.wrong_ops else form.format(other / line.record.us)
 
 
-def _mib(value: int | None) -> str:
+def mib(value: int | None) -> str:
     return NONE if value is None else f"{value / 2**20:.0f}"
 
 
@@ -77,15 +77,15 @@ ENCODERS: Columns = {
     "variant": lambda n: n.record.variant,
     "ms": lambda n: _ms(n.record),
     "speed-up": speedup_text,
-    "cosine": lambda n: _number(".5f", n.record.cosine),
-    "worst token": lambda n: _number(".5f", n.record.worst_cosine),
-    "activations MiB": lambda n: _mib(n.record.peak_bytes),
-    "weights MiB": lambda n: _mib(n.record.weight_bytes),
-    "host ms": lambda n: _number(".2f", n.record.host_ms),
+    "cosine": lambda n: number(".5f", n.record.cosine),
+    "worst token": lambda n: number(".5f", n.record.worst_cosine),
+    "activations MiB": lambda n: mib(n.record.peak_bytes),
+    "weights MiB": lambda n: mib(n.record.weight_bytes),
+    "host ms": lambda n: number(".2f", n.record.host_ms),
     "int8 linears": lambda n: (
         NONE if n.record.linears is None else f"{n.record.int8} of {n.record.linears}"
     ),
-    "compile s": lambda n: _number(".0f", n.record.compile_s) + " (cached)" * bool(n.record.cached),
+    "compile s": lambda n: number(".0f", n.record.compile_s) + " (cached)" * bool(n.record.cached),
     "run": lambda n: str(n.number),
 }
 ON_CPU: Columns = {
@@ -99,10 +99,10 @@ GEMMS: Columns = {
     "implementation": lambda n: n.record.variant,
     "epilogue": lambda n: n.record.detail,
     "us": lambda n: _us(n.record.us),
-    "TOPS": lambda n: _number(".0f", n.record.tops),
+    "TOPS": lambda n: number(".0f", n.record.tops),
     "against bf16": lambda n: _ratio(n, "bf16 F.linear", "{:.2f}x"),
-    "error": lambda n: _number(".1e", n.record.error),
-    "host us": lambda n: _number(".1f", n.record.host_us),
+    "error": lambda n: number(".1e", n.record.error),
+    "host us": lambda n: number(".1f", n.record.host_us),
     "run": lambda n: str(n.number),
 }
 QUANTIZERS: Columns = {
@@ -110,11 +110,11 @@ QUANTIZERS: Columns = {
     "": lambda n: n.record.detail,
     "M x K": lambda n: f"{n.record.M} x {n.record.K}",
     "us": lambda n: _us(n.record.us),
-    "copy of the same bytes, us": lambda n: _number(".1f", _beside(n, "copy")),
+    "copy of the same bytes, us": lambda n: number(".1f", _beside(n, "copy")),
     "share of its bandwidth": lambda n: _ratio(n, "copy", "{:.0%}"),
-    "TB/s": lambda n: _number(".2f", n.record.bytes and n.record.bytes / n.record.us / 1e6),
-    "worst value, steps": lambda n: _number(".3f", n.record.error),
-    "host us": lambda n: _number(".1f", n.record.host_us),
+    "TB/s": lambda n: number(".2f", n.record.bytes and n.record.bytes / n.record.us / 1e6),
+    "worst value, steps": lambda n: number(".3f", n.record.error),
+    "host us": lambda n: number(".1f", n.record.host_us),
     "run": lambda n: str(n.number),
 }
 
