@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -25,7 +26,7 @@ from graphquant.ops.define import Op
 from graphquant.ops.pack_weight.op import packed_shape
 from tests.ops import float64_checks as checks
 from tools.bench import __main__ as bench
-from tools.bench import ahead, encoders, models, ops, timing, variants, write
+from tools.bench import apart, encoders, models, ops, timing, variants, write
 from tools.bench.encoders import PRESETS, Limit, Row
 from tools.bench.models import MODELS, Model
 from tools.bench.records import (
@@ -106,83 +107,63 @@ def run_of(*records: Encoder | OpTime, date: str = "2026-01-01", **more: Any) ->
     return Run(facts, encoders=kept, ops=[r for r in records if isinstance(r, OpTime)], **more)
 
 
-# --- compilation ahead --------------------------------------------------------------------------
+# --- rows in processes of their own -------------------------------------------------------------
 
 
-IN_A_CHILD = """
-import sys
-from tests.tools.test_bench import measured
-sys.exit(measured(*sys.argv[1:]))
-"""
-
-
-@pytest.mark.slow  # five processes
-def test_what_was_compiled_ahead_is_found_by_the_measurement(tmp_path: Path) -> None:
-    out = tmp_path / "run.json"
-    names = ["eager", "bf16-default", "graphquant"]
-    command = ["vit-b-16", "--layers", "1", "--batch", "1", "--variants", *names, "--jobs", "2"]
-    child = subprocess.run(
-        [sys.executable, "-c", IN_A_CHILD, *command, "--json", str(out)],
-        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stderr
-    assert all(f"vit-b-16 x 1 {v}: compiled ahead" in child.stderr for v in names[1:])
-    (run,) = load(out)
-    assert [r.cached for r in run.encoders] == [None, True, True]
-    assert all(r.ms and r.layers == 1 for r in run.encoders)
-
-
-def test_a_variant_that_is_not_compiled_in_time_is_not_tried(
-    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def compile_all(todo: Sequence[ahead.Task], *_: Any) -> dict[ahead.Task, str]:
-        return {t: "late" for t in todo if t.variant == "bf16-default" and t.batch == 2}
-
-    real = variants.prepare
-    monkeypatch.setattr(ahead, "compile_all", compile_all)
-    monkeypatch.setattr(encoders, "prepare", lambda variant, model: real("eager", model))
-    out = tmp_path / "run.json"
-    names = ["bf16-default", "graphquant"]
-    command = [tiny, "--batch", "1", "2", "--variants", *names, "--jobs", "1"]
-    assert measured(*command, "--json", str(out)) == 0
-    (run,) = load(out)
-    assert [(r.batch, r.variant, r.failed) for r in run.encoders] == [
-        (1, "bf16-default", ""),
-        (1, "graphquant", ""),
-        (2, "bf16-default", "late"),
-        (2, "graphquant", ""),
-    ]
-
-
-def test_compilation_ahead_may_take_half_of_the_time() -> None:
-    assert Limit().half().left is None
-    half = Limit.after(100.0).half().left
-    assert half is not None and 49 < half <= 50
-
-
-def test_tasks_are_what_compiles_and_the_longest_comes_first() -> None:
-    rows = [Row("vit-b-16", 1, ("eager", "graphquant")), Row("dinov2-l", 8, ("torchao-int8",))]
-    found = ahead.tasks([*rows, rows[0]], 3, "cuda")
-    assert [(t.model, t.variant) for t in found] == [
-        ("dinov2-l", "torchao-int8"),
-        ("vit-b-16", "graphquant"),
-    ]
-    assert found[0].command[1:] == [
-        "-m", "tools.bench.ahead", "dinov2-l", "8", "torchao-int8", "3", "cuda",
-    ]  # fmt: skip
-
-
-def test_a_task_that_fails_or_is_late_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    bad = ahead.Task("vit-b-16", 1, "no such variant", 1, "cpu")
+@pytest.mark.slow  # two processes that compile
+def test_rows_in_processes_of_their_own_give_the_records_of_one(tmp_path: Path) -> None:
+    rows = [Row("vit-b-16", n, ("eager", "graphquant"), 1) for n in (1, 2)]
+    rows.append(Row("vit-b-16", 3, ("no such variant",), 1))
+    got: list[Encoder] = []
     said: list[str] = []
-    (why,) = ahead.compile_all([bad], 1, Limit(), said.append).values()
-    assert why.startswith("ValueError: no variant 'no such variant': there are eager, ")
-    assert said == [f"vit-b-16 x 1 no such variant: {why}"]
-    assert "time limit" in ahead.compile_all([bad], 1, Limit.after(0.2), said.append)[bad]
-    assert not ahead.compile_all([bad], 1, Limit(0.0), said.append)  # may be compiled later
-    assert said[-1].endswith("not compiled ahead")
+    tasks = [apart.Task(row, 0.01, row.layers, "cpu") for row in rows]
+    apart.measure_all(tasks, 3, Limit(), got.extend, said.append)
+    assert [(r.batch, r.variant) for r in got] == [
+        *((n, v) for n in (1, 2) for v in ("eager", "graphquant")),
+        (3, "no such variant"),
+    ]
+    for r in got[:4]:
+        assert (r.ms is not None, r.layers, r.compile_s, r.failed) == (True, 1, None, "")
+        assert r.cosine and r.cosine > 0.999
+    assert got[1].int8 and "no variant" in got[4].failed
+    assert sum("compiled in" in line for line in said) == 4
+
+
+def test_a_row_that_is_late_or_fails_says_so(tiny: str) -> None:
+    row = Row("vit-b-16", 1, ("eager", "graphquant"), 1)
+    task = apart.Task(row, 0.01, 1, "cpu")
+    for limit in (Limit(0.0), Limit.after(0.2)):  # not begun, and not ended
+        got: list[Encoder] = []
+        apart.measure_all([task], 1, limit, got.extend)
+        assert [(r.variant, r.failed) for r in got] == [("eager", LATE), ("graphquant", LATE)]
+    got = []
+    unknown = replace(row, model=tiny)  # to the other process
+    apart.measure_all([replace(task, row=unknown)], 1, Limit(), got.extend)
+    assert [(r.model, r.ms, r.failed) for r in got] == [(tiny, None, "KeyError: 'tiny'")] * 2
+
+
+def test_others_are_stopped_while_one_has_the_machine(tmp_path: Path) -> None:
+    other = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    (tmp_path / f"{other.pid}.group").touch()
+    (tmp_path / f"{os.getpgrp()}.group").touch()
+
+    def state() -> str:
+        return Path(f"/proc/{other.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+    try:
+        with apart.turns(tmp_path) as (gpu, machine):
+            with gpu():
+                assert state() == "S"
+            with contextlib.suppress(ZeroDivisionError), machine():
+                seen = state()
+                raise ZeroDivisionError
+            assert (seen, state()) == ("T", "S")
+        other.kill()
+        other.wait()
+        with apart.turns(tmp_path) as (_, machine), machine():
+            """One that has ended disturbs nothing."""
+    finally:
+        other.kill()
 
 
 def test_one_process_at_a_time_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,10 +173,10 @@ def test_one_process_at_a_time_measures(tmp_path: Path, monkeypatch: pytest.Monk
 
     from graphquant.ops import timing
 
-    lock, seen = tmp_path / "lock", []
+    seen = []
 
     def is_taken(*_: Any) -> float:
-        with open(lock) as other:
+        with open(tmp_path / "lock", "w") as other:
             try:
                 fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -211,11 +192,11 @@ def test_one_process_at_a_time_measures(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(benchmarker, "benchmark_gpu", is_taken)
     monkeypatch.setattr(benchmarker, "benchmark", nested)
     monkeypatch.setattr(timing, "_time", is_taken)
-    with ahead.taking_turns(lock) as alone:
+    with apart.turns(tmp_path) as (gpu, _):
         is_taken()
         benchmarker.benchmark(is_taken)
         timing._time({})
-        with alone():
+        with gpu():
             is_taken()
         is_taken()
     benchmarker.benchmark_gpu(is_taken)

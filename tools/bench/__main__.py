@@ -15,9 +15,9 @@ op is wrong on this device. `write` needs no GPU.
 On a CPU, fp32 variants run the same weights in float32, and the shortest call counts: by the clock,
 and by the processor's time in all threads. A variant whose package is missing is left out.
 
-Compilation takes most of the time. --jobs 4 does it in four processes, which time what they choose
-between one after the other; $TORCHINDUCTOR_CACHE_DIR kept from an earlier run saves it too. Neither
-changes a kernel; the records then say "cached".
+Compilation takes most of the time. --jobs 4 measures four rows at once, each in a process of its
+own, of which all but one are stopped while it times its variants. $TORCHINDUCTOR_CACHE_DIR kept
+from an earlier run saves it too, and the records then say "cached".
 
 Exit codes: 0, 1 if an op is wrong or nothing was timed, 2 for wrong arguments, 3 without a GPU.
 """
@@ -37,7 +37,7 @@ from rich.console import Console
 
 from graphquant.cli.arguments import count, positive
 from tests.ops.float64_checks import wrong_ops
-from tools.bench import ahead, encoders, ops, summary, write
+from tools.bench import apart, encoders, ops, summary, write
 from tools.bench.encoders import PRESET_LIMIT, PRESETS, Limit, Row
 from tools.bench.models import MODELS
 from tools.bench.records import LATE, Encoder, Line, OpTime, Run, header, load, merge, save
@@ -104,19 +104,19 @@ def _encoders(
     done: Callable[[list[Encoder]], None],
 ) -> None:
     todo = [(t, r) for t in timers for r in rows if not _done(r, args.layers, t, args.skip_done)]
-    late: dict[ahead.Task, str] = {}
     if args.jobs:
-        tasks = ahead.tasks([row for _, row in todo], args.layers, timers[0].device)
-        late = ahead.compile_all(tasks, args.jobs, limit.half(), _say)
+        device = timers[0].device
+        tasks = [apart.Task(r, args.seconds, args.layers or r.layers, device) for _, r in todo]
+        apart.measure_all(tasks, args.jobs, limit, done, _say)
+        return
     for timer, row in todo:
         if limit.passed:
             _say(f"{row.model} x {row.batch} {LATE}")
             continue
         if timer.threads is not None:
             torch.set_num_threads(timer.threads)
-        without = {t.variant: w for t, w in late.items() if t.row == (row.model, row.batch)}
         settings: dict[str, Any] = {"seconds": args.seconds, "layers": args.layers}
-        done(encoders.measure(row, timer, limit=limit, without=without, **settings))
+        done(encoders.measure(row, timer, limit=limit, **settings))
 
 
 def _say(line: str) -> None:
@@ -217,7 +217,7 @@ def _encoders_parser() -> argparse.ArgumentParser:
     add("--threads", nargs="+", type=count, metavar="N", help="on a CPU (1, and all)")
     add("--variants", nargs="+", choices=VARIANTS)
     add("--preset", choices=PRESETS, help=f"on a GPU in {PRESET_LIMIT:g} s unless told")
-    jobs = "first compile in N processes at once, for half of the time limit at most"
+    jobs = "compile N rows at once, each in its process; they are timed one by one"
     add("--jobs", type=count, default=0, metavar="N", help=jobs)
     add("--layers", type=count, metavar="N", help="cut every model to N layers")
     done = "leave out rows that these records have"

@@ -8,9 +8,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -135,10 +134,6 @@ class Limit:
     def passed(self) -> bool:
         return self.left == 0.0
 
-    def half(self) -> Limit:
-        """Of what is left from now on."""
-        return self if self.left is None else Limit.after(self.left / 2)
-
 
 def measure(
     row: Row,
@@ -148,27 +143,30 @@ def measure(
     layers: int | None = None,
     limit: Limit | None = None,
     models: Mapping[str, Model] = MODELS,
-    without: Mapping[str, str] = MappingProxyType({}),
+    gpu: Callable[[], AbstractContextManager[None]] = nullcontext,
+    machine: Callable[[], AbstractContextManager[None]] | None = None,
 ) -> list[Encoder]:
     """One record for each variant of the row, in order. A variant that fails says so in its own.
 
-    without: variants that are not tried, and why.
+    gpu, machine: where other processes measure too, what keeps them off the GPU, and off the whole
+    machine.
     """
     layers = layers or row.layers
     model = models[row.model].cut(layers)
     facts: dict[str, dict[str, Any]] = {v: {} for v in row.variants}
     timer.forget()  # sizes seen in another row would make Dynamo's shapes dynamic
     try:
-        net, kwargs = build(model, timer.device), inputs(model, row.batch, timer.device)
-        want = in_float32(net, kwargs)
+        with gpu():
+            net, kwargs = build(model, timer.device), inputs(model, row.batch, timer.device)
+            want = in_float32(net, kwargs)
     except Exception as error:  # noqa: BLE001 - recorded
         facts = {v: {"failed": reason(error)} for v in row.variants}
     else:
         calls: dict[str, Callable[[], Any]] = {}
         with compiling():
             for variant in row.variants:
-                if variant in without or (limit and limit.passed):
-                    facts[variant] = {"failed": without.get(variant, LATE)}
+                if limit and limit.passed:
+                    facts[variant] = {"failed": LATE}
                     continue
                 calls[variant], facts[variant] = _ready(variant, net, kwargs, want, timer)
                 took = f"compiled in {facts[variant].get('compile_s', 0):.0f} s"
@@ -178,7 +176,8 @@ def measure(
                     del calls[variant]
                 gc.collect()  # what a traceback held
             before = _counted("stats", "unique_graphs")
-            times = interleaved(timer, calls, seconds)
+            with (machine or nullcontext)():
+                times = interleaved(timer, calls, seconds)
             if _counted("stats", "unique_graphs") > before:
                 print(f"{row.model} x {row.batch}: COMPILED AGAIN WHILE TIMED", file=sys.stderr)
         for variant, samples in times.items():
@@ -186,12 +185,21 @@ def measure(
                 facts[variant] = {"failed": reason(samples)}
             else:
                 facts[variant] |= _times(samples, timer)
+                if machine:  # others compiled at the same time, or had stopped this process
+                    facts[variant]["compile_s"] = None
         del calls
     timer.forget()
     more: dict[str, Any] = {"layers": layers, "threads": timer.threads}
     return [
         Encoder(row.model, row.batch, model.tokens, v, **more, **facts[v]) for v in row.variants
     ]
+
+
+def failed(row: Row, layers: int | None, threads: int | None, why: str) -> list[Encoder]:
+    """Records without numbers, one for each variant."""
+    tokens, layers = MODELS[row.model].tokens, layers or row.layers
+    more: dict[str, Any] = {"layers": layers, "threads": threads, "failed": why}
+    return [Encoder(row.model, row.batch, tokens, v, **more) for v in row.variants]
 
 
 @contextmanager
