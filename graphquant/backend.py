@@ -120,7 +120,11 @@ def _lower(
         packings = prepack(captured, static_inputs(graph))
     jobs = [(p.recipe, tuple(index[r] for r in p.roots)) for p in packings]
     used = [i for i, n in enumerate(nodes) if n.users]
-    floats = [i for i in used if nodes[i] in captured.parameters] if config.free_weights else []
+    floats: list[int] = []
+    if config.free_weights:  # another size of input needs other constants of the same parameters
+        of_constants = {r for p in packings if not p.for_linears for r in p.roots}
+        read = [n for n in nodes if n.users or n in of_constants]
+        floats = [index[n] for n in read if n in captured.parameters]
     packed_inputs = PackedInputs(jobs, names.__getitem__, floats, owned)
     with stage("packing"):
         tensors = packed_inputs(real)
@@ -160,6 +164,8 @@ def _lower(
         return run(*args)
 
     compiled = run_and_confirm if on_gpu and twice else run
+    if not packings and len(used) == len(nodes) and not to_release:
+        compiled = inner  # nothing to pack or to check
     if buckets is not None and twice:
         compiled = buckets.around(compiled)
 

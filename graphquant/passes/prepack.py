@@ -2,7 +2,8 @@
 
 The rules leave weights as expressions, `quantize_weight(cat(Wq, Wk, Wv))`, so that the graph is
 correct after every rule. Here those of each linear and of its quantizer are replaced by new inputs,
-and a Recipe computes them from the parameters.
+and a Recipe computes them from the parameters. So are other values that depend on parameters alone
+(constant_values.py).
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from torch.fx import Node
 
 from graphquant._torch import set_forward_grad, storage_id
 from graphquant.ir.captured import Captured
-from graphquant.ir.constants import Constants
-from graphquant.ir.graph import LINEAR, LITERAL, calls, drop_dead_code, is_call, operand
+from graphquant.ir.constants import FACTORIES, Constants
+from graphquant.ir.gradients import needs_gradient
+from graphquant.ir.graph import LINEAR, LITERAL, calls, drop_dead_code, dtype, is_call, operand
 from graphquant.ir.rows import SIZED_VIEWS, keeps_rows
 from graphquant.ops import int8_linear
+from graphquant.passes.constant_values import constant_values
 from graphquant.passes.verify import verifier
 
 
@@ -51,8 +54,15 @@ class Literal:
 
 
 @dataclass(frozen=True)
+class Result:
+    """The result of the i-th call of a recipe."""
+
+    index: int
+
+
+@dataclass(frozen=True)
 class OpCall:
-    """target(*args, **kwargs). Arguments are Root, Literal, OpCall, tuples of them, or plain
+    """target(*args, **kwargs). Arguments are Root, Literal, Result, tuples of them, or plain
     values."""
 
     target: Any
@@ -62,62 +72,68 @@ class OpCall:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Packed tensors as expressions of parameters. Equal for equal linears of different graphs."""
+    """Packed tensors as expressions of parameters. Equal for equal linears of different graphs.
 
-    outputs: tuple[OpCall, ...]
+    calls    in order: as a tree, a value with two readers would be hashed twice, and so on
+    outputs  what is packed: Results, Roots or Literals
+    """
+
+    calls: tuple[OpCall, ...]
+    outputs: tuple[Any, ...]
 
     @torch.no_grad()
     def compute(self, roots: Sequence[Tensor]) -> list[Tensor]:
         """The packed tensors, computed from the parameters `roots` with autocast off."""
-        done: dict[int, Any] = {}
-        device = roots[0].device.type
+        done: list[Any] = []
 
         def value(e: Any) -> Any:
             if isinstance(e, Root):
                 return roots[e.index].detach()
             if isinstance(e, Literal):
                 return e.value
-            if isinstance(e, tuple):
-                return tuple(map(value, e))
-            if not isinstance(e, OpCall):
-                return e
-            if id(e) not in done:
-                kwargs = {k: value(v) for k, v in e.kwargs}
-                done[id(e)] = e.target(*map(value, e.args), **kwargs)
-            return done[id(e)]
+            if isinstance(e, Result):
+                return done[e.index]
+            return tuple(map(value, e)) if isinstance(e, tuple) else e
 
         root_storages = {storage_id(r) for r in roots}
         with (
             torch.inference_mode(False),
-            torch.autocast(device, enabled=False),
+            torch.autocast(roots[0].device.type, enabled=False),
             set_forward_grad(False),  # else dual tensors give tangents
         ):
-            made = [value(e) for e in self.outputs]
+            for call in self.calls:
+                kwargs = {k: value(v) for k, v in call.kwargs}
+                done.append(call.target(*map(value, call.args), **kwargs))
+            made: list[Tensor] = [value(e) for e in self.outputs]
             # own memory: a slice would keep the parameter alive, which may be released
             return [t.clone() if storage_id(t) in root_storages else t for t in made]
 
 
 @dataclass(frozen=True)
 class Packing:
-    """The packed inputs of one linear and its quantizer.
+    """The packed inputs of one linear and its quantizer, or another value of parameters alone.
 
-    recipe  computes them
-    roots   the parameters that the recipe reads, weights first
-    inputs  the graph's inputs that take the results
+    recipe       computes them
+    roots        the parameters that the recipe reads, weights first
+    inputs       the graph's inputs that take the results
+    for_linears  are these weights of linears?
     """
 
     recipe: Recipe
     roots: tuple[Node, ...]
     inputs: tuple[Node, ...] = ()
+    for_linears: bool = True
 
 
 def prepack(captured: Captured, new_input: Callable[[str], Node]) -> list[Packing]:
-    """Replace the weight expressions of every rewritten linear by inputs.
+    """Replace the weight expressions of every rewritten linear by inputs, and then other values
+    that are worth it.
 
     new_input  adds an input of that name to the graph; its fake value is set here
     """
     graph, constants = captured.gm.graph, Constants(captured.parameters)
     check = verifier(captured)
+    gradient = needs_gradient(graph, captured.differentiable, captured.grad_enabled)
     packings: list[Packing] = []
     for linear in calls(graph, _is_rewritten):
         # a quantizer of a constant is itself packed
@@ -134,6 +150,13 @@ def prepack(captured: Captured, new_input: Callable[[str], Node]) -> list[Packin
             for reader in readers:
                 reader.replace_input_with(old, new)
         packings.append(replace(packing, inputs=inputs))
+    for old in constant_values(graph, constants, gradient):
+        check("prepack", taken=[old])
+        new = new_input(f"constant_{old.name}")
+        new.meta["val"] = old.meta["val"]
+        packing = packing_of([old], constants)
+        old.replace_all_uses_with(new)
+        packings.append(replace(packing, inputs=(new,), for_linears=False))
     literals = [n for n in graph.find_nodes(op="get_attr") if LITERAL in n.meta]
     drop_dead_code(graph)
     for node in literals:
@@ -148,8 +171,9 @@ def prepack(captured: Captured, new_input: Callable[[str], Node]) -> list[Packin
 def packing_of(outputs: Sequence[Node], constants: Constants) -> Packing:
     """The Packing, without inputs, of nodes that depend on parameters alone."""
     roots = list(dict.fromkeys(r for o in outputs for r in constants.roots_of(o)))
-    expressions = _Expressions(roots)
-    return Packing(Recipe(tuple(expressions.of(o) for o in outputs)), tuple(roots))
+    calls = _Calls(roots)
+    results = tuple(map(calls.of, outputs))
+    return Packing(Recipe(tuple(calls.made), results), tuple(roots))
 
 
 def _name(value: Node, readers: Sequence[Node]) -> str:
@@ -179,27 +203,41 @@ def _is_rewritten(node: Node) -> bool:
     )
 
 
-class _Expressions:
-    """Builds the expressions of nodes over these roots."""
+class _Calls:
+    """Lists the calls that compute nodes from these roots."""
 
     def __init__(self, roots: Sequence[Node]) -> None:
-        self._index = {root: Root(i) for i, root in enumerate(roots)}
-        self._made: dict[Node, OpCall] = {}
+        self.made: list[OpCall] = []
+        self._values: dict[Node, Any] = {root: Root(i) for i, root in enumerate(roots)}
 
     def of(self, node: Node) -> Any:
-        if node in self._index:
-            return self._index[node]
+        """The Root, Literal or Result that stands for the node."""
+        pending = [node]
+        while pending:  # not recursive: chains of in-place writes can be long
+            value = pending[-1]
+            missing = [i for i in value.all_input_nodes if i not in self._values]
+            if value in self._values or not missing:
+                pending.pop()
+                if value not in self._values:
+                    self._values[value] = self._value(value)
+            else:
+                pending += reversed(missing)
+        return self._values[node]
+
+    def _value(self, node: Node) -> Any:
         if LITERAL in node.meta:
             return Literal.of(node.meta[LITERAL])
-        if node not in self._made:
-            args = tuple(map(self._argument, node.args))
-            kwargs = tuple((k, self._argument(v)) for k, v in sorted(node.kwargs.items()))
-            self._made[node] = OpCall(node.target, args, kwargs)
-        return self._made[node]
+        given = dict(node.kwargs)
+        if node.target in FACTORIES:  # whatever torch's defaults are when weights change
+            given |= {"dtype": dtype(node), "device": node.meta["val"].device}
+        args = tuple(map(self._argument, node.args))
+        kwargs = tuple((k, self._argument(v)) for k, v in sorted(given.items()))
+        self.made.append(OpCall(node.target, args, kwargs))
+        return Result(len(self.made) - 1)
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, Node):
-            return self.of(value)
+            return self._values[value]
         if isinstance(value, (list, tuple)):
             return tuple(map(self._argument, value))
         return value

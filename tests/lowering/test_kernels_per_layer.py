@@ -95,7 +95,7 @@ CASES = {
             "image_size": 64, "embed_dim": 64, "depths": [n], "num_heads": [4], "window_size": 4,
         },
         WINDOWED,
-        fused=3,
+        fused=2,
         step=2,
     ),
 }  # fmt: skip
