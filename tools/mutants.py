@@ -38,6 +38,7 @@ INDEX = "tests/ops/test_token_index.py"
 VARLEN = "tests/ops/test_varlen_attention.py -k 'float64 and"
 MASKS = "tests/passes/test_masked_attention.py"
 GRADIENTS = "tests/test_gradients.py"
+KEPT = "tests/passes/test_constant_values.py -k 'not follow and not encoders'"
 NOTES = "tests/passes/test_notes.py -k 'known or old'"
 ACCELERATE = "tests/test_accelerate.py -k 'hook_of or come_after or inside or offloaded'"
 PROGRESS = "tests/test_progress.py"
@@ -62,7 +63,7 @@ MUTANTS: Sequence[Mutant] = (
         ("(act.x,) if up is None", "() if up is None", "x may be written before", SURVIVORS),
         ("else (act.x, up)", "else (up,)", "the gate may be written before", SURVIVORS),
         ("else (act.x, up)", "else (act.x,)", "up may be written before", SURVIVORS),
-        ("not views and ", "", "the gate's views are ignored", SURVIVORS),
+        ("                and not views\n", "", "the gate's views are ignored", SURVIVORS),
         ("not leads_only_to(value, goal)", "False", "float and int8 both computed", ACT),
         ("(out.args, out.args[::-1])", "(out.args,)", "the gate may be the second factor", ACT),
     ),
@@ -77,8 +78,13 @@ MUTANTS: Sequence[Mutant] = (
     *_in(
         "passes/rules/residual.py",
         ("if total in view.needs_gradient", "if False", "a gradient is lost", GRADIENTS),
-        ("shape(end) != shape(total)", "False", "a broadcast linear", RESIDUAL),
-        ("shape(site.residual) != shape(total)", "False", "a broadcast residual", RESIDUAL),
+        ("not same_sizes(shape(end), shape(total))", "False", "a broadcast linear", RESIDUAL),
+        (
+            "not same_sizes(shape(site.residual), shape(total))",
+            "False",
+            "a broadcast residual",
+            RESIDUAL,
+        ),
         ("or user.kwargs", "", "alpha is ignored", RESIDUAL),
         (".residual is not None", ".residual == 0", "a second residual replaces", SURVIVORS),
     ),
@@ -288,13 +294,13 @@ MUTANTS: Sequence[Mutant] = (
     *_in(
         "ops/token_index/op.py",
         ("so_far[-1] + at - so_far", "so_far[-1]", "pads behind the tokens", INDEX),
-        ("else index.new_zeros(1)", "else index", "a batch of pads alone", INDEX),
+        ("flat[:1] | ~flat.any()", "flat[:1]", "a batch of pads alone", INDEX),
         ("descending=True", "descending=False", "the longest sequence first", INDEX),
     ),
     *_in(
         "ops/token_index/triton.py",
-        ("other < b, n, 0", "other <= b, n, 0", "the first row of a sequence", INDEX),
-        ("(n == own) & (other < b)", "n == own", "tiles of equal lengths", INDEX),
+        ("other[None, :] < b", "other[None, :] <= b", "the first row of a sequence", INDEX),
+        ("== own[:, None]) & before", "== own[:, None])", "tiles of equal lengths", INDEX),
     ),
     *_in(
         "ops/varlen_attention/op.py",
@@ -317,10 +323,19 @@ MUTANTS: Sequence[Mutant] = (
          "tests/ops/test_padded_attention.py -k 'float64 and reference'"),
     ),
     *_in(
-        "passes/masked_attention.py",
+        "passes/mask_forms.py",
         ("every_query=True", "every_query=False", "queries at padding", MASKS),
         ("if not keys.exact or", "if", "a mask that sees a 2", MASKS),
-        ("not written.isdisjoint(ancestors(known.operands))", "False", "a mask is written", MASKS),
+        ("not self._written.isdisjoint(", "not set().isdisjoint(", "a mask is written", MASKS),
+    ),
+    *_in(
+        "passes/constant_values.py",
+        ("value not in returned", "True", "the caller writes to what is kept", KEPT),
+        ("n not in gradient", "True", "a gradient is lost", KEPT),
+        ("return torch.is_autocast_enabled(device)", "return False", "autocast around", KEPT),
+        ("return bool(enabled)", "return False", "autocast inside", KEPT),
+        ("found.get(reader, True)", "True", "of a large value nothing is kept", KEPT),
+        ("<= min(room, LARGEST)", "<= LARGEST", "as much memory as there are values", KEPT),
     ),
     # --- files and caches ----------------------------------------------------------------------
     *_in(
