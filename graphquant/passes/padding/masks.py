@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from graphquant._torch import tree_leaves
+from graphquant.ir.aliases import written_in_place
 from graphquant.ir.captured import Captured
 from graphquant.ir.graph import ancestors, aten, dtype, hint, hints, is_tensor, shape
 from graphquant.passes.padding.attention import Attention, is_pointwise
@@ -124,6 +126,10 @@ class Masks:
         self._samples: dict[Any, list[_Sample]] = {}
         self._constants: dict[Any, Constants] = {}
 
+    @cached_property  # many graphs have no mask
+    def _written(self) -> set[Node]:
+        return written_in_place(self._captured.gm.graph)
+
     def understand(self, attention: Attention) -> tuple[PaddingMask, Form]:
         """Raises Kept if this attention is more than its form."""
         key = self._key(attention)
@@ -161,6 +167,8 @@ class Masks:
         read = inputs_of(self._captured, operands)
         if not read:
             raise Kept(NO_MASK)
+        if written := self._written & _read(attention):
+            raise Kept(f"{told(self._captured, min(written))} is written in place")
         inexact: tuple[PaddingMask, Form] | None = None
         why: Kept | None = None
         for node in self._candidates(attention):

@@ -276,6 +276,30 @@ def test_a_mask_that_is_written_in_place() -> None:
     assert "in place" in notes(reports)[0]
 
 
+@pytest.mark.parametrize("attend", [FUSED, written_out])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x: x.unfold(3, 2, 2).select(3, 1).fill_(-1e9),
+        lambda x: x.as_strided((B,), (S,), 2).fill_(-1e9),
+        lambda x: torch.view_as_complex(x.unflatten(3, (-1, 2))).mul_(0),
+        lambda x: x.movedim(3, 0)[2].copy_(torch.full((B, 1, 1), -1e9)),
+        lambda x: torch._foreach_add_([x[..., 2]], -1e9),
+    ],
+)
+def test_an_additive_mask_that_is_written_in_place(
+    write: Callable[[Tensor], Any], attend: Callable[..., Tensor]
+) -> None:
+    """Through views whose writes are not made functional."""
+
+    def see(m: Tensor) -> Tensor:
+        x = additive(m)
+        write(x)
+        return x
+
+    keeps(Encoder(see=see, attend=attend), *batch(), why="in place")
+
+
 def test_scores_that_are_returned() -> None:
     """They are computed from padded q and k, so that attention stays padded."""
 
