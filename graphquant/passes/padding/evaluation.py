@@ -161,10 +161,13 @@ class Evaluation:
 
     def _number(self, value: Any) -> Any:
         expr = value.node.expr
-        known = {s: self._sizes[s] for s in expr.free_symbols if s in self._sizes}
-        if len(known) < len(expr.free_symbols):
+        known = {s: sympy.Integer(self._sizes[s]) for s in expr.free_symbols if s in self._sizes}
+        if not known:
             return hint(value) if isinstance(value, torch.SymInt) else value.node.hint
-        return int(expr.xreplace({s: sympy.Integer(n) for s, n in known.items()}))
+        if len(known) < len(expr.free_symbols):
+            raise Kept(f"{expr} mixes other numbers with batch and length")
+        number = expr.xreplace(known)
+        return int(number) if isinstance(value, torch.SymInt) else float(number)
 
     def _on_cpu(self, argument: Any) -> Any:
         return torch.device("cpu") if isinstance(argument, torch.device) else argument
@@ -181,7 +184,7 @@ class Constants(Evaluation):
         self._nodes: set[Node] = set()
         self._rows: dict[Node, Tensor] = {}
         for node in captured.gm.graph.nodes:
-            if not is_input(captured, node) and self._nodes.issuperset(read_by_value(node)):
+            if not _is_given(captured, node) and self._nodes.issuperset(read_by_value(node)):
                 self._nodes.add(node)
 
     def __contains__(self, node: Node) -> bool:
@@ -236,9 +239,9 @@ def inputs_of(captured: Captured, nodes: Iterable[Node], cut: Collection[Node] =
 
 
 def is_input(captured: Captured, node: Node) -> bool:
-    return (
-        node.op == "placeholder"
-        and node not in captured.parameters
-        and is_tensor(node)
-        and node.meta["val"].dim() > 0
-    )
+    return _is_given(captured, node) and node.meta["val"].dim() > 0
+
+
+def _is_given(captured: Captured, node: Node) -> bool:
+    """Is it a tensor of a call, or a Python float in one?"""
+    return node.op == "placeholder" and node not in captured.parameters and is_tensor(node)

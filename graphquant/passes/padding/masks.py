@@ -103,7 +103,7 @@ class _Sample:
     def compared(self, attention: Attention) -> Iterator[int]:
         """The sentences whose mask has to be looked at: not those for which it is computed from the
         same numbers as for another one."""
-        operands = [n for n in attention.operands if len(hints(n)) == 4]
+        operands = [n for n in attention.operands if is_tensor(n) and len(hints(n)) == 4]
         for b, c in enumerate(self.like):
             if b == c or not all(self.at.equal_rows(n, b, c) for n in operands):
                 yield b
@@ -126,6 +126,18 @@ class Masks:
         self._samples: dict[Any, list[_Sample]] = {}
         self._constants: dict[Any, Constants] = {}
 
+    @cached_property
+    def _floats(self) -> dict[Node, float]:
+        """Values at compile time of Python floats that Dynamo made inputs, such as a scale that is
+        an attribute of a module, if sizes are dynamic."""
+        items = self._captured.gm.graph.find_nodes(op="call_function", target=aten.item.default)
+        values = ((n, n.meta["val"]) for n in items)
+        return {
+            n: value.node.hint
+            for n, value in values
+            if isinstance(value, torch.SymFloat) and value.node.has_hint()
+        }
+
     @cached_property  # many graphs have no mask
     def _written(self) -> set[Node]:
         return written_in_place(self._captured.gm.graph)
@@ -141,6 +153,8 @@ class Masks:
         found = self._forms[key]
         if isinstance(found, Kept):
             raise Kept(*found.args)
+        for node in self._floats.keys() & _read(attention):
+            float(node.meta["val"])  # adds a guard: another number is compiled again
         mask, form = found
         if not form.scale > 0:
             raise Kept(f"attention with a scale of {form.scale:g}")
@@ -152,6 +166,8 @@ class Masks:
         def text(node: Node) -> str:
             if node is attention.score:
                 return "score"
+            if node in self._floats:
+                return repr(self._floats[node])
             if node not in attention.inner:
                 return node.name
             read = torch.fx.node.map_arg((node.args, node.kwargs), text)
@@ -218,15 +234,13 @@ class Masks:
 
     def _form(self, attention: Attention, mask: PaddingMask) -> Form:
         """Raises Kept if the mask is not that of a form."""
-        settings = self._settings(attention, mask)
+        settings = list(self._settings(attention, mask))
         forms = [self._form_at(attention, mask, setting) for setting in settings]
-        first, *others = forms
-        for other in others:  # a window wider than the length seen shows at the longer one only
-            same = replace(other, window=first.window) == first
-            if not same or first.window not in (None, other.window):
-                raise Kept("an attention mask has another form at other lengths")
-            first = other
-        return first
+        longest = max(range(len(settings)), key=lambda i: settings[i].S)
+        for setting, form in zip(settings, forms, strict=True):
+            if not _is_form(forms[longest], form, setting.S):
+                raise Kept("an attention mask has another form at other sizes")
+        return forms[longest]
 
     def _sentences(self, attention: Attention, mask: PaddingMask) -> int:
         """How many sentences to evaluate: all, if the graph names their number."""
@@ -249,33 +263,30 @@ class Masks:
         key = frozenset((sizes or {}).items())
         if key not in self._constants:
             self._constants[key] = Constants(self._captured, sizes)
-        return Evaluation(self._captured, given, sizes, self._constants[key])
+        return Evaluation(self._captured, {**self._floats, **given}, sizes, self._constants[key])
 
     def _settings(self, attention: Attention, mask: PaddingMask) -> Iterator[_Setting]:
-        """The sizes at compile time. If the length is dynamic also a length beyond every number
-        that the mask's nodes name, so that a window shows."""
+        """The sizes at compile time. Of dynamic ones also some beyond every number that the mask's
+        nodes name, so that a window shows, and a sentence that is not like others."""
         B, _, S, _ = shape(attention.q)
-        if (rows := self._sentences(attention, mask)) * hint(S) ** 2 > MAX_ELEMENTS:
-            raise Kept("an attention mask is too large to be evaluated")
-        yield _Setting(rows, hint(S))
+        yield self._checked(_Setting(self._sentences(attention, mask), hint(S)))
+        beyond = max((n for n in _named(attention) if n < MAX_LENGTH), default=0) + 2
+        longest = hint(S) + beyond if isinstance(S, torch.SymInt) else S
+        if longest > MAX_LENGTH:
+            raise Kept("an attention mask names a length that is too long to be evaluated")
+        if isinstance(B, torch.SymInt):
+            most = hint(B) + beyond
+            length = longest if most * longest**2 <= MAX_ELEMENTS else hint(S)
+            yield self._checked(_setting(attention, most, length))
         if isinstance(S, torch.SymInt):
-            named = (n for n in _named(attention) if n < MAX_LENGTH)
-            longest = max(named, default=0) + hint(S) + 2
-            if longest > MAX_LENGTH:
-                raise Kept("an attention mask names a length that is too long to be evaluated")
-            few = 2 if isinstance(B, torch.SymInt) else B
-            if few * longest**2 > MAX_ELEMENTS // 4:
-                raise Kept("an attention mask is too large to be evaluated")
-            values = [n.meta["val"] for n in _read(attention) if is_tensor(n)]
-            sizes = {
-                s: few if hint(n) == hint(B) else longest
-                for value in (*values, attention.q.meta["val"])
-                for n in value.shape
-                if isinstance(n, torch.SymInt) and hint(n) in (hint(B), hint(S))
-                for s in n.node.expr.free_symbols
-            }
-            sizes |= dict.fromkeys(S.node.expr.free_symbols, longest)
-            yield _Setting(few, longest, sizes)
+            yield self._checked(
+                _setting(attention, FEW if isinstance(B, torch.SymInt) else B, longest)
+            )
+
+    def _checked(self, setting: _Setting) -> _Setting:
+        if setting.B * setting.S**2 > MAX_ELEMENTS:
+            raise Kept("an attention mask is too large to be evaluated")
+        return setting
 
     def _form_at(self, attention: Attention, mask: PaddingMask, setting: _Setting) -> Form:
         samples = self._sampled(mask, setting)
@@ -306,7 +317,7 @@ class Masks:
             return True
         setting = next(self._settings(attention, mask))
         samples = [self._sampled(mask, setting, n)[0] for n in ("", numbers)]
-        operands = attention.operands
+        operands = [n for n in attention.operands if is_tensor(n)]
         for b in samples[1].compared(attention):
             if all(torch.equal(*(_sentence(n, s.at, b) for s in samples)) for n in operands):
                 continue  # what is computed from them is equal as well
@@ -361,6 +372,30 @@ def _is_bias(node: Node, sample: _Sample, base: Tensor, P: Tensor) -> bool:
     return _close(value, base, P, 1e-5) and all(sample.at.equal_rows(node, 0, b) for b in others)
 
 
+def _is_form(form: Form, found: Form, S: int) -> bool:
+    """Is a form what was found at length S, at which a wide window does not show?"""
+    shows = form.window is not None and form.window < S - 1
+    same = replace(form, window=form.window if shows else None, scale=found.scale) == found
+    return same and math.isclose(form.scale, found.scale, rel_tol=1e-5)  # it is measured
+
+
+def _setting(attention: Attention, rows: int, length: int) -> _Setting:
+    """With these values of the symbols of batch and length."""
+    B, _, S, _ = shape(attention.q)
+    values = [n.meta["val"] for n in _read(attention) if is_tensor(n)]
+    sizes = {
+        s: rows if hint(n) == hint(B) else length
+        for value in (*values, attention.q.meta["val"])
+        for n in value.shape
+        if isinstance(n, torch.SymInt) and hint(n) in (hint(B), hint(S))
+        for s in n.node.expr.free_symbols
+    }
+    for n, value in ((B, rows), (S, length)):
+        if isinstance(n, torch.SymInt):
+            sizes |= dict.fromkeys(n.node.expr.free_symbols, value)
+    return _Setting(rows, length, sizes)
+
+
 def _read(attention: Attention) -> set[Node]:
     """What its logits are computed by, besides q and k."""
     return ancestors(attention.operands) | attention.inner
@@ -379,8 +414,8 @@ def _is_index(node: Node) -> bool:
 
 def _paddings(B: int, S: int) -> Iterator[tuple[Tensor, list[int]]]:
     """(valid tokens [B, S], of each sentence the first with its padding), in samples: in each,
-    sentences without padding, padded on the right, on the left, and with holes; in the last, none
-    without padding."""
+    sentences without padding, padded on the right, on the left, and with holes; in one, none
+    without padding. In the last two, as many tokens as can be, and few besides a sentence's."""
     random = torch.Generator().manual_seed(0)
     t = torch.arange(S)
 
@@ -401,6 +436,9 @@ def _paddings(B: int, S: int) -> Iterator[tuple[Tensor, list[int]]]:
         repeated = torch.randint(few, (B - few,), generator=random)
         like = [*range(few), *repeated.tolist()]
         yield valid[like], like
+    full, short = t >= 0, t == 0
+    yield full.expand(B, S), [0] * B
+    yield torch.stack([full] + [short] * (B - 1)), [min(b, 1) for b in range(B)]
 
 
 def _other_numbers(like: Tensor, numbers: str) -> Tensor:
