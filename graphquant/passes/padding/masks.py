@@ -296,6 +296,8 @@ class Masks:
         for sample in samples:
             queries = self._queries(sample.valid)
             for b in sample.compared(attention):
+                if sample.valid[b].all() and _is_like(attention, sample, b, whole, whole.full):
+                    continue
                 seen, bias = _seen(attention, sample.at, b, setting.S)
                 want = P & sample.valid[b]
                 if why := _difference(seen, bias, want, base, queries[b]):
@@ -317,10 +319,9 @@ class Masks:
             return True
         setting = next(self._settings(attention, mask))
         samples = [self._sampled(mask, setting, n)[0] for n in ("", numbers)]
-        operands = [n for n in attention.operands if is_tensor(n)]
         for b in samples[1].compared(attention):
-            if all(torch.equal(*(_sentence(n, s.at, b) for s in samples)) for n in operands):
-                continue  # what is computed from them is equal as well
+            if _is_like(attention, samples[0], b, samples[1], b):
+                continue
             (a, x), (c, y) = (_seen(attention, s.at, b, setting.S) for s in samples)
             rows = self._queries(samples[0].valid)[b][:, None]
             if ((a != c) & rows).any() or ((x != y) & a & rows).any():
@@ -361,6 +362,15 @@ class Masks:
             if _is_bias(node, sample, base, P):
                 return node
         raise Kept("an attention bias is not a value of the graph")
+
+
+def _is_like(attention: Attention, one: _Sample, b: int, other: _Sample, c: int) -> bool:
+    """Are the masks of two sentences computed from equal numbers, and so equal as well?"""
+    return all(
+        torch.equal(_sentence(n, one.at, b), _sentence(n, other.at, c))
+        for n in attention.operands
+        if is_tensor(n)
+    )
 
 
 def _is_bias(node: Node, sample: _Sample, base: Tensor, P: Tensor) -> bool:
