@@ -12,9 +12,8 @@ from torch.fx import Node
 
 from graphquant._torch import unset_fake_temporarily
 from graphquant.config import strict
-from graphquant.ir.aliases import written_in_place
 from graphquant.ir.captured import Captured
-from graphquant.ir.graph import ancestors, aten, new_call
+from graphquant.ir.graph import aten, new_call
 from graphquant.ops.checks import FLOATS
 from graphquant.passes.padding.attention import Attention, find_attentions
 from graphquant.passes.padding.evaluation import Kept
@@ -50,14 +49,10 @@ class MaskForms:
     def _found(self) -> dict[Node, Attention]:
         return {a.out: a for a in find_attentions(self._captured.gm.graph) if a.score is None}
 
-    @cached_property
-    def _written(self) -> set[Node]:
-        return written_in_place(self._captured.gm.graph)
-
     def of(self, node: Node) -> Masked | None:
         """The form of this attention's mask; None if it is not understood."""
         found = self._found.get(node)
-        if found is None or not self._written.isdisjoint(ancestors(found.operands)):
+        if found is None:
             return None
         try:
             with unset_fake_temporarily(), torch.no_grad():

@@ -9,14 +9,18 @@ with a bias that depends on positions alone. Then attention over packed tokens c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
+from graphquant._torch import tree_leaves
+from graphquant.ir.aliases import written_in_place
 from graphquant.ir.captured import Captured
 from graphquant.ir.graph import ancestors, aten, dtype, hint, hints, is_tensor, shape
 from graphquant.passes.padding.attention import Attention, is_pointwise
@@ -33,7 +37,7 @@ from graphquant.passes.padding.evaluation import (
 BLOCKED = -9e3  # an additive mask below this blocks: some models add -10000
 MAX_LENGTH = 2**12  # at which masks of dynamic lengths are evaluated
 MAX_ELEMENTS = 2**28  # of a mask
-FEW = 4  # sentences that are compared: one of each kind of padding
+FEW = 4  # sentences with padding of their own: one of each kind. Others repeat theirs
 NO_MASK = "attention reads no padding mask"
 SPARSE = 16  # of so many queries and keys, one is compared before all are
 
@@ -83,13 +87,26 @@ class _Sample:
     """Sample padding of B sentences, and what a mask makes of it.
 
     valid  [B, S] bool
-    full   a sentence without padding, if there is one
+    like   of each sentence, the first with its padding
     at     values of the graph for it
     """
 
     valid: Tensor
-    full: int | None
+    like: Sequence[int]
     at: Evaluation
+
+    @property
+    def full(self) -> int:
+        """A sentence without padding, in the first of several samples."""
+        return int(self.valid.all(1).nonzero()[0])
+
+    def compared(self, attention: Attention) -> Iterator[int]:
+        """The sentences whose mask has to be looked at: not those for which it is computed from the
+        same numbers as for another one."""
+        operands = [n for n in attention.operands if is_tensor(n) and len(hints(n)) == 4]
+        for b, c in enumerate(self.like):
+            if b == c or not all(self.at.equal_rows(n, b, c) for n in operands):
+                yield b
 
 
 class Masks:
@@ -109,6 +126,22 @@ class Masks:
         self._samples: dict[Any, list[_Sample]] = {}
         self._constants: dict[Any, Constants] = {}
 
+    @cached_property
+    def _floats(self) -> dict[Node, float]:
+        """Values at compile time of Python floats that Dynamo made inputs, such as a scale that is
+        an attribute of a module, if sizes are dynamic."""
+        items = self._captured.gm.graph.find_nodes(op="call_function", target=aten.item.default)
+        values = ((n, n.meta["val"]) for n in items)
+        return {
+            n: value.node.hint
+            for n, value in values
+            if isinstance(value, torch.SymFloat) and value.node.has_hint()
+        }
+
+    @cached_property  # many graphs have no mask
+    def _written(self) -> set[Node]:
+        return written_in_place(self._captured.gm.graph)
+
     def understand(self, attention: Attention) -> tuple[PaddingMask, Form]:
         """Raises Kept if this attention is more than its form."""
         key = self._key(attention)
@@ -120,6 +153,8 @@ class Masks:
         found = self._forms[key]
         if isinstance(found, Kept):
             raise Kept(*found.args)
+        for node in self._floats.keys() & _read(attention):
+            float(node.meta["val"])  # adds a guard: another number is compiled again
         mask, form = found
         if not form.scale > 0:
             raise Kept(f"attention with a scale of {form.scale:g}")
@@ -131,6 +166,8 @@ class Masks:
         def text(node: Node) -> str:
             if node is attention.score:
                 return "score"
+            if node in self._floats:
+                return repr(self._floats[node])
             if node not in attention.inner:
                 return node.name
             read = torch.fx.node.map_arg((node.args, node.kwargs), text)
@@ -146,6 +183,8 @@ class Masks:
         read = inputs_of(self._captured, operands)
         if not read:
             raise Kept(NO_MASK)
+        if written := self._written & _read(attention):
+            raise Kept(f"{told(self._captured, min(written))} is written in place")
         inexact: tuple[PaddingMask, Form] | None = None
         why: Kept | None = None
         for node in self._candidates(attention):
@@ -195,25 +234,26 @@ class Masks:
 
     def _form(self, attention: Attention, mask: PaddingMask) -> Form:
         """Raises Kept if the mask is not that of a form."""
-        settings = self._settings(attention, mask)
+        settings = list(self._settings(attention, mask))
         forms = [self._form_at(attention, mask, setting) for setting in settings]
-        first, *others = forms
-        for other in others:  # a window wider than the length seen shows at the longer one only
-            same = replace(other, window=first.window) == first
-            if not same or first.window not in (None, other.window):
-                raise Kept("an attention mask has another form at other lengths")
-            first = other
-        return first
+        longest = max(range(len(settings)), key=lambda i: settings[i].S)
+        for setting, form in zip(settings, forms, strict=True):
+            if not _is_form(forms[longest], form, setting.S):
+                raise Kept("an attention mask has another form at other sizes")
+        return forms[longest]
 
     def _sentences(self, attention: Attention, mask: PaddingMask) -> int:
         """How many sentences to evaluate: all, if the graph names their number."""
         B, _, S, _ = hints(attention.q)
-        if B <= FEW:
+        if B <= FEW or B in _named(attention):
             return B
         if mask.node not in self._few:
             few = torch.zeros(FEW, S, dtype=dtype(mask.node))
             try:
-                _seen(attention, self._evaluation({mask.node: few}), S)
+                at = self._evaluation({mask.node: few})
+                for operand in attention.operands:
+                    if mask.node in ancestors([operand]):
+                        at(operand)
                 self._few[mask.node] = FEW
             except CannotEvaluate:
                 self._few[mask.node] = B
@@ -223,57 +263,53 @@ class Masks:
         key = frozenset((sizes or {}).items())
         if key not in self._constants:
             self._constants[key] = Constants(self._captured, sizes)
-        return Evaluation(self._captured, given, sizes, self._constants[key])
+        return Evaluation(self._captured, {**self._floats, **given}, sizes, self._constants[key])
 
     def _settings(self, attention: Attention, mask: PaddingMask) -> Iterator[_Setting]:
-        """The sizes at compile time. If the length is dynamic also a length beyond every number
-        that the mask's nodes name, so that a window shows."""
+        """The sizes at compile time. Of dynamic ones also some beyond every number that the mask's
+        nodes name, so that a window shows, and a sentence that is not like others."""
         B, _, S, _ = shape(attention.q)
-        if (rows := self._sentences(attention, mask)) * hint(S) ** 2 > MAX_ELEMENTS:
-            raise Kept("an attention mask is too large to be evaluated")
-        yield _Setting(rows, hint(S))
+        yield self._checked(_Setting(self._sentences(attention, mask), hint(S)))
+        beyond = max((n for n in _named(attention) if n < MAX_LENGTH), default=0) + 2
+        longest = hint(S) + beyond if isinstance(S, torch.SymInt) else S
+        if longest > MAX_LENGTH:
+            raise Kept("an attention mask names a length that is too long to be evaluated")
+        if isinstance(B, torch.SymInt):
+            most = hint(B) + beyond
+            length = longest if most * longest**2 <= MAX_ELEMENTS else hint(S)
+            yield self._checked(_setting(attention, most, length))
         if isinstance(S, torch.SymInt):
-            nodes = ancestors(attention.operands) | attention.inner
-            named = [a for n in nodes for a in n.args if isinstance(a, int) and a < MAX_LENGTH]
-            longest = max(named, default=0) + hint(S) + 2
-            if longest > MAX_LENGTH:
-                raise Kept("an attention mask names a length that is too long to be evaluated")
-            few = 2 if isinstance(B, torch.SymInt) else B
-            if few * longest**2 > MAX_ELEMENTS // 4:
-                raise Kept("an attention mask is too large to be evaluated")
-            values = [n.meta["val"] for n in nodes if is_tensor(n)]
-            sizes = {
-                s: few if hint(n) == hint(B) else longest
-                for value in (*values, attention.q.meta["val"])
-                for n in value.shape
-                if isinstance(n, torch.SymInt) and hint(n) in (hint(B), hint(S))
-                for s in n.node.expr.free_symbols
-            }
-            sizes |= dict.fromkeys(S.node.expr.free_symbols, longest)
-            yield _Setting(few, longest, sizes)
+            yield self._checked(
+                _setting(attention, FEW if isinstance(B, torch.SymInt) else B, longest)
+            )
+
+    def _checked(self, setting: _Setting) -> _Setting:
+        if setting.B * setting.S**2 > MAX_ELEMENTS:
+            raise Kept("an attention mask is too large to be evaluated")
+        return setting
 
     def _form_at(self, attention: Attention, mask: PaddingMask, setting: _Setting) -> Form:
         samples = self._sampled(mask, setting)
-        base: Tensor | None = None  # bias of a sentence without padding
-        P = torch.empty(0)  # which keys it sees
-        whole = next(s for s in samples if s.full is not None)
+        whole = samples[0]
+        # which keys a sentence without padding sees, and its bias
+        P, base = _seen(attention, whole.at, whole.full, setting.S)
         for sample in samples:
-            seen, bias = _seen(attention, sample.at, setting.S)
-            if sample.full is not None and base is None:
-                P, base = _row(seen, sample.full), _row(bias, sample.full)
-            assert base is not None
             queries = self._queries(sample.valid)
-            if why := _difference(seen, bias, P, base, sample.valid, queries):
-                raise Kept(why)
+            for b in sample.compared(attention):
+                if sample.valid[b].all() and _is_like(attention, sample, b, whole, whole.full):
+                    continue
+                seen, bias = _seen(attention, sample.at, b, setting.S)
+                want = P & sample.valid[b]
+                if why := _difference(seen, bias, want, base, queries[b]):
+                    raise Kept(why)
             if self._every_query and attention.adds and _sees_none(P, sample.valid):
                 raise Kept("a query at padding sees no key, and so the mean of all of them")
-        assert base is not None
         if not torch.equal(P, P[:1].expand_as(P)):
             raise Kept("attention heads have masks of their own")
         causal, window = _order(P[0])
         found = None
         if bool((base.expand(*P.shape).masked_fill(~P, 0) != 0).any()):
-            found = self._bias(attention, mask, whole.at, base, P)
+            found = self._bias(attention, mask, whole, base, P)
         scale = 1.0 if attention.score is None else _scale(attention, whole, base, P)
         return Form(scale, causal, window, found)
 
@@ -282,11 +318,13 @@ class Masks:
         if dtype(mask.node) == torch.bool:
             return True
         setting = next(self._settings(attention, mask))
-        ones, others = (self._sampled(mask, setting, n)[0] for n in ("", numbers))
-        seen, then = (_seen(attention, s.at, setting.S) for s in (ones, others))
-        for b, rows in enumerate(self._queries(ones.valid[:FEW])):
-            (a, x), (c, y) = ([_row(t, b)[:, rows] for t in one] for one in (seen, then))
-            if not torch.equal(a, c) or not torch.equal(x.masked_fill(~a, 0), y.masked_fill(~a, 0)):
+        samples = [self._sampled(mask, setting, n)[0] for n in ("", numbers)]
+        for b in samples[1].compared(attention):
+            if _is_like(attention, samples[0], b, samples[1], b):
+                continue
+            (a, x), (c, y) = (_seen(attention, s.at, b, setting.S) for s in samples)
+            rows = self._queries(samples[0].valid)[b][:, None]
+            if ((a != c) & rows).any() or ((x != y) & a & rows).any():
                 return False
         return True
 
@@ -299,40 +337,84 @@ class Masks:
         key = (mask.node, mask.inverted, setting.B, setting.S, numbers)
         if key not in self._samples:
             made = self._samples[key] = []
-            for valid, full in _paddings(setting.B, setting.S):
+            for valid, like in _paddings(setting.B, setting.S):
                 nonzero = ~valid if mask.inverted else valid
                 value = nonzero.to(dtype(mask.node))
                 if numbers:
-                    value = value * _other_numbers(value, numbers)
+                    value = value * _other_numbers(value, numbers)[like]
                 at = self._evaluation({mask.node: value}, setting.sizes)
-                made.append(_Sample(valid, full, at))
+                made.append(_Sample(valid, like, at))
         return self._samples[key]
 
     def _bias(
-        self, attention: Attention, mask: PaddingMask, at: Evaluation, base: Tensor, P: Tensor
+        self, attention: Attention, mask: PaddingMask, sample: _Sample, base: Tensor, P: Tensor
     ) -> Node:
         """The smallest value of the graph that is the bias and does not depend on the mask."""
-        best: Node | None = None
-        for node in ancestors(attention.operands):
-            if not is_tensor(node) or mask.node in ancestors([node]):
-                continue
-            value = node.meta["val"]
-            if not 2 <= value.dim() <= 4 or not value.is_floating_point():
-                continue
-            size = at(node).numel()
-            value = at(node)[:FEW] if value.dim() == 4 else at(node)
-            value = value.reshape(*(1,) * (4 - value.dim()), *value.shape)
-            if value.shape[-2:] != base.shape[-2:] or value.shape[1] not in (1, base.shape[0]):
-                continue
-            if not torch.equal(value, value[:1].expand_as(value)):
-                continue
-            h = max(base.shape[0], value.shape[1], P.shape[0])
-            ours, theirs = (t.expand(h, -1, -1) for t in (value[0], base))
-            if (best is None or size < at(best).numel()) and _close(ours, theirs, P, 1e-5):
-                best = node
-        if best is None:
-            raise Kept("an attention bias is not a value of the graph")
-        return best
+        candidates = [
+            n
+            for n in ancestors(attention.operands)
+            if is_tensor(n)
+            and 2 <= len(hints(n)) <= 4
+            and n.meta["val"].is_floating_point()
+            and mask.node not in ancestors([n])
+        ]
+        for node in sorted(candidates, key=lambda n: (math.prod(hints(n)), -len(hints(n)), n)):
+            if _is_bias(node, sample, base, P):
+                return node
+        raise Kept("an attention bias is not a value of the graph")
+
+
+def _is_like(attention: Attention, one: _Sample, b: int, other: _Sample, c: int) -> bool:
+    """Are the masks of two sentences computed from equal numbers, and so equal as well?"""
+    return all(
+        torch.equal(_sentence(n, one.at, b), _sentence(n, other.at, c))
+        for n in attention.operands
+        if is_tensor(n)
+    )
+
+
+def _is_bias(node: Node, sample: _Sample, base: Tensor, P: Tensor) -> bool:
+    """Is this value the bias of all sentences, for the keys that are seen?"""
+    value = _sentence(node, sample.at, 0)
+    if value.shape[-2:] != base.shape[-2:] or len(value) not in (1, len(base)):
+        return False
+    others = range(1, len(sample.valid)) if len(hints(node)) == 4 else ()
+    return _close(value, base, P, 1e-5) and all(sample.at.equal_rows(node, 0, b) for b in others)
+
+
+def _is_form(form: Form, found: Form, S: int) -> bool:
+    """Is a form what was found at length S, at which a wide window does not show?"""
+    shows = form.window is not None and form.window < S - 1
+    same = replace(form, window=form.window if shows else None, scale=found.scale) == found
+    return same and math.isclose(form.scale, found.scale, rel_tol=1e-5)  # it is measured
+
+
+def _setting(attention: Attention, rows: int, length: int) -> _Setting:
+    """With these values of the symbols of batch and length."""
+    B, _, S, _ = shape(attention.q)
+    values = [n.meta["val"] for n in _read(attention) if is_tensor(n)]
+    sizes = {
+        s: rows if hint(n) == hint(B) else length
+        for value in (*values, attention.q.meta["val"])
+        for n in value.shape
+        if isinstance(n, torch.SymInt) and hint(n) in (hint(B), hint(S))
+        for s in n.node.expr.free_symbols
+    }
+    for n, value in ((B, rows), (S, length)):
+        if isinstance(n, torch.SymInt):
+            sizes |= dict.fromkeys(n.node.expr.free_symbols, value)
+    return _Setting(rows, length, sizes)
+
+
+def _read(attention: Attention) -> set[Node]:
+    """What its logits are computed by, besides q and k."""
+    return ancestors(attention.operands) | attention.inner
+
+
+def _named(attention: Attention) -> set[int]:
+    """The numbers that a mask's nodes name."""
+    leaves = tree_leaves([(n.args, n.kwargs) for n in _read(attention)])
+    return {a for a in leaves if isinstance(a, int)}
 
 
 def _is_index(node: Node) -> bool:
@@ -340,9 +422,10 @@ def _is_index(node: Node) -> bool:
     return any(u.target is aten.embedding.default for u in node.users)
 
 
-def _paddings(B: int, S: int) -> Iterator[tuple[Tensor, int | None]]:
-    """Samples of valid tokens [B, S]: in each, sentences without padding, padded on the right, on
-    the left, and with holes; in the last, none without padding."""
+def _paddings(B: int, S: int) -> Iterator[tuple[Tensor, list[int]]]:
+    """(valid tokens [B, S], of each sentence the first with its padding), in samples: in each,
+    sentences without padding, padded on the right, on the left, and with holes; in one, none
+    without padding. In the last two, as many tokens as can be, and few besides a sentence's."""
     random = torch.Generator().manual_seed(0)
     t = torch.arange(S)
 
@@ -356,11 +439,16 @@ def _paddings(B: int, S: int) -> Iterator[tuple[Tensor, int | None]]:
             return holes
         return t < n if kind == 1 else t >= S - n
 
-    for shift in range(2 if B >= 4 else 4):
-        kinds = [(b + shift) % 4 for b in range(B)]
-        full = kinds.index(0) if 0 in kinds else None
-        yield torch.stack([sentence(kind) for kind in kinds]), full
-    yield torch.stack([sentence(1 + b % 3) for b in range(B)]), None
+    few = min(B, FEW)
+    kinds = [[(b + shift) % 4 for b in range(few)] for shift in range(2 if B >= 4 else 4)]
+    for sample in (*kinds, [1 + b % 3 for b in range(few)]):
+        valid = torch.stack([sentence(kind) for kind in sample])
+        repeated = torch.randint(few, (B - few,), generator=random)
+        like = [*range(few), *repeated.tolist()]
+        yield valid[like], like
+    full, short = t >= 0, t == 0
+    yield full.expand(B, S), [0] * B
+    yield torch.stack([full] + [short] * (B - 1)), [min(b, 1) for b in range(B)]
 
 
 def _other_numbers(like: Tensor, numbers: str) -> Tensor:
@@ -372,71 +460,66 @@ def _other_numbers(like: Tensor, numbers: str) -> Tensor:
     return found / 4 if like.is_floating_point() else found
 
 
-def _seen(attention: Attention, at: Evaluation, S: int) -> tuple[Tensor, Tensor]:
-    """(which keys are seen, bias), [b, h, S, S], of the first FEW sentences; b and h may be 1."""
+def _seen(attention: Attention, at: Evaluation, b: int, S: int) -> tuple[Tensor, Tensor]:
+    """(which keys are seen, bias) of one sentence, [h, S, S]; h may be 1."""
     bias: Tensor
     if attention.score is not None:
-        bias = _logits(attention, at, torch.zeros(1, 1, S, S))
+        bias = _logits(attention, at, torch.zeros(1, 1, S, S), b)
     elif attention.mask is not None:
-        bias = at(attention.mask)
+        bias = _sentence(attention.mask, at, b)
     else:
-        bias = torch.ones(1, 1, S, S, dtype=torch.bool)
-    if bias.dim() < 4:
-        bias = bias.reshape(*(1,) * (4 - bias.dim()), *bias.shape)
-    bias = bias[:FEW].expand(-1, -1, S, S)
+        bias = torch.ones(1, 1, 1, dtype=torch.bool)
+    bias = bias.expand(-1, S, S)
     seen = bias if bias.dtype == torch.bool else bias > BLOCKED
     if bias.dtype == torch.bool:
-        bias = torch.zeros(1, 1, 1, 1).expand(1, 1, S, S)
+        bias = torch.zeros(1, 1, 1).expand(1, S, S)
     if attention.is_causal:
         seen = seen & torch.ones(S, S, dtype=torch.bool).tril()
     return seen, bias
 
 
-def _logits(attention: Attention, at: Evaluation, score: Tensor) -> Tensor:
-    """The logits of a written-out attention, of the first FEW sentences if they can be apart."""
+def _logits(attention: Attention, at: Evaluation, score: Tensor, b: int) -> Tensor:
+    """The logits of a written-out attention for this q k^T, of one sentence."""
     assert attention.score is not None and attention.logits is not None
     given = {attention.score: score.to(dtype(attention.score))}
-    operands = {n: at(n) for n in attention.operands}
-    logits: Tensor
-    try:
-        few = {n: v[:FEW] if is_tensor(n) and v.dim() == 4 else v for n, v in operands.items()}
-        logits = at.only({**few, **given})(attention.logits)
-    except CannotEvaluate:  # a size [B, ...] is written in it
-        logits = at.given(given)(attention.logits)
-    return logits
+    return _sentence(attention.logits, at.given(given), b)
 
 
-def _row(value: Tensor, b: int) -> Tensor:
-    return value[b if value.shape[0] > 1 else 0]
+def _sentence(node: Node, at: Evaluation, b: int) -> Tensor:
+    """[h, S, S] of a value [B, h, S, S], which may have sizes of 1, or fewer dims."""
+    value = at.row(node, b) if len(hints(node)) == 4 else at(node)
+    found: Tensor = value.reshape(*(1,) * (4 - value.dim()), *value.shape)[0]
+    return found
 
 
 def _difference(
-    seen: Tensor, bias: Tensor, P: Tensor, base: Tensor, valid: Tensor, queries: Tensor
+    seen: Tensor, bias: Tensor, want: Tensor, base: Tensor, queries: Tensor
 ) -> str | None:
-    """How a mask differs from `P[i, j] and valid[b, j]` and from the bias without padding, for the
-    queries [B, S] that count; None if it does not."""
-    for b in range(min(len(valid), FEW)):
-        rows = queries[b]
-        ours = _row(seen, b)[:, rows]
-        want = P[:, rows] & valid[b]
-        if not torch.equal(*torch.broadcast_tensors(ours, want)):
-            return "an attention mask is not a padding mask"
-        if not _close(_row(bias, b)[:, rows], base[:, rows], want, 1e-6):
-            return "an attention bias depends on the padding"
+    """How the mask of a sentence differs from the keys that it is wanted to see and from the bias
+    without padding, for the queries [S] that count; None if it does not."""
+    rows = queries[:, None]
+    if ((seen != want) & rows).any():
+        return "an attention mask is not a padding mask"
+    if not _close(bias, base, want & rows, 1e-6):
+        return "an attention bias depends on the padding"
     return None
 
 
 def _close(a: Tensor, b: Tensor, seen: Tensor, tolerance: float) -> bool:
     """torch.allclose with this rtol and atol, where `seen`; faster if not or all is equal."""
-    for step in (SPARSE, 1):
-        mine, theirs = (
-            t[..., ::step, ::step].masked_fill(~seen[..., ::step, ::step], 0) for t in (a, b)
-        )
-        if not torch.equal(*torch.broadcast_tensors(mine, theirs)) and not torch.allclose(
-            mine.double(), theirs.double(), rtol=tolerance, atol=tolerance
-        ):
-            return False
-    return True
+    heads = list(zip(*torch.broadcast_tensors(a, b, seen), strict=True))
+    return all(
+        _head_is_close(x[::step, ::step], y[::step, ::step], at[::step, ::step], tolerance)
+        for step in (SPARSE, 1)
+        for x, y, at in heads
+    )
+
+
+def _head_is_close(a: Tensor, b: Tensor, seen: Tensor, tolerance: float) -> bool:
+    if not ((a != b) & seen).any():
+        return True
+    mine, theirs = (t.masked_fill(~seen, 0).double() for t in (a, b))
+    return torch.allclose(mine, theirs, rtol=tolerance, atol=tolerance)
 
 
 def _sees_none(P: Tensor, valid: Tensor) -> bool:
@@ -460,13 +543,10 @@ def _order(P: Tensor) -> tuple[bool, int | None]:
 
 def _scale(attention: Attention, sample: _Sample, base: Tensor, P: Tensor) -> float:
     """The factor of q k^T in the logits of a written-out attention."""
-    assert attention.score is not None and attention.logits is not None
-    assert sample.full is not None
     random = torch.Generator().manual_seed(1)
     S = P.shape[-1]
     score = torch.randn(1, 1, S, S, generator=random)
-    logits = _logits(attention, sample.at, score)
-    logits = _row(logits.expand(-1, -1, S, S), sample.full)
+    logits = _logits(attention, sample.at, score, sample.full).expand(-1, S, S)
     values = (logits, base.expand_as(logits), score[0].expand_as(logits), P.expand_as(logits))
     few = [t[..., ::SPARSE, ::SPARSE] if S > SPARSE**2 else t for t in values]
     with_score, without, change = (t[few[-1]].double() for t in few[:-1])

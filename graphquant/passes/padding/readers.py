@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from graphquant.ir.aliases import written_in_place
 from graphquant.ir.captured import Captured
-from graphquant.ir.graph import arguments, aten, dtype, hints, is_tensor, shape
+from graphquant.ir.graph import ancestors, arguments, aten, dtype, hints, is_tensor, shape
 from graphquant.ir.rows import RESHAPES
 from graphquant.passes.padding.attention import is_pointwise
 from graphquant.passes.padding.evaluation import Evaluation, Kept, inputs_of, told
@@ -40,6 +41,8 @@ def check_readers(captured: Captured, plan: Plan) -> tuple[str, ...]:
     To be used without fake mode and without gradients.
     """
     readers = _Readers(captured, plan)
+    if written := readers.written():
+        raise Kept(f"{told(captured, min(written))} is written in place")
     if not readers.results:
         return tuple(readers.first_position())
     for kind in ("right", "left"):
@@ -84,6 +87,11 @@ class _Readers:
                 edge += list(node.users)
         self.results = [n for n in sorted(self._below) if self._is_result(n) and is_tensor(n)]
         self._layouts = self._spread()
+
+    def written(self) -> set[Node]:
+        """Values that are written in place, which an evaluation does not see."""
+        read = ancestors(self.results, self.plan.exits)
+        return written_in_place(self.captured.gm.graph) & (read | self._below)
 
     def first_position(self) -> Iterator[str]:
         if self._first:

@@ -8,19 +8,28 @@ only the sizes of views change, to -1 for T.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from graphquant._torch import allow_unbacked_sizes
+from graphquant._torch import FakeTensorMode, allow_unbacked_sizes
 from graphquant.ir.aliases import same_layout
 from graphquant.ir.captured import Captured
 from graphquant.ir.contexts import regions, sets_state
-from graphquant.ir.graph import ancestors, aten, drop_dead_code, fake_result, set_hint, shape
+from graphquant.ir.graph import (
+    LINEAR,
+    ancestors,
+    aten,
+    drop_dead_code,
+    fake_result,
+    set_hint,
+    shape,
+)
 from graphquant.ir.rows import SIZED_VIEWS
 from graphquant.ops import token_index, varlen_attention
 from graphquant.passes.layout import EAGER
@@ -42,6 +51,8 @@ BOTH = BATCH + LENGTH  # one dim of all tokens
 PACKED = "graphquant_packed"  # meta of a gather or an attention: the token_index
 TOKENS = "graphquant_tokens"  # meta of a token_index: how many there were at compile time
 SCATTERED = "graphquant_scattered"  # meta of the index that pads a value again
+# Slow to trace. They return a new tensor, whose sizes and strides follow from those of their inputs
+_TRACED_ONCE = frozenset({LINEAR, aten.layer_norm.default, varlen_attention.target})
 
 
 def pack_tokens(captured: Captured, plan: Plan, tokens: int, *, front: bool) -> None:
@@ -60,7 +71,8 @@ class _Rewrite:
         self._graph: Graph = captured.gm.graph
         self._now: dict[Node, Node] = {}  # packed node of the model -> that of the new graph
         self._gathered: dict[Any, Node] = {}
-        self._tokens = _Tokens(captured, plan.mask, tokens, front=front)
+        self._infer = _FakeResults(captured.fake_mode)
+        self._tokens = _Tokens(captured, self._infer, plan.mask, tokens, front=front)
 
     def run(self) -> None:
         old = {n: n.meta["val"] for n in self._plan.packed}
@@ -107,7 +119,7 @@ class _Rewrite:
             node.args, node.kwargs = map_arg(
                 (node.args, node.kwargs), lambda i: inputs.get(i, self._now.get(i, i))
             )
-        _infer(self._captured, node)
+        self._infer(node)
         self._now[node] = node
 
     def _pack_attention(self, node: Node, attention: Attention, form: Form) -> None:
@@ -157,8 +169,16 @@ class _Tokens:
     Each node is added behind the one before: `call` inserts where the graph inserts.
     """
 
-    def __init__(self, captured: Captured, mask: PaddingMask, tokens: int, *, front: bool) -> None:
-        self._captured = captured
+    def __init__(
+        self,
+        captured: Captured,
+        infer: Callable[[Node], None],
+        mask: PaddingMask,
+        tokens: int,
+        *,
+        front: bool,
+    ) -> None:
+        self._infer = infer
         self._graph: Graph = captured.gm.graph
         with self._graph.inserting_after(self._hoist(mask.node)):
             compare = aten.eq.Scalar if mask.inverted else aten.ne.Scalar
@@ -191,7 +211,7 @@ class _Tokens:
 
     def call(self, target: Any, *args: Any) -> Node:
         node = self._graph.call_function(target, args)
-        _infer(self._captured, node)
+        self._infer(node)
         self._graph.inserting_after(node)
         return node
 
@@ -285,8 +305,44 @@ class _Tokens:
         return x
 
 
-def _infer(captured: Captured, node: Node) -> None:
-    node.meta["val"] = fake_result(captured.fake_mode, node.target, node.args, node.kwargs)
+class _FakeResults:
+    """Gives nodes their fake values. The layers of an encoder call the same ops on values of the
+    same sizes, so that most results are like earlier ones."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self._mode = mode
+        self._first: dict[str, Tensor] = {}
+
+    def __call__(self, node: Node) -> None:
+        node.meta["val"] = (
+            self._like_the_first(node) if node.target in _TRACED_ONCE else self._traced(node)
+        )
+
+    def _traced(self, node: Node) -> Any:
+        return fake_result(self._mode, node.target, node.args, node.kwargs)
+
+    def _like_the_first(self, node: Node) -> Tensor:
+        """With memory of its own, by which aliases are found."""
+        call = f"{node.target}{map_arg((node.args, node.kwargs), _fake_value)}"
+        if call not in self._first:
+            self._first[call] = self._traced(node)
+            return self._first[call]
+        first = self._first[call]
+        with self._mode:
+            return torch.empty_strided(
+                first.shape, first.stride(), dtype=first.dtype, device=first.device
+            )
+
+
+def _fake_value(node: Node) -> str:
+    """All of a fake value that the result of an op can depend on."""
+    value = node.meta["val"]
+    if not isinstance(value, Tensor):
+        return str(value)
+    device = value.device
+    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+    layout = (*value.shape, value.stride(), value.storage_offset())
+    return f"{value.dtype} {device} {layout} {autocast}"
 
 
 def _units(factors: Factors) -> list[Any]:

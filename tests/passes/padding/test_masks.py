@@ -30,11 +30,16 @@ from .encoders import (
 )
 
 NEAREST = torch.finfo(torch.float32).min
+EIGHT = (12, 3, 7, 1, 5, 12, 9, 4)  # lengths of more sentences than have a padding of their own
 FUSED = F.scaled_dot_product_attention
 
 
 def at(m: Tensor) -> Tensor:
     return torch.arange(m.shape[1])
+
+
+def sentence(m: Tensor) -> Tensor:
+    return torch.arange(len(m))[:, None, None, None]
 
 
 def distance(m: Tensor) -> Tensor:
@@ -61,6 +66,10 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
 def masked_scores(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
     scores = (q * 0.3) @ k.mT
     return scores.masked_fill(~mask, -1e9).float().softmax(-1).to(v.dtype) @ v
+
+
+def masked_or_added(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return (masked_scores if mask.dtype == torch.bool else written_out)(q, k, v, mask)
 
 
 def check(model: nn.Module, *, inverted: bool = False, form: str = "", **options: Any) -> None:
@@ -118,6 +127,51 @@ def test_values_that_no_input_decides_are_computed_once(monkeypatch: pytest.Monk
     monkeypatch.setattr(evaluation, "evaluate", counted)
     check(Encoder(see=lambda m: additive(m) + alibi(m), attend=written_out), form="bias")
     assert computed and set(computed.values()) == {3}  # three graphs
+
+
+def test_a_bias_of_all_sentences_is_computed_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copied for each of them, it takes longer than everything else."""
+    largest = 0
+
+    def measured(nodes: Iterable[Node], values: dict[Node, Any], *rest: Any) -> dict[Node, Any]:
+        nonlocal largest
+        nodes = list(nodes)
+        evaluate(nodes, values, *rest)
+        largest = max([largest, *(values[n].numel() for n in nodes)])
+        return values
+
+    def see(m: Tensor) -> Tensor:
+        return additive(m) + alibi(m).expand(len(EIGHT), -1, -1, -1).contiguous()
+
+    monkeypatch.setattr(evaluation, "evaluate", measured)
+    run, reports = removed(model := Encoder(see=see, attend=written_out), *batch(EIGHT))
+    assert is_removed(reports) and "bias" in notes(reports)[0]
+    same_tokens(run, model, *batch(EIGHT))
+    assert 0 < largest <= HEADS * S * S
+
+
+@pytest.mark.parametrize(
+    "see",
+    [
+        lambda m: padding_mask(m) & ((sentence(m) != 6) | (at(m) == 0)),
+        lambda m: additive(m) + (sentence(m) == 6) * alibi(m),
+        lambda m: additive(m) * torch.where(sentence(m) == 6, 0.0, 1.0),
+        lambda m: padding_mask(m) & ((sentence(m) != 6) | causal(m)),
+    ],
+)
+@pytest.mark.parametrize("attend", [FUSED, masked_or_added])
+def test_a_mask_of_its_own_for_one_of_many_sentences(
+    see: Callable[[Tensor], Any], attend: Callable[..., Tensor]
+) -> None:
+    """It is not one of the first, which have a padding of each kind."""
+    model = Encoder(see=see, attend=attend)
+    ids, mask = batch(EIGHT)
+    run, reports = removed(model, ids, mask)
+    assert "no attention" in notes(reports)[0] or notes(reports)[0].startswith("padding kept")
+    with torch.inference_mode():
+        ours, theirs = run(ids, mask), model(ids, mask)
+    valid = mask.bool()
+    assert torch.allclose(ours[valid], theirs[valid], rtol=1e-4, atol=2e-5)
 
 
 def test_a_mask_of_what_is_padding() -> None:
@@ -220,6 +274,30 @@ def test_a_mask_that_is_written_in_place() -> None:
     _, reports = removed(model, ids, mask.clone())
     assert notes(reports)[0].startswith("padding kept")
     assert "in place" in notes(reports)[0]
+
+
+@pytest.mark.parametrize("attend", [FUSED, written_out])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x: x.unfold(3, 2, 2).select(3, 1).fill_(-1e9),
+        lambda x: x.as_strided((B,), (S,), 2).fill_(-1e9),
+        lambda x: torch.view_as_complex(x.unflatten(3, (-1, 2))).mul_(0),
+        lambda x: x.movedim(3, 0)[2].copy_(torch.full((B, 1, 1), -1e9)),
+        lambda x: torch._foreach_add_([x[..., 2]], -1e9),
+    ],
+)
+def test_an_additive_mask_that_is_written_in_place(
+    write: Callable[[Tensor], Any], attend: Callable[..., Tensor]
+) -> None:
+    """Through views whose writes are not made functional."""
+
+    def see(m: Tensor) -> Tensor:
+        x = additive(m)
+        write(x)
+        return x
+
+    keeps(Encoder(see=see, attend=attend), *batch(), why="in place")
 
 
 def test_scores_that_are_returned() -> None:

@@ -112,6 +112,17 @@ def test_what_reads_padding_keeps_it(pool: Reader) -> None:
     keeps(Encoder(pool=pool), *batch(), why="padding")
 
 
+def test_a_write_in_place_that_reads_padding() -> None:
+    """Only the memory that it writes is read."""
+
+    def pool(x: Tensor, mask: Tensor) -> Tensor:
+        found = torch.zeros(len(x), WIDTH)
+        found.as_strided((len(x), WIDTH), (WIDTH, 1)).copy_(x.mean(1))
+        return found
+
+    keeps(Encoder(pool=pool), *batch(), why="in place")
+
+
 @pytest.mark.parametrize(
     "between",
     [
