@@ -33,7 +33,7 @@ from graphquant.failure import raise_failures, stage
 from graphquant.ir.captured import Captured
 from graphquant.ir.interpret import Paths
 from graphquant.ir.tokens import Masks, counted
-from graphquant.passes.attention_dtype import with_bfloat16_attention
+from graphquant.passes.attention.dtype import with_bfloat16_attention
 from graphquant.passes.notes import with_machine_notes
 from graphquant.passes.pipeline import rewrite
 from graphquant.report import Report, log_notes

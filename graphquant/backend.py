@@ -29,8 +29,8 @@ from graphquant.ir.captured import Captured
 from graphquant.ir.graph import draws_nothing, readers
 from graphquant.lowering.inner import build_kernels, compile_graph
 from graphquant.lowering.size_buckets import SizeBuckets, find_size_buckets
-from graphquant.passes.attention_dtype import with_bfloat16_attention
-from graphquant.passes.attention_on_cpu import choose_attention
+from graphquant.passes.attention.dtype import with_bfloat16_attention
+from graphquant.passes.attention.on_cpu import choose_attention
 from graphquant.passes.notes import with_machine_notes
 from graphquant.passes.pack_weights import pack_weights
 from graphquant.passes.pipeline import rewrite

@@ -21,7 +21,8 @@ class Mutant(NamedTuple):
 
 
 SURVIVORS = "tests/passes/test_survivors.py"
-APPLY, NORMALIZE, MASKS = (f"tests/passes/test_{n}.py" for n in ("apply", "normalize", "masks"))
+APPLY, NORMALIZE = (f"tests/passes/test_{n}.py" for n in ("apply", "normalize"))
+EMPTY_MASKS = "tests/passes/attention/test_empty_masks.py"
 POLICY = "tests/passes/policy/test_"
 RANGES, ACCURACY, SMOOTH = (f"{POLICY}{name}.py" for name in ("ranges", "accuracy", "smoothquant"))
 CONSTANTS = "tests/ir/test_constants.py tests/ir/test_written_state.py"
@@ -36,7 +37,7 @@ CALIBRATE, BUDGET = "tests/calibration/test_calibrate.py", "tests/accuracy/test_
 CACHE, TIMING = "tests/ops/runtime/test_cache.py", "tests/ops/test_timing.py"
 INDEX = "tests/ops/test_token_index.py"
 VARLEN = "tests/ops/test_varlen_attention.py -k 'float64 and"
-MASKS = "tests/passes/test_masked_attention.py"
+MASKS = "tests/passes/attention/test_masked.py"
 GRADIENTS = "tests/test_gradients.py"
 KEPT = "tests/passes/test_constant_values.py -k 'not follow and not encoders'"
 NOTES = "tests/passes/test_notes.py -k 'known or old'"
@@ -169,8 +170,8 @@ MUTANTS: Sequence[Mutant] = (
         ("if beta not in (0, 1):", "if False:", "addmm's beta", PRODUCTS),
     ),
     *_in(
-        "passes/masks.py",
-        ("return bool(value.all()) if", "return True if", "masks", MASKS),
+        "passes/attention/empty_masks.py",
+        ("return bool(value.all()) if", "return True if", "masks", EMPTY_MASKS),
     ),
     *_in(
         "passes/policy/ranges.py",
@@ -323,7 +324,7 @@ MUTANTS: Sequence[Mutant] = (
          "tests/ops/test_padded_attention.py -k 'float64 and reference'"),
     ),
     *_in(
-        "passes/mask_forms.py",
+        "passes/attention/mask_forms.py",
         ("every_query=True", "every_query=False", "queries at padding", MASKS),
         ("if not keys.exact or", "if", "a mask that sees a 2", MASKS),
         ("not self._written.isdisjoint(", "not set().isdisjoint(", "a mask is written", MASKS),

@@ -35,8 +35,8 @@ from graphquant.ir.interpret import Caller, ObservingInterpreter, Paths
 from graphquant.ir.tokens import Masks, TokenRows
 from graphquant.ops import int8_linear
 from graphquant.ops.token_index.op import exact_rows
-from graphquant.passes.attention_dtype import with_bfloat16_attention
-from graphquant.passes.attention_on_cpu import choose_attention
+from graphquant.passes.attention.dtype import with_bfloat16_attention
+from graphquant.passes.attention.on_cpu import choose_attention
 from graphquant.passes.pipeline import prepare, rewrite
 from graphquant.report import Outcome
 

@@ -25,11 +25,11 @@ from graphquant.ir.graph import (
 from graphquant.ops import int8_linear
 from graphquant.ops.define import missing
 from graphquant.passes.apply import apply
-from graphquant.passes.attention_kernels import choose_kernels
+from graphquant.passes.attention.empty_masks import drop_empty_masks
+from graphquant.passes.attention.kernels import choose_kernels
+from graphquant.passes.attention.masked import choose_masked_kernels
 from graphquant.passes.eligibility import enter_all, other_products_of
 from graphquant.passes.layout import restore_layouts
-from graphquant.passes.masked_attention import choose_masked_kernels
-from graphquant.passes.masks import drop_empty_masks
 from graphquant.passes.normalize import merge_equal_views, normalize
 from graphquant.passes.notes import (
     hook_notes,

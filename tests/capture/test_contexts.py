@@ -20,7 +20,7 @@ from graphquant import Report
 from graphquant.capture.aten import from_dynamo
 from graphquant.ir.contexts import Region, regions
 from graphquant.ir.graph import SDPA
-from graphquant.passes.attention_kernels import pinned_by_model
+from graphquant.passes.attention.kernels import pinned_by_model
 from graphquant.passes.eligibility import NEEDS_GRADIENT
 from tests.small import NEAR, Mlp, Model, error, int8, notes, seeded
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from graphquant.passes import attention_dtype
+from graphquant.passes.attention import dtype as attention_dtype
 from tests import zoo
 
 # What `python -m tools.show_graph --model my_package.my_module:make_model` imports.

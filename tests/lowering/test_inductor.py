@@ -135,7 +135,7 @@ def without_cpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU stands for a GPU: ops are references."""
     monkeypatch.setattr(Op, "on_cpu", lambda *_: None)
     monkeypatch.setattr("graphquant.passes.pack_weights.is_packed_for", lambda linear: False)
-    monkeypatch.setattr("graphquant.passes.attention_dtype.has_bfloat16", lambda: False)
+    monkeypatch.setattr("graphquant.passes.attention.dtype.has_bfloat16", lambda: False)
 
 
 def compiled(model: Any, **options: Any) -> Any:

@@ -148,7 +148,7 @@ def test_between_the_ops_of_a_layer_stands_only_what_fuses_with_none(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inductor, "_has_sites", lambda device: True)
-    monkeypatch.setattr("graphquant.passes.attention_dtype.has_bfloat16", lambda: False)
+    monkeypatch.setattr("graphquant.passes.attention.dtype.has_bfloat16", lambda: False)
     monkeypatch.setattr(Op, "site", _by_reference)
     case = CASES[name]
     few, more = (_kernels(case, n * case.step) for n in (2, 3))

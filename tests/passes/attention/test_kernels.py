@@ -15,8 +15,8 @@ from torch import Tensor
 from graphquant import ops
 from graphquant.ir.graph import SDPA
 from graphquant.ops.runtime.device import GpuProperties
-from graphquant.passes import attention_kernels
-from graphquant.passes.attention_kernels import KERNELS, choose_kernels
+from graphquant.passes.attention import kernels as attention_kernels
+from graphquant.passes.attention.kernels import KERNELS, choose_kernels
 from tests.passes.graphs import Model, argument, compiled, exported, rewritten
 
 B, H, T, D = 2, 3, 5, 16

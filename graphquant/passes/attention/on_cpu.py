@@ -4,7 +4,7 @@ Attention without a mask, or with one that says which keys are valid: torch's ad
 of all pairs, ours leaves the other keys out. The result is the same up to rounding; only a sentence
 without any valid key has zeros, where a model that adds a large negative number has a mean.
 
-Like attention_dtype.py, and behind it, this runs behind the pipeline, for graphs that graphquant
+Like dtype.py, and behind it, this runs behind the pipeline, for graphs that graphquant
 compiles itself: programs that are exported on a CPU have torch's attention. Sizes that are symbols
 are measured as they were seen at compile time.
 """
@@ -38,9 +38,9 @@ from graphquant.ops import attention, cpu
 from graphquant.ops.checks import FLOATS
 from graphquant.ops.define import recorded
 from graphquant.ops.timing import times
-from graphquant.passes.attention_kernels import layout_of, pinned_by_model
+from graphquant.passes.attention.kernels import layout_of, pinned_by_model
+from graphquant.passes.attention.mask_forms import Masked, MaskForms, like
 from graphquant.passes.layout import inherit_layout, restore_layouts
-from graphquant.passes.mask_forms import Masked, MaskForms, like
 from graphquant.passes.padding.masks import PaddingMask
 from graphquant.passes.policy.speed import random_like, replay
 from graphquant.passes.record import MAX_TIME_RATIO

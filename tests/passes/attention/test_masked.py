@@ -15,8 +15,9 @@ from graphquant import ops
 from graphquant.ir.graph import SDPA
 from graphquant.ops.attention.hopper_tiles import MASKED
 from graphquant.ops.runtime.device import GpuProperties
-from graphquant.passes import attention_kernels, masked_attention
-from graphquant.passes.masked_attention import choose_masked_kernels
+from graphquant.passes.attention import kernels as attention_kernels
+from graphquant.passes.attention import masked
+from graphquant.passes.attention.masked import choose_masked_kernels
 from tests.passes.graphs import Model, compiled, exported
 
 B, H, S, D = 5, 4, 9, 16
@@ -38,7 +39,7 @@ class Clock:
 @pytest.fixture
 def clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Clock:
     stand_in = Clock(getattr(request, "param", "graphquant"))
-    monkeypatch.setattr(masked_attention, "times", stand_in)
+    monkeypatch.setattr(masked, "times", stand_in)
     monkeypatch.setattr(attention_kernels, "MEASURED", ("cpu",))
     for kernel in ("flash", "cudnn", "mem_efficient"):
         monkeypatch.setattr(torch._C, f"_get_{kernel}_sdp_enabled", lambda: True)
@@ -226,7 +227,7 @@ def test_a_slower_kernel_is_not_called(clock: Clock) -> None:
 @pytest.mark.parametrize("sm", [80, 89, 100])
 def test_it_is_for_hopper_alone(clock: Clock, sm: int, monkeypatch: pytest.MonkeyPatch) -> None:
     found = GpuProperties(sm, 108, 166_912)
-    monkeypatch.setattr(masked_attention, "gpu_properties", lambda device: found)
+    monkeypatch.setattr(masked, "gpu_properties", lambda device: found)
     chosen(keys_of)
     assert not clock.questions
 
@@ -251,7 +252,7 @@ def test_it_computes_what_the_model_does(form: str, monkeypatch: pytest.MonkeyPa
     """In half precision, with probabilities rounded to it: some 2^-8 of a value of one."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the kernel is for Hopper")
-    monkeypatch.setattr(masked_attention, "times", Clock("graphquant"))
+    monkeypatch.setattr(masked, "times", Clock("graphquant"))
     see, _ = FORMS[form]
 
     def attend(m: Any, valid: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

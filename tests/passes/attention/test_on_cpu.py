@@ -14,9 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import graphquant
 from graphquant import Config, ops
 from graphquant.ir.graph import SDPA
-from graphquant.passes import attention_dtype, attention_on_cpu
-from graphquant.passes.attention_dtype import with_bfloat16_attention
-from graphquant.passes.attention_on_cpu import choose_attention
+from graphquant.passes.attention import dtype as attention_dtype
+from graphquant.passes.attention import on_cpu
+from graphquant.passes.attention.dtype import with_bfloat16_attention
+from graphquant.passes.attention.on_cpu import choose_attention
 from graphquant.passes.pipeline import rewrite
 from tests.passes.graphs import Model, compiled, exported, honest, spec
 
@@ -43,7 +44,7 @@ class Clock:
 @pytest.fixture
 def clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Clock:
     stand_in = Clock(getattr(request, "param", OURS))
-    monkeypatch.setattr(attention_on_cpu, "times", stand_in)
+    monkeypatch.setattr(on_cpu, "times", stand_in)
     return stand_in
 
 
@@ -227,7 +228,7 @@ def test_attention_that_needs_a_gradient_is_left_alone(clock: Clock) -> None:
 
 
 def test_without_kernels_nothing_is_measured(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_on_cpu.cpu, "missing", lambda: "no compiler")
+    monkeypatch.setattr(on_cpu.cpu, "missing", lambda: "no compiler")
     assert not is_ours(chosen(attention(), *qkv()))
     assert not clock.questions
 

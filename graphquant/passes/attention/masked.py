@@ -34,14 +34,14 @@ from graphquant.ops.attention.hopper_tiles import MASKED, ONLY, WIDEST
 from graphquant.ops.hopper.attention import MAX_KEYS
 from graphquant.ops.runtime.device import gpu_properties
 from graphquant.ops.timing import times
-from graphquant.passes.attention_kernels import (
+from graphquant.passes.attention.kernels import (
     fused_enabled,
     is_supported,
     layout_of,
     pinned_by_model,
 )
+from graphquant.passes.attention.mask_forms import Masked, MaskForms, is_bias, like
 from graphquant.passes.layout import inherit_layout
-from graphquant.passes.mask_forms import Masked, MaskForms, is_bias, like
 from graphquant.passes.policy.speed import random_like
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def _is_supported(node: Node) -> bool:
     if a.dropout_p or not all(map(is_supported, values)):
         return False
     if a.attn_mask is None and not (a.enable_gqa and q.shape[1] != k.shape[1]):
-        return False  # attention_kernels.py chooses
+        return False  # kernels.py chooses
     if gpu_properties(q.device).sm != ONLY or not fused_enabled():
         return False
     (B, H, S, D), (Hkv, T) = q.shape, k.shape[1:3]

@@ -17,8 +17,8 @@ import graphquant
 from graphquant import Config, Report
 from graphquant.ir.graph import SDPA, arguments
 from graphquant.ops import int8_linear
-from graphquant.passes import attention_dtype
-from graphquant.passes.attention_dtype import with_bfloat16_attention
+from graphquant.passes.attention import dtype as attention_dtype
+from graphquant.passes.attention.dtype import with_bfloat16_attention
 from graphquant.passes.pipeline import rewrite
 from graphquant.report import Quiet
 from tests.passes.graphs import Model, exported, honest, spec, text

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from graphquant.ir.graph import SDPA, calls, full_args
-from graphquant.passes import masks
-from graphquant.passes.masks import drop_empty_masks
+from graphquant.passes.attention import empty_masks
+from graphquant.passes.attention.empty_masks import drop_empty_masks
 from tests.passes.graphs import Model, argument, compiled, exported, honest, rewritten
 
 B, H, T, D = 2, 3, 5, 16
@@ -191,13 +191,13 @@ def test_layers_that_share_a_mask_all_lose_it_and_it_is_evaluated_once(
         return x
 
     evaluated: list[Node] = []
-    real = masks._masks_nothing
+    real = empty_masks._masks_nothing
 
     def spy(mask: Node, *rest: Any) -> bool:
         evaluated.append(mask)
         return real(mask, *rest)
 
-    monkeypatch.setattr(masks, "_masks_nothing", spy)
+    monkeypatch.setattr(empty_masks, "_masks_nothing", spy)
     captured = exported(Model(forward), x)
     drop_empty_masks(captured.gm.graph)
     assert len(evaluated) == 1
@@ -215,9 +215,9 @@ def test_a_mask_that_is_read_elsewhere_is_dropped_where_it_masks_nothing(x: Tens
 
 
 def test_a_mask_too_large_to_evaluate_stays(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masks, "MAX_ELEMENTS", T * T - 1)
+    monkeypatch.setattr(empty_masks, "MAX_ELEMENTS", T * T - 1)
     assert mask_of(rewritten(attending(EMPTY["ones"]), x).graph) is not None
-    monkeypatch.setattr(masks, "MAX_ELEMENTS", T * T)
+    monkeypatch.setattr(empty_masks, "MAX_ELEMENTS", T * T)
     assert mask_of(rewritten(attending(EMPTY["ones"]), x).graph) is None
 
 
@@ -272,7 +272,7 @@ def test_models_of_transformers_lose_their_empty_masks(name: str) -> None:
         def forward(self, *args: Any) -> Any:
             return self.model(*args, **kwargs)[0]
 
-    real = masks.drop_empty_masks
+    real = empty_masks.drop_empty_masks
 
     def spy(graph: Any) -> None:
         real(graph)

@@ -30,7 +30,7 @@ from graphquant.ir.graph import SDPA, arguments, aten, calls, fake_result, with_
 from graphquant.ir.rows import ROW_VIEWS
 from graphquant.ops import int8_linear, norm_quantize, quantize
 from graphquant.ops.timing import times
-from graphquant.passes.attention_kernels import pinned_by_model
+from graphquant.passes.attention.kernels import pinned_by_model
 from graphquant.passes.policy.speed import cut_out
 from graphquant.passes.record import MAX_TIME_RATIO
 from graphquant.passes.verify import verifier
