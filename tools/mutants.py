@@ -327,7 +327,6 @@ MUTANTS: Sequence[Mutant] = (
         "passes/attention/mask_forms.py",
         ("every_query=True", "every_query=False", "queries at padding", MASKS),
         ("if not keys.exact or", "if", "a mask that sees a 2", MASKS),
-        ("not self._written.isdisjoint(", "not set().isdisjoint(", "a mask is written", MASKS),
     ),
     *_in(
         "passes/constant_values.py",

@@ -130,16 +130,16 @@ class _Readers:
 
     def different(self, kind: str) -> Iterator[Node]:
         """Results that depend on what is at the padding, where it is on the right or left."""
-        valid = self._valid(kind)
         exits = list(self.plan.exits)
-        inputs = self._inputs(valid)
-        model = self._model_values(exits, inputs, valid)
-        zeroed = {n: self._with_zeros(n, v, valid) for n, v in model.items()}
-        runs = [Evaluation(self.captured, {**inputs, **values}) for values in (zeroed, model)]
-        for node in self.results:
-            ours, theirs = (self._rows(node, self._value(run, node), valid) for run in runs)
-            if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4, equal_nan=True):
-                yield node
+        for valid in self._paddings(kind):
+            inputs = self._inputs(valid)
+            model = self._model_values(exits, inputs, valid)
+            zeroed = {n: self._with_zeros(n, v, valid) for n, v in model.items()}
+            runs = [Evaluation(self.captured, {**inputs, **values}) for values in (zeroed, model)]
+            for node in self.results:
+                ours, theirs = (self._rows(node, self._value(run, node), valid) for run in runs)
+                if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4, equal_nan=True):
+                    yield node
 
     def _value(self, run: Evaluation, node: Node) -> Tensor:
         try:
@@ -155,12 +155,16 @@ class _Readers:
             value = tokens_first(value, layout, self.plan.sizes)[0][valid]
         return value.double()
 
-    def _valid(self, kind: str) -> Tensor:
+    def _paddings(self, kind: str) -> Iterator[Tensor]:
+        """Valid tokens [B, S] of sentences of all lengths, and of such where the shorter ones are
+        longer: one that reads by the mask of another reads padding in one of them."""
         B, S = hints(self.plan.mask.node)
-        lengths = torch.randint(1, S + 1, (B, 1), generator=self._random)
-        lengths[-1] = 1
         t = torch.arange(S)
-        return t < lengths if kind == "right" else t >= S - lengths
+        for _ in range(1 if B <= S else 2):  # some lengths are equal
+            order = torch.randperm(B, generator=self._random)[:, None]
+            lengths = 1 + order * (S - 1) // max(B - 1, 1)
+            for n in (lengths, S + 1 - lengths):
+                yield t < n if kind == "right" else t >= S - n
 
     def _inputs(self, valid: Tensor) -> dict[Node, Any]:
         """Random values of the model's inputs, with this padding."""

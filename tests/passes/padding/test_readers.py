@@ -112,6 +112,21 @@ def test_what_reads_padding_keeps_it(pool: Reader) -> None:
     keeps(Encoder(pool=pool), *batch(), why="padding")
 
 
+@pytest.mark.parametrize("first", range(7))
+@pytest.mark.parametrize("sentences", [2, 8])
+def test_a_sentence_that_reads_by_the_mask_of_another(first: int, sentences: int) -> None:
+    i, j = first % sentences, (first + 1) % sentences
+
+    def pool(x: Tensor, mask: Tensor) -> Tensor:
+        order = list(range(sentences))
+        order[i] = j
+        return masked_mean(x, mask[order])
+
+    ids, mask = batch()
+    repeated = [n % len(ids) for n in range(sentences)]
+    keeps(Encoder(pool=pool), ids[repeated], mask[repeated], why="padding")
+
+
 def test_a_write_in_place_that_reads_padding() -> None:
     """Only the memory that it writes is read."""
 
