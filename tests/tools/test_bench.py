@@ -994,6 +994,7 @@ def test_a_bar_names_its_baseline_and_a_cut_model() -> None:
         (["--layers", "-1"], "-1 is not a whole number of at least 1"),
         (["--preset", "headlines"], "invalid choice: 'headlines'"),
         (["vit-b-16", "--preset", "headline"], "--preset names models"),
+        (["--preset", "cpu", "headline"], "some of these presets are for a GPU"),
         (["--preset", "headline", "--batch", "1"], "--preset names models"),
         (["--skip-done", "no/such.json"], "no/such.json"),
         (["--device", "gpu"], "invalid choice: 'gpu'"),

@@ -146,8 +146,8 @@ def _rows(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Row
     if args.preset:
         if args.models or args.batch or args.variants:
             parser.error("--preset names models, batches and variants itself")
-        rows = list(PRESETS[args.preset])
-        if args.time_limit is None and not _is_for_cpu(args.preset):
+        rows = [row for preset in args.preset for row in PRESETS[preset]]
+        if args.time_limit is None and args.device == "cuda":
             args.time_limit = PRESET_LIMIT
     else:
         usual = CPU_USUAL if args.device == "cpu" else USUAL
@@ -164,17 +164,16 @@ def _rows(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Row
 def _timers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Timer]:
     """Those of --device and --threads."""
     if args.device is None:
-        on_gpu = not _is_for_cpu(args.preset) if args.preset else torch.cuda.is_available()
-        args.device = "cuda" if on_gpu else "cpu"
+        places = {"cpu" if name.startswith("cpu") else "cuda" for name in args.preset or ()}
+        if len(places) > 1:
+            parser.error("some of these presets are for a GPU, others for a CPU")
+        usual = "cuda" if torch.cuda.is_available() else "cpu"
+        args.device = places.pop() if places else usual
     if args.device == "cuda":
         return [Timer()]
     if args.jobs:
         parser.error("--jobs is for a GPU: on a CPU, processes would disturb each other's times")
     return [CpuTimer(n) for n in dict.fromkeys(args.threads or (1, torch.get_num_threads()))]
-
-
-def _is_for_cpu(preset: str) -> bool:
-    return preset.startswith("cpu")
 
 
 def _done(row: Row, layers: int | None, timer: Timer, runs: Sequence[Run]) -> bool:
@@ -216,7 +215,8 @@ def _encoders_parser() -> argparse.ArgumentParser:
     add("--device", choices=("cuda", "cpu"), help="(cuda if there is a GPU)")
     add("--threads", nargs="+", type=count, metavar="N", help="on a CPU (1, and all)")
     add("--variants", nargs="+", choices=VARIANTS)
-    add("--preset", choices=PRESETS, help=f"on a GPU in {PRESET_LIMIT:g} s unless told")
+    presets = f"on a GPU in {PRESET_LIMIT:g} s unless told"
+    add("--preset", nargs="+", choices=PRESETS, help=presets)
     jobs = "compile N rows at once, each in its process; they are timed one by one"
     add("--jobs", type=count, default=0, metavar="N", help=jobs)
     add("--layers", type=count, metavar="N", help="cut every model to N layers")
