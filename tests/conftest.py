@@ -21,6 +21,8 @@ settings.register_profile(
     "ci", max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.register_profile("nightly", settings.get_profile("ci"), max_examples=600)
+# nearly every example compiles a kernel: the same ones each time, so that a run can be repeated
+settings.register_profile("gpu", settings.get_profile("ci"), derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 os.environ.setdefault("GRAPHQUANT_VERIFY", "1")  # every graph of every test, after every pass
@@ -31,7 +33,6 @@ os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
 
 NEEDS_GPU = "NOT RUN: needs an NVIDIA GPU and `pytest --device cuda`"
 
-ON_CPU = "NOT RUN with --device cuda: it computes on the CPU alone"
 NEEDS_RELEASE = "NOT RUN: installs torch in new environments, `make release` does it"
 
 
@@ -52,17 +53,31 @@ def pytest_configure(config: pytest.Config) -> None:
     if not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda, but torch sees no NVIDIA GPU on this machine")
     torch.backends.cudnn.allow_tf32 = False  # float32 convolutions are compared to 1e-5
+    if "HYPOTHESIS_PROFILE" not in os.environ:
+        settings.load_profile("gpu")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    other, why = ("cuda", NEEDS_GPU) if config.getoption("--device") == "cpu" else ("cpu", ON_CPU)
-    for item in items:
-        if item.get_closest_marker(other):
-            item.add_marker(pytest.mark.skip(reason=why))
+    if config.getoption("--device") == "cpu":
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason=NEEDS_GPU))
+    else:
+        left_out = [item for item in items if not _uses_gpu(item)]
+        items[:] = [item for item in items if _uses_gpu(item)]
+        config.hook.pytest_deselected(items=left_out)
     if not config.getoption("--release"):
         for item in items:
             if item.get_closest_marker("release"):
                 item.add_marker(pytest.mark.skip(reason=NEEDS_RELEASE))
+
+
+def _uses_gpu(item: pytest.Item) -> bool:
+    """Does a test compute anything else with --device cuda than it does without?"""
+    if item.get_closest_marker("cpu"):
+        return False
+    uses = "device" in getattr(item, "fixturenames", ())
+    return uses or item.get_closest_marker("cuda") is not None
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.processes import in_a_group
 
-pytestmark = [pytest.mark.cpu, pytest.mark.slow]  # two processes that compile
+pytestmark = pytest.mark.slow  # two processes that compile
 
 CODE = """
 import sys

@@ -23,7 +23,6 @@ def check(case: str, backend: str, device: str, folder: Path) -> None:
     in_a_group(["-m", "tests.tensor_parallel", case, backend, device, folder / "group"], 2)
 
 
-@pytest.mark.cpu
 def test_bert_over_two_processes(tmp_path: Path) -> None:
     check("bert of one layer", "gloo", "cpu", tmp_path)
 

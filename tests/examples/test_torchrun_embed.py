@@ -11,7 +11,7 @@ import torch.distributed.run
 
 from tests.processes import ROOT
 
-pytestmark = [pytest.mark.cpu, pytest.mark.slow]  # two processes with real weights
+pytestmark = pytest.mark.slow  # two processes with real weights
 
 
 def test_two_processes_embed_what_one_does(example: object) -> None:

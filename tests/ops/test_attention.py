@@ -126,9 +126,10 @@ def test_kernel_result_is_the_float64_result_up_to_rounding(
         tile = "128x128"
     tile = MASKED if kernel.name == "hopper_padded" else tile
     args = heads.on(device)
-    if kernel.name.startswith("hopper") and heads.layout == "columns" and args[0].numel():
-        assert "with strides" in str(kernel.refuses(*args, tile))
-        args = replace(heads, layout="heads").on(device)
+    if kernel.name.startswith("hopper") and heads.layout == "columns":
+        why = kernel.refuses(*args, tile)  # not if all tensors are empty, or of one row
+        assert why is None or "with strides" in why
+        args = replace(heads, layout="heads" if why else "columns").on(device)
     assert kernel.name.startswith("cpu") or kernel.refuses(*args, tile) is None
     assert_right(kernel.fn(*args, tile), *args)
 

@@ -358,16 +358,16 @@ ENCODERS: dict[str, tuple[str, str, dict[str, Any], set[str]]] = {
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_encoders(name: str) -> None:
+def test_encoders(name: str, device: str) -> None:
     config, cls, sizes, gone = ENCODERS[name]
     torch.manual_seed(0)
-    net = getattr(transformers, cls)(getattr(transformers, config)(**sizes)).eval()
+    net = getattr(transformers, cls)(getattr(transformers, config)(**sizes)).eval().to(device)
     for key, table in net.named_parameters():
         if "bias_table" in key:  # zeros in the beginning
             table.normal_()
-    given = {"input_ids": torch.randint(3, 99, (2, 9))}
+    given = {"input_ids": torch.randint(3, 99, (2, 9), device=device)}
     if "image_size" in sizes:
-        given = {"pixel_values": torch.randn(2, 3, 32, 32)}
+        given = {"pixel_values": torch.randn(2, 3, 32, 32, device=device)}
     want = net(**given)[0]
 
     def call(run: Callable[..., Any]) -> Callable[[], Any]:
@@ -380,3 +380,15 @@ def test_encoders(name: str) -> None:
     torch._dynamo.reset()
     got = compiled(net, inner="inductor")(**given)[0]
     assert near(got, want)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["swin", "beit", "dora"])
+def test_cuda_graphs_read_what_is_packed_again(name: str, x: Tensor) -> None:
+    net, x = model(FORWARDS[name][0]).cuda(), x.cuda()
+    run = compiled(net, inner="inductor", mode="reduce-overhead")
+    for _ in range(3):
+        for _ in range(3):
+            assert near(run(x), net(x))
+        for t in (*net.parameters(), *net.buffers()):
+            t.mul_(1.5)
