@@ -54,9 +54,7 @@ def too_old(device: torch.device) -> str | None:
     if not torch.cuda.is_available():
         return None
     sm = gpu_properties(device).sm
-    if sm >= OLDEST:
-        return None
-    return f"the GPU is sm_{sm}, graphquant's kernels need sm_{OLDEST} or later"
+    return None if sm >= OLDEST else f"the GPU is sm_{sm}, {never_ran(sm)}"
 
 
 @functools.cache
