@@ -10,7 +10,7 @@ with a bias that depends on positions alone. Then attention over packed tokens c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from graphquant._torch import tree_leaves
 from graphquant.ir.aliases import written_in_place
 from graphquant.ir.captured import Captured
 from graphquant.ir.graph import ancestors, aten, dtype, hint, hints, is_tensor, shape
@@ -33,11 +32,21 @@ from graphquant.passes.padding.evaluation import (
     inputs_of,
     told,
 )
+from graphquant.passes.padding.samples import (
+    FEW,
+    Sample,
+    Setting,
+    named_by,
+    one_sentence,
+    other_numbers,
+    paddings,
+    read_by,
+    setting_of,
+)
 
 BLOCKED = -9e3  # an additive mask below this blocks: some models add -10000
 MAX_LENGTH = 2**12  # at which masks of dynamic lengths are evaluated
 MAX_ELEMENTS = 2**28  # of a mask
-FEW = 4  # sentences with padding of their own: one of each kind. Others repeat theirs
 NO_MASK = "attention reads no padding mask"
 SPARSE = 16  # of so many queries and keys, one is compared before all are
 
@@ -73,42 +82,6 @@ class Form:
         return ", ".join(["causal"] * self.causal + window + ["bias"] * (self.bias is not None))
 
 
-@dataclass(frozen=True)
-class _Setting:
-    """Sizes at which a mask is evaluated."""
-
-    B: int
-    S: int
-    sizes: Sizes | None = None
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """Sample padding of B sentences, and what a mask makes of it.
-
-    valid  [B, S] bool
-    like   of each sentence, the first with its padding
-    at     values of the graph for it
-    """
-
-    valid: Tensor
-    like: Sequence[int]
-    at: Evaluation
-
-    @property
-    def full(self) -> int:
-        """A sentence without padding, in the first of several samples."""
-        return int(self.valid.all(1).nonzero()[0])
-
-    def compared(self, attention: Attention) -> Iterator[int]:
-        """The sentences whose mask has to be looked at: not those for which it is computed from the
-        same numbers as for another one."""
-        operands = [n for n in attention.operands if is_tensor(n) and len(hints(n)) == 4]
-        for b, c in enumerate(self.like):
-            if b == c or not all(self.at.equal_rows(n, b, c) for n in operands):
-                yield b
-
-
 class Masks:
     """The padding masks and forms of a graph's attentions. Equal masks are evaluated once.
 
@@ -123,7 +96,7 @@ class Masks:
         self._every_query = every_query
         self._forms: dict[Any, tuple[PaddingMask, Form] | Kept] = {}
         self._few: dict[Node, int] = {}
-        self._samples: dict[Any, list[_Sample]] = {}
+        self._samples: dict[Any, list[Sample]] = {}
         self._constants: dict[Any, Constants] = {}
 
     @cached_property
@@ -153,7 +126,7 @@ class Masks:
         found = self._forms[key]
         if isinstance(found, Kept):
             raise Kept(*found.args)
-        for node in self._floats.keys() & _read(attention):
+        for node in self._floats.keys() & read_by(attention):
             float(node.meta["val"])  # adds a guard: another number is compiled again
         mask, form = found
         if not form.scale > 0:
@@ -183,7 +156,7 @@ class Masks:
         read = inputs_of(self._captured, operands)
         if not read:
             raise Kept(NO_MASK)
-        if written := self._written & _read(attention):
+        if written := self._written & read_by(attention):
             raise Kept(f"{told(self._captured, min(written))} is written in place")
         inexact: tuple[PaddingMask, Form] | None = None
         why: Kept | None = None
@@ -245,7 +218,7 @@ class Masks:
     def _sentences(self, attention: Attention, mask: PaddingMask) -> int:
         """How many sentences to evaluate: all, if the graph names their number."""
         B, _, S, _ = hints(attention.q)
-        if B <= FEW or B in _named(attention):
+        if B <= FEW or B in named_by(attention):
             return B
         if mask.node not in self._few:
             few = torch.zeros(FEW, S, dtype=dtype(mask.node))
@@ -265,30 +238,30 @@ class Masks:
             self._constants[key] = Constants(self._captured, sizes)
         return Evaluation(self._captured, {**self._floats, **given}, sizes, self._constants[key])
 
-    def _settings(self, attention: Attention, mask: PaddingMask) -> Iterator[_Setting]:
+    def _settings(self, attention: Attention, mask: PaddingMask) -> Iterator[Setting]:
         """The sizes at compile time. Of dynamic ones also some beyond every number that the mask's
         nodes name, so that a window shows, and a sentence that is not like others."""
         B, _, S, _ = shape(attention.q)
-        yield self._checked(_Setting(self._sentences(attention, mask), hint(S)))
-        beyond = max((n for n in _named(attention) if n < MAX_LENGTH), default=0) + 2
+        yield self._checked(Setting(self._sentences(attention, mask), hint(S)))
+        beyond = max((n for n in named_by(attention) if n < MAX_LENGTH), default=0) + 2
         longest = hint(S) + beyond if isinstance(S, torch.SymInt) else S
         if longest > MAX_LENGTH:
             raise Kept("an attention mask names a length that is too long to be evaluated")
         if isinstance(B, torch.SymInt):
             most = hint(B) + beyond
             length = longest if most * longest**2 <= MAX_ELEMENTS else hint(S)
-            yield self._checked(_setting(attention, most, length))
+            yield self._checked(setting_of(attention, most, length))
         if isinstance(S, torch.SymInt):
             yield self._checked(
-                _setting(attention, FEW if isinstance(B, torch.SymInt) else B, longest)
+                setting_of(attention, FEW if isinstance(B, torch.SymInt) else B, longest)
             )
 
-    def _checked(self, setting: _Setting) -> _Setting:
+    def _checked(self, setting: Setting) -> Setting:
         if setting.B * setting.S**2 > MAX_ELEMENTS:
             raise Kept("an attention mask is too large to be evaluated")
         return setting
 
-    def _form_at(self, attention: Attention, mask: PaddingMask, setting: _Setting) -> Form:
+    def _form_at(self, attention: Attention, mask: PaddingMask, setting: Setting) -> Form:
         samples = self._sampled(mask, setting)
         whole = samples[0]
         # which keys a sentence without padding sees, and its bias
@@ -332,22 +305,22 @@ class Masks:
         """Whose results are used, [B, S]."""
         return torch.ones_like(valid) if self._every_query else valid
 
-    def _sampled(self, mask: PaddingMask, setting: _Setting, numbers: str = "") -> list[_Sample]:
+    def _sampled(self, mask: PaddingMask, setting: Setting, numbers: str = "") -> list[Sample]:
         """Samples of padding, with other `numbers` than 1: "mixed", "negative" or "one number"."""
         key = (mask.node, mask.inverted, setting.B, setting.S, numbers)
         if key not in self._samples:
             made = self._samples[key] = []
-            for valid, like in _paddings(setting.B, setting.S):
+            for valid, like in paddings(setting.B, setting.S):
                 nonzero = ~valid if mask.inverted else valid
                 value = nonzero.to(dtype(mask.node))
                 if numbers:
-                    value = value * _other_numbers(value, numbers)[like]
+                    value = value * other_numbers(value, numbers)[like]
                 at = self._evaluation({mask.node: value}, setting.sizes)
-                made.append(_Sample(valid, like, at))
+                made.append(Sample(valid, like, at))
         return self._samples[key]
 
     def _bias(
-        self, attention: Attention, mask: PaddingMask, sample: _Sample, base: Tensor, P: Tensor
+        self, attention: Attention, mask: PaddingMask, sample: Sample, base: Tensor, P: Tensor
     ) -> Node:
         """The smallest value of the graph that is the bias and does not depend on the mask."""
         candidates = [
@@ -364,18 +337,18 @@ class Masks:
         raise Kept("an attention bias is not a value of the graph")
 
 
-def _is_like(attention: Attention, one: _Sample, b: int, other: _Sample, c: int) -> bool:
+def _is_like(attention: Attention, one: Sample, b: int, other: Sample, c: int) -> bool:
     """Are the masks of two sentences computed from equal numbers, and so equal as well?"""
     return all(
-        torch.equal(_sentence(n, one.at, b), _sentence(n, other.at, c))
+        torch.equal(one_sentence(n, one.at, b), one_sentence(n, other.at, c))
         for n in attention.operands
         if is_tensor(n)
     )
 
 
-def _is_bias(node: Node, sample: _Sample, base: Tensor, P: Tensor) -> bool:
+def _is_bias(node: Node, sample: Sample, base: Tensor, P: Tensor) -> bool:
     """Is this value the bias of all sentences, for the keys that are seen?"""
-    value = _sentence(node, sample.at, 0)
+    value = one_sentence(node, sample.at, 0)
     if value.shape[-2:] != base.shape[-2:] or len(value) not in (1, len(base)):
         return False
     others = range(1, len(sample.valid)) if len(hints(node)) == 4 else ()
@@ -389,75 +362,9 @@ def _is_form(form: Form, found: Form, S: int) -> bool:
     return same and math.isclose(form.scale, found.scale, rel_tol=1e-5)  # it is measured
 
 
-def _setting(attention: Attention, rows: int, length: int) -> _Setting:
-    """With these values of the symbols of batch and length."""
-    B, _, S, _ = shape(attention.q)
-    values = [n.meta["val"] for n in _read(attention) if is_tensor(n)]
-    sizes = {
-        s: rows if hint(n) == hint(B) else length
-        for value in (*values, attention.q.meta["val"])
-        for n in value.shape
-        if isinstance(n, torch.SymInt) and hint(n) in (hint(B), hint(S))
-        for s in n.node.expr.free_symbols
-    }
-    for n, value in ((B, rows), (S, length)):
-        if isinstance(n, torch.SymInt):
-            sizes |= dict.fromkeys(n.node.expr.free_symbols, value)
-    return _Setting(rows, length, sizes)
-
-
-def _read(attention: Attention) -> set[Node]:
-    """What its logits are computed by, besides q and k."""
-    return ancestors(attention.operands) | attention.inner
-
-
-def _named(attention: Attention) -> set[int]:
-    """The numbers that a mask's nodes name."""
-    leaves = tree_leaves([(n.args, n.kwargs) for n in _read(attention)])
-    return {a for a in leaves if isinstance(a, int)}
-
-
 def _is_index(node: Node) -> bool:
     """Token ids, which are not 0 and 1."""
     return any(u.target is aten.embedding.default for u in node.users)
-
-
-def _paddings(B: int, S: int) -> Iterator[tuple[Tensor, list[int]]]:
-    """(valid tokens [B, S], of each sentence the first with its padding), in samples: in each,
-    sentences without padding, padded on the right, on the left, and with holes; in one, none
-    without padding. In the last two, as many tokens as can be, and few besides a sentence's."""
-    random = torch.Generator().manual_seed(0)
-    t = torch.arange(S)
-
-    def sentence(kind: int) -> Tensor:
-        if kind == 0:
-            return torch.ones(S, dtype=torch.bool)
-        n = int(torch.randint(1, S, (1,), generator=random))
-        if kind == 3:
-            holes = torch.rand(S, generator=random) < 0.6
-            holes[n] = True
-            return holes
-        return t < n if kind == 1 else t >= S - n
-
-    few = min(B, FEW)
-    kinds = [[(b + shift) % 4 for b in range(few)] for shift in range(2 if B >= 4 else 4)]
-    for sample in (*kinds, [1 + b % 3 for b in range(few)]):
-        valid = torch.stack([sentence(kind) for kind in sample])
-        repeated = torch.randint(few, (B - few,), generator=random)
-        like = [*range(few), *repeated.tolist()]
-        yield valid[like], like
-    full, short = t >= 0, t == 0
-    yield full.expand(B, S), [0] * B
-    yield torch.stack([full] + [short] * (B - 1)), [min(b, 1) for b in range(B)]
-
-
-def _other_numbers(like: Tensor, numbers: str) -> Tensor:
-    if numbers == "one number":
-        return torch.full_like(like, 2)
-    random = torch.Generator().manual_seed(0)
-    found = torch.randint(2, 10, like.shape, generator=random).to(like.dtype)
-    found = -found if numbers == "negative" else found
-    return found / 4 if like.is_floating_point() else found
 
 
 def _seen(attention: Attention, at: Evaluation, b: int, S: int) -> tuple[Tensor, Tensor]:
@@ -466,7 +373,7 @@ def _seen(attention: Attention, at: Evaluation, b: int, S: int) -> tuple[Tensor,
     if attention.score is not None:
         bias = _logits(attention, at, torch.zeros(1, 1, S, S), b)
     elif attention.mask is not None:
-        bias = _sentence(attention.mask, at, b)
+        bias = one_sentence(attention.mask, at, b)
     else:
         bias = torch.ones(1, 1, 1, dtype=torch.bool)
     bias = bias.expand(-1, S, S)
@@ -482,14 +389,7 @@ def _logits(attention: Attention, at: Evaluation, score: Tensor, b: int) -> Tens
     """The logits of a written-out attention for this q k^T, of one sentence."""
     assert attention.score is not None and attention.logits is not None
     given = {attention.score: score.to(dtype(attention.score))}
-    return _sentence(attention.logits, at.given(given), b)
-
-
-def _sentence(node: Node, at: Evaluation, b: int) -> Tensor:
-    """[h, S, S] of a value [B, h, S, S], which may have sizes of 1, or fewer dims."""
-    value = at.row(node, b) if len(hints(node)) == 4 else at(node)
-    found: Tensor = value.reshape(*(1,) * (4 - value.dim()), *value.shape)[0]
-    return found
+    return one_sentence(attention.logits, at.given(given), b)
 
 
 def _difference(
@@ -541,7 +441,7 @@ def _order(P: Tensor) -> tuple[bool, int | None]:
     raise Kept("an attention mask is neither full, nor causal, nor a window")
 
 
-def _scale(attention: Attention, sample: _Sample, base: Tensor, P: Tensor) -> float:
+def _scale(attention: Attention, sample: Sample, base: Tensor, P: Tensor) -> float:
     """The factor of q k^T in the logits of a written-out attention."""
     random = torch.Generator().manual_seed(1)
     S = P.shape[-1]
