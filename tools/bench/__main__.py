@@ -146,6 +146,8 @@ def _rows(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Row
     if args.preset:
         if args.models or args.batch or args.variants:
             parser.error("--preset names models, batches and variants itself")
+        if len({*map(_is_for_cpu, args.preset)}) > 1:
+            parser.error("some of these presets are for a GPU, others for a CPU")
         rows = [row for preset in args.preset for row in PRESETS[preset]]
         if args.time_limit is None and args.device == "cuda":
             args.time_limit = PRESET_LIMIT
@@ -164,16 +166,18 @@ def _rows(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Row
 def _timers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Timer]:
     """Those of --device and --threads."""
     if args.device is None:
-        places = {"cpu" if name.startswith("cpu") else "cuda" for name in args.preset or ()}
-        if len(places) > 1:
-            parser.error("some of these presets are for a GPU, others for a CPU")
-        usual = "cuda" if torch.cuda.is_available() else "cpu"
-        args.device = places.pop() if places else usual
+        named = args.preset or ()
+        on_gpu = not any(map(_is_for_cpu, named)) if named else torch.cuda.is_available()
+        args.device = "cuda" if on_gpu else "cpu"
     if args.device == "cuda":
         return [Timer()]
     if args.jobs:
         parser.error("--jobs is for a GPU: on a CPU, processes would disturb each other's times")
     return [CpuTimer(n) for n in dict.fromkeys(args.threads or (1, torch.get_num_threads()))]
+
+
+def _is_for_cpu(preset: str) -> bool:
+    return preset.startswith("cpu")
 
 
 def _done(row: Row, layers: int | None, timer: Timer, runs: Sequence[Run]) -> bool:
