@@ -138,7 +138,7 @@ MUTANTS: Sequence[Mutant] = (
     *_in(
         "ops/runtime/chips.py",
         ("gpu.int8 < gpu.bf16", "False", "slow int8", NOTES),
-        ("if sm >= OLDEST:", "if True:", "a GPU that is too old", NOTES),
+        ("None if sm >= OLDEST", "None if True", "a GPU that is too old", NOTES),
     ),
     *_in(
         "parts.py",
@@ -327,6 +327,10 @@ MUTANTS: Sequence[Mutant] = (
         "passes/attention/mask_forms.py",
         ("every_query=True", "every_query=False", "queries at padding", MASKS),
         ("if not keys.exact or", "if", "a mask that sees a 2", MASKS),
+    ),
+    *_in(
+        "passes/padding/masks.py",
+        ("self._written & read_by(attention)", "set()", "a mask is written", MASKS),
     ),
     *_in(
         "passes/constant_values.py",

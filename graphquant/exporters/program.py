@@ -147,13 +147,13 @@ def packed(captured: Captured, rewritten: Rewritten) -> GraphModule:
 
     for packing in prepack(captured, new_input):
         values = packing.recipe.compute([captured.parameters[r].detach() for r in packing.roots])
+        path = _path(packing.inputs, rewritten) if packing.for_linears else "constants"
         for node, value in zip(packing.inputs, values, strict=True):
             if node.users:  # an op on weights alone was packed as a whole, its input is unused
-                name = f"constants.{node.name.removeprefix('constant_')}"
+                last = node.name.removeprefix("constant_")
                 if packing.for_linears:
-                    path = _path(packing.inputs, rewritten)
-                    name = f"{path}.{operand(node, next(iter(node.users)))}"
-                node.target = _register(gm, name, value)
+                    last = operand(node, next(iter(node.users)))
+                node.target = _register(gm, f"{path}.{last}", value)
     graph.eliminate_dead_code()
     graph.lint()
     module = GraphModule(gm, graph)  # copies only the attributes that the graph reads

@@ -8,7 +8,7 @@ rotary tables, interpolated position embeddings, and the weights of weight norma
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -63,10 +63,11 @@ def constant_values(graph: Graph, constants: Constants, gradient: Collection[Nod
         for read in reader.all_input_nodes:
             if read not in constants or (value := _base(read)) in found or value in constants.roots:
                 continue
+            made = [n for n in constants.made_from(value) if n not in constants.roots]
             found[value] = (
                 value not in returned
-                and _can_be_kept(value, constants, gradient, under)
-                and _is_worth_it(value, constants)
+                and _can_be_kept(value, made, gradient, under)
+                and _is_worth_it(value, made)
                 and _bytes(value) <= min(room, LARGEST)
             )
             room -= _bytes(value) if found[value] else 0
@@ -84,11 +85,9 @@ def _base(value: Node) -> Node:
 
 
 def _can_be_kept(
-    value: Node,
-    constants: Constants,
-    gradient: Collection[Node],
-    under: dict[Node, Region],
+    value: Node, made: Sequence[Node], gradient: Collection[Node], under: Mapping[Node, Region]
 ) -> bool:
+    """made: the value and all that it is computed from, but for the parameters."""
     fake = value.meta.get("val")
     if not isinstance(fake, Tensor) or fake.layout != torch.strided:
         return False
@@ -96,8 +95,7 @@ def _can_be_kept(
         return False
     return all(
         _is_plain(n) and n not in gradient and not _autocasts(under[n], fake.device.type)
-        for n in constants.made_from(value)
-        if n not in constants.roots
+        for n in made
     )
 
 
@@ -126,8 +124,7 @@ def _bytes(value: Node) -> int:
     return int(fake.numel() * fake.itemsize)
 
 
-def _is_worth_it(value: Node, constants: Constants) -> bool:
-    made = (n for n in constants.made_from(value) if n not in constants.roots)
+def _is_worth_it(value: Node, made: Sequence[Node]) -> bool:
     computed = [n for n in made if n.op == "call_function" and _base(n) is n]
     if all(n.target in CASTS for n in computed):
         return False  # a second copy of the parameter in memory would save little

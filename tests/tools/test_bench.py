@@ -116,7 +116,7 @@ def test_rows_in_processes_of_their_own_give_the_records_of_one(tmp_path: Path) 
     rows.append(Row("vit-b-16", 3, ("no such variant",), 1))
     got: list[Encoder] = []
     said: list[str] = []
-    tasks = [apart.Task(row, 0.01, row.layers, "cpu") for row in rows]
+    tasks = [apart.Task(row, 0.01, "cpu") for row in rows]
     apart.measure_all(tasks, 3, Limit(), got.extend, said.append)
     assert [(r.batch, r.variant) for r in got] == [
         *((n, v) for n in (1, 2) for v in ("eager", "graphquant")),
@@ -131,7 +131,7 @@ def test_rows_in_processes_of_their_own_give_the_records_of_one(tmp_path: Path) 
 
 def test_a_row_that_is_late_or_fails_says_so(tiny: str) -> None:
     row = Row("vit-b-16", 1, ("eager", "graphquant"), 1)
-    task = apart.Task(row, 0.01, 1, "cpu")
+    task = apart.Task(row, 0.01, "cpu")
     for limit in (Limit(0.0), Limit.after(0.2)):  # not begun, and not ended
         got: list[Encoder] = []
         apart.measure_all([task], 1, limit, got.extend)

@@ -29,6 +29,7 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,8 @@ def _encoders(
     todo = [(t, r) for t in timers for r in rows if not _done(r, args.layers, t, args.skip_done)]
     if args.jobs:
         device = timers[0].device
-        tasks = [apart.Task(r, args.seconds, args.layers or r.layers, device) for _, r in todo]
+        cut = [replace(row, layers=args.layers or row.layers) for _, row in todo]
+        tasks = [apart.Task(row, args.seconds, device) for row in cut]
         apart.measure_all(tasks, args.jobs, limit, done, _say)
         return
     for timer, row in todo:

@@ -36,21 +36,16 @@ SETTLE = 0.2  # seconds that the GPU has for what stopped processes had begun
 
 @dataclass(frozen=True)
 class Task:
-    """A row that one process measures. layers: what the model is cut to, or None."""
+    """A row that one process measures."""
 
     row: Row
     seconds: float
-    layers: int | None
     device: str
 
     def command(self, file: Path) -> list[str]:
-        words = (file, self.device, self.layers or 0, self.seconds)
+        words = (file, self.device, self.row.layers or 0, self.seconds)
         row = (self.row.model, self.row.batch, *self.row.variants)
         return [sys.executable, "-m", "tools.bench.apart", *map(str, (*words, *row))]
-
-    def failed(self, why: str) -> list[Encoder]:
-        """The records of a row without numbers."""
-        return encoders.failed(self.row, self.layers, None, why)
 
 
 def measure_all(
@@ -69,7 +64,7 @@ def measure_all(
 
 def _run(folder: Path, limit: Limit, say: Callable[[str], None], task: Task) -> list[Encoder]:
     if limit.passed:
-        return task.failed(LATE)
+        return encoders.failed(task.row, LATE)
     # one thread each: what fills the cores is the number of jobs
     environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory(dir=folder) as own:
@@ -81,10 +76,10 @@ def _run(folder: Path, limit: Limit, say: Callable[[str], None], task: Task) -> 
             except subprocess.TimeoutExpired:
                 os.killpg(child.pid, signal.SIGKILL)
                 child.communicate()
-                return task.failed(LATE)
+                return encoders.failed(task.row, LATE)
         lines = said.strip().splitlines() or [f"exit code {child.returncode}"]
         if child.returncode:
-            return task.failed(lines[-1])
+            return encoders.failed(task.row, lines[-1])
         for line in lines:
             if line.startswith(f"{task.row.model} x "):
                 say(line)
@@ -129,18 +124,11 @@ def _lock(folder: Path) -> Iterator[None]:
 def main(argv: Sequence[str]) -> int:
     """One task, in this process."""
     file, device, layers, seconds, model, batch, *variants = argv
-    row = Row(model, int(batch), tuple(variants))
+    row = Row(model, int(batch), tuple(variants), int(layers) or None)
     timer = Timer() if device == "cuda" else CpuTimer(1)
     folder = Path(file).parent.parent
     with turns(folder) as (gpu, machine):
-        records = encoders.measure(
-            row,
-            timer,
-            seconds=float(seconds),
-            layers=int(layers) or None,
-            gpu=gpu,
-            machine=machine,
-        )
+        records = encoders.measure(row, timer, seconds=float(seconds), gpu=gpu, machine=machine)
     save([Run({}, encoders=records)], Path(file))
     return 0
 

@@ -195,11 +195,13 @@ def measure(
     ]
 
 
-def failed(row: Row, layers: int | None, threads: int | None, why: str) -> list[Encoder]:
+def failed(row: Row, why: str) -> list[Encoder]:
     """Records without numbers, one for each variant."""
-    tokens, layers = MODELS[row.model].tokens, layers or row.layers
-    more: dict[str, Any] = {"layers": layers, "threads": threads, "failed": why}
-    return [Encoder(row.model, row.batch, tokens, v, **more) for v in row.variants]
+    tokens = MODELS[row.model].tokens
+    return [
+        Encoder(row.model, row.batch, tokens, v, layers=row.layers, failed=why)
+        for v in row.variants
+    ]
 
 
 @contextmanager
