@@ -200,8 +200,6 @@ __device__ __forceinline__ void produce_tiles(
       if (++stage == STAGES) stage = 0, parity ^= 1;
     }
   }
-  // The next kernel may start and set itself up while the last tiles are multiplied.
-  griddepcontrol_launch_dependents();
 }
 
 __device__ __forceinline__ float load_bias(const void* bias, int n) {
@@ -520,6 +518,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     __syncthreads();
   }
   griddepcontrol_wait();  // all of the above overlaps with the kernel before
+  // No griddepcontrol_launch_dependents: the next kernel sets itself up as blocks of this one end. Told earlier, its
+  // blocks crowd on the SMs that have no tile of ours: at batch 1 encoders took 3 to 6 % longer.
 #if NUM_ROWS
   down = min(down, (max(ld_global(num_rows), 0) + BM * CLUSTER_M - 1u) / (BM * CLUSTER_M));
 #endif
