@@ -113,7 +113,7 @@ def server(program: Any) -> Iterator[Server]:
         exported = next(m[1] for line in process.stdout if (m := re.search(r"port (\d+)$", line)))
         yield Server(url, f"http://127.0.0.1:{exported}/metrics", before, health)
     finally:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)  # a shell's background jobs ignore SIGINT
         said, _ = process.communicate(timeout=60)
     assert process.returncode == 0, said
 
