@@ -6,8 +6,9 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -260,6 +261,63 @@ def test_while_a_graph_records_only_what_is_known_is_said(
 def test_a_kernel_that_measures_its_tiles_is_not_watched_doing_so(measured: Measured) -> None:
     launch.prepare(lambda: times(QUESTION, GPU, {"a": lambda: 3}) and None, ())
     assert measured.watched == [None]
+
+
+class Rounds:
+    """Stands for a GPU that others use too: microseconds of the candidates, round by round."""
+
+    def __init__(self, **us: list[float]) -> None:
+        self.left = {name: iter(values) for name, values in us.items()}
+        self.locks: list[str] = []
+        self.inside = 0
+
+    def stand_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(timing, "_recorded", self.recorded)
+        monkeypatch.setattr(timing, "_microseconds", self.microseconds)
+        monkeypatch.setattr(timing.cache, "lock", self.lock)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        about = SimpleNamespace(uuid="00000000-1111")
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
+
+    def recorded(self, call: Callable[[], object]) -> tuple[Callable[[], object], int]:
+        assert not self.inside, "kernels are compiled without keeping others waiting"
+        return call, 2
+
+    def microseconds(self, replay: Callable[[], object]) -> float:
+        assert self.inside, "others could be measuring"
+        return next(self.left[str(replay())])
+
+    @contextlib.contextmanager
+    def lock(self, name: str, seconds: float) -> Iterator[None]:
+        self.locks.append(name)
+        self.inside += 1
+        yield
+        self.inside -= 1
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "found"),
+    [
+        ([20.0] * 3, [30.0] * 3, {"a": 10.0, "b": 15.0}),
+        # the third time that others are not there
+        ([90.0, 20.0, 95.0, 99.0, 20.2], [30.0, 80.0, 30.0, 80.0, 80.0], {"a": 10.0, "b": 15.0}),
+        ([20.0, 90.0, 90.0, 20.0], [80.0, 50.0, 30.0, 30.1], {"a": 10.0, "b": 15.0}),
+    ],
+)
+def test_rounds_that_others_made_longer_do_not_count(
+    a: list[float], b: list[float], found: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = Rounds(a=a, b=b)
+    gpu.stand_in(monkeypatch)
+    assert timing._time({"a": lambda: "a", "b": lambda: "b"}) == found
+    assert not any(list(left) for left in gpu.left.values()), "no round more, and no round less"
+    assert gpu.locks == ["gpu-00000000-1111"], "processes that see the GPU by another number too"
+
+
+def test_rounds_that_never_agree_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Rounds(a=[100.0 / n for n in range(1, 100)])
+    gpu.stand_in(monkeypatch)
+    assert timing._time({"a": lambda: "a"}) == {"a": 50.0 / timing.MOST_ROUNDS}
 
 
 # --- on a GPU -----------------------------------------------------------------------------------

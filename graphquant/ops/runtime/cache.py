@@ -18,10 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import filelock
+
 log = logging.getLogger(__name__)
 
 LARGEST = 64 * 2**20  # bytes of a file; a cubin has a few hundred KiB
 _SHA256 = ".sha256"
+_never_free: set[str] = set()  # locks that were waited for in vain: not again
 
 
 class Loadable(NamedTuple):
@@ -66,6 +69,22 @@ def put(key: str, name: str, data: bytes, *, checked: bool = False) -> None:
                 _replace(folder, f"{key}/{name}{_SHA256}", _digest(data))
         except OSError as why:
             log.debug("%s is not cached: %s", name, why)
+
+
+@contextlib.contextmanager
+def lock(name: str, seconds: float) -> Iterator[None]:
+    """Hold a lock that all processes with this cache share. Goes on without it if another process
+    holds it for so many seconds, perhaps because it was stopped, or if the cache cannot be used."""
+    with _folder() as folder, contextlib.ExitStack() as held:
+        if folder is not None:
+            file = filelock.FileLock(directory() / f"{name}.lock", mode=0o600)
+            try:
+                held.enter_context(file.acquire(timeout=0 if name in _never_free else seconds))
+            except (OSError, NotImplementedError) as why:
+                log.debug("without the lock %s: %s", name, why)
+                if isinstance(why, filelock.Timeout):
+                    _never_free.add(name)
+        yield
 
 
 @functools.cache

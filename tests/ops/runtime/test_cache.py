@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import stat
+import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ KEY = "0" * 64
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "_never_free", set())
     return tmp_path / "cache"
 
 
@@ -169,6 +173,64 @@ def test_without_a_home_there_is_no_cache(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no entry in passwd either
     monkeypatch.chdir(tmp_path)
     assert not works() and not (tmp_path / "~").exists()
+
+
+@pytest.fixture
+def held(own: Path) -> Iterator[None]:
+    """Another process holds the lock "gpu", and is stopped."""
+    source = f"""
+import time, filelock
+with filelock.FileLock({str(own / "gpu.lock")!r}):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE) as other:
+        assert other.stdout and other.stdout.readline() == b"held\n"
+        os.kill(other.pid, signal.SIGSTOP)
+        yield
+        other.kill()
+
+
+def test_a_lock_that_another_process_holds_is_waited_for_and_not_for_ever(held: None) -> None:
+    start = time.monotonic()
+    with cache.lock("gpu", 0.5):
+        assert time.monotonic() - start >= 0.5
+    start = time.monotonic()
+    with cache.lock("gpu", 60), cache.lock("another", 60):  # nor twice
+        assert time.monotonic() - start < 30
+
+
+def test_one_thread_at_a_time_has_a_lock(own: Path) -> None:
+    inside, most = 0, 0
+
+    def work() -> None:
+        nonlocal inside, most
+        with cache.lock("gpu", 60):
+            inside += 1
+            most = max(most, inside)
+            time.sleep(0.05)
+            inside -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1 and inside == 0
+
+
+def test_a_lock_that_cannot_be_made_is_none(root: Path, own: Path) -> None:
+    own.chmod(0o777)
+    with cache.lock("gpu", 60):
+        assert not list(own.glob("*.lock"))
+
+
+def test_what_is_raised_under_a_lock_gives_it_back(own: Path) -> None:
+    with pytest.raises(TimeoutError, match="a kernel"), cache.lock("gpu", 60):
+        raise TimeoutError("a kernel")
+    start = time.monotonic()
+    with cache.lock("gpu", 60):
+        assert time.monotonic() - start < 30
 
 
 def test_writers_at_the_same_time_leave_a_whole_file(own: Path) -> None:
