@@ -101,6 +101,17 @@ def programs(M: int, K: int, config: Mapping[str, int], num_rows: Tensor | None)
 
 
 @triton.jit
+def from_last():
+    """This program's number among all, the last one first: those start first.
+
+    Of a large matrix only what the kernel before wrote last is still in L2, and what is written
+    last here is what int8_linear begins with. On an H200, CLIP-L and InternViT-300M at batch 64
+    take 1 % less.
+    """
+    return tl.num_programs(0) - 1 - tl.program_id(0)
+
+
+@triton.jit
 def inside(k, K: tl.constexpr):
     """k < K, for a mask.
 
@@ -346,7 +357,7 @@ def quantize_rows_kernel(
 ):  # fmt: skip
     """xq, x_scale, x_shift = quantize_rows(act(x) [* up], ...), see `programs`."""
     wait_for_inputs(OVERLAP)
-    first = tl.program_id(0)
+    first = from_last()
     if K <= _WHOLE_ROW:
         if num_rows_ptr is None:
             _quantize_whole(

@@ -21,6 +21,7 @@ from graphquant.ops.triton_rows import (
     clamped,
     columns,
     contiguous,
+    from_last,
     inside,
     load_block,
     programs,
@@ -97,7 +98,7 @@ def norm_quantize_kernel(
     """xq, x_scale, x_shift = quantize_rows(y, ...), y = norm(x), see `programs`."""
     wait_for_inputs(OVERLAP)
     eps = tl.cast(eps, tl.float32)  # Inductor passes float64
-    first = tl.program_id(0)
+    first = from_last()
     if K <= _WHOLE_ROW:
         if num_rows_ptr is None:
             _norm_quantize_whole(
