@@ -21,8 +21,9 @@ settings.register_profile(
     "ci", max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.register_profile("nightly", settings.get_profile("ci"), max_examples=600)
-# nearly every example compiles a kernel: the same ones each time, so that a run can be repeated
-settings.register_profile("gpu", settings.get_profile("ci"), derandomize=True)
+# nearly every example compiles a kernel: few, and the same ones each time, so that a run takes
+# minutes and can be repeated. HYPOTHESIS_PROFILE=nightly has others, and more.
+settings.register_profile("gpu", settings.get_profile("ci"), max_examples=12, derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 os.environ.setdefault("GRAPHQUANT_VERIFY", "1")  # every graph of every test, after every pass

@@ -64,10 +64,11 @@ def run_tests(
     command = [sys.executable, "-m", "pytest", "tests", "-q", "--device", device]
     command += ["-k", chosen] if chosen else []
     command += ["-m", "not slow"] if fast else []
-    command += ["-n", str(jobs)] if jobs > 1 else []
+    command += ["-n", str(jobs), "--dist", "worksteal"] if jobs > 1 else []
     variables = dict(os.environ)
-    if jobs > 1:  # workers with a thread per core each would fight for the cores
+    if jobs > 1:  # threads and compile processes of each worker would fight for the cores
         variables.setdefault("OMP_NUM_THREADS", "1")
+        variables.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     print("$", *command, flush=True)
     with TemporaryDirectory() as folder:
         results = Path(folder, "results.xml")
