@@ -336,9 +336,9 @@ def start(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     console = Console(highlight=False)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # ends Ray as Ctrl-C does
     try:
         start(args)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as Ctrl-C; Ray's own would abort
         if args.load:
             for kind in KINDS if args.device == "cpu" else ("float", "int8"):
                 serve.run(application(args, kind), name=kind, route_prefix=f"/{kind}")
