@@ -158,7 +158,7 @@ def test_the_metadata_is_what_an_index_shows(metadata: Message) -> None:
 def test_few_packages_come_with_it(metadata: Message) -> None:
     required = metadata.get_all("Requires-Dist", ())
     always = {re.split(r"[^\w-]", r)[0] for r in required if "extra ==" not in r}
-    assert always == {"torch", "numpy", "rich", "safetensors", "tqdm"}
+    assert always == {"torch", "filelock", "numpy", "rich", "safetensors", "tqdm"}
 
 
 def test_extras_are_those_that_the_first_page_and_the_makefile_name(metadata: Message) -> None:
