@@ -43,6 +43,7 @@ KEPT = "tests/passes/test_constant_values.py -k 'not follow and not encoders'"
 NOTES = "tests/passes/test_notes.py -k 'known or old'"
 ACCELERATE = "tests/test_accelerate.py -k 'hook_of or come_after or inside or offloaded'"
 PROGRESS = "tests/test_progress.py"
+WRITTEN_OUT = "tests/passes/attention/test_written_out.py"
 
 
 def _in(file: str, *changes: tuple[str, str, str, str]) -> list[Mutant]:
@@ -322,6 +323,19 @@ MUTANTS: Sequence[Mutant] = (
         "ops/attention/op.py",
         ("found.append(j <= i)", "found.append(j < i)", "a query's own key",
          "tests/ops/test_padded_attention.py -k 'float64 and reference'"),
+    ),
+    *_in(
+        "passes/attention/written_out.py",
+        ("a.score is None or read & excluded or", "a.score is None or", "a gradient", WRITTEN_OUT),
+        ("or not _fits(a)", "", "keys that are broadcast over heads", WRITTEN_OUT),
+        ("and logits.scale > 0", "", "a negative scale", WRITTEN_OUT),
+        ("if more is before:", "if False:", "scores added to themselves", WRITTEN_OUT),
+        ("or not value <= REPLACES_SCORES", "", "a number that replaces scores", WRITTEN_OUT),
+        ("if if_true is before:", "if True:", "scores where a mask is false", WRITTEN_OUT),
+        ("self.bias = self.call(aten.mul.Tensor, self.bias, factor)", "pass", "a scaled bias",
+         WRITTEN_OUT),
+        ("or dtype(more) != self.dtype", "", "a bias of another dtype", WRITTEN_OUT),
+        ("or reader is not a.score", "", "scaled queries that are read twice", WRITTEN_OUT),
     ),
     *_in(
         "passes/attention/mask_forms.py",

@@ -28,6 +28,7 @@ from graphquant.passes.apply import apply
 from graphquant.passes.attention.empty_masks import drop_empty_masks
 from graphquant.passes.attention.kernels import choose_kernels
 from graphquant.passes.attention.masked import choose_masked_kernels
+from graphquant.passes.attention.written_out import fuse_written_out
 from graphquant.passes.eligibility import enter_all, other_products_of
 from graphquant.passes.layout import restore_layouts
 from graphquant.passes.normalize import merge_equal_views, normalize
@@ -96,11 +97,14 @@ def prepare(captured: Captured, config: Config) -> tuple[str, ...]:
     with stage("empty masks"):
         drop_empty_masks(captured.gm.graph)
         verify("empty masks")
-    if config.padding == "keep":
-        return ()
-    with stage("the removal of padding"):
-        notes = remove_padding(captured, config)
-        verify("the removal of padding")
+    notes: tuple[str, ...] = ()
+    if config.padding == "remove":
+        with stage("the removal of padding"):
+            notes = remove_padding(captured, config)
+            verify("the removal of padding")
+    with stage("attention that is written out"):
+        fuse_written_out(captured)
+        verify("attention that is written out")
     return notes
 
 

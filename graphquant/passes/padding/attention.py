@@ -26,9 +26,9 @@ from graphquant.ops.checks import FLOATS
 SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
 MATMUL = frozenset({aten.matmul.default, aten.bmm.default})
 
-_COPIES = CASTS | {aten.contiguous.default, aten.clone.default}
+COPIES = CASTS | {aten.contiguous.default, aten.clone.default}
 # Pointwise, although torch does not tag them so, or their composites.
-_POINTWISE = _COPIES | {
+_POINTWISE = COPIES | {
     aten.__and__.Tensor,
     aten.__or__.Tensor,
     aten.alias.default,
@@ -141,7 +141,7 @@ def _written_out(softmax: Node) -> Attention | None:
     logits = softmax.args[0]
     inner = {softmax}
     probabilities = softmax
-    while (user := only_user(probabilities)) is not None and is_call(user, *_COPIES):
+    while (user := only_user(probabilities)) is not None and is_call(user, *COPIES):
         probabilities = user
         inner.add(user)
     out = only_user(probabilities)
