@@ -28,7 +28,7 @@ from graphquant import (
     optimize_,
     restore_,
 )
-from graphquant.inplace import _OptimizedCall
+from graphquant.optimized.calls import OptimizedCall
 from graphquant.weights import released
 from graphquant.weights.packed import PackedInputs
 from graphquant.weights.released import is_released
@@ -566,7 +566,7 @@ class TwoParts(nn.Module):
 def objects_of_ours() -> dict[str, int]:
     """How many of these live."""
     gc.collect()
-    kinds = (_OptimizedCall, PackedInputs, Graph)
+    kinds = (OptimizedCall, PackedInputs, Graph)
     return {k.__name__: sum(type(o) is k for o in gc.get_objects()) for k in kinds}
 
 
@@ -586,7 +586,7 @@ def test_nothing_stays_behind_what_is_restored_replaced_or_deleted(device: str, 
     for model in models:
         restore_(model)
         assert error(model(x), again(model)(x)) == 0
-    assert objects_of_ours()["_OptimizedCall"] == before["_OptimizedCall"] + 1
+    assert objects_of_ours()["OptimizedCall"] == before["OptimizedCall"] + 1
     del last
     assert objects_of_ours() == before
 

@@ -34,7 +34,7 @@ from graphquant import (
     optimize_,
     restore_,
 )
-from graphquant.inplace import _warn_of_what_was_not_called
+from graphquant.optimized.module import _warn_of_what_was_not_called
 from graphquant.parts import module_of, parts_of
 from tests.small import NEAR, Mlp, error, notes, seeded
 
@@ -159,7 +159,7 @@ def test_methods_run_the_towers_that_they_call_in_int8(device: str) -> None:
 def test_what_was_not_called_is_named(device: str, caplog: pytest.LogCaptureFixture) -> None:
     model = clip(device)
     report = quick(model)
-    with caplog.at_level(logging.INFO, logger="graphquant.inplace"):
+    with caplog.at_level(logging.INFO, logger="graphquant.optimized"):
         model.get_image_features(pixel_values=pixels(device))
     (note,) = (n for n in report.notes if n.startswith("not called"))
     assert note == "not called: text_model, text_projection"
@@ -295,7 +295,7 @@ def test_the_linears_that_the_options_leave_in_float_are_a_warning_if_none_is_le
 def test_what_is_never_called_is_a_warning_at_the_end(
     device: str, x: Tensor, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("graphquant.inplace._not_called", WeakSet())
+    monkeypatch.setattr("graphquant.optimized.module._not_called", WeakSet())
     called, idle, restored = (seeded(Mlp).to(device).eval() for _ in range(3))
     for model in (called, idle, restored):
         quick(model)

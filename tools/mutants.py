@@ -148,8 +148,8 @@ MUTANTS: Sequence[Mutant] = (
         ('getattr(hook, "offload", False)', "False", "offloaded weights", ACCELERATE),
     ),
     *_in(
-        "inplace.py",
-        ("(UNHOOKED if is_hooked(module) else _FORWARD", "(_FORWARD", "a hook that still runs",
+        "optimized/calls.py",
+        ("(UNHOOKED if is_hooked(module) else FORWARD", "(FORWARD", "a hook that still runs",
          ACCELERATE),
     ),
     *_in(
