@@ -335,6 +335,11 @@ MUTANTS: Sequence[Mutant] = (
         ("self.bias = self.call(aten.mul.Tensor, self.bias, factor)", "pass", "a scaled bias",
          WRITTEN_OUT),
         ("or dtype(more) != self.dtype", "", "a bias of another dtype", WRITTEN_OUT),
+        ("same and source not in excluded", "same", "queries that are written", WRITTEN_OUT),
+        ("return same and finely and", "return same and", "probabilities cast to integers",
+         WRITTEN_OUT),
+        ("logits.scale *= of_q * of_k", "logits.times(of_q * of_k)", "a bias of scaled queries",
+         WRITTEN_OUT),
         ("or reader is not a.score", "", "scaled queries that are read twice", WRITTEN_OUT),
     ),
     *_in(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,7 @@ from graphquant.ir.graph import (
     same_sizes,
     shape,
 )
+from graphquant.ir.rows import ROUND_FINELY
 from graphquant.passes.attention.empty_masks import drop_empty_masks
 from graphquant.passes.layout import inherit_layout
 from graphquant.passes.padding.attention import COPIES, Attention, find_attentions
@@ -75,7 +76,7 @@ def fuse_written_out(captured: Captured) -> None:
             continue
         try:
             with graph.inserting_before(a.out), autocast_at(a.out):
-                _fuse(captured, a, made)
+                _fuse(captured, a, made, excluded)
         except UnknownLogits as why:
             log.debug("%s stays written out: %s", a.out.name, why)
     drop_dead_code(graph)
@@ -91,22 +92,25 @@ def _fits(a: Attention) -> bool:
     k = (B, H, D, T) if a.k_transposed else (B, H, T, D)
     sizes = ((a.k, k), (a.v, (B, H, T, D)), (a.logits, shape(a.score)), (a.out, (B, H, S, D)))
     same = all(same_sizes(shape(node), wanted) for node, wanted in sizes)
-    return same and dtype(a.score) == dtype(a.q)
+    finely = all(dtype(node) in ROUND_FINELY for node in a.inner)
+    return same and finely and dtype(a.score) == dtype(a.q)
 
 
-def _fuse(captured: Captured, a: Attention, made: dict[Any, Node]) -> None:
+def _fuse(
+    captured: Captured, a: Attention, made: dict[Any, Node], excluded: Collection[Node]
+) -> None:
     graph = captured.gm.graph
     logits = _Logits(captured, dtype(a.q), made)
     for node, before in _steps(a):
         logits.follow(node, before)
-    q, scale = _unscaled(a.q, a)
-    k, more = _unscaled(a.k, a)
-    logits.times(scale * more)
+    q, of_q = _unscaled(a.q, a, excluded)
+    k, of_k = _unscaled(a.k, a, excluded)
+    logits.scale *= of_q * of_k
     if not (math.isfinite(logits.scale) and logits.scale > 0):
         raise UnknownLogits(f"scale {logits.scale}")
-    if (bias := logits.bias) is not None and bias.meta["val"].dim() not in (2, 4):
-        wanted = (1,) * (4 - bias.meta["val"].dim())
-        bias = logits.call(aten.reshape.default, bias, (*wanted, *shape(bias)))
+    bias = logits.bias
+    while bias is not None and bias.meta["val"].dim() not in (2, 4):
+        bias = logits.call(aten.unsqueeze.default, bias, 0)
     if a.k_transposed:
         k = logits.call(aten.transpose.int, k, 2, 3)
     args: tuple[Any, ...] = (q, k, a.v, bias, 0.0, False)
@@ -129,7 +133,7 @@ def _steps(a: Attention) -> Iterator[tuple[Node, Node]]:
     return zip(chain[1:], chain, strict=False)
 
 
-def _unscaled(node: Node, a: Attention) -> tuple[Node, float]:
+def _unscaled(node: Node, a: Attention, excluded: Collection[Node]) -> tuple[Node, float]:
     """(x, c) for q or k = c x that nothing else reads; else the node itself and 1."""
     assert a.score is not None
     factor, reader = _factor(node), only_user(node)
@@ -140,7 +144,7 @@ def _unscaled(node: Node, a: Attention) -> tuple[Node, float]:
     source = node.args[0]
     assert isinstance(source, Node)
     same = dtype(source) == dtype(node) and same_sizes(shape(source), shape(node))
-    return (source, factor) if same else (node, 1.0)
+    return (source, factor) if same and source not in excluded else (node, 1.0)
 
 
 def _factor(node: Node) -> float | None:
@@ -179,9 +183,8 @@ class _Logits:
     def follow(self, node: Node, before: Node) -> None:
         """Raises UnknownLogits if what this node does to `before` is not known."""
         if is_call(node, *KEEP) or drops_nothing(node):
-            if not dtype(node).is_floating_point:
-                raise UnknownLogits(f"{node.name} is {dtype(node)}")
-        elif (factor := _factor(node)) is not None:
+            return
+        if (factor := _factor(node)) is not None:
             self.times(factor)
         elif is_call(node, aten.add.Tensor, aten.sub.Tensor):
             self.add(node, before)

@@ -72,7 +72,7 @@ def fused(model: nn.Module, *inputs: Tensor, sizes: Any = None) -> tuple[Any, li
     prepare(captured, Config())
     captured.gm.graph.lint()
     captured.gm.recompile()
-    want, got = model(*inputs), captured.gm(*inputs)
+    want, got = (run(*(t.clone() for t in inputs)) for run in (model, captured.gm))
     near = 1e-5 if want.dtype == torch.float32 else 2**-6
     torch.testing.assert_close(got, want, rtol=near, atol=near, equal_nan=True)
     assert got.stride() == want.stride()
@@ -162,6 +162,13 @@ def both_scaled(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
     return ((q * 0.5) @ (k / 2).transpose(-1, -2)).softmax(3) @ v
 
 
+def scaled_queries_and_a_bias(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor
+) -> Tensor:
+    """As timm writes it: the scale is not the bias's."""
+    return ((q * SCALE) @ k.transpose(-2, -1) + bias).softmax(-1) @ v
+
+
 def read_elsewhere(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
     """The scaled queries are read once more."""
     q = q * SCALE
@@ -175,6 +182,7 @@ def read_elsewhere(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
         (keys_by_columns, SCALE),
         (permuted_keys, SCALE),
         (both_scaled, 0.25),
+        (scaled_queries_and_a_bias, SCALE),
         (read_elsewhere, 1.0),
     ],
 )
@@ -201,6 +209,15 @@ def more_scores(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor) -> 
     """A bias that makes a batch of scores larger."""
     score = q[:1] @ k[:1].transpose(-1, -2) + bias.expand(B, -1, -1, -1)
     return score.softmax(-1) @ v
+
+
+def cast_probabilities(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
+    """All are 0 but those that are 1."""
+    return (q @ k.transpose(-1, -2) * 99).softmax(-1).to(torch.int32).float() @ v
+
+
+def probabilities_in_float8(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
+    return (q @ k.transpose(-1, -2)).softmax(-1).to(torch.float8_e4m3fn).float() @ v
 
 
 def another_dtype_inside(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
@@ -235,11 +252,13 @@ UNLIKE: dict[str, Callable[..., Tensor]] = {
     "a bias of integers": lambda s, m, b: s + (b * 2).long(),
     "a bias of bools": lambda s, m, b: s + m[:, None, None],
     "rounded": lambda s, m, b: s.to(torch.int32).float(),
+    "in float8": lambda s, m, b: s.to(torch.float8_e5m2).float(),
 }
 LEFT: dict[str, nn.Module] = {
     **{name: attend(logits) for name, logits in UNLIKE.items()},
     **{f.__name__: whole(f) for f in (drops, of_queries, one_head_of_keys, more_scores)},
     **{f.__name__: whole(f) for f in (another_dtype_inside, probabilities_are_read)},
+    **{f.__name__: whole(f) for f in (cast_probabilities, probabilities_in_float8)},
 }
 
 
@@ -298,6 +317,16 @@ def test_a_mask_that_is_written_before_its_sum_is_read_stays() -> None:
     assert len(found) == (softmaxes(captured) == 0)  # nobody writes where the write was removed
 
 
+def test_queries_that_are_written_after_they_were_scaled_are_read_scaled() -> None:
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
+        score = (q * SCALE) @ k.transpose(-1, -2)
+        q.add_(9)
+        return score.softmax(-1) @ v
+
+    captured, _ = fused(whole(forward), *given_to())
+    assert captured.gm.graph.find_nodes(op="call_function", target=aten.add_.Tensor)
+
+
 @pytest.mark.parametrize("name", ["masked_fill", "masked_fill of a billion", "mask", "where"])
 def test_queries_whose_keys_are_all_masked_have_the_same_mean(name: str) -> None:
     *inputs, mask, bias = given_to()
@@ -346,7 +375,7 @@ def test_dynamic_sizes() -> None:
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         near = torch.arange(q.shape[2])
-        bias = -(near - near[:, None]).abs().float()
+        bias = -(near - near[:, None]).abs().float()[None] * torch.tensor([[[0.5]], [[2.0]]])
         return (q @ k.transpose(-1, -2) * SCALE + bias).softmax(-1) @ v
 
     captured, found = fused(whole(forward), *qkv(), sizes=(sizes,))
@@ -371,8 +400,10 @@ STEPS = st.lists(
 )
 
 
-@given(STEPS, st.booleans())
-def test_any_logits(steps: list[tuple[str, Any]], of_numbers: bool) -> None:
+@given(STEPS, st.booleans(), st.sampled_from([1, 0.25, -2]), st.sampled_from([1, 0.5]))
+def test_any_logits(
+    steps: list[tuple[str, Any]], of_numbers: bool, of_q: float, of_k: float
+) -> None:
     """Whatever the logits are: if the attention is one call, its results are the same."""
 
     def logits(score: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
@@ -397,7 +428,11 @@ def test_any_logits(steps: list[tuple[str, Any]], of_numbers: bool) -> None:
                 x = x.clone()
         return x
 
-    captured, found = fused(attend(logits), *given_to())
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
+        q, k = (q if of_q == 1 else q * of_q), (k if of_k == 1 else k * of_k)
+        return logits(q @ k.transpose(-1, -2), mask, bias).softmax(-1) @ v
+
+    captured, found = fused(whole(forward), *given_to())
     assert len(found) + softmaxes(captured) == 1
 
 
