@@ -89,6 +89,8 @@ def _fits(a: Attention) -> bool:
     assert a.score is not None and a.logits is not None
     B, H, S, D = shape(a.q)
     T = shape(a.v)[2]
+    if any(isinstance(n, torch.SymInt) and n.node.hint is None for n in (B, H, S, D, T)):
+        return False  # the choice of SDPA's kernel would ask for sizes that depend on data
     k = (B, H, D, T) if a.k_transposed else (B, H, T, D)
     sizes = ((a.k, k), (a.v, (B, H, T, D)), (a.logits, shape(a.score)), (a.out, (B, H, S, D)))
     same = all(same_sizes(shape(node), wanted) for node, wanted in sizes)

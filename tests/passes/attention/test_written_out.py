@@ -294,6 +294,17 @@ def test_what_needs_a_gradient_stays(seen: list[int]) -> None:
     assert got.requires_grad and seen[2:] == [1, 1]
 
 
+def test_sizes_that_depend_on_data_stay(seen: list[int]) -> None:
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *_: Tensor) -> Tensor:
+        q, k, v = (t[mask.all(1)] for t in (q, k, v))
+        return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        found = compiled(whole(forward), *given_to())
+    assert seen == [1, 1]
+    torch.testing.assert_close(found.got, found.want)
+
+
 def test_what_the_model_chose_a_kernel_for_stays(seen: list[int]) -> None:
     def forward(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):
