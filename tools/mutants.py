@@ -335,6 +335,7 @@ MUTANTS: Sequence[Mutant] = (
         ("self.bias = self.call(aten.mul.Tensor, self.bias, factor)", "pass", "a scaled bias",
          WRITTEN_OUT),
         ("or dtype(more) != self.dtype", "", "a bias of another dtype", WRITTEN_OUT),
+        ("for n in (B, H, S, D, T)):", "for n in ()):", "sizes that depend on data", WRITTEN_OUT),
         ("same and source not in excluded", "same", "queries that are written", WRITTEN_OUT),
         ("return same and finely and", "return same and", "probabilities cast to integers",
          WRITTEN_OUT),
