@@ -80,7 +80,7 @@ def lock(name: str, seconds: float) -> Iterator[None]:
             file = filelock.FileLock(directory() / f"{name}.lock", mode=0o600)
             try:
                 held.enter_context(file.acquire(timeout=0 if name in _never_free else seconds))
-            except (OSError, NotImplementedError) as why:
+            except (OSError, NotImplementedError) as why:  # busy, read-only, or without locks
                 log.debug("without the lock %s: %s", name, why)
                 if isinstance(why, filelock.Timeout):
                     _never_free.add(name)

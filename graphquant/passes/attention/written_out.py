@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -180,7 +180,7 @@ class _Logits:
     dtype: torch.dtype
     made: dict[Any, Node]
     scale: float = 1.0
-    bias: Node | None = field(default=None)
+    bias: Node | None = None
 
     def follow(self, node: Node, before: Node) -> None:
         """Raises UnknownLogits if what this node does to `before` is not known."""
